@@ -1,0 +1,38 @@
+# make quickstart | test | test-all | soak | bench      (each prepares .venv by itself)
+PYTHON ?= python3
+PY := .venv/bin/python
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q
+JOBS ?= 2
+.PHONY: quickstart test test-all soak bench clean
+.DEFAULT_GOAL := quickstart
+
+# A stamp newer than both requirement files: installing again costs a minute, checking costs nothing.
+.venv/installed: requirements.txt requirements-dev.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python 3.11 or later (Debian: apt install python3 python3-venv)."; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$$($(PYTHON) --version) is too old: Python 3.11 or later is needed; name another with 'make PYTHON=python3.12'."; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "Python's venv module is missing: install it (Debian: apt install python3-venv)."; exit 2; }
+	@echo "Installing into .venv (about 6 GB with PyTorch; a minute or more) ..."
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	@touch $@
+
+quickstart: .venv/installed
+	@out=runs/quickstart-$$(date +%Y%m%d-%H%M%S) && \
+	$(PY) main.py --config recipes/quickstart.yaml --output_dir $$out && \
+	$(PY) main.py --config recipes/quickstart.yaml --eval true --resume $$out/checkpoint-best-ema.pth --output_dir $$out
+
+test: .venv/installed
+	$(PYTEST) -n $(JOBS) --dist worksteal -m "not slow"
+
+test-all: .venv/installed test
+	$(PYTEST) -m slow
+
+soak: .venv/installed
+	HORNET_SOAK=1 $(PYTEST) -m slow tests/soak
+
+bench: .venv/installed
+	$(PY) -m tools.bench all
+
+clean:
+	rm -rf build .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
