@@ -1,0 +1,132 @@
+"""Files that are whole or not there: atomic writes, JSON with a size limit, checksums."""
+import errno
+import hashlib
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any, BinaryIO, Callable
+
+from common.errors import UserError
+
+TEMPORARY_SUFFIX = ".tmp"
+_CHUNK = 1 << 20
+
+
+class HashingWriter:
+    """A binary file that hashes what passes through, so that a checksum costs no second reading."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._sha256 = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data) -> int:
+        """Write bytes or any buffer; returns the number of bytes."""
+        view = memoryview(data).cast("B")
+        self._sha256.update(view)
+        self._file.write(view)
+        self.size += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Hand Python's buffer to the operating system (not yet to the disk)."""
+        self._file.flush()
+
+    def hexdigest(self) -> str:
+        """sha256 of everything written so far."""
+        return self._sha256.hexdigest()
+
+
+def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], None], reserve: int = 0,
+                 before_rename: Callable[[str, int], None] | None = None) -> tuple[str, int]:
+    """Write a file so that `path` is the old file or the whole new one, whatever happens in between.
+
+    The bytes go to a temporary file in the same folder, which is flushed, fsynced and renamed; then the
+    folder is fsynced, which makes the rename itself last.
+
+    Args:
+        path: where the file shall stand.
+        write: gets a binary file opened for sequential writing.
+        reserve: bytes to reserve first, so that a full disk is an OSError before anything is written.
+        before_rename: called with (sha256, size) when the new bytes are safe and the old file still stands.
+
+    Returns: (sha256 in hex, size in bytes). Raises OSError; the temporary file is then removed.
+    """
+    path = Path(path)
+    temporary = path.parent / f".{path.name[:180]}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb", buffering=_CHUNK) as file:
+            _reserve(file.fileno(), reserve)
+            writer = HashingWriter(file)
+            write(writer)
+            file.flush()
+            os.ftruncate(file.fileno(), writer.size)
+            os.fsync(file.fileno())
+        if before_rename is not None:
+            before_rename(writer.hexdigest(), writer.size)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+    return writer.hexdigest(), writer.size
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    if size <= 0 or not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        # Some network file systems cannot reserve; there the write itself finds out.
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+
+
+def fsync_folder(folder: str | os.PathLike) -> None:
+    """Make renames and removals in `folder` last; file systems that cannot fsync a folder are left as they are."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.EROFS):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    atomic_write(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write `value` as indented JSON atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def read_json(path: str | os.PathLike, max_bytes: int = 64 << 20) -> Any:
+    """The value in a JSON file.
+
+    Raises FileNotFoundError when there is none, UserError when it is longer than `max_bytes` or not JSON.
+    """
+    with open(path, "rb") as file:
+        raw = file.read(max_bytes + 1)
+    if len(raw) > max_bytes:
+        raise UserError(f"{path} is larger than {max_bytes} bytes, too large for the JSON file expected there; "
+                        "remove it or name another.")
+    try:
+        return json.loads(raw.decode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable as JSON ({error}); remove it or name another.") from error
+
+
+def sha256_file(path: str | os.PathLike) -> str:
+    """sha256 of a file in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
