@@ -1,0 +1,1 @@
+"""How processes start, agree, stop and fail: process groups, signals, the watchdog and Slurm."""

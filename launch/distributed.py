@@ -1,0 +1,288 @@
+"""One `Process` object however the program was started: alone, by torchrun, by srun, by submitit or by mpirun.
+
+    with start(options) as process:
+        model = process.wrap(model.to(process.device))
+
+Collectives on CPU tensors and Python objects go through a gloo group beside the device's own backend, so
+that host-side agreement never waits for the GPU's queue.
+"""
+import dataclasses
+import datetime
+import gc
+import inspect
+import os
+import socket
+import time
+from contextlib import contextmanager
+from typing import Any, Iterator
+
+import torch
+import torch.distributed as dist
+
+from common.errors import UserError
+from common.keys import key
+from common.log import logger
+from launch.places import Place, find_place
+from launch.watchdog import end_with_launcher
+
+BACKENDS = {"cuda": "nccl", "xpu": "xccl", "cpu": "gloo", "mps": "gloo"}
+
+
+@dataclasses.dataclass(eq=False)
+class Process:
+    """This process among its peers. All methods also work when it is alone; then nothing is communicated.
+
+    `node` counts nodes from 0, `node_name` is for people, `backend` is "" for a lone process. `waits_in` names
+    the collective this process is inside of (the watchdog reads it from its thread).
+    """
+
+    place: Place
+    device: torch.device
+    backend: str = ""
+    store: dist.Store | None = None
+    side: dist.ProcessGroup | None = None
+    waits_in: str = ""
+
+    rank = property(lambda self: self.place.rank)
+    world_size = property(lambda self: self.place.world_size)
+    local_rank = property(lambda self: self.place.local_rank)
+    local_world_size = property(lambda self: self.place.local_world_size)
+    node = property(lambda self: self.place.node)
+    node_name = property(lambda self: self.place.node_name)
+    is_main = property(lambda self: self.place.rank == 0)
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.world_size > 1:
+            with self._waiting("barrier"):
+                dist.barrier(group=self.side)
+
+    def all_reduce_(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        """Reduce `tensor` (any shape; on the CPU or on this process' device) over all processes in place.
+
+        `op` is "sum", "min" or "max". Returns the tensor.
+        """
+        if self.world_size > 1:
+            with self._waiting("all_reduce"):
+                group = self.side if tensor.device.type == "cpu" else None
+                dist.all_reduce(tensor, op=getattr(dist.ReduceOp, op.upper()), group=group)
+        return tensor
+
+    def broadcast_object(self, obj: Any = None, source: int = 0) -> Any:
+        """The picklable object of process `source`, on every process."""
+        if self.world_size == 1:
+            return obj
+        box = [obj]
+        with self._waiting("broadcast"):
+            dist.broadcast_object_list(box, src=source, group=self.side)
+        return box[0]
+
+    def all_gather_object(self, obj: Any) -> list[Any]:
+        """The picklable objects of all processes in order of rank, on every process."""
+        box = [obj] * self.world_size
+        if self.world_size > 1:
+            with self._waiting("all_gather"):
+                dist.all_gather_object(box, obj, group=self.side)
+        return box
+
+    def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        """DistributedDataParallel around `model`, or the model itself when this process is alone.
+
+        Without `device_ids`, so that inputs kept on the CPU on purpose (drop-path draws) stay there; without
+        buffer broadcasts, because HorNet has no buffers that training changes. Accumulate gradients by setting
+        `require_backward_grad_sync` before the forward of each micro-batch.
+        """
+        if self.world_size == 1:
+            return model
+        ddp = torch.nn.parallel.DistributedDataParallel
+        # Renamed in torch 2.15.
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(ddp).parameters else "broadcast_buffers"
+        return ddp(model, gradient_as_bucket_view=True, **{buffers: False})
+
+    def close(self, failed: bool = False) -> None:
+        """Leave the process group. After a failure nobody waits for peers that may be gone."""
+        if self.side is None:
+            return
+        if not failed:
+            self.barrier()
+        # A group destroyed while autograd still holds DDP's buckets sometimes aborts the interpreter at its end.
+        gc.collect()
+        self.side = None
+        if failed and self.backend == "nccl":
+            return  # destroy_process_group would wait for the collectives in flight; the exit of the process ends them
+        dist.destroy_process_group()
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self.close(failed=kind is not None)
+
+    @contextmanager
+    def _waiting(self, what: str) -> Iterator[None]:
+        self.waits_in = what
+        try:
+            yield
+        finally:
+            self.waits_in = ""
+
+
+def start(options: Any) -> Process:
+    """Find this process' place, choose its device and join the process group.
+
+    Reads `options.device` (auto, cuda, xpu, mps, cpu, or one device such as cuda:1) and, where present,
+    `rendezvous_timeout` (180 s) and `hang_timeout` (180 s; 0 switches the watchdog off).
+    Raises UserError for a device that is not there, a device used twice, and processes that did not arrive.
+    """
+    place = find_place(os.environ)
+    device = choose_device(getattr(options, "device", "auto") or "auto", place.local_rank, place.local_world_size)
+    if device.type in ("cuda", "xpu"):
+        torch.get_device_module(device).set_device(device)
+    process = Process(place, device)
+    if place.launcher != "none":
+        end_with_launcher()
+    if place.world_size == 1:
+        return process
+    if place.local_world_size == place.world_size and os.path.isdir("/sys/class/net/lo"):
+        # On one node nothing needs to listen on an outside interface.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    limit = datetime.timedelta(seconds=float(getattr(options, "rendezvous_timeout", None) or 180))
+    process.store = meet(place, limit)
+    process.backend = BACKENDS[device.type]
+    timeout = datetime.timedelta(seconds=group_timeout(float(getattr(options, "hang_timeout", 180))))
+    groups = dict(device_id=device) if process.backend == "nccl" else {}
+    dist.init_process_group(process.backend, store=process.store, rank=place.rank, world_size=place.world_size,
+                            timeout=timeout, **groups)
+    process.side = dist.group.WORLD if process.backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+    try:
+        refuse_shared_devices(process.all_gather_object((place.node, device_identity(device))))
+    except UserError:
+        process.close()
+        raise
+    return process
+
+
+def group_timeout(hang_timeout: float) -> float:
+    """Seconds the process group itself waits: above the watchdog's longest patience, so that its sentence comes first."""
+    return max(300.0, 4 * hang_timeout + 60) if hang_timeout else 1800.0
+
+
+def choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:
+    """The device of this process. Works when a task sees all GPUs of its node and when it sees only its own.
+
+    CUDA_VISIBLE_DEVICES is not asked: on machines without a GPU a scheduler may set it all the same.
+    """
+    available = {"cuda": torch.cuda.is_available(), "xpu": hasattr(torch, "xpu") and torch.xpu.is_available(),
+                 "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind, _, index = wanted.partition(":")
+    if kind == "auto":
+        kind = next(name for name, there in available.items() if there)
+    if kind not in available or (index and not index.isdigit()):
+        raise UserError(f"--device {wanted}: not a device; use auto, cuda, xpu, mps, cpu, or one of them such as cuda:1.")
+    if not available[kind]:
+        usable = ", ".join(name for name, there in available.items() if there)
+        raise UserError(f"--device {wanted}: PyTorch finds no {kind} device on this machine; use --device auto "
+                        f"(here: {usable}).")
+    if kind in ("cpu", "mps"):
+        return torch.device(kind)
+    count = torch.get_device_module(kind).device_count()
+    if not index and count not in (1, local_world_size) and count < local_world_size:
+        raise UserError(f"{local_world_size} processes on this node but {count} {kind} devices: start {count} processes "
+                        f"per node.")
+    number = int(index) if index else (local_rank if count > 1 else 0)
+    if number >= count:
+        raise UserError(f"--device {wanted}: this process sees {count} {kind} device(s), numbered 0 to {count - 1}.")
+    return torch.device(kind, number)
+
+
+def device_identity(device: torch.device) -> str:
+    """What two processes on one node must not share; empty for the CPU, which they may."""
+    if device.type == "cpu":
+        return ""
+    if device.type == "cuda":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        if len(visible) > device.index and visible[device.index].startswith("MIG"):
+            return visible[device.index]  # slices of one GPU report the same uuid
+        return str(torch.cuda.get_device_properties(device).uuid)
+    return str(device)
+
+
+def refuse_shared_devices(found: list[tuple[int, str]]) -> None:
+    """`found[rank]` is (node, device identity); UserError when two ranks of one node have the same device."""
+    owners: dict[tuple[int, str], int] = {}
+    for rank, (node, identity) in enumerate(found):
+        if identity and (node, identity) in owners:
+            raise UserError(f"ranks {owners[node, identity]} and {rank} on node {node} share one device ({identity}): start "
+                            f"one process per device, and leave the number out of --device.")
+        owners[node, identity] = rank
+
+
+# ---------------------------------------------------------------------------------------------------- rendezvous
+
+def meet(place: Place, limit: datetime.timedelta) -> dist.Store:
+    """A store shared by all processes, once all are there; UserError naming the missing ranks after `limit`."""
+    try:
+        store = _connect(place, limit)
+    except (dist.DistError, RuntimeError, OSError) as error:
+        logger.debug("rendezvous: %s", error)
+        raise UserError(f"rank {place.rank} ({place.node_name}) found no rank 0 at {place.master_addr} within "
+                        f"{limit.total_seconds():.0f} s: check that rank 0 has started there and that this node reaches it "
+                        f"(--rendezvous_timeout).") from None
+    names = [f"here/{rank}" for rank in range(place.world_size)]
+    store.set(names[place.rank], place.node_name)
+    try:
+        store.wait(names, limit)
+    except (dist.DistError, RuntimeError):
+        missing = [rank for rank, name in enumerate(names) if not store.check([name])]
+        raise UserError(f"only {place.world_size - len(missing)} of {place.world_size} processes arrived within "
+                        f"{limit.total_seconds():.0f} s; missing rank(s): {', '.join(map(str, missing))} "
+                        f"(--rendezvous_timeout).") from None
+    return store
+
+
+def _connect(place: Place, limit: datetime.timedelta) -> dist.Store:
+    if place.launcher in ("torchrun", "mpirun"):
+        store, _, _ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=limit))
+        return store
+    ports = [20000 + key(0, place.token, i) % 12000 for i in range(4)]
+    if place.rank == 0:
+        return _serve(place, ports, limit)
+    return _find(place, ports, limit)
+
+
+def _serve(place: Place, ports: list[int], limit: datetime.timedelta) -> dist.Store:
+    address = "127.0.0.1" if place.local_world_size == place.world_size else ""
+    for port in ports:
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((address, port))
+        except OSError:
+            listener.close()
+            continue
+        listener.listen(1024)
+        store = dist.TCPStore("127.0.0.1", port, is_master=True, timeout=limit, wait_for_workers=False,
+                              master_listen_fd=listener.detach())
+        store.set("token", place.token)
+        return store
+    raise UserError(f"ports {ports} on {place.node_name} are all taken; start again.")
+
+
+def _find(place: Place, ports: list[int], limit: datetime.timedelta) -> dist.Store:
+    """Try the ports rank 0 may have taken until one answers with this very start's token."""
+    deadline = datetime.datetime.now() + limit
+    while True:
+        for port in ports:
+            try:
+                socket.create_connection((place.master_addr, port), timeout=5).close()
+                store = dist.TCPStore(place.master_addr, port, is_master=False, wait_for_workers=False,
+                                      timeout=datetime.timedelta(seconds=5))
+                if store.get("token").decode() == place.token:
+                    store.set_timeout(limit)
+                    return store
+            except (OSError, dist.DistError, RuntimeError):
+                pass
+        if datetime.datetime.now() > deadline:
+            raise OSError("nobody answers")
+        time.sleep(0.2)
