@@ -43,16 +43,17 @@ class Operators:
     def depthwise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (B, H, W, C), weight (C, 1, k, k) with odd k, zero padding k // 2."""
         padding = (weight.shape[2] // 2, weight.shape[3] // 2)
-        return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=weight.shape[0]).permute(0, 2, 3, 1)
+        out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=weight.shape[0])
+        return out.permute(0, 2, 3, 1)
 
     def patch_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (B, H, W, in), weight (out, in, k, k): a convolution with stride k and no padding."""
         return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride=weight.shape[2]).permute(0, 2, 3, 1)
 
     def global_filter(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Multiply x (B, H, W, C) by a learned filter in the 2-D Fourier domain; weight (C, h, w, 2), real and imaginary.
+        """Multiply x (B, H, W, C) by a learned filter in the 2-D Fourier domain, norm "ortho".
 
-        Computed and returned in float32 (float64 for float64 input) whatever the input or autocast says: sums
+        `weight` (C, h, w, 2) holds real and imaginary parts and is resized to (H, W // 2 + 1). Computed and returned in float32 (float64 for float64 input) whatever the input or autocast says: sums
         over all positions leave the range of float16 and the precision of bfloat16.
         """
         height, width = x.shape[1:3]
@@ -66,13 +67,16 @@ class Operators:
         """The gating product, elementwise."""
         return x * gate
 
-    def residual(self, x: Tensor, branch: Callable[[Tensor], Tensor], gamma: Tensor | None, keep: Tensor | None) -> Tensor:
-        """x + keep * gamma * branch(x): x (B, H, W, C); gamma (C,) or None; keep (B,) or None, 0 for a dropped sample.
+    def residual(self, x: Tensor, branch: Callable[[Tensor], Tensor], gamma: Tensor | None,
+                 keep: Tensor | None) -> Tensor:
+        """x + keep * gamma * branch(x), with x (B, H, W, C), gamma (C,) or None, keep (B,) or None (0: dropped).
 
         The sum has the wider type of x and gamma: under autocast the residual stream stays float32.
         """
-        out = branch(x)
-        factor = gamma if keep is None else keep[:, None, None, None] if gamma is None else keep[:, None, None, None] * gamma
+        out, factor = branch(x), gamma
+        if keep is not None:
+            keep = keep[:, None, None, None]
+            factor = keep if gamma is None else keep * gamma
         dtype = x.dtype if gamma is None else torch.promote_types(x.dtype, gamma.dtype)
         return (x + out if factor is None else x + out * factor).to(dtype)
 
@@ -95,13 +99,10 @@ def gnconv_dims(dim: int, order: int) -> list[int]:
     step = 2 ** (order - 1)
     if dim < step or dim % step:
         nearest = max(step, round(dim / step) * step)
-        raise ValueError(f"gnConv of order {order} halves its width {order - 1} times, and dim {dim} is not a multiple of "
-                         f"{step}; the nearest width is {nearest}, the largest order for {dim} is {_largest_order(dim)}")
+        largest = (dim & -dim).bit_length() if dim > 0 else 0
+        raise ValueError(f"gnConv of order {order} halves its width {order - 1} times, and dim {dim} is not a multiple "
+                         f"of {step}; the nearest width is {nearest}, the largest order for {dim} is {largest}")
     return [dim // 2 ** i for i in reversed(range(order))]
-
-
-def _largest_order(dim: int) -> int:
-    return ((dim & -dim).bit_length() if dim > 0 else 0)
 
 
 class GlobalLocalFilter(nn.Module):

@@ -103,7 +103,8 @@ class HorNet(nn.Module):
         self.grad_checkpointing = False
         dims = [cfg.width * 2 ** i for i in range(4)]
         self.num_features = self.head_hidden_size = dims[-1]
-        self.feature_info = [dict(num_chs=dim, reduction=4 * 2 ** i, module=f"stages.{i}") for i, dim in enumerate(dims)]
+        self.feature_info = [
+            dict(num_chs=dim, reduction=4 * 2 ** i, module=f"stages.{i}") for i, dim in enumerate(dims)]
         stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], kernel_size=4, stride=4), nn.LayerNorm(dims[0], eps=EPS))
         self.downsample_layers = nn.ModuleList([stem] + [
             nn.Sequential(nn.LayerNorm(a, eps=EPS), nn.Conv2d(a, b, kernel_size=2, stride=2))
