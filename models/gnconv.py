@@ -53,8 +53,9 @@ class Operators:
     def global_filter(self, x: Tensor, weight: Tensor) -> Tensor:
         """Multiply x (B, H, W, C) by a learned filter in the 2-D Fourier domain, norm "ortho".
 
-        `weight` (C, h, w, 2) holds real and imaginary parts and is resized to (H, W // 2 + 1). Computed and returned in float32 (float64 for float64 input) whatever the input or autocast says: sums
-        over all positions leave the range of float16 and the precision of bfloat16.
+        `weight` (C, h, w, 2) holds real and imaginary parts and is resized to (H, W // 2 + 1). Computed
+        and returned in float32 (float64 for float64 input) whatever the input or autocast says: sums over all
+        positions leave the range of float16 and the precision of bfloat16.
         """
         height, width = x.shape[1:3]
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -124,7 +125,7 @@ class GlobalLocalFilter(nn.Module):
         if dim < 2 or dim % 2:
             raise ValueError(f"GlobalLocalFilter dim {dim}: an even number is needed, half of it goes to each branch")
         if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"GlobalLocalFilter size {size!r}: two positive numbers (height, width // 2 + 1) are needed")
+            raise ValueError(f"GlobalLocalFilter size {size!r}: positive (height, width // 2 + 1) is needed")
         self.dw = nn.Conv2d(dim // 2, dim // 2, kernel_size=3, padding=1, bias=False, groups=dim // 2)
         self.complex_weight = nn.Parameter(torch.empty(dim // 2, *size, 2))
         self.pre_norm = nn.LayerNorm(dim, eps=1e-6)
@@ -161,8 +162,8 @@ class GnConv(nn.Module):
             features, or its grid (height, width // 2 + 1) for another feature size.
 
     Input (B, dim, H, W), any memory format and floating type; output (B, out_dim, H, W), a channels_last view.
-    In float16 the products, which can leave its range, are computed in float32, and the output is then float32
-    (the caller casts it after layer scale); bfloat16 has float32's range and needs none of this.
+    In float16 the products of up to `order` factors, which can leave its range, and the projections between
+    them are computed in float32; bfloat16 has float32's range and needs none of this.
 
     Raises:
         ValueError: for a width, kernel size or filter that does not fit, naming what does.
@@ -194,13 +195,14 @@ class GnConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.dim:
             raise ValueError(f"gnConv needs an input (batch, {self.dim}, height, width), not {tuple(x.shape)}")
-        x = self.ops.linear(x.permute(0, 2, 3, 1), self.proj_in.weight, self.proj_in.bias)
-        p, q = x.split((self.dims[0], sum(self.dims)), dim=-1)
+        fused = self.ops.linear(x.permute(0, 2, 3, 1), self.proj_in.weight, self.proj_in.bias)
+        p, q = fused.split((self.dims[0], sum(self.dims)), dim=-1)
         q = self._spatial(q)
         if p.dtype != torch.float16:
             return self._recurse(p, q).permute(0, 3, 1, 2)
         with _without_autocast(x.device.type):
-            return self._recurse(p.float(), q.float()).permute(0, 3, 1, 2)
+            out = self._recurse(p.float(), q.float()).permute(0, 3, 1, 2)
+        return out.to(x.dtype)
 
     def _spatial(self, q: Tensor) -> Tensor:
         """The depthwise operator with the scale folded into its small parameters, which saves a pass over q."""

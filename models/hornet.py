@@ -40,7 +40,7 @@ class HorNetConfig:
     def __post_init__(self):
         for name in ("depths", "orders", "filters"):
             value = getattr(self, name)
-            if isinstance(value, str) or len(value) != 4:
+            if not isinstance(value, (tuple, list)) or len(value) != 4:
                 raise ValueError(f"HorNet {name} {value!r}: four values are needed, one per stage")
 
 

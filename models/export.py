@@ -1,0 +1,125 @@
+"""Models for other runtimes: ONNX and torch.export, with the Fourier filter as matrix products.
+
+The exported graph holds no FFT operator and no complex number, which many runtimes lack, and works at any batch
+size and at any picture size from 64 pixels on.
+"""
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from models.gnconv import PLAIN, Operators
+
+ONNX_OPSET = 18
+SMALLEST_SIDE = 64  # below it the last feature map is one pixel wide, which torch.export treats as another program
+
+
+class MatrixDft(Operators):
+    """`Operators` whose global filter is the discrete Fourier transform written as real matrix products.
+
+    The matrices are made in the graph from the feature map's size, so that the size stays free.
+    """
+
+    def global_filter(self, x: Tensor, weight: Tensor) -> Tensor:
+        """As the plain one, in float32: x (B, H, W, C), weight (C, h, w, 2)."""
+        height, width = x.shape[1], x.shape[2]
+        half = width // 2 + 1
+        x = x.float().permute(0, 3, 1, 2)
+        cos_w, sin_w = _turns(width, half, width, x.device)
+        cos_h, sin_h = _turns(height, height, height, x.device)
+        real, imaginary = x @ cos_w, -(x @ sin_w)  # along the width, half the spectrum
+        real, imaginary = cos_h @ real + sin_h @ imaginary, cos_h @ imaginary - sin_h @ real
+        filter_real, filter_imaginary = _resized(weight.float(), height, half).unbind(-1)
+        real, imaginary = (real * filter_real - imaginary * filter_imaginary,
+                           real * filter_imaginary + imaginary * filter_real)
+        real, imaginary = cos_h @ real - sin_h @ imaginary, cos_h @ imaginary + sin_h @ real
+        # Columns strictly between 0 and width / 2 stand for two of the full spectrum.
+        column = torch.arange(half, device=x.device)
+        twice = 1.0 + ((column > 0) & (2 * column != width)).float()
+        out = (real * twice) @ cos_w.T - (imaginary * twice) @ sin_w.T
+        return (out / (height * width)).permute(0, 2, 3, 1)
+
+
+def _turns(rows: int, columns: int, period: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of 2 pi i j / period, (rows, columns); the product is reduced as integers, which keeps it exact."""
+    i, j = torch.arange(rows, device=device), torch.arange(columns, device=device)
+    angle = (i[:, None] * j[None] % period).float() * (2 * math.pi / period)
+    return angle.cos(), angle.sin()
+
+
+def _resized(weight: Tensor, height: int, half: int) -> Tensor:
+    """Bilinear resize with corners aligned as two matrix products: no branch on the size, exact at the own size."""
+    rows, columns = _interpolation(weight.shape[1], height, weight), _interpolation(weight.shape[2], half, weight)
+    return torch.stack([rows @ part @ columns.T for part in weight.unbind(-1)], dim=-1)
+
+
+def _interpolation(source: int, target: int, like: Tensor) -> Tensor:
+    steps = torch.arange(target, device=like.device)
+    place = (steps * (source - 1)).float() / torch.sym_max(target - 1, 1)
+    return (1 - (place[:, None] - torch.arange(source, device=like.device)[None]).abs()).clamp_min(0)
+
+
+class _Probabilities(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images).softmax(-1)
+
+
+class _Logits(_Probabilities):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+
+def exported_program(model: nn.Module, input_size: int = 224, softmax: bool = False) -> torch.export.ExportedProgram:
+    """`torch.export` of a HorNet on the CPU in float32, with free batch, height and width (each side >= 64).
+
+    The input is `images`, float32 (B, 3, H, W), normalised; the output logits, or probabilities with `softmax`.
+    """
+    model = model.float().cpu().eval()
+    model.set_operators(MatrixDft())
+    try:
+        wrapped = (_Probabilities if softmax else _Logits)(model).eval()
+        size = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height", min=SMALLEST_SIDE, max=4096),
+                3: torch.export.Dim("width", min=SMALLEST_SIDE, max=4096)}
+        # Height and width differ here, so that the graph cannot tie them together.
+        example = torch.zeros(2, model.in_chans, max(input_size, SMALLEST_SIDE), max(input_size, SMALLEST_SIDE) + 32)
+        with torch.no_grad():
+            return torch.export.export(wrapped, (example,), dynamic_shapes={"images": size})
+    finally:
+        model.set_operators(PLAIN)
+
+
+def export_onnx(program: torch.export.ExportedProgram, path: str | Path, metadata: dict[str, str]) -> None:
+    """Write ONNX with input `images` and output `output`; `metadata` goes into the file's metadata_props.
+
+    Raises UserError when the packages onnx and onnxscript are missing.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError("ONNX export needs the packages onnx, onnxscript and onnxruntime: "
+                        "pip install onnx onnxscript onnxruntime") from error
+    converted = torch.onnx.export(program, dynamo=True, opset_version=ONNX_OPSET, input_names=["images"],
+                                  output_names=["output"], external_data=False, verbose=False)
+    converted.model.metadata_props.update(metadata)
+    converted.save(str(path), external_data=False)
+
+
+def onnx_function(path: str | Path) -> Callable[[Tensor], Tensor]:
+    """The exported file in ONNX Runtime on the CPU: float32 (B, 3, H, W) → (B, classes)."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError("checking an ONNX file needs onnxruntime: pip install onnxruntime") from error
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    return run
