@@ -1,0 +1,86 @@
+"""Exponential moving average of the weights."""
+import copy
+import math
+
+import torch
+from torch import nn
+
+
+class Ema:
+    """A model whose entries follow those of another: `ema += (1 - decay) * (weights - ema)` after each update.
+
+    It starts as a copy of `model` and covers every state-dict entry (integer ones are copied). `device` keeps it
+    elsewhere, e.g. on the CPU (`--model_ema_force_cpu`). All ranks compute the same values from the same weights.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, device: torch.device | str | None = None):
+        self.decay = decay
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        if device is not None:
+            self.module.to(device)
+        source, own = _entries(model), _entries(self.module)
+        self._source = [source[name] for name in own]
+        self._own = list(own.values())
+
+    @torch.no_grad()
+    def update(self, applied: torch.Tensor | None = None) -> None:
+        """Follow the model once. `applied` (0-dim bool) false on the device leaves everything as it is.
+
+        On the CPU the flag is read, elsewhere it is a factor, so that the host need not wait.
+        """
+        on_host = applied is None or applied.device.type == "cpu" or self._own[0].device.type == "cpu"
+        if on_host and applied is not None and not applied.item():
+            return
+        source = self._source
+        if self._own[0].device != source[0].device:
+            source = [tensor.to(self._own[0].device) for tensor in source]
+        pairs = [(own, new) for own, new in zip(self._own, source) if own.is_floating_point()]
+        own, new = [a for a, _ in pairs], [b for _, b in pairs]
+        if on_host:
+            torch._foreach_lerp_(own, new, 1 - self.decay)
+        else:
+            change = torch._foreach_sub(new, own)
+            torch._foreach_mul_(change, (1 - self.decay) * applied)
+            torch._foreach_add_(own, change)
+        for target, value in zip(self._own, source):
+            if not target.is_floating_point():
+                target.copy_(value if on_host else torch.where(applied, value, target))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The averaged weights under the model's own names."""
+        return self.module.state_dict()
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Put averaged weights back, in place."""
+        self.module.load_state_dict(state)
+
+    def copy_from_model(self) -> None:
+        """Start anew from the model's present weights (after fine-tuning weights were loaded)."""
+        with torch.no_grad():
+            for own, new in zip(self._own, self._source):
+                own.copy_(new)
+
+
+def _entries(model: nn.Module) -> dict[str, torch.Tensor]:
+    return model.state_dict(keep_vars=True)
+
+
+def half_life(decay: float) -> float:
+    """Updates after which a weight's share in the average has halved."""
+    return math.log(0.5) / math.log(decay) if 0 < decay < 1 else (math.inf if decay >= 1 else 0.0)
+
+
+def fitting_decay(total_updates: int) -> float:
+    """A decay whose half-life is a twentieth of the run, rounded down to the digits that matter."""
+    step = 1 - 0.5 ** (20 / max(total_updates, 40))
+    digits = 1 - math.floor(math.log10(step))
+    return round(1 - step, digits)
+
+
+def half_life_warning(decay: float, total_updates: int) -> str | None:
+    """A sentence when the average could not follow within this run: half-life above a fifth of it. None if it can."""
+    if half_life(decay) <= total_updates / 5:
+        return None
+    return (f"--model_ema_decay {decay:g} has a half-life of {half_life(decay):,.0f} updates, more than a fifth of "
+            f"this run's {total_updates:,}: the averaged weights will lag behind; --model_ema_decay "
+            f"{fitting_decay(total_updates):g} fits.")

@@ -1,0 +1,145 @@
+"""What follows a non-finite update, and where the first non-finite number came from."""
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass
+class NonfinitePolicy:
+    """Decides what follows each update; the same on every rank, since the flags it is fed are agreed.
+
+    `mode`: "stop" ends the run at the first non-finite update; "skip" goes on without it, and asks for a rollback
+    to the last good checkpoint after `in_a_row` of them; "rollback" asks for one each time. After
+    `give_up_after` rollbacks, or ten times as many skipped updates, the answer is "stop".
+    """
+    mode: str = "skip"
+    in_a_row: int = 3
+    give_up_after: int = 5
+    row: int = 0
+    skipped: int = 0
+    rollbacks: int = 0
+
+    def decide(self, finite: bool, overflow: bool = False) -> str:
+        """"go", "skip", "rollback" or "stop" after an update that was `finite` or not.
+
+        `overflow`: the loss was finite and a loss scale above 1 was in use, which will be halved. Such updates are
+        how that scale finds its value; they are skipped and not held against the run.
+        """
+        if finite or overflow:
+            self.row = 0 if finite else self.row
+            return "go"
+        self.row, self.skipped = self.row + 1, self.skipped + 1
+        if self.mode == "stop" or self.skipped > 10 * self.give_up_after:
+            return "stop"
+        if self.mode == "skip" and self.row < self.in_a_row:
+            return "skip"
+        self.row, self.rollbacks = 0, self.rollbacks + 1
+        return "stop" if self.rollbacks > self.give_up_after else "rollback"
+
+
+@dataclass(frozen=True)
+class Incident:
+    """An update that was not applied: its numbers on the host, what to do, and the context it was filed with."""
+    update: int
+    action: str
+    loss: float
+    grad_norm: float
+    loss_scale: float
+    context: Any
+
+
+class FiniteWatch:
+    """Brings each update's flags to the host when that costs no wait, and lets the policy decide.
+
+    On an accelerator the copy is asynchronous and read when the next update has been queued, so that the device
+    always has work; on the CPU it is read at once. One watch serves the whole run.
+    """
+
+    def __init__(self, policy: NonfinitePolicy):
+        self.policy = policy
+        self._pending: deque = deque()
+
+    def add(self, update: int, stats: Any, context: Any = None) -> Iterator[Incident]:
+        """File an update (`stats`: optim.update.UpdateStats); gives the incidents known by now."""
+        values, event = stats.values, None
+        if values.device.type in ("cuda", "xpu"):
+            event = torch.Event(values.device)
+            values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+            event.record()
+        self._pending.append((update, values, event, context))
+        return self._read(keep=0 if event is None else 1)
+
+    def flush(self) -> Iterator[Incident]:
+        """The incidents among all updates filed, waiting for the last."""
+        return self._read(keep=0)
+
+    @staticmethod
+    def diagnose(model: nn.Module, forward: Callable[[], torch.Tensor]) -> dict:
+        """`optim.finite.diagnose`."""
+        return diagnose(model, forward)
+
+    def _read(self, keep: int) -> Iterator[Incident]:
+        while len(self._pending) > keep:
+            update, values, event, context = self._pending.popleft()
+            if event is not None:
+                event.synchronize()
+            loss, norm, finite, loss_finite, scale = values.tolist()
+            overflow = loss_finite > 0 and scale > 1.0
+            action = self.policy.decide(finite > 0, overflow)
+            if action != "go":
+                yield Incident(update, action, loss, norm, scale, context)
+
+
+def diagnose(model: nn.Module, forward: Callable[[], torch.Tensor]) -> dict:
+    """Replay a batch and name the first place that is not finite. Changes no weight, gradient or buffer.
+
+    `forward` runs the unwrapped `model` on the batch and returns its loss. Returns `first_module` (name of the
+    first module whose output is non-finite, in order of execution; "" for none), its `module_type`, `input_max`
+    (largest finite magnitude among its inputs), `replayed_loss`, `parameters` (up to ten that are non-finite
+    themselves, or whose gradient is, last layers first) and `reproduced` (whether anything of this was found).
+    """
+    found: dict = {}
+
+    def look(name: str):
+        def hook(module, inputs, output):
+            if not found and not _finite(output):
+                found.update(first_module=name or "(model)", module_type=type(module).__name__,
+                             input_max=_largest(inputs))
+        return hook
+
+    # Modules end after those inside them, so the first to end with a bad output is the innermost cause.
+    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    try:
+        loss = forward()
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        bad = [name for name, p in model.named_parameters() if not _finite(p)]
+        if not bad and _finite(loss):
+            grads = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+            bad = [name for (name, _), grad in zip(named, grads) if grad is not None and not _finite(grad)][::-1]
+    finally:
+        for handle in handles:
+            handle.remove()
+    reproduced = bool(found or bad or not _finite(loss))
+    return {"reproduced": reproduced, "first_module": "", "module_type": "", "input_max": None, **found,
+            "replayed_loss": loss.item(), "parameters": bad[:10]}
+
+
+def _tensors(value) -> list[torch.Tensor]:
+    if torch.is_tensor(value):
+        return [value.detach()] if value.is_floating_point() or value.is_complex() else []
+    if isinstance(value, dict):
+        value = value.values()
+    return [t for item in value for t in _tensors(item)] if isinstance(value, (tuple, list, type({}.values()))) else []
+
+
+def _finite(value) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(value))
+
+
+def _largest(value) -> float | None:
+    peaks = [torch.nan_to_num(t.abs().float(), nan=0.0, posinf=0.0).max().item() for t in _tensors(value) if t.numel()]
+    return max(peaks, default=None)
