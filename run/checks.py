@@ -1,5 +1,5 @@
 """The rules between options: step one before anything is touched, step two when processes and pictures are known."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from common.errors import UserError
@@ -14,15 +14,18 @@ def settle(options: Options, origins: dict[str, str]) -> list[str]:
     _settle_batch(options, origins, notices)
     if options.data_set == "SAMPLE" and not options.data_path:
         options.data_path = "data/digits"
-    for name, field in Options.__dataclass_fields__.items():
-        if field.metadata["no_effect"] and origins[name] != "default":
+    fields = Options.__dataclass_fields__
+    given = {name for name, origin in origins.items() if origin == "flag"
+             or origin == "recipe" and getattr(options, name) != fields[name].default}
+    for name, field in fields.items():
+        if field.metadata["no_effect"] and name in given:
             notices.append(f"--{name} has no effect: {field.metadata['no_effect']}.")
     pairs = (("amp_dtype", "use_amp", "--use_amp true"), ("model_ema_eval", "model_ema", "--model_ema true"),
              ("model_ema_force_cpu", "model_ema", "--model_ema true"), ("clip_by", "clip_grad", "--clip_grad"),
              ("clip_mode", "clip_grad", "--clip_grad"), ("wandb_ckpt", "enable_wandb", "--enable_wandb true"),
              ("check", "eval", "--eval true"), ("explain_difference", "eval", "--eval true"))
     for name, needed, words in pairs:
-        if origins[name] != "default" and getattr(options, name) and not getattr(options, needed):
+        if name in given and getattr(options, name) and not getattr(options, needed):
             notices.append(f"--{name} has no effect without {words}.")
     return notices
 
@@ -89,6 +92,10 @@ class BatchPlan:
     world_size: int
     lr: float
     notices: tuple[str, ...] = ()
+
+    def apply(self, options: Options) -> Options:
+        """A copy of `options` with the plan's accumulation, global batch and learning rate in it."""
+        return replace(options, update_freq=self.update_freq, global_batch=self.global_batch, lr=self.lr)
 
     @property
     def equation(self) -> str:

@@ -81,7 +81,7 @@ class Options:
                              common=True)
 
     data_set: str = _data("IMNET", "layout of the data: IMNET (train/ and val/ with one folder per class), "
-                          "image_folder (data_path is the train folder itself), CIFAR (CIFAR-100), SAMPLE (embedded digits)",
+                          "image_folder (data_path is the train folder itself), CIFAR (CIFAR-100), SAMPLE (digits)",
                           one_of("IMNET", "image_folder", "CIFAR", "SAMPLE"), common=True)
     data_path: str = _data("", "folder of the data set", common=True)
     eval_data_path: str | None = _data(None, "folder of the evaluation pictures when it is not data_path/val")
@@ -92,6 +92,7 @@ class Options:
     allow_class_mismatch: bool = _data(False, "accept a val folder with classes missing or added")
     allow_bad_images: bool = _data(False, "evaluate although some pictures cannot be read (each counts as wrong)")
     reindex: bool = _data(False, "read the data folder anew instead of using the saved index")
+    index_cache: str | None = _data(None, "folder for the saved index of the pictures; none: the user's cache folder")
     imagenet_default_mean_and_std: bool = _data(True, "normalise with ImageNet's mean and deviation; "
                                                 "false: Inception's")
     num_workers: int = _data(10, "loader processes per training process", at_least(0, 512), common=True)

@@ -52,8 +52,9 @@ class Resolved:
 
     def to_yaml(self) -> str:
         """The options as a recipe that `--config` reads back, with the origin of each value as a comment."""
+        left_out = (*_PER_LAUNCH, "update_freq" if self.options.global_batch else "global_batch")
         lines = [f"{name}: {_yaml(getattr(self.options, name))}  # {self.origins[name]}"
-                 for name in FIELDS if name not in _PER_LAUNCH]
+                 for name in FIELDS if name not in left_out]
         return "\n".join(lines) + "\n"
 
     def describe(self) -> str:
@@ -88,7 +89,7 @@ def parse(argv: Sequence[str], model_names: Sequence[str] = (),
     Raises: UserError for every mistake; SystemExit(0) after `--help` or `--help all` has been written.
     """
     flags = _convert_flags(_split(list(argv)))
-    recipe = read(flags["config"]) if flags.get("config") else None
+    recipe = read(flags["config"]) if flags.get("config") is not None else None
     from_recipe = {n: v for n, v in recipe.values.items() if n not in _PER_LAUNCH} if recipe else {}
     options = Options(**(from_recipe | flags))
     origins = {name: "flag" if name in flags else "recipe" if name in from_recipe else "default" for name in FIELDS}

@@ -160,8 +160,9 @@ def published_recipe(model: str, values: Any) -> Recipe | None:
     The large models have two, ImageNet-22k pre-training and 384-pixel fine-tuning, told apart by the start
     and the input size.
     """
-    finetuned = bool(values["finetune"]) or values["input_size"] >= 384
-    endings = ["_ft1k_384", "_in22k", ""] if finetuned else ["_in22k", "", "_ft1k_384"]
+    endings = ["_ft1k_384"] if values["finetune"] else ["", "_in22k", "_ft1k_384"]
+    if values["input_size"] >= 384:
+        endings.reverse()
     for ending in endings:
         path = FOLDER / f"{model.removesuffix('_img384') if ending == '_ft1k_384' else model}{ending}.yaml"
         if model and "/" not in model and path.is_file():
