@@ -15,7 +15,7 @@ import yaml
 from common.errors import UserError
 from run import checks
 from run.fields import Options
-from run.recipe import FIELDS, Recipe, convert, kind, published_recipe, read, suggest
+from run.recipe import FIELDS, Recipe, convert, kind, published_recipe, quote, read, suggest
 
 __all__ = ["Options", "Resolved", "parse", "help_text", "validate_after_index", "plan_batch"]
 validate_after_index, plan_batch = checks.validate_after_index, checks.plan_batch
@@ -142,7 +142,7 @@ def _known(name: str, token: str) -> str:
     hint = suggest(name.replace("-", "_"), FIELDS)
     hint = hint.replace("mean ", "mean --") if hint else "; `--help all` lists every flag"
     short = any(flag.startswith(name) for flag in FIELDS) and bool(name)
-    raise UserError(f"unknown flag --{name}{' (flags are not abbreviated)' if short else ''}{hint}"
+    raise UserError(f"unknown flag --{name[:60]}{' (flags are not abbreviated)' if short else ''}{hint}"
                     f"{'' if hint.endswith('?') else '.'}")
 
 
@@ -153,18 +153,18 @@ def _stray(token: str, before: list[str]) -> UserError:
     if token[0:1] in "-\u2013\u2014\u2212" and token:
         name = token.lstrip("-\u2013\u2014\u2212").partition("=")[0]
         hint = suggest(name, FIELDS).replace("mean ", "mean --")
-        return UserError(f"{token!r} does not begin with two hyphens as flags do{hint or '; write --name value'}"
+        return UserError(f"{quote(token)} does not begin with two hyphens as flags do{hint or '; write --name value'}"
                          f"{'' if hint else '.'}")
-    return _joined(token) or UserError(f"{token!r} belongs to no flag; write --name value, such as --lr 4e-3.")
+    return _joined(token) or UserError(f"{quote(token)} belongs to no flag; write --name value, such as --lr 4e-3.")
 
 
 def _joined(value: str) -> UserError | None:
     """The error for `5--batch_size`: a line ending in `5\\` makes the shell join the next line's flag to it."""
-    match = re.fullmatch(r"(.*?)\\?\s*--([a-z_]+)(=.*)?", value, re.DOTALL)
+    match = re.fullmatch(r"(.+?)\\?\s*--([a-z_]+)(=.*)?", value, re.DOTALL)
     if match is None or match[2] not in FIELDS:
         return None
-    return UserError(f"{value!r} is a value and the flag --{match[2]} joined by a stray backslash: put a space before "
-                     f"the backslash that ends the line, as in `{match[1].strip()} \\`.")
+    return UserError(f"{quote(value)} is a value and the flag --{match[2]} joined by a stray backslash: put a space "
+                     f"before the backslash that ends the line, as in `{match[1].strip()[-40:]} \\`.")
 
 
 def _convert_flags(given: Mapping[str, list[str]]) -> dict[str, Any]:

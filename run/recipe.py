@@ -37,6 +37,11 @@ def suggest(word: str, words: Any) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def quote(text: str) -> str:
+    """`text` for a one-line sentence: in quotes, without control characters, at most 80 characters of it."""
+    return repr(text if len(text) <= 80 else text[:77] + "...")
+
+
 def kind(name: str) -> tuple[type, bool, bool]:
     """(element type, may be none, takes several values) of the option `name`."""
     hint = _TYPES[name]
@@ -61,11 +66,13 @@ def convert(name: str, texts: list[str], label: str) -> Any:
     elif several:
         value = tuple(_scalar(text, element, label, accepts) for text in texts)
     elif len(texts) != 1:
-        raise UserError(f"{label} takes one value, {len(texts)} were given: {' '.join(texts)!r}.")
+        raise UserError(f"{label} takes one value, {len(texts)} were given: {quote(' '.join(texts))}.")
     else:
         value = _scalar(texts[0], element, label, accepts)
     if value is not None and (not finite(value) or accepts is not None and not accepts.test(value)):
-        raise UserError(f"{label} {' '.join(texts)} is out of range; it takes {_accepted(element, accepts, optional)}.")
+        shown = " ".join(texts)
+        shown = shown if shown.isprintable() and len(shown) <= 80 else quote(shown)
+        raise UserError(f"{label} {shown} is out of range; it takes {_accepted(element, accepts, optional)}.")
     return value
 
 
@@ -78,7 +85,8 @@ def _scalar(text: str, element: type, label: str, accepts: Any) -> Any:
             return word.lower() in _TRUE
         return text if element is str else element(word)
     except ValueError:
-        raise UserError(f"{label} {text!r} is not accepted; it takes {_accepted(element, accepts, False)}.") from None
+        wanted = _accepted(element, accepts, False)
+        raise UserError(f"{label} {quote(text)} is not accepted; it takes {wanted}.") from None
 
 
 def _accepted(element: type, accepts: Any, optional: bool) -> str:
@@ -111,7 +119,7 @@ def read(path: str) -> Recipe:
 def _recipe_value(path: str, name: str, value: Any) -> Any:
     if name not in FIELDS:
         hint = suggest(name.replace("-", "_"), FIELDS)
-        raise UserError(f"recipe {path} has an unknown key {name!r}{hint or '; `--help all` lists every option'}.")
+        raise UserError(f"recipe {path} has an unknown key {quote(name)}{hint or '; `--help all` lists every option'}.")
     texts = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in texts):
         raise UserError(f"recipe {path}: {name} must be a plain value or a list of plain values.")
@@ -136,6 +144,7 @@ def _text(path: str) -> str:
             raise UserError(f"--config {path} is not a text file; give a YAML file with options.") from None
         hint = suggest(Path(path).name, [p.name for p in FOLDER.glob("*.yaml")])
         reason = getattr(error, "strerror", None) or str(error)
+        path = path if path.isprintable() and len(path) <= 200 else quote(path)
         raise UserError(f"--config {path} cannot be opened ({reason}){hint or '; recipes are in recipes/'}.") from None
 
 

@@ -90,8 +90,8 @@ def test_numbers_in_yaml_need_no_dot(tmp_path, text, value):
 
 
 def test_yaml_values_are_converted_as_flags_are(tmp_path):
-    o = parse(write(tmp_path, "scale: [0.5, 1.0]\nmodel_ema: yes\nclip_grad: null\nresume: [a, b]\neval: True\naa: none\n"
-                              "exp_name: 010\nepochs: 030\n")).options
+    o = parse(write(tmp_path, "scale: [0.5, 1.0]\nmodel_ema: yes\nclip_grad: null\nresume: [a, b]\neval: True\n"
+                              "aa: none\nexp_name: 010\nepochs: 030\n")).options
     assert (o.scale, o.model_ema, o.clip_grad, o.resume, o.aa) == ((0.5, 1.0), True, None, ("a", "b"), None)
     assert (o.exp_name, o.epochs) == ("010", 30)
 
