@@ -126,6 +126,34 @@ def read_json(path: str | os.PathLike, max_bytes: int = 64 << 20) -> Any:
         raise UserError(f"{path} is not readable as JSON ({error}); remove it or name another.") from error
 
 
+def append_json_line(path: str | os.PathLike, record: dict) -> None:
+    """Append one record to a file of JSON lines; a line cut short by a crash before it is closed first."""
+    line = json.dumps(record, ensure_ascii=False, default=str) + "\n"
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else "\n" + line
+        file.write(line.encode("utf-8", "surrogateescape"))
+
+
+def read_json_lines(path: str | os.PathLike) -> list[dict]:
+    """The records of a file of JSON lines; [] when there is none. Lines cut short by a crash are left out."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            lines = file.readlines()
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
 def sha256_file(path: str | os.PathLike) -> str:
     """sha256 of a file in hex."""
     with open(path, "rb") as file:
