@@ -106,7 +106,7 @@ class _Meter:
         if self.window:
             window = torch.stack(self.window).cpu().double().sum(0).numpy()
             self.window, self.sums = [], self.sums + window
-            progress.recent_loss = window[0] / window[2] if window[2] else float("nan")
+            progress.recent_loss = float(window[0] / window[2]) if window[2] else float("nan")
         several = process is not None and process.world_size > 1
         sums = torch.from_numpy(self.sums.copy())
         if over_ranks and several:

@@ -1,0 +1,73 @@
+"""The moving average of the weights: its formula, its start, masks, devices, and the half-life warning."""
+import pytest
+import torch
+from torch import nn
+
+from optim.ema import Ema, fitting_decay, half_life, half_life_warning
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.norm = nn.BatchNorm1d(2)  # float and integer buffers
+
+
+def follow(model, ema, updates, applied=None):
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in range(updates):
+        with torch.no_grad():
+            for value in model.state_dict().values():
+                value.add_(torch.randn_like(value) if value.is_floating_point() else 1)
+        ema.update(applied)
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                expected[name] = expected[name] * ema.decay + (1 - ema.decay) * value
+            else:
+                expected[name] = value.clone()
+    return expected
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_formula_over_all_entries(device):
+    model = Net()
+    ema = Ema(model, 0.9, device)
+    assert all(torch.equal(a, b) for a, b in zip(ema.state_dict().values(), model.state_dict().values()))
+    expected = follow(model, ema, 5, torch.tensor(True))
+    assert list(ema.state_dict()) == list(model.state_dict())
+    for name, value in ema.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_an_update_that_was_not_applied_changes_nothing():
+    model = Net()
+    ema = Ema(model, 0.9)
+    before = {name: value.clone() for name, value in ema.state_dict().items()}
+    follow(model, ema, 2, torch.tensor(False))
+    assert all(torch.equal(before[name], value) for name, value in ema.state_dict().items())
+
+
+def test_it_needs_no_gradient_and_stays_in_eval_mode():
+    model = Net().train()
+    ema = Ema(model, 0.9)
+    assert not ema.module.training and model.training
+    assert not any(p.requires_grad for p in ema.module.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_restart_from_the_model():
+    model = Net()
+    ema = Ema(model, 0.9)
+    follow(model, ema, 3)
+    ema.copy_from_model()
+    assert all(torch.equal(a, b) for a, b in zip(ema.state_dict().values(), model.state_dict().values()))
+
+
+def test_half_life_and_fitting_decay():
+    assert half_life(0.9999) == pytest.approx(6931.1, abs=0.1)
+    assert half_life_warning(0.9999, 300 * 312) is None
+    sentence = half_life_warning(0.9999, 500)
+    assert "--model_ema_decay 0.9999" in sentence and f"{fitting_decay(500):g} fits" in sentence
+    for updates in (40, 90, 500, 3000, 90_000):
+        assert updates / 40 < half_life(fitting_decay(updates)) < updates / 10
+        assert half_life_warning(fitting_decay(updates), updates) is None
