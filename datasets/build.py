@@ -1,0 +1,137 @@
+"""The data of a run from its options: what is where, which classes, which labels."""
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch.utils.data import BatchSampler
+
+from common.errors import UserError
+from datasets import labels as label_maps
+from datasets.cifar import read_cifar
+from datasets.loader import PictureDataset, PictureLoader, Reader, make_loader
+from datasets.pictures import show
+from datasets.readers import FolderReader, index_folder
+from datasets.sample import ensure_sample
+from datasets.samplers import ExactEvalSampler, GlobalBatchSampler
+from datasets.transforms import Erasing, eval_transform, train_transform
+
+
+@dataclass
+class Data:
+    """`train` and `val` (None when not asked for), the class names in logit order, and notes for the console."""
+
+    train: PictureDataset | None
+    val: PictureDataset | None
+    class_names: list[str]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of logits the data wants."""
+        return len(self.class_names)
+
+
+def build_data(options, *, train: bool, evaluate: bool, class_names: list[str] | None = None,
+               rank_zero: bool = True) -> Data:
+    """Find the pictures and their classes.
+
+    options: data_set (IMNET, image_folder, CIFAR, SAMPLE), data_path, eval_data_path, nb_classes, val_labels,
+        allow_class_mismatch, reindex and the transform options.
+    class_names: the checkpoint's list in logit order, which then decides; the data must fit it.
+    rank_zero: only this process of a node writes the index cache.
+    Raises UserError for everything the user can mend.
+    """
+    if options.data_set not in ("IMNET", "image_folder", "CIFAR", "SAMPLE"):
+        raise UserError(f"--data_set {options.data_set} is not one of IMNET, image_folder, CIFAR, SAMPLE.")
+    if options.data_set == "SAMPLE":
+        ensure_sample(options.data_path)
+    notes: list[str] = []
+    train_reader, val_reader = _readers(options, train, evaluate, rank_zero)
+    names = class_names
+    if names is None:
+        found = label_maps.classes_of(
+            _folders(train_reader or val_reader), options.nb_classes, imagenet_layout=options.data_set in ("IMNET", "SAMPLE"),
+            allow_mismatch=options.allow_class_mismatch, evaluating=not train)
+        names, notes = found.names, found.notes
+    parts = []
+    for reader, part in ((train_reader if train else None, "train"), (val_reader, "val")):
+        parts.append(None if reader is None else _dataset(options, reader, list(names), part, notes))
+    return Data(*parts, list(names), notes)
+
+
+def _folders(reader: Reader) -> list[str]:
+    present = np.unique(reader.labels)
+    return [reader.classes[i] for i in present]
+
+
+def _readers(options, train: bool, evaluate: bool, write: bool) -> tuple[Reader | None, Reader | None]:
+    """The readers of both parts; the train part is looked at for its classes when there is one, even without training."""
+    if options.data_set == "CIFAR":
+        return (read_cifar(options.data_path, options.nb_classes or 100, True) if train else None,
+                read_cifar(options.eval_data_path or options.data_path, options.nb_classes or 100, False) if evaluate else None)
+    if options.data_set == "image_folder":
+        train_root, val_root = options.data_path, options.eval_data_path
+        if evaluate and not val_root:
+            raise UserError("--data_set image_folder needs --eval_data_path for evaluation; give the folder with the "
+                            "validation classes, or --disable_eval true.")
+    else:
+        train_root = os.path.join(options.data_path, "train")
+        val_root = options.eval_data_path or os.path.join(options.data_path, "val")
+        if not train and not os.path.isdir(train_root):
+            train_root = None
+    arguments = dict(reindex=bool(options.reindex), cache_folder=getattr(options, "index_cache", None), write_cache=write)
+    val = FolderReader(index_folder(val_root, **arguments)) if evaluate else None
+    if val is not None and val.classes == [""]:
+        val = _flat(val, options.val_labels)
+    train = FolderReader(index_folder(train_root, **arguments)) if train or (train_root and options.data_set != "image_folder") else None
+    if train is not None and train.classes == [""]:
+        raise UserError(f"{show(train_root)} holds pictures but no class folders; sort them into one folder per class.")
+    return train, val
+
+
+def _flat(reader: FolderReader, val_labels: str | None) -> FolderReader:
+    """Give the pictures of a flat val folder the classes of the label file."""
+    if not val_labels:
+        raise UserError(f"{show(reader.index.root)} holds pictures but no class folders; give their classes with --val_labels "
+                        "FILE (a CSV of file name,synset, or the devkit's ILSVRC2012_validation_ground_truth.txt with "
+                        "meta.mat beside it), or sort them into one folder per class.")
+    found = label_maps.read_val_labels(val_labels, [os.path.basename(reader.path(i)) for i in range(len(reader))])
+    reader.classes, places = (part.tolist() for part in np.unique(found, return_inverse=True))
+    reader.labels = np.array(places, dtype=np.int32)
+    return reader
+
+
+def _dataset(options, reader: Reader, names: list[str], part: str, notes: list[str]) -> PictureDataset:
+    training = part == "train"
+    folders = _folders(reader)
+    partial = set(names) >= set(label_maps.imagenet_synsets())
+    if not training and not partial and options.data_set == "CIFAR":
+        partial = True
+    places = label_maps.map_folders(folders, names, partial=partial, allow_mismatch=options.allow_class_mismatch,
+                                    what=f"the {part} data ({show(os.path.dirname(os.path.dirname(reader.path(0))))})")
+    by_class = np.full(len(reader.classes), -1, dtype=np.int64)
+    by_class[np.unique(reader.labels)] = places
+    targets = by_class[reader.labels]
+    left_out = int((targets < 0).sum())
+    if left_out:
+        notes.append(f"{part}: {left_out} pictures of folders without a class are left out")
+    notes.append(f"{part}: {len(targets) - left_out} pictures in {len(np.unique(targets[targets >= 0]))} of {len(names)} classes")
+    if not training and tuple(names) == label_maps.imagenet_synsets() and len(targets) != 50_000:
+        notes.append(f"val: {len(targets)} pictures, the ImageNet validation set has 50000")
+    size = options.input_size
+    if training:
+        erasing = Erasing(options.reprob, options.recount) if options.reprob > 0 else None
+        return PictureDataset(reader, targets, train_transform(options), size, seed=options.seed, erasing=erasing)
+    return PictureDataset(reader, targets, eval_transform(size, options.crop_pct), size)
+
+
+def train_loader(data: Data, options, sampler: GlobalBatchSampler) -> PictureLoader:
+    """One loader for the whole run; call `sampler.set_start(epoch, update)` before each iteration."""
+    return make_loader(data.train, options, sampler)
+
+
+def eval_loader(data: Data, options, rank: int = 0, world_size: int = 1) -> PictureLoader:
+    """This rank's share of the validation pictures, each once over all ranks, in batches of 1.5 x batch_size."""
+    sampler = ExactEvalSampler(len(data.val), rank, world_size)
+    batches = BatchSampler(sampler, max(1, int(1.5 * options.batch_size)), drop_last=False)
+    return make_loader(data.val, options, batches, refuse_bad=not options.allow_bad_images)

@@ -1,0 +1,214 @@
+"""The data set that workers run, and the loader around it: uint8 batches in one shared buffer, keyed draws."""
+import atexit
+import ctypes
+import os
+import signal
+import sys
+import weakref
+from typing import Callable, Iterator, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from common.errors import UserError
+from common.keys import key, seeded
+from common.log import logger
+from datasets.pictures import BadPicture, show
+from datasets.transforms import Erasing
+
+UNREADABLE_TARGET = -100
+_ATTEMPTS = 20
+
+
+class Batch(NamedTuple):
+    """images uint8 (B, H, W, 3); targets, indices (in the data set) and positions (global, within the epoch; -1 in
+    evaluation) int64 (B,); boxes to erase int32 (B, recount, 4) as top, left, height, width (0 = none); bad bool (B,):
+    in training the picture was replaced, in evaluation it is black and its target -100; epoch (-1 in evaluation)."""
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    indices: torch.Tensor
+    positions: torch.Tensor
+    boxes: torch.Tensor
+    bad: torch.Tensor
+    epoch: int
+
+
+class Reader(Protocol):
+    """A source of pictures: `picture(i)` gives RGB or raises BadPicture; `labels` are positions in `classes`."""
+
+    labels: np.ndarray
+    classes: list[str]
+
+    def __len__(self) -> int: ...
+    def path(self, index: int) -> str: ...
+    def picture(self, index: int) -> Image.Image: ...
+
+
+class PictureDataset(Dataset):
+    """Pictures of a reader with their logit positions, transformed; takes a micro-batch's items, gives a Batch.
+
+    targets: int64 (N,), -1 for pictures of no class, which are left out; indices count what is left.
+    """
+
+    def __init__(self, reader: Reader, targets: np.ndarray, transform: Callable[[Image.Image], np.ndarray], size: int,
+                 *, seed: int = 0, erasing: Erasing | None = None):
+        kept = targets >= 0
+        self._kept = None if kept.all() else np.flatnonzero(kept)
+        self.targets = targets if self._kept is None else targets[self._kept]
+        self.reader, self.transform, self.size, self.seed, self.erasing = reader, transform, size, seed, erasing
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def path(self, index: int) -> str:
+        """Where picture `index` comes from, for reports."""
+        return self.reader.path(self._place(index))
+
+    def _place(self, index: int) -> int:
+        return index if self._kept is None else int(self._kept[index])
+
+    def __getitem__(self, item) -> Batch:
+        return self.__getitems__([item])
+
+    def __getitems__(self, items: list) -> Batch:
+        """A Batch from (epoch, index, position) tuples in training or plain indices in evaluation."""
+        count, size = len(items), self.size
+        images = torch.empty(count, size, size, 3, dtype=torch.uint8)
+        if get_worker_info() is not None:
+            images.share_memory_()  # While still empty: filled in place, it need not be copied on its way out.
+        boxes = np.zeros((count, self.erasing.count if self.erasing else 1, 4), dtype=np.int32)
+        targets, bad, pixels = np.empty(count, dtype=np.int64), np.zeros(count, dtype=bool), images.numpy()
+        items = [item if isinstance(item, tuple) else (-1, item, -1) for item in items]
+        for row, (epoch, index, _) in enumerate(items):
+            if epoch >= 0:
+                targets[row], bad[row] = self._train(epoch, index, pixels[row], boxes[row])
+            else:
+                targets[row], bad[row] = self._evaluate(index, pixels[row])
+        return Batch(images, torch.from_numpy(targets), torch.tensor([item[1] for item in items]),
+                     torch.tensor([item[2] for item in items]), torch.from_numpy(boxes), torch.from_numpy(bad), items[0][0])
+
+    def _train(self, epoch: int, index: int, pixels: np.ndarray, boxes: np.ndarray) -> tuple[int, bool]:
+        chosen = index
+        for attempt in range(_ATTEMPTS):
+            try:
+                picture = self.reader.picture(self._place(chosen))
+                break
+            except BadPicture as error:
+                logger.warning("unreadable picture %s (%s), replaced by another", show(self.path(chosen)), error)
+                chosen = key(self.seed, "replace", epoch, index, attempt) % len(self)
+        else:
+            raise UserError(f"{_ATTEMPTS} pictures in a row are unreadable, the last is {show(self.path(chosen))}; check the "
+                            "disk and the data path.")
+        with seeded(key(self.seed, "augment", epoch, index)):
+            pixels[:] = self._transformed(picture, chosen)
+            if self.erasing is not None:
+                boxes[:] = self.erasing.boxes(self.size, self.size)
+        return self.targets[chosen], chosen != index
+
+    def _evaluate(self, index: int, pixels: np.ndarray) -> tuple[int, bool]:
+        try:
+            picture = self.reader.picture(self._place(index))
+        except BadPicture:
+            pixels[:] = 0
+            return UNREADABLE_TARGET, True
+        pixels[:] = self._transformed(picture, index)
+        return self.targets[index], False
+
+    def _transformed(self, picture: Image.Image, index: int) -> np.ndarray:
+        try:
+            return self.transform(picture)
+        except Exception as error:
+            raise RuntimeError(f"transforming {show(self.path(index))} failed: {error}") from error
+
+
+class PictureLoader(DataLoader):
+    """A DataLoader that names unreadable pictures: `bad_pictures` maps the dataset index to the times it was met; with
+    `refuse_bad` (evaluation) the first one is a UserError, raised in the main process so that it is one sentence."""
+
+    def __init__(self, dataset: PictureDataset, *, refuse_bad: bool, **arguments):
+        super().__init__(dataset, **arguments)
+        self.refuse_bad = refuse_bad
+        self.bad_pictures: dict[int, int] = {}
+        if self.num_workers:
+            # multiprocessing ends what is left at exit by one SIGTERM, which workers let pass: end them before.
+            atexit.register(_close, weakref.ref(self))
+
+    def close(self) -> None:
+        """End the workers; a later iteration starts new ones."""
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None:
+            # Not left to __del__: after an exception a traceback may still hold the iterator.
+            iterator._shutdown_workers()
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            if batch.bad.any():
+                self._note(batch.indices[batch.bad].tolist())
+            yield batch
+
+    def _note(self, indices: list[int]) -> None:
+        for index in indices:
+            self.bad_pictures[index] = self.bad_pictures.get(index, 0) + 1
+        if self.refuse_bad:
+            try:
+                self.dataset.reader.picture(self.dataset._place(indices[0]))
+                reason = "readable at a second try"
+            except BadPicture as error:
+                reason = str(error)
+            raise UserError(f"Picture {show(self.dataset.path(indices[0]))} cannot be read ({reason}); mend it, or count "
+                            "unreadable pictures as wrong with --allow_bad_images true.")
+
+
+def make_loader(dataset: PictureDataset, options, batch_sampler, *, refuse_bad: bool = False) -> PictureLoader:
+    """The loader over `batch_sampler`: workers live as long as the loader, and end with their parent.
+
+    Its own generator keeps the base seed that every iteration draws away from the default one.
+    """
+    workers = options.num_workers
+    extra = dict(persistent_workers=True, timeout=getattr(options, "loader_timeout", 0) or 300, worker_init_fn=_start_worker,
+                 multiprocessing_context=getattr(options, "worker_start", None) or _start_method()) if workers else {}
+    return PictureLoader(dataset, refuse_bad=refuse_bad, batch_sampler=batch_sampler, collate_fn=_as_is,
+                         num_workers=workers, pin_memory=options.pin_mem and torch.cuda.is_available(),
+                         generator=torch.Generator(), **extra)
+
+
+def _close(reference: weakref.ref) -> None:
+    loader = reference()
+    if loader is not None:
+        loader.close()
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _start_method() -> str:
+    # A forked worker is there in 0.05 s (spawned: 3 s) and shares the index; it never touches an accelerator.
+    return "fork" if sys.platform == "linux" else "spawn"
+
+
+def _start_worker(worker: int) -> None:
+    """One thread, no part in the run's signals, and an end with the parent.
+
+    Launchers and Slurm signal whole groups when a run shall stop; the run finishes its update first and needs its
+    workers for that, so they let the first SIGTERM pass and end at the second (or when the parent is gone).
+    """
+    torch.set_num_threads(1)
+    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(name, signal.SIG_IGN)
+    seen = []
+
+    def terminate(number, frame):
+        seen.append(number)
+        if len(seen) > 1:
+            os._exit(143)
+
+    signal.signal(signal.SIGTERM, terminate)
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)

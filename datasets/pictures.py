@@ -1,0 +1,67 @@
+"""Decoding one picture: what the published code accepts, and one exception for everything that cannot be read."""
+import errno
+import warnings
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+# Named formats keep Pillow's other plug-ins (EPS starts Ghostscript) out of reach of a data folder.
+FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+# The process ran out of something: not the picture's fault, so it must not count as a bad picture.
+_PROCESS_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+class BadPicture(Exception):
+    """A picture that cannot be read; the message is the reason without its path."""
+
+
+def show(path: str) -> str:
+    """`path` for a person: bytes that are not UTF-8 appear as escapes, so that printing never fails."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def decode(file: BinaryIO) -> Image.Image:
+    """The whole picture as RGB: any mode through `convert('RGB')`, EXIF orientation ignored, as published.
+
+    Raises BadPicture for whatever Pillow says about the bytes, a decompression bomb (more than twice
+    `Image.MAX_IMAGE_PIXELS`, 179 million pixels) included.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Image.open(file, formats=FORMATS).convert("RGB")
+    except OSError as error:
+        if error.errno in _PROCESS_ERRORS:
+            raise
+        raise BadPicture(_reason(error)) from error
+    except Exception as error:  # Damaged files make Pillow's plug-ins raise nearly anything: struct.error, KeyError, ...
+        raise BadPicture(_reason(error)) from error
+
+
+def decode_path(path: str) -> Image.Image:
+    """`decode` for a file; one that cannot be opened (missing, a loop of links, no permission) is a BadPicture too."""
+    try:
+        file = open(path, "rb")
+    except OSError as error:
+        if error.errno in _PROCESS_ERRORS:
+            raise
+        raise BadPicture(_reason(error)) from error
+    with file:
+        return decode(file)
+
+
+def from_array(pixels: np.ndarray) -> Image.Image:
+    """An RGB picture from uint8 (height, width, 3)."""
+    return Image.fromarray(pixels, "RGB") if pixels.ndim == 3 else Image.fromarray(pixels).convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())
+    if "cannot identify image file" in text:
+        return "no JPEG, PNG, BMP, PPM, TIFF, WebP or GIF picture"
+    return f"{type(error).__name__}: {text}"[:200]

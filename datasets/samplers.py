@@ -1,0 +1,75 @@
+"""Which picture comes when: the order is a function of (seed, epoch) over global positions."""
+from typing import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from common.errors import UserError
+from common.keys import numpy_generator
+
+Item = tuple[int, int, int]  # (epoch, index in the data set, global position within the epoch)
+
+
+class GlobalBatchSampler(Sampler[list[Item]]):
+    """Micro-batches of one process, cut from global batches that no number of processes changes.
+
+    The epoch's order is a permutation from key(seed, 'order', epoch); global batch k is its k-th slice (what is left
+    over at the end is not used, as published); rank r takes the r-th contiguous part of it and micro-batch m the m-th
+    slice of that. Iteration starts where `set_start` says, so a resumed run needs only (epoch, update).
+    """
+
+    def __init__(self, num_pictures: int, global_batch: int, batch_size: int, update_freq: int,
+                 rank: int = 0, world_size: int = 1, seed: int = 0):
+        if global_batch != batch_size * update_freq * world_size:
+            raise UserError(f"A global batch of {global_batch} is not batch_size {batch_size} x update_freq {update_freq} "
+                            f"x {world_size} processes; change one of them so that the product is the global batch.")
+        if num_pictures < global_batch:
+            raise UserError(f"The training set has {num_pictures} pictures, fewer than one global batch of {global_batch} "
+                            f"(batch_size {batch_size} x update_freq {update_freq} x {world_size} processes), so an epoch "
+                            "would have no update; lower --batch_size or --update_freq.")
+        self.num_pictures, self.global_batch, self.batch_size = num_pictures, global_batch, batch_size
+        self.update_freq, self.rank, self.world_size, self.seed = update_freq, rank, world_size, seed
+        self.epoch = self.first_update = 0
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """floor(pictures / global batch)."""
+        return self.num_pictures // self.global_batch
+
+    def set_start(self, epoch: int, first_update_in_epoch: int = 0) -> None:
+        """The next iteration yields `epoch` from its update `first_update_in_epoch` on."""
+        if not 0 <= first_update_in_epoch <= self.updates_per_epoch:
+            raise UserError(f"Update {first_update_in_epoch} of epoch {epoch} does not exist; an epoch has "
+                            f"{self.updates_per_epoch} updates with a global batch of {self.global_batch}.")
+        self.epoch, self.first_update = epoch, first_update_in_epoch
+
+    def __len__(self) -> int:
+        return (self.updates_per_epoch - self.first_update) * self.update_freq
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        epoch = self.epoch
+        order = epoch_order(self.num_pictures, self.seed, epoch)
+        for update in range(self.first_update, self.updates_per_epoch):
+            start = update * self.global_batch + self.rank * self.batch_size * self.update_freq
+            for micro in range(self.update_freq):
+                first = start + micro * self.batch_size
+                yield [(epoch, index, first + i)
+                       for i, index in enumerate(order[first:first + self.batch_size].tolist())]
+
+
+def epoch_order(num_pictures: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of an epoch, int64 (num_pictures,)."""
+    return numpy_generator(seed, "order", epoch).permutation(num_pictures)
+
+
+class ExactEvalSampler(Sampler[int]):
+    """Rank r of w takes pictures r, r + w, …: each exactly once over all ranks, nothing padded."""
+
+    def __init__(self, num_pictures: int, rank: int = 0, world_size: int = 1):
+        self._indices = range(rank, num_pictures, world_size)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._indices)

@@ -1,0 +1,98 @@
+"""From a decoded picture to uint8 pixels: the published crops and augmentation, without normalisation.
+
+Normalisation and the filling of erased boxes happen on the device (prepare.py); a quarter of the bytes pass from the
+workers, and the values stay those of ToTensor + Normalize, bit for bit.
+"""
+import math
+import random
+from dataclasses import dataclass
+from typing import Callable
+
+import numpy as np
+from PIL import Image
+from timm.data.constants import (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN,
+                                 IMAGENET_INCEPTION_STD)
+from timm.data.transforms import str_to_interp_mode
+from timm.data.transforms_factory import create_transform
+from torchvision import transforms
+
+DEFAULT_CROP_PCT = 224 / 256
+WARP_FROM = 384  # From this size on the published evaluation warps the whole picture instead of cropping.
+SMALL = 32  # Up to this size (CIFAR) the published code neither resizes nor crops by area.
+
+
+def mean_std(imagenet_default: bool = True) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of pixels in 0..1: ImageNet's, or Inception's 0.5."""
+    if imagenet_default:
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+
+
+def train_transform(options) -> Callable[[Image.Image], np.ndarray]:
+    """RGB picture → uint8 (size, size, 3): timm's random resized crop, flip and RandAugment or colour jitter.
+
+    Draws from the default generators of Python, NumPy and torch; seed them around each call. Up to 32 pixels the
+    area crop is a plain one after padding by 4, as published.
+    """
+    mean, std = mean_std(options.imagenet_default_mean_and_std)
+    first, second, _ = create_transform(
+        options.input_size, is_training=True, color_jitter=options.color_jitter or None,
+        auto_augment=options.aa if options.aa and options.aa != "none" else None,
+        interpolation=options.train_interpolation, re_prob=0.0, mean=mean, std=std, separate=True,
+        hflip=options.hflip, scale=tuple(options.scale) if options.scale else None)
+    if options.input_size <= SMALL:
+        first.transforms[0] = transforms.RandomCrop(options.input_size, padding=4, pad_if_needed=True)
+    return _ToPixels(first, second)
+
+
+def eval_transform(input_size: int, crop_pct: float | None = None,
+                   interpolation: str = "bicubic") -> Callable[[Image.Image], np.ndarray]:
+    """RGB picture → uint8 (size, size, 3): short side to int(size / crop_pct) and centre crop; from 384 on a warp.
+
+    A picture that has the wanted size of 32 pixels or fewer is left as it is (CIFAR).
+    """
+    mode = str_to_interp_mode(interpolation)
+    if input_size >= WARP_FROM:
+        return _ToPixels(transforms.Resize((input_size, input_size), interpolation=mode))
+    short = int(input_size / (crop_pct or DEFAULT_CROP_PCT))
+    return _ToPixels(transforms.Resize(short, interpolation=mode), transforms.CenterCrop(input_size),
+                     keep=input_size if input_size <= SMALL else 0)
+
+
+class _ToPixels:
+    def __init__(self, *steps: Callable, keep: int = 0):
+        self.steps, self.keep = steps, keep
+
+    def __call__(self, picture: Image.Image) -> np.ndarray:
+        if not (self.keep and picture.size == (self.keep, self.keep)):
+            for step in self.steps:
+                picture = step(picture)
+        return np.asarray(picture)
+
+
+@dataclass(frozen=True)
+class Erasing:
+    """Boxes to erase, drawn as timm's RandomErasing draws them from Python's default generator."""
+
+    probability: float = 0.25
+    count: int = 1
+    min_area: float = 0.02
+    max_area: float = 1 / 3
+    min_aspect: float = 0.3
+
+    def boxes(self, height: int, width: int) -> np.ndarray:
+        """int32 (count, 4) of top, left, height, width; unused rows are zero."""
+        boxes = np.zeros((self.count, 4), dtype=np.int32)
+        if random.random() > self.probability:
+            return boxes
+        used = 1 if self.count == 1 else random.randint(1, self.count)
+        log_aspect = math.log(self.min_aspect), math.log(1 / self.min_aspect)
+        for number in range(used):
+            for _ in range(10):
+                area = random.uniform(self.min_area, self.max_area) * height * width / used
+                aspect = math.exp(random.uniform(*log_aspect))
+                h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+                if w < width and h < height:
+                    boxes[number] = random.randint(0, height - h), random.randint(0, width - w), h, w
+                    break
+        return boxes
