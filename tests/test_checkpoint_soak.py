@@ -1,0 +1,87 @@
+"""kill -9 while saving, flipped bits and truncations: a short form here, the long one with HORNET_SOAK=1 (make soak)."""
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import torch
+
+from run.checkpoint import BEST, Checkpoints
+
+LONG = os.environ.get("HORNET_SOAK") == "1"
+KILLS, FLIPS, TRUNCATIONS = (250, 600, 80) if LONG else (25, 60, 15)
+
+
+def state(epoch: int) -> dict:
+    # Every tensor holds its epoch, so that a mixture of two saves would show.
+    return {"format": 2, "model": {f"w{i}": torch.full((30_000,), float(epoch)) for i in range(8)}, "epoch": epoch,
+            "best": {}}
+
+
+def save_for_ever(folder, epoch: int) -> None:
+    torch.set_num_threads(1)
+    checkpoints = Checkpoints(folder)
+    while True:
+        epoch += 1
+        checkpoints.save(state(epoch), epoch=epoch, update=epoch)
+        checkpoints.save(state(epoch), epoch=epoch, best={BEST: float(epoch)})
+
+
+def killed_after(seconds: float, folder, epoch: int) -> None:
+    child = os.fork()
+    if child == 0:
+        try:
+            save_for_ever(folder, epoch)
+        finally:
+            os._exit(1)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def test_kill_9_while_saving_never_leaves_an_unusable_folder(tmp_path):
+    draw, epoch, temporaries = random.Random(0), 0, 0
+    for _ in range(KILLS):
+        killed_after(draw.uniform(0.02, 0.2), tmp_path, epoch)
+        checkpoints = Checkpoints(tmp_path)
+        temporaries += checkpoints.sweep()
+        loaded = checkpoints.newest_valid()
+        if loaded is None:  # killed before the first save was done
+            assert epoch == 0
+            continue
+        assert loaded.passed_over == [], "a kill must not even cost the newest file"
+        assert loaded.state["epoch"] >= epoch
+        epoch = loaded.state["epoch"]
+        assert all((w == epoch).all() for w in loaded.state["model"].values())
+        best = checkpoints.resolve("best") if checkpoints.best() else None
+        assert best is None or best.state["epoch"] == checkpoints.score(BEST) >= epoch - 1
+        assert len(checkpoints.numbered()) <= 7
+    print(f"{KILLS} kills: 0 unusable folders, {temporaries} leftovers swept, {epoch} epochs reached")
+    assert epoch > KILLS / 4
+
+
+def damaged_newest(tmp_path, count: int, damage) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for epoch in (0, 1):
+        checkpoints.save(state(epoch), epoch=epoch, wait=True)
+    newest = tmp_path / "checkpoint-1.pth"
+    data, rng = newest.read_bytes(), np.random.default_rng(1)
+    for _ in range(count):
+        newest.write_bytes(damage(data, rng))
+        loaded = checkpoints.newest_valid()
+        assert loaded.path.name == "checkpoint-0.pth" and len(loaded.passed_over) == 1
+        assert (loaded.state["model"]["w7"] == 0).all()
+    newest.write_bytes(data)
+    assert checkpoints.newest_valid().path == newest
+
+
+def test_every_flipped_bit_of_the_newest_is_seen(tmp_path):
+    def flip(data, rng):
+        bit = int(rng.integers(8 * len(data)))
+        return data[:bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1:]
+    damaged_newest(tmp_path, FLIPS, flip)
+
+
+def test_every_truncation_of_the_newest_is_seen(tmp_path):
+    damaged_newest(tmp_path, TRUNCATIONS, lambda data, rng: data[:int(rng.integers(len(data)))])
