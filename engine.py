@@ -54,6 +54,7 @@ class Training:
     observer: Observer = field(default_factory=Observer)
     process: Any = None
     path_of: Callable[[int], str] | None = None
+    sums_over_ranks: Callable[[], list[float]] | None = None  # set by the epoch under way; see _Meter.over_ranks
 
 
 @dataclass
@@ -86,10 +87,11 @@ class Progress:
 class _Meter:
     """Sums of an epoch, kept on the device until they are read."""
 
-    def __init__(self, training: Training, epoch: int, first_update: int):
+    def __init__(self, training: Training, epoch: int, first_update: int, sums: Sequence[float] | None = None):
         self.training, self.progress = training, Progress(epoch, first_update, first_update)
         self.start, self.waited, self.pictures = time.perf_counter(), 0.0, 0
-        self.window, self.sums = [], np.zeros(5)  # loss, gradient norm, applied updates, hits, hard-labelled pictures
+        # Loss, gradient norm, applied updates, hits, hard-labelled pictures.
+        self.window, self.sums = [], np.zeros(5) if sums is None else np.array(sums, dtype=np.float64)
 
     def add(self, stats: Any, hits: torch.Tensor | None, pictures: int) -> None:
         labelled = 0 if hits is None else pictures
@@ -103,15 +105,9 @@ class _Meter:
     def read(self, over_ranks: bool = False) -> Progress:
         """Bring the sums to the host; `over_ranks` sums them over the processes first."""
         progress, process = self.progress, self.training.process
-        if self.window:
-            window = torch.stack(self.window).cpu().double().sum(0).numpy()
-            self.window, self.sums = [], self.sums + window
-            progress.recent_loss = float(window[0] / window[2]) if window[2] else float("nan")
+        self._read_window()
         several = process is not None and process.world_size > 1
-        sums = torch.from_numpy(self.sums.copy())
-        if over_ranks and several:
-            process.all_reduce_(sums, "sum")
-        loss, norm, applied, hits, labelled = sums.tolist()
+        loss, norm, applied, hits, labelled = self.over_ranks() if over_ranks else self.sums.tolist()
         progress.loss, progress.grad_norm = (loss / applied, norm / applied) if applied else (float("nan"),) * 2
         progress.class_acc = 100 * hits / labelled if labelled else None
         groups = self.training.update.optimizer.param_groups
@@ -123,9 +119,26 @@ class _Meter:
         progress.data_wait = self.waited / progress.seconds
         return progress
 
+    def over_ranks(self) -> list[float]:
+        """The sums so far over all ranks, for a checkpoint within the epoch; every rank must call it."""
+        self._read_window()
+        process, sums = self.training.process, torch.from_numpy(self.sums.copy())
+        if process is not None and process.world_size > 1:
+            process.all_reduce_(sums, "sum")
+        return sums.tolist()
 
-def train_one_epoch(training: Training, epoch: int, first_update: int = 0) -> Progress:
+    def _read_window(self) -> None:
+        if self.window:
+            window = torch.stack(self.window).cpu().double().sum(0).numpy()
+            self.window, self.sums = [], self.sums + window
+            self.progress.recent_loss = float(window[0] / window[2]) if window[2] else float("nan")
+
+
+def train_one_epoch(training: Training, epoch: int, first_update: int = 0,
+                    sums: Sequence[float] | None = None) -> Progress:
     """Train `epoch` from its update `first_update` on; returns the epoch's means and what the run must do next.
+
+    `sums` are those of the updates before, from `sums_over_ranks` (on one rank only).
 
     Losses, hits and finiteness stay on the device; the host reads them every `print_freq` updates, and an
     update's flags when the next one has been started (on the CPU at once).
@@ -134,7 +147,8 @@ def train_one_epoch(training: Training, epoch: int, first_update: int = 0) -> Pr
     training.sampler.set_start(epoch, first_update)
     base = epoch * training.updates_per_epoch
     end = base + training.updates_per_epoch
-    meter = _Meter(training, epoch, base + first_update)
+    meter = _Meter(training, epoch, base + first_update, sums)
+    training.sums_over_ranks = meter.over_ranks
     progress, batches = meter.progress, iter(training.loader)
     for number in range(base + first_update, end):
         held, hits = [], None
