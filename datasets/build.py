@@ -10,7 +10,7 @@ from datasets import labels as label_maps
 from datasets.cifar import read_cifar
 from datasets.loader import PictureDataset, PictureLoader, Reader, make_loader
 from datasets.pictures import show
-from datasets.readers import FolderReader, index_folder
+from datasets.readers import FolderReader, class_folders, index_folder
 from datasets.sample import ensure_sample
 from datasets.samplers import ExactEvalSampler, GlobalBatchSampler
 from datasets.transforms import Erasing, eval_transform, train_transform
@@ -50,8 +50,9 @@ def build_data(options, *, train: bool, evaluate: bool, class_names: list[str] |
     names = class_names
     if names is None:
         found = label_maps.classes_of(
-            _folders(train_reader or val_reader), options.nb_classes, imagenet_layout=options.data_set in ("IMNET", "SAMPLE"),
-            allow_mismatch=options.allow_class_mismatch, evaluating=not train)
+            _class_folders(options, train_reader, val_reader), options.nb_classes,
+            imagenet_layout=options.data_set in ("IMNET", "SAMPLE"), allow_mismatch=options.allow_class_mismatch,
+            evaluating=not train)
         names, notes = found.names, found.notes
     parts = []
     for reader, part in ((train_reader if train else None, "train"), (val_reader, "val")):
@@ -59,42 +60,55 @@ def build_data(options, *, train: bool, evaluate: bool, class_names: list[str] |
     return Data(*parts, list(names), notes)
 
 
-def _folders(reader: Reader) -> list[str]:
-    present = np.unique(reader.labels)
-    return [reader.classes[i] for i in present]
+def _roots(options) -> tuple[str, str]:
+    """Train and val folder; '' for one that the options do not name."""
+    if options.data_set == "image_folder":
+        return options.data_path, options.eval_data_path or ""
+    below = options.data_path and os.path.join(options.data_path, "")
+    return below and below + "train", options.eval_data_path or (below and below + "val")
+
+
+def _class_folders(options, train: Reader | None, val: Reader | None) -> list[str]:
+    """The class folders that decide: those of the train folder when there is one, trained on or not."""
+    if train is not None:
+        return train.classes
+    root = "" if options.data_set == "CIFAR" else _roots(options)[0]
+    return (class_folders(root) if root and os.path.isdir(root) else []) or val.classes
 
 
 def _readers(options, train: bool, evaluate: bool, write: bool) -> tuple[Reader | None, Reader | None]:
-    """The readers of both parts; the train part is looked at for its classes when there is one, even without training."""
     if options.data_set == "CIFAR":
-        return (read_cifar(options.data_path, options.nb_classes or 100, True) if train else None,
-                read_cifar(options.eval_data_path or options.data_path, options.nb_classes or 100, False) if evaluate else None)
-    if options.data_set == "image_folder":
-        train_root, val_root = options.data_path, options.eval_data_path
-        if evaluate and not val_root:
-            raise UserError("--data_set image_folder needs --eval_data_path for evaluation; give the folder with the "
-                            "validation classes, or --disable_eval true.")
-    else:
-        train_root = os.path.join(options.data_path, "train")
-        val_root = options.eval_data_path or os.path.join(options.data_path, "val")
-        if not train and not os.path.isdir(train_root):
-            train_root = None
-    arguments = dict(reindex=bool(options.reindex), cache_folder=getattr(options, "index_cache", None), write_cache=write)
+        classes = options.nb_classes or 100
+        return (read_cifar(options.data_path, classes, True) if train else None,
+                read_cifar(options.eval_data_path or options.data_path, classes, False) if evaluate else None)
+    train_root, val_root = _roots(options)
+    if evaluate and not val_root:
+        raise UserError("The evaluation pictures are not named; give --eval_data_path FOLDER with the validation "
+                        "classes, or --disable_eval true.")
+    arguments = dict(reindex=bool(options.reindex), cache_folder=getattr(options, "index_cache", None),
+                     write_cache=write)
     val = FolderReader(index_folder(val_root, **arguments)) if evaluate else None
     if val is not None and val.classes == [""]:
         val = _flat(val, options.val_labels)
-    train = FolderReader(index_folder(train_root, **arguments)) if train or (train_root and options.data_set != "image_folder") else None
-    if train is not None and train.classes == [""]:
+    if not train:
+        return None, val
+    reader = FolderReader(index_folder(train_root, **arguments))
+    if reader.classes == [""]:
         raise UserError(f"{show(train_root)} holds pictures but no class folders; sort them into one folder per class.")
-    return train, val
+    empty = np.flatnonzero(np.bincount(reader.labels, minlength=len(reader.classes)) == 0)
+    if len(empty) and not options.allow_class_mismatch:
+        raise UserError(f"{len(empty)} class folders in {show(train_root)} hold no picture, such as "
+                        f"{show(reader.classes[empty[0]])}; remove them, or train on with --allow_class_mismatch true.")
+    return reader, val
 
 
 def _flat(reader: FolderReader, val_labels: str | None) -> FolderReader:
     """Give the pictures of a flat val folder the classes of the label file."""
     if not val_labels:
-        raise UserError(f"{show(reader.index.root)} holds pictures but no class folders; give their classes with --val_labels "
-                        "FILE (a CSV of file name,synset, or the devkit's ILSVRC2012_validation_ground_truth.txt with "
-                        "meta.mat beside it), or sort them into one folder per class.")
+        raise UserError(f"{show(reader.index.root)} holds pictures but no class folders; give their classes with "
+                        "--val_labels FILE (a CSV of file name,synset, or the devkit's "
+                        "ILSVRC2012_validation_ground_truth.txt with meta.mat beside it), or sort them into one folder "
+                        "per class.")
     found = label_maps.read_val_labels(val_labels, [os.path.basename(reader.path(i)) for i in range(len(reader))])
     reader.classes, places = (part.tolist() for part in np.unique(found, return_inverse=True))
     reader.labels = np.array(places, dtype=np.int32)
@@ -103,19 +117,15 @@ def _flat(reader: FolderReader, val_labels: str | None) -> FolderReader:
 
 def _dataset(options, reader: Reader, names: list[str], part: str, notes: list[str]) -> PictureDataset:
     training = part == "train"
-    folders = _folders(reader)
-    partial = set(names) >= set(label_maps.imagenet_synsets())
-    if not training and not partial and options.data_set == "CIFAR":
-        partial = True
-    places = label_maps.map_folders(folders, names, partial=partial, allow_mismatch=options.allow_class_mismatch,
-                                    what=f"the {part} data ({show(os.path.dirname(os.path.dirname(reader.path(0))))})")
-    by_class = np.full(len(reader.classes), -1, dtype=np.int64)
-    by_class[np.unique(reader.labels)] = places
-    targets = by_class[reader.labels]
+    places = label_maps.map_folders(
+        reader.classes, names, partial=set(names) >= set(label_maps.imagenet_synsets()),
+        allow_mismatch=options.allow_class_mismatch, what=f"the {part} data ({show(_source(reader))})")
+    targets = places[reader.labels]
     left_out = int((targets < 0).sum())
     if left_out:
         notes.append(f"{part}: {left_out} pictures of folders without a class are left out")
-    notes.append(f"{part}: {len(targets) - left_out} pictures in {len(np.unique(targets[targets >= 0]))} of {len(names)} classes")
+    found = len(np.unique(targets[targets >= 0]))
+    notes.append(f"{part}: {len(targets) - left_out} pictures in {found} of {len(names)} classes")
     if not training and tuple(names) == label_maps.imagenet_synsets() and len(targets) != 50_000:
         notes.append(f"val: {len(targets)} pictures, the ImageNet validation set has 50000")
     size = options.input_size
@@ -123,6 +133,10 @@ def _dataset(options, reader: Reader, names: list[str], part: str, notes: list[s
         erasing = Erasing(options.reprob, options.recount) if options.reprob > 0 else None
         return PictureDataset(reader, targets, train_transform(options), size, seed=options.seed, erasing=erasing)
     return PictureDataset(reader, targets, eval_transform(size, options.crop_pct), size)
+
+
+def _source(reader: Reader) -> str:
+    return reader.index.root if isinstance(reader, FolderReader) else reader.source
 
 
 def train_loader(data: Data, options, sampler: GlobalBatchSampler) -> PictureLoader:

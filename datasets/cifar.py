@@ -9,9 +9,10 @@ from common.errors import UserError
 from datasets.pictures import show
 from datasets.readers import ArrayReader
 
-_FILES = {10: ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"], "batches.meta", "label_names",
-               "labels"),
-          100: ("cifar-100-python", ["train"], ["test"], "meta", "fine_label_names", "fine_labels")}
+_FILES = {  # classes: folder, train files, test files, names file, key of the names, key of the labels
+    10: ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"], "batches.meta",
+         "label_names", "labels"),
+    100: ("cifar-100-python", ["train"], ["test"], "meta", "fine_label_names", "fine_labels")}
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -32,13 +33,14 @@ def _reconstruct(kind, shape, code):
 
 
 def read_arrays(path: str) -> dict[str, object]:
-    """The dictionary in a CIFAR file, keys as text. Raises UserError when it holds anything but arrays and plain values."""
+    """The dictionary in a CIFAR file, keys as text; UserError when it holds anything but arrays and plain values."""
     try:
         with open(path, "rb") as file:
             content = _ArraysOnly(io.BytesIO(file.read()), encoding="bytes").load()
         return {(name.decode() if isinstance(name, bytes) else name): value for name, value in content.items()}
     except OSError as error:
-        raise UserError(f"{show(path)} cannot be read ({error.strerror}); unpack the python version of CIFAR there.") from error
+        raise UserError(f"{show(path)} cannot be read ({error.strerror}); unpack the python version of CIFAR "
+                        "there.") from error
     except Exception as error:  # A damaged or hostile pickle raises nearly anything; nothing of it has been executed.
         raise UserError(f"{show(path)} is not a CIFAR file ({error}); download the python version again.") from error
 
@@ -55,8 +57,8 @@ def read_cifar(root: str, num_classes: int, train: bool) -> ArrayReader:
         data, found = np.asarray(content.get("data")), np.asarray(content.get(labels_key))
         if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072 or found.shape != data.shape[:1] \
                 or found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= num_classes:
-            raise UserError(f"{show(os.path.join(folder, name))} does not hold CIFAR-{num_classes} pictures and labels; "
-                            "download the python version again.")
+            raise UserError(f"{show(os.path.join(folder, name))} does not hold CIFAR-{num_classes} pictures and "
+                            "labels; download the python version again.")
         pixels.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         labels.append(found)
     classes = [name.decode() for name in read_arrays(os.path.join(folder, meta))[names_key]]

@@ -59,14 +59,14 @@ def classes_of(folders: list[str], nb_classes: int | None, *, imagenet_layout: b
             strays = sorted(set(folders) - set(listed))
             if not strays or (allow_mismatch and len(strays) < len(folders)):
                 note = [] if len(folders) == len(listed) else [
-                    f"{len(folders) - len(strays)} of the {len(listed)} classes have a folder; labels are ImageNet's own"]
+                    f"{len(folders) - len(strays)} of {len(listed)} classes have a folder; the order is ImageNet's own"]
                 return ClassMap(list(listed), note)
             if len(strays) * 10 <= len(folders):
-                raise UserError(f"{_some(strays)} among {len(folders)} synset folders belong to no class of the {len(listed)}; "
+                raise UserError(f"{_some(strays)} among {len(folders)} synset folders are none of the {len(listed)} classes; "
                                 "remove them, or leave them out with --allow_class_mismatch true.")
     if nb_classes is not None and nb_classes != len(folders):
-        raise UserError(f"--nb_classes {nb_classes} does not fit the {len(folders)} class folders found ({_some(folders)}); "
-                        f"give --nb_classes {len(folders)} or check the data path.")
+        raise UserError(f"--nb_classes {nb_classes} does not fit the {len(folders)} class folders found "
+                        f"({_some(folders)}); give --nb_classes {len(folders)} or check the data path.")
     return ClassMap(list(folders), _numbered(folders, evaluating and not allow_mismatch))
 
 
@@ -74,7 +74,8 @@ def _numbered(folders: list[str], strict: bool) -> list[str]:
     """Folders 0, 1, …, 10 sorted as text put folder 10 at index 2: explained, and refused where it decides a result."""
     if not all(name.isascii() and name.isdigit() for name in folders) or folders == sorted(folders, key=int):
         return []
-    at = next(i for i, (text, number) in enumerate(zip(folders, sorted(folders, key=int), strict=True)) if text != number)
+    by_number = sorted(folders, key=int)
+    at = next(i for i, folder in enumerate(folders) if folder != by_number[i])
     sentence = (f"class folders are numbers and sort as text, so folder '{folders[at]}' is class {at}")
     if strict:
         raise UserError(f"The {sentence}, and the checkpoint names no classes to compare with; rename the folders with "
@@ -98,7 +99,7 @@ def map_folders(folders: list[str], names: list[str], *, partial: bool, allow_mi
     problems = ([f"has folders of no known class: {_some(extra)}"] if extra else []) + (
         [f"has no folder for {_some(missing)}"] if missing and not partial else [])
     if problems and not allow_mismatch:
-        raise UserError(f"{what} {' and '.join(problems)}; mend the folders, or go on with the common classes by "
+        raise UserError(f"{what[:1].upper()}{what[1:]} {' and '.join(problems)}; mend the folders, or go on with the common classes by "
                         "--allow_class_mismatch true.")
     return found
 
@@ -131,8 +132,8 @@ def read_val_labels(path: str, file_names: list[str]) -> list[str]:
 
 def _devkit_labels(path: Path, ids: list[int], file_names: list[str]) -> list[str]:
     if len(ids) != len(file_names):
-        raise UserError(f"--val_labels {path} has {len(ids)} labels for {len(file_names)} pictures; the devkit's file has "
-                        "one for each of the 50,000 pictures in the order of their names.")
+        raise UserError(f"--val_labels {path} has {len(ids)} labels for {len(file_names)} pictures; the devkit's "
+                        "file has one for each of the 50,000 pictures in the order of their names.")
     meta = path.parent / "meta.mat"
     if not meta.is_file():
         raise UserError(f"{path.name} needs the devkit's meta.mat in {path.parent}, which says what its numbers mean; "

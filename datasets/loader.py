@@ -82,13 +82,14 @@ class PictureDataset(Dataset):
         boxes = np.zeros((count, self.erasing.count if self.erasing else 1, 4), dtype=np.int32)
         targets, bad, pixels = np.empty(count, dtype=np.int64), np.zeros(count, dtype=bool), images.numpy()
         items = [item if isinstance(item, tuple) else (-1, item, -1) for item in items]
+        indices, positions = torch.tensor([item[1:] for item in items], dtype=torch.int64).T.contiguous()
         for row, (epoch, index, _) in enumerate(items):
             if epoch >= 0:
                 targets[row], bad[row] = self._train(epoch, index, pixels[row], boxes[row])
             else:
                 targets[row], bad[row] = self._evaluate(index, pixels[row])
-        return Batch(images, torch.from_numpy(targets), torch.tensor([item[1] for item in items]),
-                     torch.tensor([item[2] for item in items]), torch.from_numpy(boxes), torch.from_numpy(bad), items[0][0])
+        return Batch(images, torch.from_numpy(targets), indices, positions, torch.from_numpy(boxes),
+                     torch.from_numpy(bad), items[0][0])
 
     def _train(self, epoch: int, index: int, pixels: np.ndarray, boxes: np.ndarray) -> tuple[int, bool]:
         chosen = index
@@ -100,8 +101,8 @@ class PictureDataset(Dataset):
                 logger.warning("unreadable picture %s (%s), replaced by another", show(self.path(chosen)), error)
                 chosen = key(self.seed, "replace", epoch, index, attempt) % len(self)
         else:
-            raise UserError(f"{_ATTEMPTS} pictures in a row are unreadable, the last is {show(self.path(chosen))}; check the "
-                            "disk and the data path.")
+            raise UserError(f"{_ATTEMPTS} pictures in a row are unreadable, the last is {show(self.path(chosen))}; check "
+                            "the disk and the data path.")
         with seeded(key(self.seed, "augment", epoch, index)):
             pixels[:] = self._transformed(picture, chosen)
             if self.erasing is not None:
@@ -144,10 +145,14 @@ class PictureLoader(DataLoader):
             iterator._shutdown_workers()
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in super().__iter__():
-            if batch.bad.any():
-                self._note(batch.indices[batch.bad].tolist())
-            yield batch
+        try:
+            for batch in super().__iter__():
+                if batch.bad.any():
+                    self._note(batch.indices[batch.bad].tolist())
+                yield batch
+        except UserError as error:
+            # From a worker it arrives wrapped in a traceback; its last line is the sentence.
+            raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.errors.UserError: ")) from None
 
     def _note(self, indices: list[int]) -> None:
         for index in indices:
@@ -158,8 +163,8 @@ class PictureLoader(DataLoader):
                 reason = "readable at a second try"
             except BadPicture as error:
                 reason = str(error)
-            raise UserError(f"Picture {show(self.dataset.path(indices[0]))} cannot be read ({reason}); mend it, or count "
-                            "unreadable pictures as wrong with --allow_bad_images true.")
+            raise UserError(f"Picture {show(self.dataset.path(indices[0]))} cannot be read ({reason}); mend it, or "
+                            "count unreadable pictures as wrong with --allow_bad_images true.")
 
 
 def make_loader(dataset: PictureDataset, options, batch_sampler, *, refuse_bad: bool = False) -> PictureLoader:
@@ -168,7 +173,8 @@ def make_loader(dataset: PictureDataset, options, batch_sampler, *, refuse_bad: 
     Its own generator keeps the base seed that every iteration draws away from the default one.
     """
     workers = options.num_workers
-    extra = dict(persistent_workers=True, timeout=getattr(options, "loader_timeout", 0) or 300, worker_init_fn=_start_worker,
+    extra = dict(persistent_workers=True, timeout=getattr(options, "loader_timeout", None) or 300,
+                 worker_init_fn=_start_worker,
                  multiprocessing_context=getattr(options, "worker_start", None) or _start_method()) if workers else {}
     return PictureLoader(dataset, refuse_bad=refuse_bad, batch_sampler=batch_sampler, collate_fn=_as_is,
                          num_workers=workers, pin_memory=options.pin_mem and torch.cuda.is_available(),

@@ -37,7 +37,7 @@ def decode(file: BinaryIO) -> Image.Image:
         if error.errno in _PROCESS_ERRORS:
             raise
         raise BadPicture(_reason(error)) from error
-    except Exception as error:  # Damaged files make Pillow's plug-ins raise nearly anything: struct.error, KeyError, ...
+    except Exception as error:  # Damaged files make Pillow's plug-ins raise nearly anything.
         raise BadPicture(_reason(error)) from error
 
 

@@ -23,8 +23,8 @@ _RACY_SECONDS = 2.0
 
 @dataclass
 class FolderIndex:
-    """All pictures below `root`: `labels[i]` is a position in `classes` (sorted as text) and the i-th of `names` the
-    path below that class folder. `folders` and `mtimes` (ns) are the folders seen, which tell whether it still holds."""
+    """All pictures below `root`: `labels[i]` is a position in `classes` (sorted as text) and `names[i]` the path below
+    that class folder. `folders` and `mtimes` (ns) are the folders seen, which tell whether the index still holds."""
 
     root: str
     classes: list[str]
@@ -90,15 +90,18 @@ def index_folder(root: str, *, reindex: bool = False, cache_folder: str | None =
     return index
 
 
+def class_folders(root: str) -> list[str]:
+    """The names of the folders directly in `root`, sorted as text; those starting with a dot are left out."""
+    with os.scandir(root) as entries:
+        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and _is_folder(entry))
+
+
 def _scan(root: str) -> FolderIndex:
     if not os.path.isdir(root):
         raise UserError(f"There is no folder {show(root)}; check --data_path (and --eval_data_path).")
     classes, names, labels, folders = [], [], [], [""]
     try:
-        with os.scandir(root) as entries:
-            entries = sorted(entries, key=lambda entry: entry.name)
-        subfolders = [entry.name for entry in entries if not entry.name.startswith(".") and _is_folder(entry)]
-        for name in subfolders or [""]:
+        for name in class_folders(root) or [""]:
             found = []
             _walk(os.path.join(root, name), "", found, folders, name, set())
             classes.append(name)
@@ -106,10 +109,10 @@ def _scan(root: str) -> FolderIndex:
             labels += [len(classes) - 1] * len(found)
         mtimes = np.array([os.stat(os.path.join(root, folder)).st_mtime_ns for folder in folders], dtype=np.int64)
     except OSError as error:
-        raise UserError(f"{show(os.fsdecode(error.filename or root))} cannot be read ({error.strerror}); check the permissions "
-                        "of the data folder.") from error
+        raise UserError(f"{show(os.fsdecode(error.filename or root))} cannot be read ({error.strerror}); check the "
+                        "permissions of the data folder.") from error
     if not names:
-        raise UserError(f"{show(root)} holds no pictures ({', '.join(EXTENSIONS)}) in class folders; check --data_path.")
+        raise UserError(f"{show(root)} holds no pictures ({', '.join(EXTENSIONS)}) in class folders; check the path.")
     empty = sorted(set(range(len(classes))) - set(labels))
     if empty:
         logger.warning("%s: %d class folders hold no picture, the first is %s", show(root), len(empty),
@@ -163,8 +166,8 @@ def _save_cache(path: Path, index: FolderIndex) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, lambda file: file.write(buffer.getbuffer()))
     except OSError as error:
-        logger.info("the index of %s is not kept (%s: %s); the next start scans the folder again", show(index.root), path,
-                    error.strerror)
+        logger.info("the index of %s is not kept (%s: %s); the next start scans the folder again", show(index.root),
+                    path, error.strerror)
 
 
 def _load_cache(path: Path, root: str) -> FolderIndex | None:

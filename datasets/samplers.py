@@ -21,12 +21,12 @@ class GlobalBatchSampler(Sampler[list[Item]]):
     def __init__(self, num_pictures: int, global_batch: int, batch_size: int, update_freq: int,
                  rank: int = 0, world_size: int = 1, seed: int = 0):
         if global_batch != batch_size * update_freq * world_size:
-            raise UserError(f"A global batch of {global_batch} is not batch_size {batch_size} x update_freq {update_freq} "
-                            f"x {world_size} processes; change one of them so that the product is the global batch.")
+            raise UserError(f"A global batch of {global_batch} is not batch_size {batch_size} x update_freq "
+                            f"{update_freq} x {world_size} processes; change one of them.")
         if num_pictures < global_batch:
-            raise UserError(f"The training set has {num_pictures} pictures, fewer than one global batch of {global_batch} "
-                            f"(batch_size {batch_size} x update_freq {update_freq} x {world_size} processes), so an epoch "
-                            "would have no update; lower --batch_size or --update_freq.")
+            raise UserError(f"The training set has {num_pictures} pictures, less than one global batch of "
+                            f"{global_batch} (batch_size {batch_size} x update_freq {update_freq} x {world_size} processes), so an "
+                            "epoch would have no update; lower --batch_size or --update_freq.")
         self.num_pictures, self.global_batch, self.batch_size = num_pictures, global_batch, batch_size
         self.update_freq, self.rank, self.world_size, self.seed = update_freq, rank, world_size, seed
         self.epoch = self.first_update = 0
