@@ -13,11 +13,14 @@ from common.keys import numpy_generator
 
 @dataclass(frozen=True)
 class Counts:
-    """Integer hits and the loss summed over pictures; `images` is every picture that was to be evaluated."""
+    """Sums over pictures, as the engine's `EvalResult` has them: `images` counts every picture, the `bad` (unreadable)
+    and `nonfinite` ones (logits that are no numbers) too; both kinds are never hits, and `bad` ones have no loss."""
     hits1: int
     hits5: int
     images: int
     loss_sum: float
+    bad: int = 0
+    nonfinite: int = 0
 
     @property
     def acc1(self) -> float:
@@ -27,14 +30,18 @@ class Counts:
     def acc5(self) -> float:
         return 100.0 * self.hits5 / max(self.images, 1)
 
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / max(self.images - self.bad, 1)
+
 
 @dataclass(frozen=True)
 class Predictions:
     """What the model said about each of N pictures, in the data set's order.
 
-    paths: N strings · labels int64 (N), -1 for a picture without a label · top5 int64 (N, k), best first, k <= 5 and
-    -1 throughout for a picture that could not be read · probabilities float32 (N, k) · nll float64 (N), the loss of
-    each picture in nats.
+    paths: N strings · labels int64 (N), negative for a picture that could not be read · top5 int64 (N, k), best
+    first, k <= 5 · probabilities float32 (N, k) · nll float32 (N), the loss of each picture in nats, 0 for an
+    unreadable one · classes: names in the order of labels and top5.
     """
     paths: np.ndarray
     labels: np.ndarray
@@ -50,14 +57,22 @@ class Predictions:
 
     @property
     def hit1(self) -> np.ndarray:
-        return (self.top5[:, 0] == self.labels) & (self.labels >= 0)
+        return (self.top5[:, 0] == self.labels) & self.judged
 
     @property
     def hit5(self) -> np.ndarray:
-        return (self.top5 == self.labels[:, None]).any(axis=1) & (self.labels >= 0)
+        return (self.top5 == self.labels[:, None]).any(axis=1) & self.judged
+
+    @property
+    def judged(self) -> np.ndarray:
+        """Readable, and with numbers for an answer (not-a-number has no order, so its top five mean nothing)."""
+        return (self.labels >= 0) & np.isfinite(self.probabilities[:, 0])
 
     def counts(self) -> Counts:
-        return Counts(int(self.hit1.sum()), int(self.hit5.sum()), len(self.labels), float(self.nll.sum()))
+        readable = self.labels >= 0
+        return Counts(int(self.hit1.sum()), int(self.hit5.sum()), len(self.labels),
+                      float(self.nll.sum(dtype=np.float64)), int((~readable).sum()),
+                      int((readable & ~self.judged).sum()))
 
 
 def sampling_interval(accuracy: float, images: int) -> float:
@@ -82,7 +97,7 @@ def calibration_error(confidence: np.ndarray, hits: np.ndarray, bins: int = 15) 
 
 def metrics(predictions: Predictions, num_classes: int) -> dict:
     """The figures that need every picture's answer: mean per-class accuracy, calibration error, NLL."""
-    known = predictions.labels >= 0
+    known = predictions.judged
     labels, hits = predictions.labels[known], predictions.hit1[known]
     per_class = per_class_accuracy(labels, hits, num_classes)
     return {"mean_class_acc1": float(np.nanmean(per_class)) if len(labels) else None,

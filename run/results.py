@@ -2,8 +2,10 @@
 import csv
 import io
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +38,6 @@ class Protocol:
     dtype: str = "float32"
     tf32: bool = False
     dataset: str = "imagenet-val"
-    bad_images: int = 0
     pillow: str = ""
 
     @property
@@ -55,7 +56,7 @@ class Verdict:
     departures: list[str]
 
 
-def explain_difference(protocol: Protocol, images: int, published_input_size: int | None = None) -> list[str]:
+def explain_difference(protocol: Protocol, counts: Counts, published_input_size: int | None = None) -> list[str]:
     """One sentence for each setting that departs from the published protocol, with its typical effect."""
     size = published_input_size or protocol.input_size
     crop = None if size >= WARP_FROM_SIZE else PUBLISHED_CROP_PCT
@@ -63,9 +64,9 @@ def explain_difference(protocol: Protocol, images: int, published_input_size: in
     if protocol.dataset != "imagenet-val":
         found.append(f"the pictures are {protocol.dataset}, not ImageNet-1k's validation set: the accuracies are not "
                      "comparable.")
-    elif images != IMAGENET_VAL_PICTURES:
-        found.append(f"{images} pictures instead of {IMAGENET_VAL_PICTURES}: chance alone moves top-1 by about "
-                     f"±{sampling_interval(83.0, images):.2f} points.")
+    elif counts.images != IMAGENET_VAL_PICTURES:
+        found.append(f"{counts.images} pictures instead of {IMAGENET_VAL_PICTURES}: chance alone moves top-1 by about "
+                     f"±{sampling_interval(83.0, counts.images):.2f} points.")
     if protocol.input_size != size:
         found.append(f"input size {protocol.input_size} instead of {size}: one to several points.")
     if not _same(protocol.crop_pct, crop):
@@ -76,9 +77,10 @@ def explain_difference(protocol: Protocol, images: int, published_input_size: in
     for name, value, usual in (("mean", protocol.mean, IMAGENET_MEAN), ("std", protocol.std, IMAGENET_STD)):
         if not np.allclose(value, usual, atol=1e-6):
             found.append(f"{name} {tuple(value)} instead of {usual}: typically 0.2 to 1 point lower.")
-    if protocol.bad_images:
-        found.append(f"{protocol.bad_images} pictures could not be read and count as wrong: at most "
-                     f"{100 * protocol.bad_images / max(images, 1):.3f} points lower.")
+    for number, what in ((counts.bad, "could not be read"), (counts.nonfinite, "gave logits that are not numbers")):
+        if number:
+            found.append(f"{number} pictures {what} and count as wrong: at most "
+                         f"{100 * number / max(counts.images, 1):.3f} points lower.")
     if protocol.pillow.split(".")[0].isdigit() and int(protocol.pillow.split(".")[0]) >= 13:
         found.append(f"Pillow {protocol.pillow} resizes tall pictures with other pixels than versions before 13: "
                      "typically under 0.05 points.")
@@ -105,7 +107,7 @@ def verdict(counts: Counts, protocol: Protocol, published_top1: float | None, pu
         return None
     if protocol.input_size != published_input_size:
         return None
-    departures = explain_difference(protocol, counts.images, published_input_size)
+    departures = explain_difference(protocol, counts, published_input_size)
     difference = counts.acc1 - published_top1
     reduced = _precision_departures(protocol)
     limit = PASS_LIMIT_REDUCED if reduced else PASS_LIMIT_FLOAT32
@@ -131,21 +133,23 @@ def _crop_text(crop_pct: float | None) -> str:
     return "warp without a crop" if crop_pct is None else f"crop_pct {crop_pct:g}"
 
 
-def results_from(counts: Counts, protocol: Protocol, published: dict | None = None,
+def results_from(counts: Any, protocol: Protocol, published: Any = None,
                  predictions: Predictions | None = None) -> dict:
     """The dictionary written as eval.json.
 
-    `published` has `top1`, `top5` and `input_size`, and may have `classes` and `source`.
+    `counts` is a `Counts` or the engine's `EvalResult`; `published` an entry of `models.zoo.PUBLISHED` or None.
     """
-    result = {"acc1": counts.acc1, "acc5": counts.acc5, "loss": counts.loss_sum / max(counts.images, 1),
-              "hits1": counts.hits1, "hits5": counts.hits5, "images": counts.images, **asdict(protocol),
+    result = {"acc1": counts.acc1, "acc5": counts.acc5, "loss": counts.loss, "hits1": counts.hits1,
+              "hits5": counts.hits5, "images": counts.images, "bad_images": counts.bad, **asdict(protocol),
               "crop": protocol.crop, "interval": sampling_interval(counts.acc1, counts.images)}
     if predictions is not None:
         result |= metrics(predictions, protocol.num_classes)
-    if published and published.get("top1") is not None:
-        said = verdict(counts, protocol, published["top1"], published.get("input_size"), published.get("classes", 1000))
+    if published is not None:
+        said = verdict(counts, protocol, published.top1, published.input_size, published.classes)
         if said is not None:
-            result |= {"published": dict(published), "verdict": said.word, "verdict_line": said.line,
+            figures = {"top1": published.top1, "top5": published.top5, "source": "OpenMMLab",
+                       "authors_top1": published.authors_top1}
+            result |= {"published": figures, "verdict": said.word, "verdict_line": said.line,
                        "difference": said.difference, "departures": said.departures}
     return result
 
@@ -165,11 +169,17 @@ def write_eval_json(path: str | Path, results: list[dict] | dict) -> dict:
     return document
 
 
+def predictions_from(outputs: Any, paths: Sequence[str], classes: Sequence[str]) -> Predictions:
+    """From the engine's `Outputs`: `paths[i]` is picture i of the data set, `classes` are in logit order."""
+    names = np.asarray([paths[i] for i in outputs.indices.tolist()], dtype=np.str_)
+    return Predictions(names, outputs.targets, outputs.top, outputs.probabilities, outputs.nll, list(classes))
+
+
 def write_predictions(path: str | Path, predictions: Predictions) -> None:
     """predictions.npz: path, label, top5, probabilities, nll, classes. Plain arrays, readable without pickle."""
     arrays = {"path": np.asarray(predictions.paths, dtype=np.str_), "label": predictions.labels,
               "top5": predictions.top5, "probabilities": predictions.probabilities.astype(np.float32),
-              "nll": predictions.nll.astype(np.float64), "classes": np.asarray(predictions.classes, dtype=np.str_)}
+              "nll": predictions.nll.astype(np.float32), "classes": np.asarray(predictions.classes, dtype=np.str_)}
     packed = io.BytesIO()  # the zip writer seeks, an atomic hashing write does not
     np.savez_compressed(packed, **arrays)
     atomic_write(path, lambda file: file.write(packed.getbuffer()))

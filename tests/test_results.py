@@ -2,14 +2,17 @@
 import csv
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+import engine
 from common.errors import UserError
 from run.metrics import (Predictions, calibration_error, compare, confusion_pairs, mcnemar, metrics,
                          multi_label_accuracy, per_class_accuracy)
-from run.results import (Protocol, per_class_csv, read_predictions, results_from, write_eval_json,
+from run.results import (Protocol, per_class_csv, predictions_from, read_predictions, results_from, write_eval_json,
                          write_predictions, write_report_files)
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox"]
@@ -23,7 +26,7 @@ def predictions(n=200, seed=0, right=0.7, paths=None):
         top5[i] = [labels[i], *[c for c in top5[i] if c != labels[i]][:4]]
     probabilities = np.sort(rng.dirichlet(np.ones(6), n).astype(np.float32), axis=1)[:, ::-1][:, :5]
     paths = np.array(paths or [f"/data/val/{CLASSES[c]}/{i}.png" for i, c in enumerate(labels)])
-    return Predictions(paths, labels, top5, probabilities, rng.random(n), CLASSES)
+    return Predictions(paths, labels, top5, probabilities, rng.random(n).astype(np.float32), CLASSES)
 
 
 def test_counts_equal_a_loop_over_the_pictures():
@@ -31,13 +34,38 @@ def test_counts_equal_a_loop_over_the_pictures():
     counts = p.counts()
     assert counts.hits1 == sum(int(row[0] == label) for row, label in zip(p.top5, p.labels))
     assert counts.hits5 == sum(int(label in row) for row, label in zip(p.top5, p.labels))
-    assert counts.images == 200 and counts.loss_sum == pytest.approx(sum(p.nll), rel=1e-12)
+    assert counts.images == 200 and counts.loss_sum == pytest.approx(sum(p.nll.astype(np.float64)), rel=1e-12)
 
 
 def test_unlabelled_and_unreadable_pictures_are_never_hits():
     top5 = np.array([[-1] * 5, [0, 1, 2, 3, 4], [-1] * 5])
     p = Predictions(np.array(["a", "b", "c"]), np.array([-1, -1, 2]), top5, np.zeros((3, 5)), np.zeros(3), CLASSES)
-    assert (p.counts().hits1, p.counts().hits5, p.counts().images) == (0, 0, 3)
+    assert (p.counts().hits1, p.counts().hits5, p.counts().images, p.counts().bad) == (0, 0, 3, 2)
+
+
+def test_answers_that_are_not_numbers_are_never_hits():
+    shares = np.full((2, 5), np.nan, np.float32)
+    top5 = np.array([[0, 1, 2, 3, 4]] * 2)
+    p = Predictions(np.array(["a", "b"]), np.array([0, 1]), top5, shares, np.zeros(2), CLASSES)
+    assert (p.counts().hits1, p.counts().hits5, p.counts().nonfinite) == (0, 0, 2)
+    assert metrics(p, 6)["mean_class_acc1"] is None
+
+
+def test_predictions_of_the_engine_agree_with_its_sums():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 6))
+    images, targets = torch.randn(40, 3, 2, 2), torch.arange(40) % 6
+    targets[7] = -100
+    images[3] = float("nan")
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    loader = [SimpleNamespace(indices=part, images=images[part], targets=targets[part]) for part in order.split(9)]
+    evaluation = engine.Evaluation(lambda b: (b.images, b.targets), torch.device("cpu"), outputs=True)
+    result, = engine.evaluate([("model", model)], loader, evaluation)
+    p = predictions_from(result.outputs, [f"x/{i}.png" for i in range(40)], CLASSES)
+    counts = p.counts()
+    assert (counts.hits1, counts.hits5, counts.images, counts.bad, counts.nonfinite) == (
+        result.hits1, result.hits5, 40, 1, 1)
+    assert p.paths[7] == "x/7.png" and result.bad == 1 and result.nonfinite == 1
+    assert results_from(result, Protocol("m", 6, 64, dataset="x"), predictions=p)["hits1"] == counts.hits1
 
 
 def test_mean_class_accuracy_leaves_out_classes_without_pictures():

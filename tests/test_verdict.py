@@ -3,15 +3,17 @@ from dataclasses import replace
 
 import pytest
 
+from models import zoo
 from run.metrics import Counts
 from run.results import Protocol, explain_difference, results_from, summary_line, verdict
 
 PROTOCOL = Protocol(model="hornet_tiny_7x7", num_classes=1000, input_size=224)
-PUBLISHED = {"top1": 82.84, "top5": 96.24, "input_size": 224, "source": "OpenMMLab"}
+PUBLISHED = zoo.PUBLISHED["hornet_tiny_7x7"]
 
 
-def judge(hits1=41420, images=50000, published=82.84, input_size=224, **settings):
-    return verdict(Counts(hits1, 48120, images, 1.0), replace(PROTOCOL, **settings), published, input_size)
+def judge(hits1=41420, images=50000, published=82.84, input_size=224, bad=0, nonfinite=0, **settings):
+    counts = Counts(hits1, 48120, images, 1.0, bad, nonfinite)
+    return verdict(counts, replace(PROTOCOL, **settings), published, input_size)
 
 
 def test_the_line_has_the_documented_form():
@@ -27,7 +29,7 @@ def test_the_line_has_the_documented_form():
     (41495, {"dtype": "bfloat16"}, "PASS"), (41496, {"dtype": "bfloat16"}, "CLOSE"),
     (41495, {"tf32": True}, "PASS"),
     (41420, {"crop_pct": 0.95}, "CLOSE"),                # right number, another protocol
-    (41420, {"interpolation": "bilinear"}, "CLOSE"), (41420, {"bad_images": 1}, "CLOSE"),
+    (41420, {"interpolation": "bilinear"}, "CLOSE"), (41420, {"bad": 1}, "CLOSE"), (41420, {"nonfinite": 1}, "CLOSE"),
     (41420, {"dataset": "my_pictures"}, "CLOSE"), (41420, {"mean": (0.5, 0.5, 0.5)}, "CLOSE"),
     (41420, {"crop_pct": None}, "CLOSE"),
 ])
@@ -49,23 +51,24 @@ def test_no_verdict_without_a_comparable_published_number():
 
 def test_at_384_the_published_protocol_warps():
     large = replace(PROTOCOL, model="hornet_large_gf_img384", input_size=384, crop_pct=None)
-    assert explain_difference(large, 50000) == []
-    assert "warp without a crop" in explain_difference(replace(large, crop_pct=1.0), 50000)[0]
+    whole = Counts(0, 0, 50000, 0.0)
+    assert explain_difference(large, whole) == []
+    assert "warp without a crop" in explain_difference(replace(large, crop_pct=1.0), whole)[0]
     assert large.crop == "warp to 384, bicubic, no crop"
     assert PROTOCOL.crop == "resize short side to 256, bicubic, centre crop 224"
 
 
 def test_each_departure_is_one_sentence_naming_both_values():
     other = replace(PROTOCOL, crop_pct=0.9, interpolation="bilinear", std=(0.5, 0.5, 0.5), dtype="bfloat16", tf32=True,
-                    bad_images=3, pillow="13.0.0")
-    found = explain_difference(other, 49000)
+                    pillow="13.0.0")
+    found = explain_difference(other, Counts(0, 0, 49000, 0.0, bad=3))
     assert len(found) == 8 and all(sentence.endswith(".") for sentence in found)
     text = " ".join(found)
     for piece in ("bfloat16 instead of float32", "TF32", "49000 pictures instead of 50000", "crop_pct 0.9 instead of",
                   "bilinear instead of bicubic", "(0.5, 0.5, 0.5) instead of", "3 pictures could not be read",
                   "Pillow 13.0.0"):
         assert piece in text, piece
-    assert explain_difference(PROTOCOL, 50000) == []
+    assert explain_difference(PROTOCOL, Counts(0, 0, 50000, 0.0)) == []
 
 
 def test_eval_json_has_the_documented_fields():
@@ -76,6 +79,9 @@ def test_eval_json_has_the_documented_fields():
     assert (result["acc1"], result["acc5"], result["loss"]) == (82.84, 96.24, 0.8)
     assert result["verdict"] == "PASS" and result["published"]["source"] == "OpenMMLab"
     assert summary_line(result).endswith("PASS")
+    assert result["published"]["authors_top1"] == 82.8
+    unpublished = zoo.PUBLISHED["hornet_base_gf_img384"]
+    assert "verdict" not in results_from(counts, replace(PROTOCOL, input_size=384), unpublished)
     plain = results_from(counts, replace(PROTOCOL, num_classes=10), PUBLISHED)
     assert "verdict" not in plain and "published" not in plain
     assert summary_line(plain) == ("top-1 82.84, top-5 96.24, loss 0.8000 (41420 of 50000 pictures right; "
