@@ -1,5 +1,4 @@
 """Stopping in order: a signal or an approaching time limit becomes one decision of all processes at an update boundary."""
-import enum
 import os
 import re
 import signal
@@ -11,18 +10,10 @@ from typing import Mapping
 import torch
 
 from common.log import logger
+from launch import ExitCode as ExitCode
 from launch.distributed import Process
 
 STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
-
-
-class ExitCode(enum.IntEnum):
-    """What a single process ends with; launchers turn all but 0 into 1, hence also the records in the run folder."""
-
-    DONE = 0
-    ERROR = 1
-    USAGE = 2
-    STOPPED = 75  # EX_TEMPFAIL: stopped by a signal or a time limit, saved, goes on when started again
 
 
 class StopRequest:

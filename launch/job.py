@@ -1,0 +1,187 @@
+"""What one task of a submitted job does: start main.py, pass signals on, and decide what its end means for the job.
+
+main.py runs in a process of its own, so that any end of it, a kill for lack of memory included, is seen here,
+and a requeue is decided in one place. submitit's own signal handler would act on rank 0 alone, between any two
+lines of the training loop; it is replaced.
+"""
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import submitit
+from submitit.helpers import DelayedSubmission
+
+from common.files import append_json_line, read_json, read_json_lines
+from common.log import logger, setup_logging
+from launch import ExitCode
+from launch.watchdog import end_now
+
+HOLD = 90.0  # seconds a requeued task waits for Slurm to end it; an exit would make the job "failed" or "completed"
+
+
+@dataclasses.dataclass
+class Job:
+    """`main.py argv` of the code in `code`, run in `cwd`; `folder` may hold %j. Pickled by reference, run in `code`."""
+
+    argv: list[str]
+    cwd: str
+    code: str
+    folder: str
+    output_dir: str
+    max_requeue: int
+
+    def __call__(self) -> int:
+        environment = submitit.JobEnvironment()
+        # A rank that crashed in an earlier attempt left its error here, and submitit would take it for the job's end.
+        environment.paths.result_pickle.unlink(missing_ok=True)
+        setup_logging(environment.global_rank)
+        task = Task(self, environment)
+        code = task.run_main()
+        if code == ExitCode.DONE:
+            task.record("done")
+            return 0
+        if code == ExitCode.STOPPED:
+            task.after_stop()
+        elif code != ExitCode.USAGE:
+            task.after_failure(code)
+        raise SystemExit(code if code > 0 else 128 - code)
+
+    def checkpoint(self) -> DelayedSubmission:
+        """submitit's hook: the same job again; main.py finds its newest checkpoint by itself."""
+        return DelayedSubmission(self)
+
+
+class Task:
+    """One task of one attempt of a job."""
+
+    def __init__(self, job: Job, environment: submitit.JobEnvironment) -> None:
+        self.environment, self.rank, self.id = environment, environment.global_rank, environment.job_id
+        self.slurm = environment.cluster == "slurm"
+        self.folder = Path(job.folder.replace("%j", self.id))
+        self.output_dir = Path(job.output_dir.replace("%j", self.id))
+        self.argv = [argument.replace("%j", self.id) for argument in job.argv]
+        self.job, self.started, self.signalled = job, time.time(), ""
+        self.child: subprocess.Popen | None = None
+        self.attempt = self._attempt()
+
+    def run_main(self) -> int:
+        """Exit code of main.py; a stop before it could handle signals counts as one that lost nothing."""
+        self.record("started", argv=self.argv)
+        for name in ("SIGTERM", "SIGUSR1", "SIGUSR2"):
+            signal.signal(getattr(signal, name), self._forward)
+        parent = os.getppid()
+        command = [sys.executable, "-u", os.path.join(self.job.code, "main.py"), *self.argv]
+        self.child = subprocess.Popen(command, cwd=self.job.cwd)
+        while (code := self.child.poll()) is None:
+            if os.getppid() != parent:  # slurmstepd or submitit's controller is gone
+                self.child.terminate()
+                try:
+                    self.child.wait(20)
+                finally:
+                    end_now(1)
+            time.sleep(0.2)
+        if self.signalled and code < 0:
+            return ExitCode.STOPPED
+        return code
+
+    def after_stop(self) -> None:
+        """All ranks have stopped at one update and rank 0 has saved: rank 0 requeues the job."""
+        if self.rank == 0:
+            self._requeue("stopped: " + (self.signalled or "time limit"))
+
+    def after_failure(self, code: int) -> None:
+        """The first task to get here decides for all: once more, unless it failed at the same update before."""
+        failure = self._failure(code)
+        decision = self.folder / f"decision-{self.attempt}"
+        try:
+            descriptor = os.open(decision, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            self._follow(decision)
+            return
+        before = [r for r in read_json_lines(self.folder / "job.jsonl") if r["what"] == "failed"]
+        same = bool(before) and before[-1]["update"] == failure["update"]
+        with os.fdopen(descriptor, "w") as file:
+            file.write("stop" if same else "requeue")
+        self.record("failed", **failure)
+        if same:
+            logger.error("The job failed twice at update %s and is not requeued: %s", failure["update"], failure["cause"])
+        else:
+            self._requeue(f"failed at update {failure['update']}: {failure['cause']}")
+
+    def record(self, what: str, **more: Any) -> None:
+        """Append to job.jsonl in the job's folder; starts and ends are told by rank 0 alone."""
+        if self.rank == 0 or what not in ("started", "done"):
+            append_json_line(self.folder / "job.jsonl", {"what": what, "attempt": self.attempt, "rank": self.rank,
+                                                         "time": time.time(), **more})
+
+    def _requeue(self, reason: str) -> None:
+        if self.attempt >= self.job.max_requeue:
+            logger.error("Not requeued, this was attempt %d of %d (--max_requeue): %s", self.attempt + 1,
+                         self.job.max_requeue + 1, reason)
+            self.record("not requeued", reason=f"--max_requeue; {reason}")
+            return
+        if self.slurm and self._state() not in ("RUNNING", "PREEMPTED"):
+            self.record("not requeued", reason=f"Slurm is ending the job by itself ({self._state()}); {reason}")
+            return
+        logger.warning("Requeued (%s); attempt %d of at most %d follows.", reason, self.attempt + 2,
+                       self.job.max_requeue + 1)
+        self.record("requeued", reason=reason)
+        try:
+            self.environment._requeue(self.job.max_requeue - self.attempt)  # submitit's own; ends this process if local
+        except subprocess.SubprocessError as error:
+            logger.error("scontrol requeue failed: %s", error)
+            return
+        time.sleep(HOLD)
+
+    def _follow(self, decision: Path) -> None:
+        for _ in range(50):
+            text = decision.read_text()
+            if text:
+                break
+            time.sleep(0.1)
+        if text == "requeue" and self.slurm:
+            time.sleep(HOLD)
+
+    def _failure(self, code: int) -> dict[str, Any]:
+        """What failure.json says of this attempt, else the last progress and what the exit code tells."""
+        deadline = time.monotonic() + 3
+        while True:
+            found = _read(self.output_dir / "failure.json")
+            if found.get("time", 0) >= self.started or time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        if found.get("time", 0) >= self.started:
+            return {key: found.get(key) for key in ("update", "cause", "phase", "node")} | {"failed_rank": found["rank"]}
+        progress = _read(self.output_dir / "progress.json")
+        update = progress.get("update", -1) if progress.get("time", 0) >= self.started else -1
+        cause = f"rank {self.rank} ended with code {code}" if code >= 0 else \
+            f"rank {self.rank} was killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -9 else "")
+        return {"update": update, "cause": cause, "failed_rank": self.rank, "phase": progress.get("phase")}
+
+    def _attempt(self) -> int:
+        if self.slurm:
+            return int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        return sum(record["what"] == "requeued" for record in read_json_lines(self.folder / "job.jsonl"))
+
+    def _state(self) -> str:
+        command = ["squeue", "--noheader", f"--jobs={self.id}", "--format=%T"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return answer.stdout.strip() or "UNKNOWN"
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        self.signalled = signal.Signals(number).name
+        if self.child is not None and self.child.poll() is None:
+            self.child.send_signal(number)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return {}

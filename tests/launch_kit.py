@@ -1,0 +1,86 @@
+"""Starting and watching small groups of processes in the tests of launch/."""
+import os
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Callable
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PROGRAMS = REPOSITORY / "tests" / "programs"
+TOY = PROGRAMS / "toy_training.py"
+
+
+def expected_value(updates: int, world_size: int) -> float:
+    """What the toy training ends with, computed without processes."""
+    value = 0.0
+    for update in range(updates):
+        value = value * 0.9 + float(sum(update + rank for rank in range(world_size)))
+    return value
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This environment without any launcher's variables, one thread, and the repository on the path."""
+    prefixes = ("SLURM_", "SUBMITIT_", "OMPI_", "TORCHELASTIC_")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(prefixes) and k not in names}
+    return dict(clean, OMP_NUM_THREADS="1", PYTHONPATH=str(REPOSITORY), **more)
+
+
+def start_ranks(world_size: int, *command: str | Path, absent: tuple[int, ...] = ()) -> list[subprocess.Popen]:
+    """`python command` as `world_size` processes of one local job, without a launcher above them."""
+    job = uuid.uuid4().hex
+    ranks = [rank for rank in range(world_size) if rank not in absent]
+    return [subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                             env=environment(SUBMITIT_EXECUTOR="local", SUBMITIT_LOCAL_JOB_ID=job,
+                                             SUBMITIT_LOCAL_GLOBALID=str(rank), SUBMITIT_LOCAL_LOCALID=str(rank),
+                                             SUBMITIT_LOCAL_NTASKS=str(world_size)))
+            for rank in ranks]
+
+
+def start_torchrun(world_size: int, *command: str | Path) -> subprocess.Popen:
+    """`torchrun --nproc_per_node world_size command`."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
+    return subprocess.Popen([sys.executable, *launcher, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, env=environment())
+
+
+def finish(processes: list[subprocess.Popen], seconds: float = 60) -> list[tuple[int, str]]:
+    """(exit code, output) of each process; none outlives this call."""
+    try:
+        deadline = time.monotonic() + seconds
+        outputs = [process.communicate(timeout=max(0.1, deadline - time.monotonic()))[0] for process in processes]
+        return [(process.returncode, output) for process, output in zip(processes, outputs)]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Poll until `condition()`; AssertionError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    """Whether process `pid` runs (zombies don't)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def write_toy_program(folder: Path) -> Path:
+    """A folder that looks like this repository to the launcher, with the toy training as its main.py."""
+    folder.mkdir(parents=True)
+    for room in ("common", "launch"):
+        shutil.copytree(REPOSITORY / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(PROGRAMS / "toy_main.py", folder / "main.py")
+    shutil.copy(TOY, folder)
+    return folder

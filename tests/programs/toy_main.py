@@ -1,0 +1,26 @@
+"""Stands in for main.py in tests of the launcher: the toy training with main.py's way of taking options.
+
+    toy_main.py [--config FILE] --output_dir DIR --updates N [--faults "raise=1@5 pace=0.1"] [--print_config true]
+"""
+import argparse
+import sys
+
+import toy_training
+
+
+def main() -> int:
+    p = argparse.ArgumentParser()
+    p.add_argument("--config")
+    p.add_argument("--output_dir", default="")
+    p.add_argument("--device")
+    p.add_argument("--updates", default="20")
+    p.add_argument("--faults", default="")
+    p.add_argument("--print_config", default="")
+    options = p.parse_args()
+    if options.print_config:
+        return 0
+    return toy_training.main([options.output_dir, options.updates, *options.faults.split()])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
