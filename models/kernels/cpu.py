@@ -1,0 +1,204 @@
+"""HorNet's operators on CPUs: matrix products through oneDNN and the compiled kernels of `native.py`.
+
+Measured on one AMD Zen 5 core at HorNet-T's shapes: torch's default float32 product reaches 83-119 GFLOP/s, the
+same operands given to oneDNN by name 200-260 (of 260). Calling the operator, instead of a global switch, keeps
+true float32 on CPUs where that switch would round to bfloat16. Under autocast the residual stream stays float32.
+"""
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from models.gnconv import Operators
+from models.kernels import native
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """x (..., in) @ weight (out, in)^T + bias, then GELU if asked, by oneDNN; `weight` can be a packed one."""
+    if gelu:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def linear_grads(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x (rows, in), weight (out, in) and bias from grad (rows, out)."""
+    if grad.dtype == torch.bfloat16:  # the default library is at its peak here
+        return grad @ weight, grad.t() @ x, grad.sum(0)
+    if grad.shape[1] > x.shape[1]:  # oneDNN copies its first operand: let it be the narrow one
+        d_weight = product(x.t(), grad.t()).t().contiguous()
+    else:
+        d_weight = product(grad.t(), x.t())
+    return product(grad, weight.t()), d_weight, grad.sum(0)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
+        hidden = product(x, weight, bias)
+        ctx.save_for_backward(x, weight, hidden if gelu else None)
+        return native.gelu(hidden) if gelu else hidden
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight, hidden = ctx.saved_tensors
+        grad = grad.contiguous()
+        if hidden is not None:
+            grad = native.gelu_backward(hidden, grad)
+        d_x, d_weight, d_bias = linear_grads(x.flatten(0, -2), weight, grad.flatten(0, -2))
+        return d_x.view(x.shape), d_weight, d_bias, None
+
+
+class _Depthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        taps = weight.flatten(1).t().float().contiguous()
+        ctx.save_for_backward(x, taps)
+        ctx.weight_like, ctx.has_bias = weight, bias is not None
+        return native.depthwise(x, taps, None if bias is None else bias.float().contiguous())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, taps = ctx.saved_tensors
+        d_x, d_taps, d_bias = native.depthwise_backward(x, grad, taps)
+        weight = ctx.weight_like
+        return d_x, d_taps.t().reshape(weight.shape).to(weight.dtype), d_bias.to(weight.dtype) if ctx.has_bias else None
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        out, mean, rstd = native.layer_norm(x, weight, bias, eps, dtype)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight, mean, rstd = ctx.saved_tensors
+        return *native.layer_norm_backward(x, grad.contiguous(), weight, mean, rstd), None, None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor, gamma: Tensor, keep: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(y, gamma, keep, slot)
+        return native.join(x, y, gamma, keep, slot)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        grad = grad.contiguous()
+        return grad, *native.join_backward(grad, *ctx.saved_tensors), None, None
+
+
+def _ready(*tensors: Tensor | None) -> bool:
+    """Whether the kernels take these: real CPU tensors of two types, outside compilers, tracers and transforms."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack():
+        return False
+    return all(t is None or (type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu"
+                             and t.dtype in DTYPES and t.numel() > 0) for t in tensors)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+class CpuOperators(Operators):
+    """The operators of a model on a CPU; whatever a kernel does not take falls back to plain PyTorch.
+
+    Args:
+        onednn: float32 matrix products by oneDNN (bfloat16 ones need no help outside `packed`).
+        compiled: use the kernels of `native.py`.
+        packed: weight -> (its matrix in oneDNN's own layout, bias), for evaluation; see `pack`.
+    """
+
+    def __init__(self, onednn: bool = True, compiled: bool = True):
+        self.onednn, self.compiled = onednn, compiled
+        self.packed: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+
+    def linear(self, x, weight, bias):
+        return self._linear(x, weight, bias, gelu=False)
+
+    def linear_gelu(self, x, weight, bias):
+        return self._linear(x, weight, bias, gelu=True)
+
+    def _linear(self, x, weight, bias, gelu):
+        dtype = _compute_dtype(x)
+        if not self.onednn or bias is None or dtype not in DTYPES or not _ready(x, weight, bias):
+            return super().linear_gelu(x, weight, bias) if gelu else super().linear(x, weight, bias)
+        x = x.to(dtype)
+        if id(weight) in self.packed and not torch.is_grad_enabled():
+            _, matrix, bias = self.packed[id(weight)]
+            return product(x, matrix, bias, gelu)
+        matrix, bias = weight.flatten(1).to(dtype), bias.to(dtype)
+        if not torch.is_grad_enabled():
+            return product(x, matrix, bias, gelu)
+        if gelu and not self.compiled:
+            return torch.nn.functional.gelu(_Linear.apply(x, matrix, bias, False))
+        return _Linear.apply(x, matrix, bias, gelu)
+
+    def layer_norm(self, x, weight, bias, eps):
+        dtype = _compute_dtype(x)
+        types = (x.dtype, dtype)
+        if not self.compiled or not _ready(x, weight, bias) or types not in (
+                (torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)):
+            return super().layer_norm(x, weight, bias, eps)
+        return _LayerNorm.apply(x.contiguous(), weight.float(), bias.float(), eps, dtype)
+
+    def depthwise(self, x, weight, bias):
+        dtype = _compute_dtype(x)
+        if not self.compiled or dtype not in DTYPES or weight.shape[2:] not in ((3, 3), (7, 7)) or not _ready(
+                x, weight, bias):
+            return super().depthwise(x, weight, bias)
+        return _Depthwise.apply(x.to(dtype), weight, bias)
+
+    def gate(self, x, gate):
+        """Without gradients the product overwrites a projection's fresh output."""
+        if not torch.is_grad_enabled() and x._base is None and _ready(x, gate) and x.dtype == gate.dtype:
+            return x.mul_(gate)
+        return super().gate(x, gate)
+
+    def residual(self, x, branch: Callable[[Tensor], Tensor], gamma, keep):
+        """As the plain one; dropped samples of a branch are not computed (one always is, so that every parameter
+        has a gradient, if only zero, and all ranks communicate)."""
+        if not self.compiled or gamma is None or not _ready(x, gamma):
+            return super().residual(x, branch, gamma, keep)
+        x = x.to(torch.promote_types(x.dtype, gamma.dtype)).contiguous()
+        count = x.shape[0]
+        slot, taken = torch.arange(count), x
+        if keep is None:
+            keep = torch.ones(count)
+        elif not keep.all():
+            index = keep.nonzero()[:, 0] if keep.any() else torch.zeros(1, dtype=torch.int64)
+            slot = torch.full((count,), -1).index_copy_(0, index, torch.arange(len(index)))
+            taken = x.index_select(0, index)
+        y = branch(taken).contiguous()
+        if y.dtype != torch.bfloat16:
+            y = y.to(x.dtype)
+        if not torch.is_grad_enabled() and taken is x and y.dtype == x.dtype:
+            return native.join(x, y, gamma.float(), keep.float().contiguous(), slot, out=y)
+        return _Join.apply(x, y, gamma.float(), keep.float().contiguous(), slot)
+
+    def patch_conv(self, x, weight, bias):
+        """As a matrix product over the patches; the convolution's backward is at half the speed."""
+        size, (batch, height, width, channels) = weight.shape[2], x.shape
+        if not self.onednn or height % size or width % size or not _ready(x, weight):
+            return super().patch_conv(x, weight, bias)
+        x = x.reshape(batch, height // size, size, width // size, size, channels).transpose(2, 3)
+        return self.linear(x.flatten(3), weight.permute(0, 2, 3, 1).flatten(1), bias)
+
+    def pack(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
+        """Reorder the matrices of `model`'s Linear layers and 1x1 convolutions for evaluation in `dtype`."""
+        if not self.onednn:
+            return
+        for module in model.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and weight.shape[2:] in ((), (1, 1)):
+                matrix = torch.ops.mkldnn._reorder_linear_weight(weight.detach().flatten(1).to(dtype).contiguous())
+                bias = None if module.bias is None else module.bias.detach().to(dtype)
+                self.packed[id(weight)] = weight, matrix, bias

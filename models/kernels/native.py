@@ -1,0 +1,163 @@
+"""Compile, load and call `native.cpp`: CPU kernels that PyTorch lacks or has only in a slow form.
+
+Built with the system's C++ compiler on first use (about 3 s) into the user's cache folder, one file per source,
+compiler and CPU. Without a compiler there are no native kernels and everything runs in plain PyTorch.
+"""
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.log import logger
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti",
+         "-fopenmp", "-shared", "-fPIC")
+NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+CHUNKS = 64  # runs of rows whose LayerNorm gradients are summed apart: fixed, so threads do not change the sum
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None (told once) where they cannot be built."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
+    if compiler is None:
+        logger.info("No C++ compiler: CPU kernels stay in plain PyTorch (slower, same results).")
+        return None
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
+        identity = (SOURCE.read_bytes(), version, repr(FLAGS).encode(), _cpu_flags().encode())
+        path = _cache_folder() / f"native-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:24]}.so"
+        if not path.exists():
+            part = path.with_suffix(f".{os.getpid()}.tmp")
+            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(part)], capture_output=True, check=True,
+                           timeout=180)
+            os.replace(part, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace").strip()
+        logger.warning("CPU kernels were not built and stay in plain PyTorch: %s", detail.splitlines()[-1:])
+        return None
+
+
+def _cpu_flags() -> str:
+    """The instruction sets of this CPU: a home folder can be shared by machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() + platform.machine()
+    return " ".join(line for line in lines[:40] if line.startswith(("flags", "Features", "model name")))
+
+
+def _cache_folder() -> Path:
+    """A folder that only this user can write: a library in it is executed."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hornet" / "kernels"
+    try:
+        base.mkdir(parents=True, exist_ok=True, mode=0o700)
+        info = base.stat()
+        if info.st_uid == os.getuid() and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and os.access(base, os.W_OK):
+            return base
+    except (OSError, RuntimeError):
+        pass
+    return Path(tempfile.mkdtemp(prefix="hornet-kernels-"))
+
+
+def _call(name: str, *args) -> None:
+    """Call a kernel: tensors become pointers, integers 64 bits; the number of threads is torch's."""
+    converted = [
+        ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_void_p() if a is None
+        else ctypes.c_float(a) if isinstance(a, float) else ctypes.c_int64(a) for a in args]
+    getattr(library(), name)(*converted, ctypes.c_int(torch.get_num_threads()))
+
+
+def _pixels(x: Tensor) -> tuple[Tensor, int]:
+    """x (B, H, W, C) and the distance between pixels; a channel slice of an NHWC tensor needs no copy."""
+    _, height, width, _ = x.shape
+    step = x.stride(2)
+    if x.stride(3) != 1 or x.stride(1) != width * step or x.stride(0) != height * width * step:
+        x = x.contiguous()
+        step = x.stride(2)
+    return x, step
+
+
+def depthwise(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
+    """x (B, H, W, C) float32 or bfloat16, taps (k * k, C) float32 with k 3 or 7, bias (C,) float32."""
+    x, step = _pixels(x)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    shape = torch.tensor(x.shape)
+    _call(f"depthwise_{NAMES[x.dtype]}", x, step, taps, bias, out, x.shape[3], shape, 7 if len(taps) == 49 else 3)
+    return out
+
+
+def depthwise_backward(x: Tensor, grad: Tensor, taps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, taps and bias."""
+    x, step = _pixels(x)
+    grad, grad_step = _pixels(grad)
+    dx = torch.empty(x.shape, dtype=x.dtype)
+    partial = torch.empty(x.shape[0], len(taps) + 1, x.shape[3])
+    _call(f"depthwise_backward_{NAMES[x.dtype]}", x, step, grad, grad_step, taps, dx, x.shape[3], partial,
+          torch.tensor(x.shape), 7 if len(taps) == 49 else 3)
+    total = partial.sum(0)
+    return dx, total[:-1], total[-1]
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise the last axis of a contiguous x; the output in `dtype`, and each row's mean and 1 / deviation."""
+    rows, channels = x.numel() // x.shape[-1], x.shape[-1]
+    out, mean, rstd = torch.empty(x.shape, dtype=dtype), torch.empty(rows), torch.empty(rows)
+    _call(f"layer_norm_{NAMES[x.dtype]}_{NAMES[dtype]}", x, weight, bias, out, mean, rstd, rows, channels, float(eps))
+    return out, mean, rstd
+
+
+def layer_norm_backward(x: Tensor, grad: Tensor, weight: Tensor, mean: Tensor,
+                        rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias."""
+    rows, channels = x.numel() // x.shape[-1], x.shape[-1]
+    dx, partial = torch.empty_like(x), torch.empty(CHUNKS, 2, channels)
+    _call(f"layer_norm_backward_{NAMES[x.dtype]}_{NAMES[grad.dtype]}", x, grad, weight, mean, rstd, dx, partial,
+          rows, channels, CHUNKS)
+    total = partial.sum(0)
+    return dx, total[0], total[1]
+
+
+def join(x: Tensor, y: Tensor, gamma: Tensor, keep: Tensor, slot: Tensor, out: Tensor | None = None) -> Tensor:
+    """x (B, H, W, C) + keep (B,) * gamma (C,) * y (kept, H, W, C); `slot` (B,) int64 is a row of y or -1.
+
+    `out` can be y when no image is left out.
+    """
+    out = torch.empty_like(x) if out is None else out
+    images, height, width, channels = x.shape
+    _call(f"join_{NAMES[x.dtype]}_{NAMES[y.dtype]}", x, y, gamma, keep, slot, out, images, height * width, channels)
+    return out
+
+
+def join_backward(grad: Tensor, y: Tensor, gamma: Tensor, keep: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of y and gamma."""
+    images, height, width, channels = grad.shape
+    dy, partial = torch.empty_like(y), torch.empty(images, channels)
+    _call(f"join_backward_{NAMES[grad.dtype]}_{NAMES[y.dtype]}", grad, y, gamma, keep, slot, dy, partial, images,
+          height * width, channels)
+    return dy, partial.sum(0)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Exact GELU of a contiguous tensor, within 2e-7 of torch's relative to |x|."""
+    out = torch.empty_like(x)
+    _call(f"gelu_{NAMES[x.dtype]}", x, out, x.numel())
+    return out
+
+
+def gelu_backward(x: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of x."""
+    dx = torch.empty_like(x)
+    _call(f"gelu_backward_{NAMES[x.dtype]}", x, grad, dx, x.numel())
+    return dx
