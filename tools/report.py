@@ -8,7 +8,8 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import write_text
-from common.log import logger, setup_logging
+from common.log import logger
+from tools.command import run_command
 from tools.report_data import read_run, recipe_difference
 from tools.report_page import page
 
@@ -38,19 +39,16 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    setup_logging()
-    parser = arguments()
-    args = parser.parse_args(argv)
+def run(args: argparse.Namespace) -> int:
     if len(args.runs) > 2:
-        parser.error(f"{len(args.runs)} runs given: one page shows one run or two")
-    try:
-        out = write_report(args.runs, args.out)
-    except (UserError, OSError) as error:
-        logger.error(str(error))
-        return 2
-    logger.info(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB); open it in a browser")
+        raise UserError(f"{len(args.runs)} runs given: one page shows one run, or two side by side.")
+    out = write_report(args.runs, args.out)
+    logger.info("wrote %s (%.2f MB); open it in a browser", out, out.stat().st_size / 1e6)
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command(arguments(), run, argv)
 
 
 if __name__ == "__main__":
