@@ -67,6 +67,10 @@ class PictureDataset(Dataset):
         """Where picture `index` comes from, for reports."""
         return self.reader.path(self._place(index))
 
+    def picture(self, index: int) -> Image.Image:
+        """Picture `index` as RGB; raises BadPicture."""
+        return self.reader.picture(self._place(index))
+
     def _place(self, index: int) -> int:
         return index if self._kept is None else int(self._kept[index])
 
@@ -95,7 +99,7 @@ class PictureDataset(Dataset):
         chosen = index
         for attempt in range(_ATTEMPTS):
             try:
-                picture = self.reader.picture(self._place(chosen))
+                picture = self.picture(chosen)
                 break
             except BadPicture as error:
                 logger.warning("unreadable picture %s (%s), replaced by another", show(self.path(chosen)), error)
@@ -104,21 +108,22 @@ class PictureDataset(Dataset):
             raise UserError(f"{_ATTEMPTS} pictures in a row are unreadable, the last is {show(self.path(chosen))}; check "
                             "the disk and the data path.")
         with seeded(key(self.seed, "augment", epoch, index)):
-            pixels[:] = self._transformed(picture, chosen)
+            pixels[:] = self.transformed(picture, chosen)
             if self.erasing is not None:
                 boxes[:] = self.erasing.boxes(self.size, self.size)
         return self.targets[chosen], chosen != index
 
     def _evaluate(self, index: int, pixels: np.ndarray) -> tuple[int, bool]:
         try:
-            picture = self.reader.picture(self._place(index))
+            picture = self.picture(index)
         except BadPicture:
             pixels[:] = 0
             return UNREADABLE_TARGET, True
-        pixels[:] = self._transformed(picture, index)
+        pixels[:] = self.transformed(picture, index)
         return self.targets[index], False
 
-    def _transformed(self, picture: Image.Image, index: int) -> np.ndarray:
+    def transformed(self, picture: Image.Image, index: int) -> np.ndarray:
+        """The transform's pixels; an error in it names the picture."""
         try:
             return self.transform(picture)
         except Exception as error:
@@ -159,7 +164,7 @@ class PictureLoader(DataLoader):
             self.bad_pictures[index] = self.bad_pictures.get(index, 0) + 1
         if self.refuse_bad:
             try:
-                self.dataset.reader.picture(self.dataset._place(indices[0]))
+                self.dataset.picture(indices[0])
                 reason = "readable at a second try"
             except BadPicture as error:
                 reason = str(error)

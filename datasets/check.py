@@ -1,0 +1,51 @@
+"""A quick look at a sample of the pictures before a run: unreadable ones, surprising ones, how long one takes."""
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from common.keys import numpy_generator
+from datasets.loader import PictureDataset
+from datasets.pictures import BadPicture, show
+
+
+@dataclass
+class SampleCheck:
+    """looked: pictures decoded; unreadable: (path, reason); tiny: paths of pictures below half the input size;
+    seconds: mean time to decode and transform one; classes: classes met."""
+
+    looked: int
+    classes: int
+    seconds: float
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    tiny: list[str] = field(default_factory=list)
+
+    def sentences(self) -> list[str]:
+        """What a person should know, in words; the first says what was looked at."""
+        said = [f"{self.looked} pictures of {self.classes} classes looked at, {1000 * self.seconds:.1f} ms each, "
+                f"{len(self.unreadable)} unreadable"]
+        if self.unreadable:
+            path, reason = self.unreadable[0]
+            said.append(f"unreadable: {path} ({reason})")
+        if self.tiny:
+            said.append(f"{len(self.tiny)} pictures are smaller than half the input size, such as {self.tiny[0]}")
+        return said
+
+
+def check_sample(dataset: PictureDataset, count: int = 64, seed: int = 0) -> SampleCheck:
+    """Decode and transform up to `count` pictures drawn evenly from the whole data set. Nothing is raised for bad ones."""
+    count = min(count, len(dataset))
+    edges = np.linspace(0, len(dataset), count + 1).astype(np.int64)
+    chosen = [int(i) for i in numpy_generator(seed, "check").integers(edges[:-1], edges[1:])]
+    found = SampleCheck(count, len(np.unique(dataset.targets[chosen])), 0.0)
+    started = time.perf_counter()
+    for index in chosen:
+        try:
+            picture = dataset.picture(index)
+            if min(picture.size) * 2 < dataset.size:
+                found.tiny.append(show(dataset.path(index)))
+            dataset.transformed(picture, index)
+        except BadPicture as error:
+            found.unreadable.append((show(dataset.path(index)), str(error)))
+    found.seconds = (time.perf_counter() - started) / max(1, count)
+    return found
