@@ -202,7 +202,8 @@ class GnConv(nn.Module):
             return self._recurse(p, q).permute(0, 3, 1, 2)
         with _without_autocast(x.device.type):
             out = self._recurse(p.float(), q.float()).permute(0, 3, 1, 2)
-        return out.to(x.dtype)
+        # A .half() module gives float16 back; under autocast the parameters are float32 and so is the output.
+        return out.to(torch.promote_types(x.dtype, self.proj_out.weight.dtype))
 
     def _spatial(self, q: Tensor) -> Tensor:
         """The depthwise operator with the scale folded into its small parameters, which saves a pass over q."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.gnconv import PLAIN, GlobalLocalFilter, GnConv, Operators
+from models.zoo import published_files
 
 EPS = 1e-6  # of every LayerNorm
 
@@ -122,8 +123,8 @@ class HorNet(nn.Module):
 
     @property
     def num_drop_draws(self) -> int:
-        """Uniform draws per sample that drop path takes: two per block."""
-        return 2 * sum(len(stage) for stage in self.stages)
+        """Uniform draws per sample that drop path takes: two per block of the whole architecture."""
+        return 2 * sum(self.cfg.depths)
 
     def forward(self, x: Tensor, drop_draws: Tensor | None = None) -> Tensor:
         """Logits; `drop_draws` (B, num_drop_draws) are uniforms in [0, 1) for drop path, drawn here when None.
@@ -289,7 +290,8 @@ def input_size(name: str) -> int:
 
 def _default_cfg(name: str) -> dict:
     size = input_size(name)
-    return dict(url="", num_classes=1000, input_size=(3, size, size), interpolation="bicubic", custom_load=True,
+    url = next((file.url for file in published_files(name)), "")
+    return dict(url=url, num_classes=1000, input_size=(3, size, size), interpolation="bicubic", custom_load=True,
                 crop_pct=1.0 if size >= 384 else 0.875, crop_mode="squash" if size >= 384 else "center",
                 mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, license="mit",
                 first_conv="downsample_layers.0.0", classifier="head")

@@ -30,8 +30,8 @@ class Published:
         flops: multiply-adds at `input_size`, None where not published.
         input_size: side of the square pictures in pixels.
         classes: of the published file's head, 10459 for ImageNet-22k.
-        recipe: file name stem in recipes/.
-        drop_path, clip_grad: the recipe's values.
+        recipe: file name stem in recipes/ of the training that made the published file, "" where none is known.
+        drop_path, clip_grad: that recipe's values.
         top1, top5: percent on ImageNet-1k's 50,000 validation pictures (OpenMMLab), None where not published.
         authors_top1: the authors' figure, one decimal.
         authors_id: of the file at the authors' server, "" for none.
@@ -43,8 +43,8 @@ class Published:
     input_size: int
     classes: int
     recipe: str
-    drop_path: float
-    clip_grad: float
+    drop_path: float | None = None
+    clip_grad: float | None = None
     top1: float | None = None
     top5: float | None = None
     authors_top1: float | None = None
@@ -79,13 +79,13 @@ PUBLISHED = {
     "hornet_base_gf": Published(
         88_421_352, 15.423e9, 224, 1000, "hornet_base_gf", 0.5, 1, 84.32, 96.95, 84.3,
         "6c84935e63b547f383fb", "hornet-base-gf_3rdparty_in1k_20220915-82c06fa7.pth"),
-    "hornet_base_gf_img384": Published(92_099_560, None, 384, 1000, "", 0.4, 1),
+    "hornet_base_gf_img384": Published(92_099_560, None, 384, 1000, ""),
     "hornet_large_7x7": Published(
         194_542_504, 34.8e9, 224, 10459, "hornet_large_7x7_in22k", 0.2, 5, authors_id="a76f7ce114ad4e9c8ffb"),
     "hornet_large_gf": Published(
-        196_289_512, 34.7e9, 224, 10459, "hornet_large_gf_in22k", 0.2, 5, authors_id="12c99a79e77341e59681"),
+        196_289_512, 34.7e9, 224, 10459, "hornet_large_gf_in22k", 0.2, 1, authors_id="12c99a79e77341e59681"),
     "hornet_large_gf_img384": Published(
-        201_806_824, 101.8e9, 384, 10459, "hornet_large_gf_ft1k_384", 0.4, 1, authors_id="9253bd0d50c84ab1b71e"),
+        201_806_824, 101.8e9, 384, 10459, "", authors_id="9253bd0d50c84ab1b71e"),
 }
 
 # The ImageNet-1k synsets that timm's 10,450-class list leaves out, in ImageNet-1k order: rows 10450 to 10458.

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from models.gnconv import GlobalLocalFilter, GnConv, Operators, gnconv_dims, resize_filter
@@ -86,6 +87,24 @@ def test_filter_is_resized_with_aligned_corners():
 def test_errors_name_what_fits(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_it_takes_the_place_of_a_timm_models_convolution():
+    """ConvNeXt's depthwise convolutions replaced by gnConv, and a few updates taken."""
+    torch.manual_seed(0)
+    model = timm.create_model("convnext_atto", num_classes=10, depths=(1, 1, 1, 1), dims=(8, 16, 32, 64))
+    for i, stage in enumerate(model.stages):
+        for block in stage.blocks:
+            block.conv_dw = GnConv(block.conv_dw.in_channels, order=i + 1, filter="conv" if i < 2 else (4, 3))
+    x, y = torch.randn(8, 3, 64, 64), torch.arange(8)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
+    for _ in range(12):
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_widths():

@@ -2,14 +2,16 @@
 import argparse
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+import yaml
 from parity_fill import PARITY, parity_tensor
 from timm.data import ImageNetInfo
 
-import models
+import models  # noqa: F401  registers the models
 from common.errors import UserError
 from models.weights import fit_to_model, from_openmmlab, identify, load_for_model, select_weights, to_openmmlab
 from models.zoo import PUBLISHED, published_files, synsets
@@ -232,7 +234,14 @@ def test_published_files_have_hashes_and_addresses(name):
     for file in published_files(name):
         assert file.url.startswith("https://") and file.name.endswith(".pth")
         assert len(file.sha256_prefix) == (8 if file.source == "openmmlab" else 0)
-    assert set(PUBLISHED) == set(models.MODEL_NAMES[:10])
+    assert timm.get_pretrained_cfg(name).url == published_files(name)[0].url
+
+
+@pytest.mark.parametrize("name", [n for n in PUBLISHED if PUBLISHED[n].recipe])
+def test_the_registry_and_the_recipes_agree(name):
+    entry = PUBLISHED[name]
+    recipe = yaml.safe_load((Path(__file__).parents[1] / "recipes" / f"{entry.recipe}.yaml").read_text())
+    assert (recipe["model"], recipe["drop_path"], recipe["clip_grad"]) == (name, entry.drop_path, entry.clip_grad)
 
 
 def test_pretrained_from_a_folder_without_network(tmp_path, monkeypatch):
