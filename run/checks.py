@@ -43,8 +43,8 @@ def _settle_batch(options: Options, origins: dict[str, str], notices: list[str])
 
 
 def mixes(options: Options) -> bool:
-    """Mixup or CutMix is on."""
-    return options.mixup_prob > 0 and (options.mixup > 0 or options.cutmix > 0 or bool(options.cutmix_minmax))
+    """Mixup or CutMix is on, so that pictures come in pairs."""
+    return options.mixup > 0 or options.cutmix > 0 or bool(options.cutmix_minmax)
 
 
 def check(options: Options, origins: dict[str, str]) -> None:

@@ -163,7 +163,6 @@ def test_evaluation_is_not_held_to_training_rules():
 
 def test_odd_batches_are_fine_without_mixing():
     parse([*"--batch_size 7 --mixup 0 --cutmix 0".split(), *DATA])
-    parse([*"--batch_size 7 --mixup_prob 0".split(), *DATA])
 
 
 def test_help_shows_twenty_options_and_help_all_every_one(capsys):
