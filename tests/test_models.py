@@ -56,7 +56,7 @@ def test_autocast_keeps_the_residual_stream_and_the_filter_in_float32(name, dtyp
         mixed = model(x)
         mixed.float().sum().backward()
     assert features.dtype == torch.float32 and set(seen) <= {torch.float32}
-    assert len(seen) == (6 if name.endswith("gf") else 36)
+    assert len(seen) == (6 if name.endswith("gf") else 0)
     assert (mixed.float() - exact).abs().max() < 0.05 * exact.abs().max()
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
