@@ -14,7 +14,7 @@ import os
 import socket
 import time
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -84,6 +84,22 @@ class Process:
             with self._waiting("all_gather"):
                 dist.all_gather_object(box, obj, group=self.side)
         return box
+
+    def on_rank_zero(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns on rank 0, on every process; its UserError is raised on every process too.
+
+        So the run folder and the checkpoint to resume need to be seen by rank 0's node only.
+        """
+        outcome = None, None
+        if self.is_main:
+            try:
+                outcome = work(), None
+            except UserError as error:
+                outcome = None, str(error)
+        result, sentence = self.broadcast_object(outcome)
+        if sentence is not None:
+            raise UserError(sentence)
+        return result
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """DistributedDataParallel around `model`, or the model itself when this process is alone.
@@ -234,7 +250,10 @@ def meet(place: Place, limit: datetime.timedelta) -> dist.Store:
     try:
         store.wait(names, limit)
     except (dist.DistError, RuntimeError):
-        missing = [rank for rank, name in enumerate(names) if not store.check([name])]
+        try:
+            missing = [rank for rank, name in enumerate(names) if not store.check([name])]
+        except (dist.DistError, RuntimeError):
+            raise UserError(f"rank {place.rank}: rank 0 has given up waiting for the others; see its message.") from None
         raise UserError(f"only {place.world_size - len(missing)} of {place.world_size} processes arrived within "
                         f"{limit.total_seconds():.0f} s; missing rank(s): {', '.join(map(str, missing))} "
                         f"(--rendezvous_timeout).") from None

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from common.errors import UserError
-from common.log import logger
 from run.state import FORMAT, Best, check_resumable, check_same_run
 
 
@@ -96,6 +95,7 @@ class TrainingRun:
         """Agree with the other ranks whether to save or to stop at this boundary."""
         self.update = update + 1
         to = self.to
+        to.tracker.tick()
         due = to.checkpoints is not None and to.checkpoints.due(self.options.save_every_minutes)
         flags = torch.tensor([int(to.stop.requested), int(due)], dtype=torch.int32)
         stops, saves = self.process.all_reduce_(flags, "max").tolist()
@@ -111,8 +111,11 @@ class TrainingRun:
             self.to.tracker.progress(progress)
 
     def on_nonfinite(self, record: dict) -> None:
-        """Keep the report of an update that was not applied."""
-        self.to.tracker.incident("nonfinite", record)
+        """Keep the report of an update that was not applied, of the rank whose pictures show it."""
+        module = f", first in module {record['first_module']}" if record.get("first_module") else ""
+        if self.process.rank == 0 or record.get("reproduced"):
+            self.to.tracker.incident("nonfinite", f"Update {record['update']} was not applied: its loss or gradient was "
+                                     f"not finite{module}; next: {record['action']}.", rank=self.process.rank, **record)
 
     # ------------------------------------------------------------------------------------------ the run itself
 
@@ -124,8 +127,10 @@ class TrainingRun:
         """
         per_epoch = self.fixed.updates_per_epoch
         while self.epoch < self.fixed.epochs:
-            started = time.time()
-            progress = train_one_epoch(self.training, self.epoch, self.update - self.epoch * per_epoch, self.sums)
+            started, first = time.time(), self.update - self.epoch * per_epoch
+            if self.process.rank == 0:
+                self.to.tracker.start_epoch(self.epoch, first)
+            progress = train_one_epoch(self.training, self.epoch, first, self.sums)
             self.update, self.sums = progress.next_update, None
             if progress.request == "stop":
                 raise UserError(f"training ended at update {self.update}: too many non-finite losses or gradients; "
@@ -153,7 +158,7 @@ class TrainingRun:
         ends = self.epoch == self.fixed.epochs or self.to.stop.agreed(self.process)
         self.on_phase("saving", self.update)
         if self.process.rank == 0:
-            self.to.tracker.epoch(epoch, progress, tests, update=self.update, seconds=time.time() - started)
+            self.to.tracker.end_epoch(progress, tests, seconds=time.time() - started)
         if self.to.checkpoints is not None and (ends or files or self.epoch % self.options.save_ckpt_freq == 0):
             self.to.checkpoints.save(self.state(), epoch=epoch, best=files, wait=ends)
             self._say_failures()
@@ -167,7 +172,7 @@ class TrainingRun:
 
     def _say_failures(self) -> None:
         for sentence in self.to.checkpoints.failures():
-            self.to.tracker.incident("save_failed", {"update": self.update, "message": sentence})
+            self.to.tracker.incident("save_failed", sentence, update=self.update)
 
     def _roll_back(self) -> None:
         """Take the weights of the last good checkpoint and go on with the next data, not with the same."""
@@ -176,10 +181,10 @@ class TrainingRun:
             raise UserError(f"the loss or gradient was non-finite several times up to update {self.update} and there is "
                             "no checkpoint to go back to: lower --lr, lengthen --warmup_epochs, or train without --use_amp.")
         self._restore_weights(state)
-        logger.warning("Rolled back to the weights of update %s; training goes on with the data of update %d.",
-                       state["update"], self.update)
         if self.process.rank == 0:
-            self.to.tracker.incident("rollback", {"update": self.update, "weights_of_update": state["update"]})
+            self.to.tracker.incident("rollback", f"Rolled back to the weights of update {state['update']}; training goes on "
+                                     f"with the data of update {self.update}.", update=self.update,
+                                     weights_of_update=state["update"])
 
 
 @dataclass

@@ -1,0 +1,183 @@
+"""What `--eval true` does: find the weights, evaluate them all in one pass, compare with the published figure, write it down."""
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import timm
+import torch
+
+import engine
+import models  # noqa: F401  registers the architectures with timm
+from common.errors import UserError
+from common.log import logger
+from common.safe_load import safe_torch_load
+from datasets.build import Data, build_data, eval_loader
+from datasets.labels import imagenet_synsets
+from datasets.prepare import EvalPrepare
+from datasets.transforms import mean_std
+from launch import ExitCode
+from models.download import fetch_published, fetch_url
+from models.kernels import accelerate, code_paths
+from models.weights import load_for_model
+from models.zoo import PUBLISHED
+from run.checkpoint import Checkpoints
+from run.metrics import Counts, Predictions
+from run.options import Resolved
+from run.results import (IMAGENET_VAL_PICTURES, Protocol, results_from, summary_line, write_eval_json,
+                         write_report_files)
+
+# What a checkpoint of ours knows about its own network and pictures, taken unless a flag or recipe says otherwise.
+_FROM_CHECKPOINT = ("model", "input_size", "crop_pct", "imagenet_default_mean_and_std", "layer_scale_init_value")
+
+
+@dataclass
+class Candidate:
+    """One set of weights to evaluate: the checkpoint's path and its entry, `model` or `model_ema`."""
+    path: str
+    weights: str
+    network: torch.nn.Module
+
+
+def evaluate_checkpoints(resolved: Resolved, process: Any, watchdog: Any) -> int:
+    """Evaluate every checkpoint of `--resume` (else `--pretrained`, else the run folder's best); the exit code."""
+    options = resolved.options
+    sources = process.on_rank_zero(lambda: find_sources(options))
+    first = safe_torch_load(sources[0])
+    first = first if isinstance(first, dict) else {}
+    options = with_checkpoint_settings(resolved, first)
+    data = build_data(options, train=False, evaluate=True, rank_zero=process.local_rank == 0,
+                      class_names=first.get("classes"))
+    for note in data.notes:
+        logger.info(note)
+    candidates = [c for path in sources for c in load_candidates(path, options, data, process.device)]
+    observer = _Phases(watchdog)
+    evaluation = engine.Evaluation(
+        EvalPrepare(options, process.device), process.device, _dtype(options), tf32=options.fast_math,
+        outputs=bool(options.report), expected=len(data.val), observer=observer, process=process)
+    loader = eval_loader(data, options, process.rank, process.world_size)
+    found = engine.evaluate([(c.weights, c.network) for c in candidates], loader, evaluation)
+    results = [_result(c, r, options, data) for c, r in zip(candidates, found)]
+    if process.is_main:
+        _write(results, found, options, data, sources[0])
+        _say(results, options)
+    verdict = results[0].get("verdict")
+    return ExitCode.ERROR if options.check and verdict != "PASS" else ExitCode.DONE
+
+
+def find_sources(options: Any) -> list[str]:
+    """Local paths of the checkpoints to evaluate; downloads what is given as an address. Never random weights."""
+    folder = Checkpoints(options.output_dir) if options.output_dir else None
+    found = []
+    for name in options.resume:
+        if name in ("best", "latest"):
+            if folder is None:
+                raise UserError(f"--resume {name} looks in the run folder: give --output_dir.")
+            found.append(str(folder.resolve(name).path))
+        else:
+            found.append(str(fetch_url(name)) if name.startswith(("http://", "https://")) else name)
+    if options.pretrained:
+        found.append(str(fetch_published(options.model)))
+    if options.finetune:
+        found.append(options.finetune)
+    best = folder.best() if folder and not found else None
+    if best is not None:
+        found.append(str(best))
+    if not found:
+        raise UserError("--eval true has nothing to evaluate: give --resume CHECKPOINT, --pretrained true, or the "
+                        "--output_dir of a run with a best checkpoint.")
+    return found
+
+
+def with_checkpoint_settings(resolved: Resolved, checkpoint: dict) -> Any:
+    """The options with the checkpoint's own network and picture settings where neither flag nor recipe names them."""
+    args = checkpoint.get("args") or {}
+    own = {}
+    if checkpoint.get("format"):
+        for name in _FROM_CHECKPOINT:
+            if resolved.origins.get(name) == "default" and name in args and args[name] != getattr(resolved.options, name):
+                own[name] = args[name]
+    if own:
+        logger.info("From the checkpoint: %s", ", ".join(f"{name} {value}" for name, value in own.items()))
+    return replace(resolved.options, **own)
+
+
+def load_candidates(path: str, options: Any, data: Data, device: torch.device) -> list[Candidate]:
+    """The networks to evaluate of one checkpoint: one, or two for `--weights both`."""
+    found = []
+    for weights in ("model", "ema") if options.weights == "both" else (options.weights,):
+        network = timm.create_model(options.model, num_classes=data.num_classes,
+                                    layer_scale_init_value=options.layer_scale_init_value)
+        report = load_for_model(network, path, model_key=options.model_key, prefix=options.model_prefix, weights=weights,
+                                allow_partial=options.allow_partial, class_names=data.class_names)
+        logger.info("%s: %s", path, report)
+        entry = "model_ema" if report.source_key == "model_ema" else "model"
+        network = network.to(device).eval()
+        accelerate(network, code_paths(device))
+        found.append(Candidate(path, entry, network))
+    return found
+
+
+class _Phases(engine.Observer):
+    """The engine's observer of an evaluation: heartbeats for the watchdog."""
+
+    def __init__(self, watchdog: Any):
+        self.watchdog = watchdog
+
+    def on_phase(self, phase: str, update: int) -> None:
+        self.watchdog.phase(phase, update)
+
+
+def _dtype(options: Any) -> torch.dtype | None:
+    return None if not options.use_amp else torch.float16 if options.amp_dtype == "fp16" else torch.bfloat16
+
+
+def _result(candidate: Candidate, found: engine.EvalResult, options: Any, data: Data) -> dict:
+    published = PUBLISHED.get(options.model)
+    imagenet = tuple(data.class_names) == imagenet_synsets()
+    mean, std = mean_std(options.imagenet_default_mean_and_std)
+    crop = options.crop_pct or (None if options.input_size >= 384 else 224 / 256)
+    dtype = _dtype(options) or torch.float32
+    protocol = Protocol(options.model, data.num_classes, options.input_size, candidate.weights, candidate.path, crop,
+                        "bicubic", tuple(mean), tuple(std), str(dtype).removeprefix("torch."), options.fast_math,
+                        "imagenet-val" if imagenet else options.data_set, found.bad, PIL.__version__)
+    reference = None
+    if published and published.top1 is not None:
+        reference = {"top1": published.top1, "top5": published.top5, "authors_top1": published.authors_top1,
+                     "input_size": published.input_size, "classes": published.classes}
+    counts = Counts(found.hits1, found.hits5, found.images, found.loss * found.images)
+    predictions = _predictions(found, data) if found.outputs is not None else None
+    return results_from(counts, protocol, reference, predictions) | {"seconds": found.seconds}
+
+
+def _predictions(found: engine.EvalResult, data: Data) -> Predictions:
+    out = found.outputs
+    unreadable = out.targets == -100
+    labels = np.where(unreadable, data.val.targets[out.indices], out.targets)
+    return Predictions(np.array([data.val.path(int(i)) for i in out.indices]), labels,
+                       np.where(unreadable[:, None], -1, out.top), out.probabilities, out.nll.astype(np.float64),
+                       list(data.class_names))
+
+
+def _write(results: list[dict], found: list, options: Any, data: Data, source: str) -> None:
+    target = Path(options.output_dir) if options.output_dir else Path(source).parent
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        write_eval_json(target / "eval.json", results)
+        if options.report:
+            write_report_files(options.report, _predictions(found[0], data))
+    except OSError as error:
+        logger.warning("eval.json was not written in %s: %s", target, error.strerror)
+
+
+def _say(results: list[dict], options: Any) -> None:
+    for result in results:
+        if len(results) > 1:
+            logger.info("%s, %s:", result["checkpoint"], result["weights"])
+        if options.explain_difference:
+            for sentence in result.get("departures", []) or ["no setting departs from the published protocol"]:
+                logger.info("- %s", sentence)
+        sys.stdout.write(summary_line(result) + "\n")
+    sys.stdout.flush()

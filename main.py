@@ -1,0 +1,60 @@
+"""Train or evaluate HorNet: options → processes → train | evaluate.
+
+    python main.py --config recipes/quickstart.yaml
+    torchrun --nproc_per_node=8 main.py --config recipes/hornet_tiny_7x7.yaml --data_path IMAGENET --output_dir runs/tiny
+    python main.py --eval true --model hornet_tiny_7x7 --resume checkpoint.pth --data_path IMAGENET
+"""
+import os
+import sys
+
+from common.errors import UserError
+from common.log import logger, setup_logging
+from run.options import parse
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv` (without the program's name).
+
+    Returns the exit code: 0 done, 75 stopped by a signal or time limit and ready to go on, 2 a mistake of the user,
+    1 any other end. Launchers turn all but 0 into 1; status.json in the run folder then tells which it was.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    setup_logging(rank)
+    try:
+        parse(argv)  # before PyTorch is imported, so that --help and a typing error answer at once
+        return _run(argv)
+    except UserError as error:
+        if rank == 0:
+            logger.error("error: %s", error)
+        return 2
+    except KeyboardInterrupt:
+        logger.error("interrupted")
+        return 130
+
+
+def _run(argv: list[str]) -> int:
+    from evaluation import evaluate_checkpoints
+    from launch.distributed import start
+    from launch.watchdog import Watchdog
+    from models import MODEL_NAMES
+    from training import train
+
+    resolved = parse(argv, MODEL_NAMES)
+    options = resolved.options
+    if options.print_config:
+        sys.stdout.write(resolved.describe() + "\n")
+        return 0
+    with start(options) as process:
+        setup_logging(process.rank)
+        for notice in resolved.notices:
+            logger.info(notice)
+        # The watchdog prints an error's sentence or traceback once, last, when there are several processes.
+        with Watchdog(process, options.output_dir or None, options.hang_timeout) as watchdog:
+            if options.eval:
+                return evaluate_checkpoints(resolved, process, watchdog)
+            return train(resolved, process, watchdog)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

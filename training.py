@@ -1,0 +1,275 @@
+"""A training run from its options: folder → checkpoint → data → batch → model → optimizer → restore → epochs → report."""
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import engine
+import models  # noqa: F401  registers the architectures with timm
+from common.errors import UserError
+from common.keys import key
+from common.log import logger
+from datasets.build import Data, build_data, eval_loader, train_loader
+from datasets.prepare import EvalPrepare, TrainPrepare
+from datasets.samplers import GlobalBatchSampler
+from evaluation import evaluate_checkpoints
+from launch import ExitCode
+from launch.preemption import StopRequest
+from models.download import fetch_published, fetch_url
+from models.kernels import accelerate, code_paths, use_code_paths
+from models.weights import load_for_model
+from optim.build import build_optimizer, load_optimizer_state
+from optim.ema import Ema, half_life_warning
+from optim.finite import FiniteWatch, NonfinitePolicy
+from optim.losses import build_loss
+from optim.schedule import build_schedule
+from optim.update import Update, UpdateConfig
+from run.checkpoint import Checkpoints, Loaded
+from run.folder import DONE, FAILED, PREEMPTED, RunFolder
+from run.life import Fixed, Parts, Services, TrainingRun
+from run.options import Resolved, plan_batch, validate_after_index
+from run.state import check_resumable, check_same_run, finished
+from run.tracker import Plan, Tracker, WandbRun
+from tools.report import write_report
+
+
+def train(resolved: Resolved, process: Any, watchdog: Any) -> int:
+    """Train as `resolved` says, or go on with the run in its folder; returns the exit code."""
+    options = resolved.options
+    folder = RunFolder(options.output_dir) if options.output_dir and process.is_main else None
+    checkpoints = Checkpoints(folder.path, keep=options.save_ckpt_num) if folder and options.save_ckpt else None
+    try:
+        loaded = process.on_rank_zero(lambda: _open_folder(resolved, folder))
+        if loaded is not None and finished(loaded.state, options.epochs):
+            logger.info("This run has finished its %d epochs (%s); --epochs takes more. Evaluating it instead.",
+                        options.epochs, loaded.path)
+            return _evaluate_finished(resolved, process, watchdog)
+        with StopRequest(options.stop_before_end) as stop:
+            run = build_run(resolved, process, loaded, Services(checkpoints, None, stop, watchdog, options.output_dir,
+                                                                process.on_rank_zero))
+            return _live(run, folder, loaded)
+    finally:
+        if folder is not None:
+            folder.release()
+
+
+def _open_folder(resolved: Resolved, folder: RunFolder | None) -> Loaded | None:
+    """Own the run folder (rank 0) and find the checkpoint to go on from, if any."""
+    options = resolved.options
+    if folder is None and not options.resume:
+        return None
+    checkpoints = None
+    if folder is not None:
+        sentence = folder.lock()
+        if sentence:
+            logger.info(sentence)
+        checkpoints = Checkpoints(folder.path)
+        checkpoints.sweep()
+    asked = options.resume[0] if options.resume else ""
+    own = not asked or asked in ("latest", "best") or (folder is not None and folder.already_went_on_from(asked))
+    if own and checkpoints is None:
+        raise UserError(f"--resume {asked} looks in the run folder: give --output_dir.")
+    if not asked and not options.auto_resume:
+        if checkpoints.numbered():
+            raise UserError(f"--auto_resume false, but {folder.path} holds the checkpoints of an earlier run; choose "
+                            "another --output_dir.")
+        return None
+    if asked.startswith(("http://", "https://")):
+        asked = str(fetch_url(asked))
+    loaded = (checkpoints or Checkpoints(".")).resolve("" if own and asked not in ("latest", "best") else asked)
+    if loaded is None:
+        return None
+    check_resumable(loaded.state, loaded.path)
+    for difference in check_same_run(loaded.state, resolved.to_dict(), loaded.path, explicit=not own):
+        logger.warning("Resuming with another option: %s", difference)
+    if folder is not None:
+        for name in checkpoints.set_aside_newer(loaded):
+            logger.warning("%s is newer than the checkpoint that is resumed and was renamed superseded-%s", name, name)
+    return loaded
+
+
+def build_run(resolved: Resolved, process: Any, loaded: Loaded | None, services: Services) -> TrainingRun:
+    """Data, model, optimizer and engine of a run, with the state of `loaded` in them."""
+    options, state = resolved.options, None if loaded is None else loaded.state
+    data = build_data(options, train=True, evaluate=not options.disable_eval, rank_zero=process.local_rank == 0,
+                      class_names=state["classes"] if state else None)
+    plan = plan_batch(resolved, process.world_size, state["global_batch"] if state else None)
+    for note in [*data.notes, plan.equation, *plan.notices]:
+        logger.info(note)
+    options = replace(options, lr=plan.lr, update_freq=plan.update_freq, batch_size=plan.batch_size)
+    updates = validate_after_index(options, plan, len(data.train), data.num_classes)
+    _set_numerics(options, state)
+    model = build_model(options, data.num_classes).to(process.device)
+    if not state:
+        load_start_weights(model, options, data, process)
+    paths = use_code_paths(state["code_paths"], process.device) if state and state["code_paths"] else code_paths(process.device)
+    accelerate(model, paths)
+    ema = Ema(model, options.model_ema_decay, "cpu" if options.model_ema_force_cpu else None) if options.model_ema else None
+    optimizer = build_optimizer(model, options)
+    wrapped = process.wrap(torch.compile(model) if options.compile else model)
+    dtype = amp_dtype(options)
+    config = UpdateConfig(plan.update_freq, options.clip_grad, options.clip_by, options.clip_mode, dtype == torch.float16)
+    update = Update(wrapped, optimizer, build_schedule(options, updates), config, ema, process)
+    policy = NonfinitePolicy(options.on_nonfinite)
+    fixed = Fixed(resolved.to_dict(), options.seed, plan.global_batch, data.class_names, updates, options.epochs, paths,
+                  code_version())
+    parts = Parts(model, ema, optimizer, update.scaler, policy, load_optimizer_state)
+    services.tracker = _tracker(resolved, process, services, fixed, model)
+    run = TrainingRun(options, process, parts, fixed, services)
+    if state:
+        run.restore(state)
+        logger.info("Going on at epoch %d, update %d from %s", run.epoch, run.update, loaded.path)
+    sampler = GlobalBatchSampler(len(data.train), plan.global_batch, plan.batch_size, plan.update_freq, process.rank,
+                                 process.world_size, options.seed)
+    run.training = engine.Training(
+        wrapped, model, update, build_loss(options), train_loader(data, options, sampler), sampler,
+        TrainPrepare(options, data.num_classes, process.device), FiniteWatch(policy), options.seed, updates,
+        plan.update_freq, dtype, options.print_freq, run, process, data.train.path)
+    run.evaluate = None if options.disable_eval else _evaluator(run, data, model, ema, process)
+    _tell(run, options, checkpoints=services.checkpoints)
+    return run
+
+
+def build_model(options: Any, num_classes: int) -> torch.nn.Module:
+    """The network of `--model`, freshly initialised from the seed: the same on every rank."""
+    torch.manual_seed(key(options.seed, "init"))
+    model = timm.create_model(options.model, num_classes=num_classes, drop_path_rate=options.drop_path,
+                              layer_scale_init_value=options.layer_scale_init_value,
+                              head_init_scale=options.head_init_scale)
+    model.set_grad_checkpointing(options.grad_checkpointing)
+    return model
+
+
+def load_start_weights(model: torch.nn.Module, options: Any, data: Data, process: Any) -> None:
+    """Published or given weights to start from; rank 0 downloads, every node reads the file."""
+    source = options.finetune
+    if options.pretrained:
+        source = process.on_rank_zero(lambda: str(fetch_published(options.model)))
+    elif source.startswith(("http://", "https://")):
+        source = process.on_rank_zero(lambda: str(fetch_url(source)))
+    if source:
+        report = load_for_model(model, source, model_key=options.model_key, prefix=options.model_prefix,
+                                weights=options.weights, allow_partial=options.allow_partial,
+                                class_names=data.class_names, new_head=True)
+        logger.info("%s: %s", source, report)
+
+
+def amp_dtype(options: Any) -> torch.dtype | None:
+    """The dtype of mixed precision, None for float32."""
+    return None if not options.use_amp else torch.float16 if options.amp_dtype == "fp16" else torch.bfloat16
+
+
+def code_version() -> str:
+    """The commit of this code, with a + for local changes; "unknown" outside a git checkout."""
+    try:
+        text = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, text=True,
+                              capture_output=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return text.strip()
+
+
+def _set_numerics(options: Any, state: dict | None) -> None:
+    if options.deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
+        backend.fp32_precision = "tf32" if options.fast_math else "ieee"
+    threads = state and state.get("threads")
+    if threads and threads != torch.get_num_threads():
+        # Sums are split by thread, so another number of threads gives other last bits.
+        logger.info("Using %d threads as the run did so far (this start had %d)", threads, torch.get_num_threads())
+        torch.set_num_threads(threads)
+
+
+def _tracker(resolved: Resolved, process: Any, services: Services, fixed: Fixed, model: torch.nn.Module) -> Tracker:
+    options, main = resolved.options, process.is_main
+    size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    cpus = max(1, torch.multiprocessing.cpu_count() // process.local_world_size)
+    wandb = WandbRun(options.project, options.exp_name, fixed.args, options.wandb_ckpt) if options.enable_wandb and main else None
+    tracker = Tracker(options.output_dir if main and options.output_dir else None,
+                      Plan(fixed.epochs, fixed.updates_per_epoch, size, options.num_workers, cpus),
+                      options.log_dir if main else None, wandb, None if main else False)
+    if main:
+        tracker.write_setup(resolved.to_yaml(), world_size=process.world_size, device=str(process.device),
+                            backend=process.backend, code_paths=fixed.code_paths, version=fixed.version,
+                            global_batch=fixed.global_batch)
+    return tracker
+
+
+def _evaluator(run: TrainingRun, data: Data, model: torch.nn.Module, ema: Ema | None, process: Any):
+    """`evaluate(update)` for the end of each epoch: the weights and, if asked for, their average in one pass."""
+    options = run.options
+    evaluation = engine.Evaluation(EvalPrepare(options, process.device), process.device, expected=len(data.val),
+                                   observer=run, process=process)
+    named = [("", model)] + ([("_ema", ema.module)] if ema is not None and options.model_ema_eval else [])
+    loader = eval_loader(data, options, process.rank, process.world_size)
+
+    def evaluate(update: int) -> dict:
+        found = {}
+        for result in engine.evaluate(named, loader, evaluation, update):
+            found |= {f"test_loss{result.name}": result.loss, f"test_acc1{result.name}": result.acc1,
+                      f"test_acc5{result.name}": result.acc5}
+        return found
+    return evaluate
+
+
+def _tell(run: TrainingRun, options: Any, checkpoints: Checkpoints | None) -> None:
+    if options.model_ema:
+        warning = half_life_warning(options.model_ema_decay, run.fixed.epochs * run.fixed.updates_per_epoch)
+        if warning:
+            logger.warning(warning)
+    if checkpoints is not None:
+        logger.info(checkpoints.disk_estimate(run.state(), run.fixed.epochs))
+    elif run.process.is_main:
+        logger.warning("Nothing of this run is saved: give --output_dir (and leave --save_ckpt true) to keep checkpoints.")
+
+
+def _live(run: TrainingRun, folder: RunFolder | None, loaded: Loaded | None) -> int:
+    """Train to the end, with the run folder's records around it."""
+    options, checkpoints, tracker = run.options, run.to.checkpoints, run.to.tracker
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    if folder is not None:
+        tracker.go_on(run.epoch)
+        folder.begin(update=run.update, epoch=run.epoch, resume=options.resume[0] if options.resume else "",
+                     automatic=requeued)
+    if checkpoints is not None:
+        run.best = checkpoints.restore_best(loaded)
+    state, cause = FAILED, ""
+    try:
+        outcome = run.fit(engine.train_one_epoch, run.evaluate)
+        state, cause = (DONE, "") if outcome == "done" else (PREEMPTED, run.to.stop.reason)
+    except BaseException as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        if checkpoints is not None:
+            checkpoints.close()
+        if folder is not None:
+            folder.end(state, update=run.update, epoch=run.epoch, cause=cause)
+        tracker.close()
+    if state == PREEMPTED:
+        logger.warning("Stopped at update %d (%s); the same command goes on from there.", run.update, cause)
+        return ExitCode.STOPPED
+    if folder is not None:
+        _write_page(folder)
+    return ExitCode.DONE
+
+
+def _write_page(folder: RunFolder) -> None:
+    """The run's report page; a finished training must not fail for the lack of it."""
+    try:
+        logger.info("Report: %s", write_report([folder.path]))
+    except (UserError, OSError) as error:
+        logger.warning("No report page was written: %s", error)
+
+
+def _evaluate_finished(resolved: Resolved, process: Any, watchdog: Any) -> int:
+    """What starting a finished run again comes to: its best weights are evaluated."""
+    if resolved.options.disable_eval:
+        return ExitCode.DONE
+    return evaluate_checkpoints(replace(resolved, options=replace(resolved.options, eval=True, resume=())), process, watchdog)
