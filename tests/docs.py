@@ -8,9 +8,9 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.run_with_submitit import parser
+
 ROOT = Path(__file__).parent.parent
-LAUNCHER_FLAGS = {"nodes", "ngpus", "job_dir", "job_name", "timeout", "partition", "comment", "use_volta32", "slurm",
-                  "cluster"}
 _BLOCK = re.compile(r"(?:<!--\s*(?P<above>[^\n]*?)\s*-->\n)?```(?:bash|sh|shell|console)\n(?P<body>.*?)```", re.DOTALL)
 _SHELL = re.compile(r"\[|(done|do|fi|then)\b")
 _MARK = re.compile(r"(run|dry-run|not-run)(?::\s*(.*))?$")
@@ -36,18 +36,8 @@ class Command:
             argv = words[words.index("main.py") + 1:]
             return argv[:next((i for i, word in enumerate(argv) if word.endswith(";")), len(argv))]
         if "launch.run_with_submitit" in words and "status" not in words:
-            return _without_launcher_flags(words[words.index("launch.run_with_submitit") + 1:])
+            return parser().parse_known_args(words[words.index("launch.run_with_submitit") + 1:])[1]
         return None
-
-
-def _without_launcher_flags(words: list[str]) -> list[str]:
-    kept, skipping = [], False
-    for word in words:
-        if word.startswith("--"):
-            skipping = word[2:].split("=")[0] in LAUNCHER_FLAGS
-        if not skipping:
-            kept.append(word)
-    return kept
 
 
 def commands(*names: str) -> list[Command]:

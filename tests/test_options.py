@@ -209,8 +209,11 @@ def test_options_do_not_import_torch():
 def test_every_option_that_the_code_reads_exists():
     names = {f.name for f in fields(Options)}
     unknown = []
-    for path in [*ROOT.glob("*.py"), *(p for room in ("datasets", "optim", "launch", "models", "run")
-                                       for p in (ROOT / room).rglob("*.py"))]:
+    rooms = ("datasets", "optim", "launch", "models", "run")
+    paths = [*ROOT.glob("*.py"), *(path for room in rooms for path in (ROOT / room).rglob("*.py"))]
+    for path in paths:
+        if path.name == "run_with_submitit.py":  # it calls the launcher's own options so
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "options":
                 if node.attr not in names:
