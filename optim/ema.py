@@ -39,9 +39,7 @@ class Ema:
         if on_host:
             torch._foreach_lerp_(own, new, 1 - self.decay)
         else:
-            change = torch._foreach_sub(new, own)
-            torch._foreach_mul_(change, (1 - self.decay) * applied)
-            torch._foreach_add_(own, change)
+            masked_lerp_(own, new, (1 - self.decay) * applied)
         for target, value in zip(self._own, source):
             if not target.is_floating_point():
                 target.copy_(value if on_host else torch.where(applied, value, target))
@@ -59,6 +57,13 @@ class Ema:
         with torch.no_grad():
             for own, new in zip(self._own, self._source):
                 own.copy_(new)
+
+
+def masked_lerp_(own: list[torch.Tensor], new: list[torch.Tensor], weight: torch.Tensor) -> None:
+    """`own += weight * (new - own)` with a 0-dim `weight` on the device, which `_foreach_lerp_` does not take."""
+    change = torch._foreach_sub(new, own)
+    torch._foreach_mul_(change, weight)
+    torch._foreach_add_(own, change)
 
 
 def _entries(model: nn.Module) -> dict[str, torch.Tensor]:

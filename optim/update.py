@@ -66,7 +66,8 @@ class LossScale:
             return
         good = torch.where(finite, self._good + 1, 0)
         grows = good >= self.interval
-        self.scale.copy_(torch.where(finite, torch.where(grows, self.scale * 2, self.scale), self.scale / 2))
+        grown = torch.where(grows, (self.scale * 2).clamp(max=2.0 ** 100), self.scale)  # infinity could not be halved
+        self.scale.copy_(torch.where(finite, grown, self.scale / 2))
         self._good.copy_(torch.where(grows, 0, good))
 
     def state_dict(self) -> dict:

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from optim.ema import Ema, fitting_decay, half_life, half_life_warning
+from optim.ema import Ema, fitting_decay, half_life, half_life_warning, masked_lerp_
 
 
 class Net(nn.Module):
@@ -45,6 +45,15 @@ def test_an_update_that_was_not_applied_changes_nothing():
     before = {name: value.clone() for name, value in ema.state_dict().items()}
     follow(model, ema, 2, torch.tensor(False))
     assert all(torch.equal(before[name], value) for name, value in ema.state_dict().items())
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_the_mask_of_accelerators_is_the_same_formula(applied):
+    own, new = [torch.randn(3, 4), torch.randn(5)], [torch.randn(3, 4), torch.randn(5)]
+    expected = [a.lerp(b, 0.1) if applied else a.clone() for a, b in zip(own, new)]
+    masked_lerp_(own, new, (1 - 0.9) * torch.tensor(applied))
+    torch.testing.assert_close(own, expected)
+    assert applied or all(torch.equal(a, b) for a, b in zip(own, expected))
 
 
 def test_it_needs_no_gradient_and_stays_in_eval_mode():

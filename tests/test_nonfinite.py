@@ -59,6 +59,9 @@ def poisoned(updates, rank, process, policy="skip", kind="loss", epochs=1, **cha
     if kind == "gradient":  # a finite loss whose gradient is not
         state.criterion = lambda logits, targets: criterion(logits, targets) + (
             (logits - logits).abs().sum().sqrt() if seen["update"] in updates and process.rank == rank else 0)
+    if kind == "value":  # an infinite loss with a finite gradient, which no reduction of gradients carries over
+        state.criterion = lambda logits, targets: criterion(logits, targets) + (
+            float("inf") if seen["update"] in updates and process.rank == rank else 0)
     state.path_of = lambda index: f"picture{index}.JPEG"
     progress = [train_one_epoch(state, epoch) for epoch in range(epochs)]
     return dict(progress=progress[-1], records=recorder.records, states=recorder.states, finite=recorder.finite)
@@ -88,7 +91,7 @@ def assert_equal_weights_start(state, undisturbed):
     assert not torch.equal(undisturbed["states"][0]["weights"]["head.weight"], toy.head.weight)
 
 
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("kind", ["loss", "gradient", "value"])
 def test_one_rank_of_two(tmp_path, kind):
     results = in_processes(_poisoned_second_rank, 2, tmp_path, kind)
     for result in results:
