@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
 import timm
 import torch
 
@@ -140,14 +139,16 @@ def _result(candidate: Candidate, found: engine.EvalResult, options: Any, data: 
     mean, std = mean_std(options.imagenet_default_mean_and_std)
     crop = options.crop_pct or (None if options.input_size >= 384 else 224 / 256)
     dtype = _dtype(options) or torch.float32
-    protocol = Protocol(options.model, data.num_classes, options.input_size, candidate.weights, candidate.path, crop,
-                        "bicubic", tuple(mean), tuple(std), str(dtype).removeprefix("torch."), options.fast_math,
-                        "imagenet-val" if imagenet else options.data_set, found.bad, PIL.__version__)
+    protocol = Protocol(
+        model=options.model, num_classes=data.num_classes, input_size=options.input_size, weights=candidate.weights,
+        checkpoint=candidate.path, crop_pct=crop, mean=tuple(mean), std=tuple(std),
+        dtype=str(dtype).removeprefix("torch."), tf32=options.fast_math,
+        dataset="imagenet-val" if imagenet else options.data_set)
     reference = None
     if published and published.top1 is not None:
         reference = {"top1": published.top1, "top5": published.top5, "authors_top1": published.authors_top1,
                      "input_size": published.input_size, "classes": published.classes}
-    counts = Counts(found.hits1, found.hits5, found.images, found.loss * found.images)
+    counts = Counts(found.hits1, found.hits5, found.images, found.loss_sum, found.bad, found.nonfinite)
     predictions = _predictions(found, data) if found.outputs is not None else None
     return results_from(counts, protocol, reference, predictions) | {"seconds": found.seconds}
 
