@@ -241,10 +241,11 @@ def meet(place: Place, limit: datetime.timedelta) -> dist.Store:
     try:
         store = _connect(place, limit)
     except (dist.DistError, RuntimeError, OSError) as error:
-        logger.debug("rendezvous: %s", error)
-        raise UserError(f"rank {place.rank} ({place.node_name}) found no rank 0 at {place.master_addr} within "
-                        f"{limit.total_seconds():.0f} s: check that rank 0 has started there and that this node reaches it "
-                        f"(--rendezvous_timeout).") from None
+        sentence = (f"rank {place.rank} ({place.node_name}) found no rank 0 at {place.master_addr} within "
+                    f"{limit.total_seconds():.0f} s: check that rank 0 has started there and that this node reaches it "
+                    f"(--rendezvous_timeout).")
+        logger.error("%s (%s)", sentence, str(error).splitlines()[0])  # rank 0, which speaks for all, isn't there
+        raise UserError(sentence) from None
     names = [f"here/{rank}" for rank in range(place.world_size)]
     store.set(names[place.rank], place.node_name)
     try:

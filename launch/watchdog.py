@@ -263,22 +263,26 @@ class Watchdog:
     def _end(self, last_words: Callable[[Any, dict[str, Any]], None], cause: dict[str, Any]) -> None:
         if self._ending.acquire(blocking=False):
             last_words(self._store, cause)
-            end_now(1)
+            end_now(cause["code"])
 
     def _settle(self, error: BaseException) -> None:
         """The main thread has failed: tell the cause last, or end with one line when it is another rank's."""
         self._ending.acquire()  # for ever when the other thread is about to end the process
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the peers of a dead rank; first the words
         store, name = self.process.store, type(error).__name__
         lost = not isinstance(error, UserError) and any(text.lower() in str(error).lower() for text in LOST_PEER)
         code = 2 if isinstance(error, UserError) else 1
         text = str(error) if code == 2 else "".join(traceback.format_exception(error)).rstrip()
-        cause = _cause(self.beat, f"{self.beat.name} failed in {self.beat.where}: {name}: {error}")
+        cause = _cause(self.beat, f"{self.beat.name} failed in {self.beat.where}: {name}: {error}", code=code)
         try:
             first = self._wait_for_cause(store) if lost else None
             if first is None and self._declare(store, cause):
                 self._tell(store, cause, text, record=code != 2)
             else:
-                self._follow(store, first or json.loads(store.get(self._prefix + "cause")))
+                first = first or json.loads(store.get(self._prefix + "cause"))
+                code = first["code"]
+                self._follow(store, first)
         except Exception as broken:  # the store died with rank 0
             if lost:
                 self._say_store_is_gone(str(broken).splitlines()[0][:200])
@@ -374,8 +378,8 @@ class Watchdog:
             faulthandler.dump_traceback(all_threads=True)
 
 
-def _cause(beat: Beat, text: str, hang: bool = False) -> dict[str, Any]:
-    return {"text": text, "beat": dataclasses.asdict(beat), "hang": hang}
+def _cause(beat: Beat, text: str, hang: bool = False, code: int = 1) -> dict[str, Any]:
+    return {"text": text, "beat": dataclasses.asdict(beat), "hang": hang, "code": code}
 
 
 def _say(text: str) -> None:

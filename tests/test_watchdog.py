@@ -80,7 +80,7 @@ def test_an_exception_ends_all_ranks_and_is_told_last(tmp_path):
 
 def test_a_users_mistake_on_one_rank_is_one_sentence(tmp_path):
     results = finish(start_ranks(2, TOY, tmp_path, 1000, "user_error=1@5"), 40)
-    assert [code for code, _ in results] == [1, 2]
+    assert [code for code, _ in results] == [2, 2]
     assert last_line(results[1][1]) == "[rank 1] the value 7 is not accepted: use 8."
     assert not any("Traceback" in output for _, output in results)
 
