@@ -87,19 +87,25 @@ def _readers(options, train: bool, evaluate: bool, write: bool) -> tuple[Reader 
                         "classes, or --disable_eval true.")
     arguments = dict(reindex=bool(options.reindex), cache_folder=getattr(options, "index_cache", None),
                      write_cache=write)
-    val = FolderReader(index_folder(val_root, **arguments)) if evaluate else None
-    if val is not None and val.classes == [""]:
-        val = _flat(val, options.val_labels)
-    if not train:
-        return None, val
-    reader = FolderReader(index_folder(train_root, **arguments))
-    if reader.classes == [""]:
-        raise UserError(f"{show(train_root)} holds pictures but no class folders; sort them into one folder per class.")
-    empty = np.flatnonzero(np.bincount(reader.labels, minlength=len(reader.classes)) == 0)
-    if len(empty) and not options.allow_class_mismatch:
-        raise UserError(f"{len(empty)} class folders in {show(train_root)} hold no picture, such as "
-                        f"{show(reader.classes[empty[0]])}; remove them, or train on with --allow_class_mismatch true.")
-    return reader, val
+    train_reader = val_reader = None
+    if train:
+        train_reader = FolderReader(index_folder(train_root, **arguments))
+        _check_classes(train_reader, options.allow_class_mismatch)
+    if evaluate:
+        val_reader = FolderReader(index_folder(val_root, **arguments))
+        if val_reader.classes == [""]:
+            val_reader = _flat(val_reader, options.val_labels)
+    return train_reader, val_reader
+
+
+def _check_classes(train: FolderReader, allow_empty: bool) -> None:
+    root = show(train.index.root)
+    if train.classes == [""]:
+        raise UserError(f"{root} holds pictures but no class folders; sort them into one folder per class.")
+    empty = np.flatnonzero(np.bincount(train.labels, minlength=len(train.classes)) == 0)
+    if len(empty) and not allow_empty:
+        raise UserError(f"{len(empty)} class folders in {root} hold no picture, such as {show(train.classes[empty[0]])}; "
+                        "remove them, or train on with --allow_class_mismatch true.")
 
 
 def _flat(reader: FolderReader, val_labels: str | None) -> FolderReader:

@@ -62,8 +62,8 @@ def classes_of(folders: list[str], nb_classes: int | None, *, imagenet_layout: b
                     f"{len(folders) - len(strays)} of {len(listed)} classes have a folder; the order is ImageNet's own"]
                 return ClassMap(list(listed), note)
             if len(strays) * 10 <= len(folders):
-                raise UserError(f"{_some(strays)} among {len(folders)} synset folders are none of the {len(listed)} classes; "
-                                "remove them, or leave them out with --allow_class_mismatch true.")
+                raise UserError(f"{_some(strays)} among {len(folders)} synset folders are none of the {len(listed)} "
+                                "classes; remove them, or leave them out with --allow_class_mismatch true.")
     if nb_classes is not None and nb_classes != len(folders):
         raise UserError(f"--nb_classes {nb_classes} does not fit the {len(folders)} class folders found "
                         f"({_some(folders)}); give --nb_classes {len(folders)} or check the data path.")
@@ -71,7 +71,7 @@ def classes_of(folders: list[str], nb_classes: int | None, *, imagenet_layout: b
 
 
 def _numbered(folders: list[str], strict: bool) -> list[str]:
-    """Folders 0, 1, …, 10 sorted as text put folder 10 at index 2: explained, and refused where it decides a result."""
+    """Folders 0, 1, …, 10 sorted as text put folder 10 at index 2: explained, refused where that decides a result."""
     if not all(name.isascii() and name.isdigit() for name in folders) or folders == sorted(folders, key=int):
         return []
     by_number = sorted(folders, key=int)
@@ -99,8 +99,8 @@ def map_folders(folders: list[str], names: list[str], *, partial: bool, allow_mi
     problems = ([f"has folders of no known class: {_some(extra)}"] if extra else []) + (
         [f"has no folder for {_some(missing)}"] if missing and not partial else [])
     if problems and not allow_mismatch:
-        raise UserError(f"{what[:1].upper()}{what[1:]} {' and '.join(problems)}; mend the folders, or go on with the common classes by "
-                        "--allow_class_mismatch true.")
+        raise UserError(f"{what[:1].upper()}{what[1:]} {' and '.join(problems)}; mend the folders, or go on with the "
+                        "common classes by --allow_class_mismatch true.")
     return found
 
 

@@ -10,7 +10,7 @@ from datasets.transforms import mean_std
 
 
 class Normalise:
-    """uint8 NHWC pixels → float32 NHWC, exactly ToTensor + Normalize: a table of their 256 x 3 results is gathered."""
+    """uint8 NHWC pixels → float32 NHWC, exactly ToTensor + Normalize, from a table of their 256 x 3 results."""
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device | str):
         levels = torch.arange(256, dtype=torch.uint8)[:, None, None].expand(256, 1, 3).numpy()

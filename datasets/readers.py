@@ -98,7 +98,8 @@ def class_folders(root: str) -> list[str]:
 
 def _scan(root: str) -> FolderIndex:
     if not os.path.isdir(root):
-        raise UserError(f"There is no folder {show(root)}; check --data_path (and --eval_data_path).")
+        raise UserError(f"There is no folder {show(root)}; --data_path must hold train/ and val/ with one folder per "
+                        "class (with --data_set image_folder it is the train folder itself).")
     classes, names, labels, folders = [], [], [], [""]
     try:
         for name in class_folders(root) or [""]:

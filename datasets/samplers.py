@@ -25,8 +25,8 @@ class GlobalBatchSampler(Sampler[list[Item]]):
                             f"{update_freq} x {world_size} processes; change one of them.")
         if num_pictures < global_batch:
             raise UserError(f"The training set has {num_pictures} pictures, less than one global batch of "
-                            f"{global_batch} (batch_size {batch_size} x update_freq {update_freq} x {world_size} processes), so an "
-                            "epoch would have no update; lower --batch_size or --update_freq.")
+                            f"{global_batch} (batch_size {batch_size} x update_freq {update_freq} x {world_size} "
+                            "processes), so an epoch would have no update; lower --batch_size or --update_freq.")
         self.num_pictures, self.global_batch, self.batch_size = num_pictures, global_batch, batch_size
         self.update_freq, self.rank, self.world_size, self.seed = update_freq, rank, world_size, seed
         self.epoch = self.first_update = 0
