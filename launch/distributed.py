@@ -167,9 +167,9 @@ def start(options: Any) -> Process:
     process.store = meet(place, limit)
     process.backend = BACKENDS[device.type]
     timeout = datetime.timedelta(seconds=group_timeout(float(getattr(options, "hang_timeout", 180))))
-    groups = dict(device_id=device) if process.backend == "nccl" else {}
+    # No device_id: NCCL would connect at once and fail on a shared device before it can be named below.
     dist.init_process_group(process.backend, store=process.store, rank=place.rank, world_size=place.world_size,
-                            timeout=timeout, **groups)
+                            timeout=timeout)
     process.side = dist.group.WORLD if process.backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
     try:
         refuse_shared_devices(process.all_gather_object((place.node, device_identity(device))))

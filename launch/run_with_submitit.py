@@ -26,6 +26,7 @@ from common.files import read_json, read_json_lines, write_json
 from common.log import logger, setup_logging
 from launch import ExitCode
 from launch.job import Job
+from launch.watchdog import alive
 
 ROOT = Path(__file__).resolve().parent.parent
 SIGNAL_DELAY = 120  # seconds before the time limit at which Slurm signals: more than one update and one save
@@ -240,7 +241,7 @@ def last_lines(folder: Path, job_id: str, rank: int, count: int = 12) -> list[st
 def job_state(job: dict[str, Any]) -> str:
     """What Slurm says, or for a local job whether its controller runs and what it recorded last."""
     if job["cluster"] == "local":
-        if Path(f"/proc/{job['id']}").exists():
+        if alive(int(job["id"])):
             return "RUNNING"
         records = read_json_lines(Path(job["folder"].replace("%j", job["id"])) / "job.jsonl")
         return "COMPLETED" if records and records[-1]["what"] == "done" else "ENDED"

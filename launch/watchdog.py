@@ -220,7 +220,7 @@ class Watchdog:
         for beat in beats:
             if beat.node != self.beat.node or beat.rank == self.beat.rank:
                 continue
-            if _alive(beat.pid):
+            if alive(beat.pid):
                 self._visible.add(beat.rank)
             elif beat.rank in self._visible:
                 return _cause(beat, f"{beat.name} ended without a word in {beat.where}: killed by a signal, or out of memory")
@@ -329,7 +329,7 @@ class Watchdog:
         while time.monotonic() < deadline and not store.check([self._prefix + "told"]):
             time.sleep(0.1)
         node, pid = cause["teller"]
-        while time.monotonic() < deadline and node == self.beat.node and _alive(pid):
+        while time.monotonic() < deadline and node == self.beat.node and alive(pid):
             time.sleep(0.1)
         time.sleep(0.5)
 
@@ -387,7 +387,8 @@ def _say(text: str) -> None:
     sys.stderr.flush()
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether a process of this machine runs; one that ended but wasn't collected by its parent doesn't."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] not in "ZX"

@@ -8,6 +8,8 @@ import uuid
 from pathlib import Path
 from typing import Callable
 
+from launch.watchdog import alive as alive
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAMS = REPOSITORY / "tests" / "programs"
 TOY = PROGRAMS / "toy_training.py"
@@ -66,14 +68,6 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
-
-
-def alive(pid: int) -> bool:
-    """Whether process `pid` runs (zombies don't)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def write_toy_program(folder: Path) -> Path:
