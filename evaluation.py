@@ -111,7 +111,6 @@ def load_candidates(path: str, options: Any, data: Data, device: torch.device) -
                                     layer_scale_init_value=options.layer_scale_init_value)
         report = load_for_model(network, path, model_key=options.model_key, prefix=options.model_prefix, weights=weights,
                                 allow_partial=options.allow_partial, class_names=data.class_names)
-        logger.info("%s: %s", path, report)
         entry = "model_ema" if report.source_key == "model_ema" else "model"
         network = network.to(device).eval()
         accelerate(network, code_paths(device))

@@ -152,10 +152,8 @@ def load_start_weights(model: torch.nn.Module, options: Any, data: Data, process
     elif source.startswith(("http://", "https://")):
         source = process.on_rank_zero(lambda: str(fetch_url(source)))
     if source:
-        report = load_for_model(model, source, model_key=options.model_key, prefix=options.model_prefix,
-                                weights=options.weights, allow_partial=options.allow_partial,
-                                class_names=data.class_names, new_head=True)
-        logger.info("%s: %s", source, report)
+        load_for_model(model, source, model_key=options.model_key, prefix=options.model_prefix, weights=options.weights,
+                       allow_partial=options.allow_partial, class_names=data.class_names, new_head=True)
 
 
 def amp_dtype(options: Any) -> torch.dtype | None:
@@ -219,7 +217,7 @@ def _evaluator(run: TrainingRun, data: Data, model: torch.nn.Module, ema: Ema | 
 
 
 def _tell(run: TrainingRun, options: Any, checkpoints: Checkpoints | None) -> None:
-    if options.model_ema:
+    if options.model_ema and run.process.is_main:
         warning = half_life_warning(options.model_ema_decay, run.fixed.epochs * run.fixed.updates_per_epoch)
         if warning:
             logger.warning(warning)
