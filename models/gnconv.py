@@ -64,6 +64,17 @@ class Operators:
         spectrum = spectrum * torch.view_as_complex(weight.permute(1, 2, 0, 3).contiguous())
         return torch.fft.irfft2(spectrum, s=(height, width), dim=(1, 2), norm="ortho")
 
+    def global_local(self, x: Tensor, weight: Tensor, spectrum: Tensor) -> Tensor:
+        """x (B, H, W, 2 C): depthwise `weight` on the first half of the channels, `global_filter` on the second.
+
+        The results alternate: local 0, global 0, local 1, ...
+        """
+        local, remote = x.chunk(2, dim=-1)
+        local, remote = self.depthwise(local, weight, None), self.global_filter(remote, spectrum)
+        if local.dtype == torch.float16:  # the filter's output may leave float16's range before the norm
+            local = local.float()
+        return torch.stack((local, remote.to(local.dtype)), dim=-1).flatten(-2)
+
     def gate(self, x: Tensor, gate: Tensor) -> Tensor:
         """The gating product, elementwise."""
         return x * gate
@@ -136,12 +147,7 @@ class GlobalLocalFilter(nn.Module):
         """`scale` multiplies the output; it is folded into the last norm's parameters."""
         pre, post = self.pre_norm, self.post_norm
         x = self.ops.layer_norm(x.permute(0, 2, 3, 1), pre.weight, pre.bias, pre.eps)
-        local, remote = x.chunk(2, dim=-1)
-        local = self.ops.depthwise(local, self.dw.weight, None)
-        remote = self.ops.global_filter(remote, self.complex_weight)
-        if local.dtype == torch.float16:  # the filter's output may leave float16's range before the norm
-            local = local.float()
-        x = torch.stack((local, remote.to(local.dtype)), dim=-1).flatten(-2)
+        x = self.ops.global_local(x, self.dw.weight, self.complex_weight)
         weight, bias = (post.weight, post.bias) if scale == 1 else (post.weight * scale, post.bias * scale)
         return self.ops.layer_norm(x, weight, bias, post.eps).permute(0, 3, 1, 2)
 

@@ -54,6 +54,9 @@ def test_each_operator_equals_float64(ops, shape):
     _compare("layer_norm", ops, (x, w(channels), w(channels)), eps=1e-6)
     _compare("depthwise", ops, (x, w(channels, 1, 7, 7), w(channels)))
     _compare("depthwise", ops, (x, w(channels, 1, 3, 3)), bias=None)
+    half = channels // 2
+    _compare("global_local", ops, (x, w(half, 1, 3, 3), w(half, shape[1], shape[2] // 2 + 1, 2)))
+    _compare("global_local", ops, (x, w(half, 1, 3, 3), w(half, 5, 3, 2)))
     _compare("patch_conv", ops, (x, w(12, channels, 2, 2), w(12)))
 
 

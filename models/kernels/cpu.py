@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.gnconv import Operators
+from models.gnconv import Operators, resize_filter
 from models.kernels import native
 
 DTYPES = (torch.float32, torch.bfloat16)
+LARGEST_DFT = 48  # the transform as products grows with the third power of the side; from about here an FFT wins
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
@@ -27,11 +28,12 @@ def linear_grads(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tenso
     """Gradients of x (rows, in), weight (out, in) and bias from grad (rows, out)."""
     if grad.dtype == torch.bfloat16:  # the default library is at its peak here
         return grad @ weight, grad.t() @ x, grad.sum(0)
+    d_x = product(grad, weight.t())
+    if native.library() is not None:
+        return d_x, *native.weight_grad(x, grad)
     if grad.shape[1] > x.shape[1]:  # oneDNN copies its first operand: let it be the narrow one
-        d_weight = product(x.t(), grad.t()).t().contiguous()
-    else:
-        d_weight = product(grad.t(), x.t())
-    return product(grad, weight.t()), d_weight, grad.sum(0)
+        return d_x, product(x.t(), grad.t()).t().contiguous(), grad.sum(0)
+    return d_x, product(grad.t(), x.t()), grad.sum(0)
 
 
 class _Linear(torch.autograd.Function):
@@ -67,6 +69,21 @@ class _Depthwise(torch.autograd.Function):
         d_x, d_taps, d_bias = native.depthwise_backward(x, grad, taps)
         weight = ctx.weight_like
         return d_x, d_taps.t().reshape(weight.shape).to(weight.dtype), d_bias.to(weight.dtype) if ctx.has_bias else None
+
+
+class _GlobalLocal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, spectrum: Tensor) -> Tensor:
+        taps, parts = weight.flatten(1).t().contiguous(), spectrum.permute(1, 2, 3, 0).contiguous()
+        ctx.save_for_backward(x, taps, parts)
+        return native.global_local(x, taps, parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, taps, parts = ctx.saved_tensors
+        d_x, d_taps, d_parts = native.global_local_backward(x, grad.contiguous(), taps, parts)
+        return d_x, d_taps.t().reshape(-1, 1, 3, 3), d_parts.permute(3, 0, 1, 2)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -132,9 +149,9 @@ class CpuOperators(Operators):
         if not self.onednn or bias is None or dtype not in DTYPES or not _ready(x, weight, bias):
             return super().linear_gelu(x, weight, bias) if gelu else super().linear(x, weight, bias)
         x = x.to(dtype)
-        if id(weight) in self.packed and not torch.is_grad_enabled():
-            _, matrix, bias = self.packed[id(weight)]
-            return product(x, matrix, bias, gelu)
+        packed = None if torch.is_grad_enabled() else self.packed.get(id(weight))
+        if packed is not None and packed[1].dtype == dtype:
+            return product(x, packed[1], packed[2], gelu)
         matrix, bias = weight.flatten(1).to(dtype), bias.to(dtype)
         if not torch.is_grad_enabled():
             return product(x, matrix, bias, gelu)
@@ -156,6 +173,15 @@ class CpuOperators(Operators):
                 x, weight, bias):
             return super().depthwise(x, weight, bias)
         return _Depthwise.apply(x.to(dtype), weight, bias)
+
+    def global_local(self, x, weight, spectrum):
+        """Both halves in one kernel, with the Fourier transform as small matrix products; FFT for large maps."""
+        dtype, (height, width) = _compute_dtype(x), x.shape[1:3]
+        if (not self.compiled or dtype not in DTYPES or max(height, width) > LARGEST_DFT or weight.shape[2] != 3
+                or not _ready(x, weight, spectrum)):
+            return super().global_local(x, weight, spectrum)
+        spectrum = resize_filter(spectrum.float(), (height, width // 2 + 1))
+        return _GlobalLocal.apply(x.to(dtype).contiguous(), weight.float(), spectrum)
 
     def gate(self, x, gate):
         """Without gradients the product overwrites a projection's fresh output."""

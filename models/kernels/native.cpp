@@ -292,6 +292,251 @@ template <class T> static void gelu_backward(const T* x, const T* g, T* dx, int6
     }
 }
 
+// ---- weight gradient of a Linear layer: dw (N, K) = g (M, N)^T x (M, K), db = column sums of g --------------------
+// Both operands have the summed dimension outermost, so that 8 broadcast values of g meet two vectors of x and no
+// transposition is needed; oneDNN copies one first and falls to half its speed where M is large.
+constexpr int64_t PANEL = 2 * L, RUN = 256, STRIP = 8;  // floats of x, rows and columns of g in a register tile
+
+static void pack_x(const float* x, float* packed, int64_t rows, int64_t K, int64_t k0, int64_t panels) {
+    for (int64_t m = 0; m < rows; m++)
+        for (int64_t p = 0; p < panels; p++)
+            for (int64_t v = 0, k = k0 + p * PANEL; v < 2; v++, k += L)
+                store(packed + (p * RUN + m) * PANEL + v * L, k < K ? load(x + m * K + k, K - k) : vec{});
+}
+
+static void weight_grad_strip(const float* x_panel, const float* g_strip, float* dw, int64_t rows, int64_t K,
+                              int64_t k, int64_t columns) {
+    vec acc[STRIP][2] = {};
+    for (int64_t m = 0; m < rows; m++) {
+        vec a = load(x_panel + m * PANEL), b = load(x_panel + m * PANEL + L);
+#pragma GCC unroll 8
+        for (int j = 0; j < STRIP; j++) {
+            float v = g_strip[m * STRIP + j];
+            acc[j][0] += a * v;
+            acc[j][1] += b * v;
+        }
+    }
+    for (int j = 0; j < columns; j++)
+        for (int v = 0; v < 2; v++) {
+            int64_t n = K - k - v * L;
+            if (n > 0) store(dw + j * K + k + v * L, load(dw + j * K + k + v * L, n) + acc[j][v], n);
+        }
+}
+
+extern "C" void weight_grad(const float* x, const float* g, float* dw, float* db, int64_t M, int64_t N, int64_t K,
+                            int threads) {
+    constexpr int64_t BLOCK = 8;  // panels of x kept in the L2 cache
+    int64_t strips = (N + STRIP - 1) / STRIP, panels = (K + PANEL - 1) / PANEL;
+    memset(dw, 0, N * K * sizeof(float));
+    memset(db, 0, N * sizeof(float));
+#pragma omp parallel num_threads(threads)
+    {
+        float* packed = (float*)aligned_alloc(64, BLOCK * RUN * PANEL * sizeof(float));
+        alignas(64) float g_strip[RUN * STRIP];
+        for (int64_t m0 = 0; m0 < M; m0 += RUN)
+            for (int64_t p0 = 0; p0 < panels; p0 += BLOCK) {
+                int64_t rows = M - m0 < RUN ? M - m0 : RUN, count = panels - p0 < BLOCK ? panels - p0 : BLOCK;
+                pack_x(x + m0 * K, packed, rows, K, p0 * PANEL, count);
+#pragma omp for schedule(static) nowait
+                for (int64_t s = 0; s < strips; s++) {
+                    int64_t n0 = s * STRIP, columns = N - n0 < STRIP ? N - n0 : STRIP;
+                    float sums[STRIP] = {};
+                    for (int64_t m = 0; m < rows; m++)
+                        for (int64_t j = 0; j < STRIP; j++) {
+                            float v = j < columns ? g[(m0 + m) * N + n0 + j] : 0;
+                            g_strip[m * STRIP + j] = v;
+                            sums[j] += v;
+                        }
+                    for (int64_t j = 0; j < columns && p0 == 0; j++) db[n0 + j] += sums[j];
+                    for (int64_t p = 0; p < count; p++)
+                        weight_grad_strip(packed + p * RUN * PANEL, g_strip, dw + n0 * K, rows, K, (p0 + p) * PANEL,
+                                          columns);
+                }
+            }
+        free(packed);
+    }
+}
+
+// ---- global-local filter: depthwise 3x3 on the first half of the channels, Fourier filter on the second -----------
+// The 2-D real DFT of 16 channels is two small matrix products in the L1 cache. `tables` holds, orthonormal, row
+// cosines and sines (k, w), the same with the inverse's doubled inner frequencies, and column cosines and sines
+// (h, h). `filter` is (h, k, 2, C): real and imaginary parts. Output channels alternate: local 0, global 0, ...
+struct Dft {
+    int64_t h, w, k;
+    const float *cos_row, *sin_row, *cos_back, *sin_back, *cos_col, *sin_col;
+    Dft(int64_t height, int64_t width, const float* t)
+        : h(height), w(width), k(width / 2 + 1), cos_row(t), sin_row(t + k * w), cos_back(t + 2 * k * w),
+          sin_back(t + 3 * k * w), cos_col(t + 4 * k * w), sin_col(cos_col + h * h) {}
+};
+
+// out[o] = sum over i of in[i] * (c[o * n + i], s[o * n + i]), B outputs at a time
+template <int B> static inline void rows_forward(const vec* in, const float* c, const float* s, int64_t n, vec* re,
+                                                 vec* im) {
+    vec a[B] = {}, b[B] = {};
+    for (int64_t i = 0; i < n; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < B; j++) a[j] += in[i] * c[j * n + i], b[j] -= in[i] * s[j * n + i];
+    for (int j = 0; j < B; j++) re[j] = a[j], im[j] = b[j];
+}
+template <int B> static inline void rows_back(const vec* re, const vec* im, const float* c, const float* s, int64_t k,
+                                              int64_t w, vec* out) {
+    vec a[B] = {};
+    for (int64_t i = 0; i < k; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < B; j++) a[j] += re[i] * c[i * w + j] - im[i] * s[i * w + j];
+    for (int j = 0; j < B; j++) out[j] = a[j];
+}
+template <int B> static inline void columns(const vec* re, const vec* im, const float* c, const float* s, float sign,
+                                            int64_t h, int64_t k, vec* out_re, vec* out_im) {
+    vec a[B] = {}, b[B] = {};
+    for (int64_t i = 0; i < h; i++) {
+        vec x = re[i * k], y = im[i * k], sx = x * sign, sy = y * sign;
+#pragma GCC unroll 8
+        for (int j = 0; j < B; j++) {
+            a[j] += x * c[j * h + i] + sy * s[j * h + i];
+            b[j] += y * c[j * h + i] - sx * s[j * h + i];
+        }
+    }
+    for (int j = 0; j < B; j++) out_re[j * k] = a[j], out_im[j * k] = b[j];
+}
+static void all_columns(const Dft& d, const vec* re, const vec* im, float sign, vec* out_re, vec* out_im) {
+    for (int64_t q = 0; q < d.k; q++) {
+        int64_t o = 0;
+        for (; o + 7 <= d.h; o += 7)
+            columns<7>(re + q, im + q, d.cos_col + o * d.h, d.sin_col + o * d.h, sign, d.h, d.k, out_re + o * d.k + q,
+                       out_im + o * d.k + q);
+        for (; o < d.h; o++)
+            columns<1>(re + q, im + q, d.cos_col + o * d.h, d.sin_col + o * d.h, sign, d.h, d.k, out_re + o * d.k + q,
+                       out_im + o * d.k + q);
+    }
+}
+// plane (h, w) -> spectrum (h, k); `work` holds 2 * h * k vectors
+static void dft(const Dft& d, const vec* plane, vec* re, vec* im, vec* work) {
+    vec *tr = work, *ti = work + d.h * d.k;
+    for (int64_t y = 0; y < d.h; y++) {
+        int64_t q = 0;
+        for (; q + 4 <= d.k; q += 4)
+            rows_forward<4>(plane + y * d.w, d.cos_row + q * d.w, d.sin_row + q * d.w, d.w, tr + y * d.k + q,
+                            ti + y * d.k + q);
+        for (; q < d.k; q++)
+            rows_forward<1>(plane + y * d.w, d.cos_row + q * d.w, d.sin_row + q * d.w, d.w, tr + y * d.k + q,
+                            ti + y * d.k + q);
+    }
+    all_columns(d, tr, ti, 1, re, im);
+}
+static void inverse_dft(const Dft& d, const vec* re, const vec* im, vec* plane, vec* work) {
+    vec *tr = work, *ti = work + d.h * d.k;
+    all_columns(d, re, im, -1, tr, ti);
+    for (int64_t y = 0; y < d.h; y++) {
+        int64_t o = 0;
+        for (; o + 7 <= d.w; o += 7)
+            rows_back<7>(tr + y * d.k, ti + y * d.k, d.cos_back + o, d.sin_back + o, d.k, d.w, plane + y * d.w + o);
+        for (; o < d.w; o++)
+            rows_back<1>(tr + y * d.k, ti + y * d.k, d.cos_back + o, d.sin_back + o, d.k, d.w, plane + y * d.w + o);
+    }
+}
+static void apply_filter(vec* re, vec* im, const float* filter, float sign, int64_t count, int64_t C, int64_t n) {
+    for (int64_t i = 0; i < count; i++, filter += 2 * C) {
+        vec wr = load(filter, n), wi = load(filter + C, n) * sign, r = re[i];
+        re[i] = r * wr - im[i] * wi;
+        im[i] = r * wi + im[i] * wr;
+    }
+}
+
+struct Scratch {  // vectors for one job: a padded local plane, two planes, two spectra and their work space
+    vec* memory;
+    float* padded[2];
+    vec *plane, *other, *re, *im, *gr, *gi, *work;
+    Scratch(int64_t h, int64_t w, int64_t k, int64_t pitch) {
+        int64_t pad = (h + 2) * pitch, area = h * w, spectrum = h * k;
+        memory = (vec*)aligned_alloc(64, (2 * pad + 2 * area + 6 * spectrum) * sizeof(vec));
+        padded[0] = (float*)memory, padded[1] = (float*)(memory + pad);
+        plane = memory + 2 * pad, other = plane + area, re = other + area, im = re + spectrum;
+        gr = im + spectrum, gi = gr + spectrum, work = gi + spectrum;
+    }
+    ~Scratch() { free(memory); }
+};
+template <class T> static inline void store_pair(T* out, vec a, vec b, int64_t n) {
+    vec lo = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    vec hi = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    store(out, lo, 2 * n);
+    if (2 * n > L) store(out + L, hi, 2 * n - L);
+}
+template <class T> static inline void load_pair(const T* in, vec& a, vec& b, int64_t n) {
+    vec lo = load(in, 2 * n), hi = 2 * n > L ? load(in + L, 2 * n - L) : vec{};
+    a = __builtin_shufflevector(lo, hi, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    b = __builtin_shufflevector(lo, hi, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+// x and out (images, h, w, 2 C) contiguous; taps (9, C)
+template <class T> static void global_local(const T* x, const float* taps, const float* filter, const float* tables,
+                                            T* out, Shape s, int threads) {
+    int64_t C = s.channels, blocks = (C + L - 1) / L, area = s.height * s.width, pitch = padded_pitch(s.width, 3, 7);
+    Dft d(s.height, s.width, tables);
+#pragma omp parallel num_threads(threads)
+    {
+        Scratch t(s.height, s.width, d.k, pitch);
+#pragma omp for schedule(static)
+        for (int64_t job = 0; job < s.images * blocks; job++) {
+            int64_t image = job / blocks, c = job % blocks * L, n = C - c;
+            const T* in = x + image * area * 2 * C + c;
+            vec w[9];
+            for (int k = 0; k < 9; k++) w[k] = load(taps + k * C + c, n);
+            fill_plane<T, 3>(t.padded[0], in, 2 * C, s, pitch, n);
+            convolve_plane<float, 3, 7>(t.padded[0], pitch, w, vec{}, (float*)t.other, L, s, L);
+            for (int64_t i = 0; i < area; i++) t.plane[i] = load(in + i * 2 * C + C, n);
+            dft(d, t.plane, t.re, t.im, t.work);
+            apply_filter(t.re, t.im, filter + c, 1, s.height * d.k, C, n);
+            inverse_dft(d, t.re, t.im, t.plane, t.work);
+            T* to = out + image * area * 2 * C + 2 * c;
+            for (int64_t i = 0; i < area; i++) store_pair(to + i * 2 * C, t.other[i], t.plane[i], n);
+        }
+    }
+}
+
+// partial: (groups, 9 + 2 h k, C), gradients of taps and filter over fixed runs of images
+template <class T> static void global_local_backward(const T* x, const T* g, const float* taps, const float* filter,
+                                                     const float* tables, T* dx, float* partial, Shape s,
+                                                     int64_t groups, int threads) {
+    int64_t C = s.channels, blocks = (C + L - 1) / L, area = s.height * s.width, pitch = padded_pitch(s.width, 3, 7);
+    Dft d(s.height, s.width, tables);
+    int64_t spectrum = s.height * d.k, entries = 9 + 2 * spectrum;
+#pragma omp parallel num_threads(threads)
+    {
+        Scratch t(s.height, s.width, d.k, pitch);
+#pragma omp for schedule(static)
+        for (int64_t job = 0; job < groups * blocks; job++) {
+            int64_t group = job / blocks, c = job % blocks * L, n = C - c;
+            float* sums = partial + group * entries * C + c;
+            vec flipped[9], grad[9] = {};
+            for (int k = 0; k < 9; k++) flipped[k] = load(taps + (8 - k) * C + c, n);
+            for (int64_t i = 0; i < entries; i++) store(sums + i * C, vec{}, n);
+            for (int64_t image = group * s.images / groups; image < (group + 1) * s.images / groups; image++) {
+                const T *in = x + image * area * 2 * C + c, *from = g + image * area * 2 * C + 2 * c;
+                T* to = dx + image * area * 2 * C + c;
+                for (int64_t i = 0; i < area; i++) load_pair(from + i * 2 * C, t.other[i], t.plane[i], n);
+                fill_plane<T, 3>(t.padded[0], in, 2 * C, s, pitch, n);
+                fill_plane<float, 3>(t.padded[1], (float*)t.other, L, s, pitch, L);
+                convolve_plane<T, 3, 7>(t.padded[1], pitch, flipped, vec{}, to, 2 * C, s, n);
+                correlate_plane<3, 7>(t.padded[0], t.padded[1], pitch, grad, s);
+                dft(d, t.plane, t.gr, t.gi, t.work);
+                for (int64_t i = 0; i < area; i++) t.plane[i] = load(in + i * 2 * C + C, n);
+                dft(d, t.plane, t.re, t.im, t.work);
+                for (int64_t i = 0; i < spectrum; i++) {  // conj(X) G, inner frequencies counted twice
+                    float twice = i % d.k == 0 || 2 * (i % d.k) == d.w ? 1 : 2;
+                    float *real = sums + (9 + 2 * i) * C, *imag = real + C;
+                    store(real, load(real, n) + twice * (t.re[i] * t.gr[i] + t.im[i] * t.gi[i]), n);
+                    store(imag, load(imag, n) + twice * (t.re[i] * t.gi[i] - t.im[i] * t.gr[i]), n);
+                }
+                apply_filter(t.gr, t.gi, filter + c, -1, spectrum, C, n);
+                inverse_dft(d, t.gr, t.gi, t.plane, t.work);
+                for (int64_t i = 0; i < area; i++) store(to + i * 2 * C + C, t.plane[i], n);
+            }
+            for (int k = 0; k < 9; k++) store(sums + k * C, grad[k], n);
+        }
+    }
+}
+
 // ---- C entry points -----------------------------------------------------------------------------------------------
 #define BY_SHAPE(F, T, ...)                                                                       \
     if (kernel == 7 && tile_of_14(s.width)) F<T, 7, 14>(__VA_ARGS__);                             \
@@ -309,6 +554,16 @@ template <class T> static void gelu_backward(const T* x, const T* g, T* dx, int6
                                    int64_t dxs, float* partial, const int64_t* shape, int kernel, int threads) { \
         Shape s{shape[0], shape[1], shape[2], shape[3]};                                                         \
         BY_SHAPE(depthwise_backward, T, x, xs, g, gs, w, dx, dxs, partial, s, threads);                          \
+    }                                                                                                            \
+    void global_local_##NAME(const T* x, const float* taps, const float* filter, const float* tables, T* out,    \
+                             const int64_t* shape, int threads) {                                                \
+        global_local(x, taps, filter, tables, out, Shape{shape[0], shape[1], shape[2], shape[3]}, threads);      \
+    }                                                                                                            \
+    void global_local_backward_##NAME(const T* x, const T* g, const float* taps, const float* filter,            \
+                                      const float* tables, T* dx, float* partial, const int64_t* shape,          \
+                                      int64_t groups, int threads) {                                             \
+        Shape s{shape[0], shape[1], shape[2], shape[3]};                                                         \
+        global_local_backward(x, g, taps, filter, tables, dx, partial, s, groups, threads);                      \
     }                                                                                                            \
     void gelu_##NAME(const T* x, T* y, int64_t n, int threads) { gelu(x, y, n, threads); }                       \
     void gelu_backward_##NAME(const T* x, const T* g, T* dx, int64_t n, int threads) {                           \

@@ -149,6 +149,49 @@ def join_backward(grad: Tensor, y: Tensor, gamma: Tensor, keep: Tensor, slot: Te
     return dy, partial.sum(0)
 
 
+def weight_grad(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """grad (rows, out)^T @ x (rows, in) and the column sums of grad; both float32 and contiguous."""
+    d_weight, d_bias = torch.empty(grad.shape[1], x.shape[1]), torch.empty(grad.shape[1])
+    _call("weight_grad", x.contiguous(), grad.contiguous(), d_weight, d_bias, *grad.shape, x.shape[1])
+    return d_weight, d_bias
+
+
+@cache
+def _dft_tables(height: int, width: int) -> Tensor:
+    """The cosines and sines that `native.cpp` describes, computed in float64."""
+    def angles(rows: int, size: int) -> Tensor:
+        product = torch.arange(rows)[:, None] * torch.arange(size) % size
+        return product.double() * (2 * torch.pi / size)
+
+    row, column = angles(width // 2 + 1, width), angles(height, height)
+    twice = torch.full((len(row), 1), 2.0, dtype=torch.float64)
+    twice[0] = 1
+    if width % 2 == 0:
+        twice[-1] = 1
+    parts = [part / width ** 0.5 for part in (row.cos(), row.sin(), twice * row.cos(), twice * row.sin())]
+    parts += [part / height ** 0.5 for part in (column.cos(), column.sin())]
+    return torch.cat([part.flatten() for part in parts]).float()
+
+
+def global_local(x: Tensor, taps: Tensor, spectrum: Tensor) -> Tensor:
+    """x (B, H, W, 2 C) contiguous, taps (9, C) and spectrum (H, W // 2 + 1, 2, C) float32 contiguous."""
+    batch, height, width, channels = x.shape
+    out, shape = torch.empty_like(x), torch.tensor((batch, height, width, channels // 2))
+    _call(f"global_local_{NAMES[x.dtype]}", x, taps, spectrum, _dft_tables(height, width), out, shape)
+    return out
+
+
+def global_local_backward(x: Tensor, grad: Tensor, taps: Tensor, spectrum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, taps and spectrum."""
+    batch, height, width, channels = x.shape
+    dx, groups, half = torch.empty_like(x), min(batch, 8), channels // 2
+    partial = torch.empty(groups, 9 + spectrum.numel() // half, half)
+    _call(f"global_local_backward_{NAMES[x.dtype]}", x, grad, taps, spectrum, _dft_tables(height, width), dx, partial,
+          torch.tensor((batch, height, width, half)), groups)
+    total = partial.sum(0)
+    return dx, total[:9], total[9:].view(spectrum.shape)
+
+
 def gelu(x: Tensor) -> Tensor:
     """Exact GELU of a contiguous tensor, within 2e-7 of torch's relative to |x|."""
     out = torch.empty_like(x)

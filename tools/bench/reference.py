@@ -142,14 +142,14 @@ class PlainHorNet(nn.Module):
         return self.head(self.norm(x.mean((-2, -1))))
 
 
-WIDTHS = {"pico": 16, "nano": 32, "tiny": 64, "small": 96, "base": 128, "large": 192}
+WIDTHS = {"pico": 8, "nano": 32, "tiny": 64, "small": 96, "base": 128, "large": 192}
 
 
 def plain_model(name: str, num_classes: int = 1000, drop_path_rate: float = 0.0) -> PlainHorNet:
     """The plain network with the parameter names and shapes of `name` (`hornet_<size>_<7x7|gf|gf_img384>`)."""
     _, size, kind, *rest = name.split("_")
     small = {"pico": (1, 1, 1, 1), "nano": (1, 1, 3, 1)}
-    last = ((24, 13), (12, 7)) if rest == ["img384"] else ((14, 8), (7, 4))
+    last = ((24, 13), (12, 7)) if rest == ["img384"] else ((4, 3), (2, 2)) if size in small else ((14, 8), (7, 4))
     grids = (None, None, *last) if kind == "gf" else (None,) * 4
     return PlainHorNet(WIDTHS[size], small.get(size, (2, 3, 18, 2)), grids, drop_path_rate, num_classes)
 

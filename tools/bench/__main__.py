@@ -1,0 +1,104 @@
+"""`python -m tools.bench {model,train,optim,data,family,all}`: a table of medians and ratios, and JSON beside it."""
+import argparse
+import json
+import multiprocessing
+import resource
+import sys
+
+import timm
+import torch
+
+import models
+from common.files import write_json
+from common.log import logger
+from models.complexity import count
+from models.hornet import input_size
+from models.zoo import PUBLISHED
+from tools.bench import cases, timing
+from tools.command import run_command
+
+WORKS = ("model", "train", "optim", "data", "family", "all")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__, allow_abbrev=False)
+    parser.add_argument("work", choices=WORKS, help="what to measure; family: a row for each published model")
+    parser.add_argument("--models", nargs="+", default=["hornet_tiny_7x7", "hornet_tiny_gf"], metavar="MODEL",
+                        choices=models.MODEL_NAMES, help="architectures (family always takes the ten published ones)")
+    parser.add_argument("--batch", type=int, default=8, help="pictures per batch (default 8; family: 2)")
+    parser.add_argument("--repeats", type=int, default=9, help="measured rounds (default 9; family: 3)")
+    parser.add_argument("--size", type=int, help="picture size (default: the model's own)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall",
+                        help="wall time, or this process' CPU time on a machine shared with others")
+    parser.add_argument("--out", default="bench.json", help="where the JSON goes (default bench.json)")
+    return parser
+
+
+def _member(args: argparse.Namespace, name: str, train: bool, answers) -> None:
+    torch.set_num_threads(args.threads)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    speed = cases.family_member(name, cases.Setting(2, min(3, args.repeats), args.clock, args.size), train)
+    answers.put((speed, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2 ** 20))
+
+
+def _family(args: argparse.Namespace) -> list[dict]:
+    """Each model in a process of its own, so that its peak memory is its own."""
+    context, found = multiprocessing.get_context("spawn"), []
+    for name in PUBLISHED:
+        with torch.device("meta"):
+            size = count(timm.create_model(name), input_size(name))
+        row = {"model": name, "params": size.params, "flops": size.flops, "input_size": input_size(name),
+               "top1": PUBLISHED[name].top1}
+        for train in (False, True):
+            answers = context.SimpleQueue()
+            child = context.Process(target=_member, args=(args, name, train, answers))
+            child.start()
+            child.join()
+            kind = "train" if train else "evaluate"
+            if child.exitcode:
+                logger.warning("%s: %s ended with code %s (too little memory?)", name, kind, child.exitcode)
+                continue
+            row[f"{kind}_per_second"], row[f"{kind}_gib"] = answers.get()
+        found.append(row)
+        logger.info("%s", row)
+    return found
+
+
+def _family_table(found: list[dict]) -> str:
+    lines = ["| model | parameters | FLOPs | size | img/s evaluating | img/s training | GiB evaluating | GiB training |",
+             "|---|---|---|---|---|---|---|---|"]
+    for row in found:
+        numbers = [f"{row[key]:.3g}" if key in row else "" for key in (
+            "evaluate_per_second", "train_per_second", "evaluate_gib", "train_gib")]
+        lines.append(f"| {row['model']} | {row['params']:,} | {row['flops'] / 1e9:.1f} G | {row['input_size']} | "
+                     + " | ".join(numbers) + " |")
+    return "\n".join(lines)
+
+
+def _work(args: argparse.Namespace) -> int:
+    torch.set_num_threads(args.threads)
+    setting = cases.Setting(args.batch, args.repeats, args.clock, args.size)
+    result: dict = {"command": " ".join(["python -m tools.bench", *sys.argv[1:]]), "machine": timing.machine(),
+                    "clock": args.clock}
+    found: list[timing.Row] = []
+    for work, measure in (("model", cases.evaluation), ("train", cases.training), ("optim", cases.optimizer)):
+        if args.work in (work, "all"):
+            for name in args.models[:1] if work == "optim" else args.models:
+                logger.info("%s %s", work, name)
+                found += measure(name, setting)
+    if args.work in ("data", "all"):
+        logger.info("data")
+        found += cases.loading(setting)
+    result["rows"] = timing.as_json(found)
+    result["family"] = _family(args) if args.work in ("family", "all") else []
+    write_json(args.out, result)
+    parts = [result["command"], json.dumps(result["machine"]), f"clock: {args.clock}"]
+    parts += [timing.table(found)] if found else []
+    parts += [_family_table(result["family"])] if result["family"] else []
+    print("\n\n".join(parts))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(_parser(), _work, None))

@@ -1,0 +1,232 @@
+"""What is measured: evaluation, training steps, the optimizer's update, loading, and the family of ten."""
+import contextlib
+import copy
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import nn
+from torchvision.datasets import ImageFolder
+
+import models
+from datasets.loader import PictureDataset
+from datasets.prepare import EvalPrepare, TrainPrepare
+from datasets.readers import FolderReader, index_folder
+from datasets.transforms import Erasing, eval_transform, train_transform
+from models import kernels
+from models.complexity import count
+from optim.ema import Ema
+from optim.update import Update, UpdateConfig
+from run.options import Options
+from tools.bench.reference import PlainUpdate, plain_model
+from tools.bench.timing import Row, interleave, peak_bandwidth, peak_flops, rows
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@dataclass
+class Setting:
+    """How to measure; `clock` "cpu" counts only this process' time, for a machine shared with others."""
+
+    batch: int = 8
+    repeats: int = 9
+    clock: str = "wall"
+    size: int | None = None
+
+
+def autocast(dtype: torch.dtype):
+    """Autocast on the CPU for bfloat16, nothing for float32."""
+    return torch.autocast("cpu", dtype, enabled=dtype != F32)
+
+
+def _trio(name: str, drop_path: float = 0.0) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The reference, the product in plain PyTorch and the product on this machine's paths, with equal weights."""
+    torch.manual_seed(0)
+    plain, reference = timm.create_model(name, drop_path_rate=drop_path), plain_model(name, 1000, drop_path)
+    with torch.no_grad():
+        for label, parameter in plain.named_parameters():
+            if "gamma" in label:
+                parameter.fill_(0.1)
+    reference.load_state_dict(plain.state_dict())
+    fast = copy.deepcopy(plain)
+    kernels.accelerate(fast, kernels.code_paths("cpu"))  # freed memory is kept from here on, for the reference too
+    return reference, plain, fast
+
+
+def _finish(found: list[Row], flops: float, clock: str, differences: dict[str, float]) -> list[Row]:
+    peaks = {"float32": peak_flops(F32, clock), "bfloat16": peak_flops(BF16, clock)}
+    for row in found:
+        kind = "bfloat16" if "bf16" in row.case else "float32"
+        row.limit, row.share = kind, flops / (row.median / 1e3) / peaks[kind]
+        row.difference = differences.get(row.case)
+    return found
+
+
+def evaluation(name: str, setting: Setting) -> list[Row]:
+    """Forward passes in evaluation; differences are of logits, from the float32 reference."""
+    size = setting.size or models.hornet.input_size(name)
+    reference, plain, fast = (model.eval() for model in _trio(name))
+    x = torch.randn(setting.batch, 3, size, size)
+    logits: dict[str, torch.Tensor] = {}
+
+    def case(label: str, model: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
+        def call() -> None:
+            with torch.inference_mode(), autocast(dtype):
+                logits[label] = model(x).float()
+        return call
+
+    with kernels.packed(fast, F32):
+        packed32 = dict(getattr(fast.ops, "packed", {}))
+    with kernels.packed(fast, BF16):
+        packed16 = dict(getattr(fast.ops, "packed", {}))
+
+    def with_packed(weights: dict, call: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:  # packing itself is done once per evaluation and left out
+            if weights:
+                fast.ops.packed = weights
+            call()
+        return run
+
+    cases = {"reference": case("reference", reference, F32), "reference bf16": case("reference bf16", reference, BF16),
+             "plain": case("plain", plain, F32), "plain bf16": case("plain bf16", plain, BF16),
+             "fast": with_packed(packed32, case("fast", fast, F32)),
+             "fast bf16": with_packed(packed16, case("fast bf16", fast, BF16))}
+    times = interleave(cases, setting.repeats, setting.clock)
+    differences = {label: float((each - logits["reference"]).abs().max()) for label, each in logits.items()}
+    found = rows(f"evaluate {name}", times, setting.batch, "img", "reference")
+    return _finish(found, 2 * setting.batch * count(plain, size).flops, setting.clock, differences)
+
+
+def training(name: str, setting: Setting) -> list[Row]:
+    """Forward, backward, AdamW, with drop path 0.2; differences are of the first loss."""
+    size = setting.size or models.hornet.input_size(name)
+    reference, plain, fast = (model.train() for model in _trio(name, 0.2))
+    x, labels = torch.randn(setting.batch, 3, size, size), torch.arange(setting.batch)
+    draws = torch.rand(setting.batch, plain.num_drop_draws)
+    losses: dict[str, float] = {}
+
+    def case(label: str, model: nn.Module, dtype: torch.dtype, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+        def call() -> None:
+            with autocast(dtype):
+                loss = nn.functional.cross_entropy(model(x, draws), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.setdefault(label, float(loss.detach()))
+        return call
+
+    slow = dict(lr=1e-6, foreach=False, fused=False)
+    cases = {}
+    for label, model, settings in (("reference", reference, slow), ("plain", plain, dict(lr=1e-6, fused=True)),
+                                   ("fast", fast, dict(lr=1e-6, fused=True))):
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, **settings)
+        cases[label] = case(label, model, F32, optimizer)
+        cases[f"{label} bf16"] = case(f"{label} bf16", model, BF16, optimizer)
+    times = interleave(cases, setting.repeats, setting.clock)
+    differences = {label: abs(value - losses["reference"]) for label, value in losses.items()}
+    found = rows(f"train {name}", times, setting.batch, "img", "reference")
+    return _finish(found, 6 * setting.batch * count(plain, size).flops, setting.clock, differences)
+
+
+class _Constant:
+    """A schedule that changes nothing."""
+
+    def apply(self, optimizer: torch.optim.Optimizer, update: int) -> None:
+        """Leave learning rate and weight decay."""
+
+
+def optimizer(name: str, setting: Setting) -> list[Row]:
+    """Clipping, AdamW and EMA on every tensor of a model; the share is of a pass over memory that reads gradient,
+    weight, two moments and average and writes the last four."""
+    one, other = timm.create_model(name), timm.create_model(name)
+    gradients = [torch.randn_like(p) * 1e-3 for p in one.parameters()]
+    plain = PlainUpdate(one, copy.deepcopy(one))
+    adamw = torch.optim.AdamW(other.parameters(), lr=4e-3, weight_decay=0.05, fused=True)
+    update = Update(other, adamw, _Constant(), UpdateConfig(clip_grad=1.0), Ema(other, 0.9999))
+
+    def give(model: nn.Module) -> None:
+        for parameter, gradient in zip(model.parameters(), gradients):
+            parameter.grad = gradient
+
+    def product() -> None:
+        give(other)
+        update.step(0)
+
+    def reference() -> None:
+        give(one)
+        plain.step()
+
+    found = rows(f"update {name}", interleave({"reference": reference, "product": product}, 2 * setting.repeats,
+                                              setting.clock), 1, "update", "reference")
+    floor = 9 * 4 * sum(p.numel() for p in one.parameters()) / peak_bandwidth(setting.clock)
+    for row in found:
+        row.share, row.limit = floor / (row.median / 1e3), "bandwidth"
+    return found
+
+
+def loading(setting: Setting, pictures: int = 24) -> list[Row]:
+    """From JPEG files of 500x375 to normalised batches on the CPU, one process, against torchvision's and timm's
+    usual chain (float32 ToTensor, Normalize and collate). Mixing is left out on both sides."""
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / "pictures" / "class"
+        folder.mkdir(parents=True)
+        rng = np.random.default_rng(0)
+        for number in range(pictures):
+            coarse = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+            noise = rng.integers(-12, 13, (375, 500, 3))
+            smooth = np.asarray(Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC), dtype=np.int64)
+            Image.fromarray(np.clip(smooth + noise, 0, 255).astype(np.uint8)).save(folder / f"{number}.JPEG", quality=92)
+        options = Options(mixup=0.0, cutmix=0.0)
+        reader = FolderReader(index_folder(str(folder.parent), cache_folder=str(Path(root) / "cache")))
+        found = []
+        for work, training_side in (("load for training", True), ("load for evaluation", False)):
+            cases = _loading_cases(str(folder.parent), reader, options, training_side)
+            found += rows(work, interleave(cases, setting.repeats, setting.clock), pictures, "img", "reference")
+    return found
+
+
+def _loading_cases(root: str, reader: FolderReader, options: Options, training_side: bool) -> dict[str, Callable]:
+    if training_side:
+        usual = create_transform(224, is_training=True, color_jitter=0.4, auto_augment=options.aa,
+                                 interpolation="bicubic", re_prob=0.25, re_mode="pixel", re_count=1)
+        ours = PictureDataset(reader, reader.labels, train_transform(options), 224, erasing=Erasing(0.25, 1))
+        prepare: Callable = TrainPrepare(options, 1, "cpu")
+        items: list = [(0, index, index) for index in range(len(reader))]
+    else:
+        usual = create_transform(224, is_training=False, interpolation="bicubic", crop_pct=0.875)
+        ours = PictureDataset(reader, reader.labels, eval_transform(224), 224)
+        prepare, items = EvalPrepare(options, "cpu"), list(range(len(reader)))
+    dataset = ImageFolder(root, usual)
+
+    def reference() -> None:
+        torch.utils.data.default_collate([dataset[index] for index in range(len(dataset))])
+
+    return {"reference": reference, "product": lambda: prepare(ours.__getitems__(items))}
+
+
+def family_member(name: str, setting: Setting, train: bool) -> float:
+    """Pictures per second of one model on this machine's paths, evaluating or training, in float32."""
+    model = timm.create_model(name, drop_path_rate=0.0)
+    kernels.accelerate(model, kernels.code_paths("cpu"))
+    size = setting.size or models.hornet.input_size(name)
+    x = torch.randn(setting.batch, 3, size, size)
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+    def step() -> None:
+        model.train()(x).square().mean().backward()
+        adamw.step()
+        adamw.zero_grad()
+
+    def forward() -> None:
+        with torch.inference_mode():
+            model.eval()(x)
+
+    with contextlib.nullcontext() if train else kernels.packed(model):
+        times = interleave({"": step if train else forward}, setting.repeats, setting.clock)[""]
+    return setting.batch / sorted(times)[len(times) // 2]
