@@ -118,7 +118,8 @@ def real_run(words, cwd, seconds):
     environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
                    "XDG_CACHE_HOME": str(cwd / "cache")}
     ended = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=seconds)
-    assert ended.returncode == 0, f"{' '.join(map(str, words))}\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}"
+    first = next((line for line in ended.stderr.splitlines() if "rror" in line), "")
+    assert ended.returncode == 0, f"{first}\n{' '.join(map(str, words))}\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}"
     return ended.stdout + ended.stderr
 
 
@@ -135,7 +136,8 @@ def checkout(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "checkpoint.pth"
-    torch.save({"model": timm.create_model("hornet_pico_7x7", num_classes=1000).state_dict()}, path)
+    state = timm.create_model("hornet_pico_7x7", num_classes=1000).state_dict()
+    torch.save({"model": state, "model_ema": state}, path)
     return path
 
 
