@@ -112,9 +112,13 @@ class Checkpoints:
         """
         started = time.monotonic()
         self._join()
-        state, number = snapshot(state), (epoch, update)
-        self._thread = threading.Thread(target=self._write_all, args=(state, number, dict(best or {})), name="saving")
-        self._thread.start()
+        work = (epoch, update), dict(best or {})
+        try:
+            thread = threading.Thread(target=self._write_all, args=(snapshot(state), *work), name="saving")
+            thread.start()
+            self._thread = thread
+        except (MemoryError, RuntimeError) as error:  # no memory for the copy, or no thread to be had
+            self._fail(f"The state of epoch {epoch}", error, state_bytes(state))
         if wait or not self.background:
             self._join()
         self.last_saved = time.monotonic()

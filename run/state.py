@@ -73,6 +73,8 @@ def upgrade(state: Any, path: str | os.PathLike) -> dict[str, Any]:
     full = defaults | state | {"args": args}
     if not isinstance(full["epoch"], int):
         full["epoch"] = None
+    if not isinstance(full["best"], dict):
+        full["best"] = {}
     return full
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from common.errors import UserError
 from run.checkpoint import Checkpoints, Loaded, load, manifest, manifest_path, position
@@ -333,3 +335,41 @@ def test_manifest_reads_are_limited(tmp_path):
     with pytest.raises(UserError):
         manifest(tmp_path / "checkpoint-0.pth")
     assert checkpoints.score(BEST) is None
+
+
+STORED = Path(__file__).parent / "data" / "checkpoints"
+
+
+def test_stored_files_of_every_format_stay_readable():
+    published, own = load(STORED / "format1.pth").state, load(STORED / "format2.pth").state
+    for s in (published, own):
+        check_resumable(s, "stored")
+        assert torch.equal(s["model"]["head.weight"], torch.arange(6.0).view(2, 3)) and s["epoch"] == 3
+        assert s["args"]["model"] == "hornet_tiny_7x7" and s["optimizer"]["param_groups"][0]["lr"] == 1e-3
+    assert published["format"] == 1 and published["best"] == {} and published["update"] is None
+    assert own["format"] == 2 and own["update"] == 40 and own["seed"] == 7 and own["best"]["acc1"] == 71.5
+    assert set(own) == set(published)
+
+
+@given(st.integers(0, 10 ** 9 - 1), st.integers(0, 10 ** 9 - 1), st.integers(0, 10 ** 15 - 1))
+def test_names_order_as_training_goes(first, second, update):
+    early, late = sorted((first, second))
+    assert position(f"checkpoint-e{early}u{update}.pth") < position(f"checkpoint-{early}.pth")
+    assert position(f"checkpoint-{early}.pth") <= position(f"checkpoint-{late}.pth")
+    assert early == late or position(f"checkpoint-{early}.pth") < position(f"checkpoint-e{late}u0.pth")
+
+
+@given(st.one_of(st.text(), st.from_regex(r"checkpoint-[e0-9u.-]*\.pth"), st.from_regex(r"checkpoint-\d+\.pth")))
+def test_other_names_never_stop_anything(name):
+    place = position(name)
+    assert place is None or name.isascii()
+
+
+def test_no_memory_for_the_copy_is_said(tmp_path):
+    class Huge(dict):
+        def items(self):
+            raise MemoryError("out of memory")
+    checkpoints = saved(tmp_path, 1)
+    checkpoints.save(Huge(), epoch=1)
+    (failure,) = checkpoints.close()
+    assert "out of memory" in failure and "newest one saved is checkpoint-0.pth" in failure
