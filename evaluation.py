@@ -23,7 +23,7 @@ from models.kernels import accelerate, code_paths
 from models.weights import load_for_model
 from models.zoo import PUBLISHED
 from run.checkpoint import Checkpoints
-from run.metrics import Counts, Predictions
+from run.metrics import Predictions
 from run.options import Resolved
 from run.results import (IMAGENET_VAL_PICTURES, Protocol, results_from, summary_line, write_eval_json,
                          write_report_files)
@@ -133,7 +133,6 @@ def _dtype(options: Any) -> torch.dtype | None:
 
 
 def _result(candidate: Candidate, found: engine.EvalResult, options: Any, data: Data) -> dict:
-    published = PUBLISHED.get(options.model)
     imagenet = tuple(data.class_names) == imagenet_synsets()
     mean, std = mean_std(options.imagenet_default_mean_and_std)
     crop = options.crop_pct or (None if options.input_size >= 384 else 224 / 256)
@@ -143,13 +142,8 @@ def _result(candidate: Candidate, found: engine.EvalResult, options: Any, data: 
         checkpoint=candidate.path, crop_pct=crop, mean=tuple(mean), std=tuple(std),
         dtype=str(dtype).removeprefix("torch."), tf32=options.fast_math,
         dataset="imagenet-val" if imagenet else options.data_set)
-    reference = None
-    if published and published.top1 is not None:
-        reference = {"top1": published.top1, "top5": published.top5, "authors_top1": published.authors_top1,
-                     "input_size": published.input_size, "classes": published.classes}
-    counts = Counts(found.hits1, found.hits5, found.images, found.loss_sum, found.bad, found.nonfinite)
     predictions = _predictions(found, data) if found.outputs is not None else None
-    return results_from(counts, protocol, reference, predictions) | {"seconds": found.seconds}
+    return results_from(found, protocol, PUBLISHED.get(options.model), predictions) | {"seconds": found.seconds}
 
 
 def _predictions(found: engine.EvalResult, data: Data) -> Predictions:

@@ -39,8 +39,8 @@ class Counts:
 class Predictions:
     """What the model said about each of N pictures, in the data set's order.
 
-    paths: N strings · labels int64 (N), negative for a picture that could not be read · top5 int64 (N, k), best
-    first, k <= 5 · probabilities float32 (N, k) · nll float32 (N), the loss of each picture in nats, 0 for an
+    paths: N strings · labels int64 (N), negative where unknown · top5 int64 (N, k), best first, k <= 5, -1 for a
+    picture that could not be read (its label may be negative instead) · probabilities float32 (N, k) · nll float32 (N), the loss of each picture in nats, 0 for an
     unreadable one · classes: names in the order of labels and top5.
     """
     paths: np.ndarray
@@ -64,15 +64,18 @@ class Predictions:
         return (self.top5 == self.labels[:, None]).any(axis=1) & self.judged
 
     @property
+    def readable(self) -> np.ndarray:
+        return (self.labels >= 0) & (self.top5[:, 0] >= 0)
+
+    @property
     def judged(self) -> np.ndarray:
         """Readable, and with numbers for an answer (not-a-number has no order, so its top five mean nothing)."""
-        return (self.labels >= 0) & np.isfinite(self.probabilities[:, 0])
+        return self.readable & np.isfinite(self.probabilities[:, 0])
 
     def counts(self) -> Counts:
-        readable = self.labels >= 0
         return Counts(int(self.hit1.sum()), int(self.hit5.sum()), len(self.labels),
-                      float(self.nll.sum(dtype=np.float64)), int((~readable).sum()),
-                      int((readable & ~self.judged).sum()))
+                      float(self.nll.sum(dtype=np.float64)), int((~self.readable).sum()),
+                      int((self.readable & ~self.judged).sum()))
 
 
 def sampling_interval(accuracy: float, images: int) -> float:
@@ -97,13 +100,13 @@ def calibration_error(confidence: np.ndarray, hits: np.ndarray, bins: int = 15) 
 
 def metrics(predictions: Predictions, num_classes: int) -> dict:
     """The figures that need every picture's answer: mean per-class accuracy, calibration error, NLL."""
-    known = predictions.judged
-    labels, hits = predictions.labels[known], predictions.hit1[known]
-    per_class = per_class_accuracy(labels, hits, num_classes)
-    return {"mean_class_acc1": float(np.nanmean(per_class)) if len(labels) else None,
-            "calibration_error": calibration_error(predictions.probabilities[known, 0], hits),
-            "nll": float(predictions.nll[known].mean()) if len(labels) else None,
-            "classes_seen": int(np.isfinite(per_class).sum())}
+    known, judged = predictions.labels >= 0, predictions.judged  # an unreadable picture is wrong, but has no confidence
+    per_class = per_class_accuracy(predictions.labels[known], predictions.hit1[known], num_classes)
+    seen = np.isfinite(per_class)
+    return {"mean_class_acc1": float(per_class[seen].mean()) if seen.any() else None,
+            "calibration_error": calibration_error(predictions.probabilities[judged, 0], predictions.hit1[judged]),
+            "nll": float(predictions.nll[judged].mean(dtype=np.float64)) if judged.any() else None,
+            "classes_seen": int(seen.sum())}
 
 
 def multi_label_accuracy(top5: np.ndarray, answers: list) -> dict:

@@ -37,7 +37,10 @@ def whole_run(folder, seed=0, lr="0.004"):
     (folder / "config.yaml").write_text(f"model: 'hornet_tiny_7x7'  # flag\nlr: {lr}  # flag\nepochs: 300  # default\n")
     (folder / "environment.json").write_text(json.dumps({"torch": "2.15.0", "world_size": 8}))
     (folder / "status.json").write_text(json.dumps({"state": "DONE"}))
-    (folder / "events.jsonl").write_text(json.dumps({"time": 1.7e9, "kind": "nonfinite", "update": 17}) + "\n")
+    (folder / "events.jsonl").write_text(json.dumps({"time": "2026-01-01 00:00:00", "kind": "nonfinite"}) + "\n")
+    attempts = [{"attempt": 1, "started": "10:00", "from_update": 0}, {"attempt": 1, "state": "PREEMPTED", "update": 99},
+                {"attempt": 2, "started": "11:00", "from_update": 99}, {"attempt": 2, "state": "DONE", "update": 300}]
+    (folder / "attempts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in attempts))
     rng = np.random.default_rng(seed)
     labels = np.arange(90) % 3
     top5 = np.stack([rng.permutation(3) for _ in labels])
@@ -82,7 +85,7 @@ def check(path):
 def test_a_whole_run_gives_one_page_with_every_section(tmp_path):
     folder, predictions = whole_run(tmp_path / "run <1>")
     html = check(write_report([folder]))
-    for text in ("run &lt;1&gt;", "DONE", "59.80 %", "epoch 299", "nonfinite", "2.15.0", "tench",
+    for text in ("run &lt;1&gt;", "DONE", "59.80 %", "epoch 299", "nonfinite", "2 attempts", "PREEMPTED", "2.15.0", "tench",
                  "naïve &lt;b&gt;&amp;", "猫", "Most confident mistakes", f"{predictions.counts().hits1}</td>"):
         assert text in html, text
     assert html.count("data:image/jpeg;base64,") == 24  # thumbnails

@@ -40,7 +40,7 @@ def test_counts_equal_a_loop_over_the_pictures():
 def test_unlabelled_and_unreadable_pictures_are_never_hits():
     top5 = np.array([[-1] * 5, [0, 1, 2, 3, 4], [-1] * 5])
     p = Predictions(np.array(["a", "b", "c"]), np.array([-1, -1, 2]), top5, np.zeros((3, 5)), np.zeros(3), CLASSES)
-    assert (p.counts().hits1, p.counts().hits5, p.counts().images, p.counts().bad) == (0, 0, 3, 2)
+    assert (p.counts().hits1, p.counts().hits5, p.counts().images, p.counts().bad) == (0, 0, 3, 3)
 
 
 def test_answers_that_are_not_numbers_are_never_hits():
@@ -48,7 +48,8 @@ def test_answers_that_are_not_numbers_are_never_hits():
     top5 = np.array([[0, 1, 2, 3, 4]] * 2)
     p = Predictions(np.array(["a", "b"]), np.array([0, 1]), top5, shares, np.zeros(2), CLASSES)
     assert (p.counts().hits1, p.counts().hits5, p.counts().nonfinite) == (0, 0, 2)
-    assert metrics(p, 6)["mean_class_acc1"] is None
+    found = metrics(p, 6)
+    assert found["mean_class_acc1"] == 0.0 and found["nll"] is None  # wrong, and nothing is known of its confidence
 
 
 def test_predictions_of_the_engine_agree_with_its_sums():

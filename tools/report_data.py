@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from common.errors import UserError
+from run.folder import RunFolder
 from run.metrics import Predictions
 from run.options import Options, Resolved
 from run.recipe import published_recipe
@@ -71,7 +72,7 @@ def read_run(path: str | Path) -> Run:
 def _read_parts(run: Run) -> None:
     folder = run.folder
     run.missing = [what for name, what in PARTS.items() if not (folder / name).is_file()]
-    run.events, run.attempts = _json_lines(folder / "events.jsonl")[0], _json_lines(folder / "attempts.jsonl")[0]
+    run.events, run.attempts = _json_lines(folder / "events.jsonl")[0], RunFolder(folder).attempts()
     run.status, run.environment = _json(folder / "status.json"), _json(folder / "environment.json")
     run.evaluation = _json(folder / "eval.json")
     run.config, run.origins = _config(folder / "config.yaml")

@@ -3,7 +3,6 @@ import base64
 import io
 import json
 import math
-import time
 from html import escape
 from pathlib import Path
 
@@ -68,7 +67,7 @@ def _header(runs: list[Run]) -> str:
     lines = []
     for run in runs:
         model = run.config.get("model") or run.evaluation.get("model") or ""
-        state = str(run.status.get("state") or run.status.get("status") or "")
+        state = str(run.status.get("state") or "")
         kind = "good" if state.upper() == "DONE" else "bad" if state.upper() == "FAILED" else ""
         chip = f' <span class="chip {kind}">{escape(state)}</span>' if state else ""
         about = " · ".join(escape(str(t)) for t in (model, run.folder.resolve()) if t)
@@ -210,17 +209,15 @@ def _incidents(run: Run) -> str:
 
 
 def _kind(event: dict) -> str:
-    return str(next((event[k] for k in ("kind", "event", "type", "state") if event.get(k)), "event"))
+    return str(event.get("kind") or event.get("state") or "event")
 
 
 def _records(records: list[dict]) -> str:
     rows = []
     for record in records:
-        when = next((record[k] for k in ("time", "started", "at") if record.get(k) is not None), "")
-        if isinstance(when, (int, float)):
-            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
+        when = record.get("time") or record.get("started") or ""
         rest = [f"{k} {_short(v)}" for k, v in record.items()
-                if k not in ("time", "started", "at", "kind", "event", "type", "message") and v not in (None, "", [])]
+                if k not in ("time", "started", "kind", "state", "message", "command") and v not in (None, "", [], False)]
         rows.append([str(when), _kind(record), "; ".join(filter(None, [str(record.get("message") or ""), *rest]))])
     return table(["when", "what", "details"], rows)
 
