@@ -23,7 +23,7 @@ from common.errors import UserError
 from common.keys import key
 from common.log import logger
 from launch.places import Place, find_place
-from launch.watchdog import end_with_launcher
+from launch.processes import end_with_launcher
 
 BACKENDS = {"cuda": "nccl", "xpu": "xccl", "cpu": "gloo", "mps": "gloo"}
 
@@ -112,8 +112,9 @@ class Process:
             return model
         ddp = torch.nn.parallel.DistributedDataParallel
         # Renamed in torch 2.15.
-        buffers = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(ddp).parameters else "broadcast_buffers"
-        return ddp(model, gradient_as_bucket_view=True, **{buffers: False})
+        renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters
+        buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        return ddp(model, gradient_as_bucket_view=True, **buffers)
 
     def close(self, failed: bool = False) -> None:
         """Leave the process group. After a failure nobody waits for peers that may be gone."""
@@ -180,8 +181,8 @@ def start(options: Any) -> Process:
 
 
 def group_timeout(hang_timeout: float) -> float:
-    """Seconds the process group itself waits: above the watchdog's longest patience, so that its sentence comes first."""
-    return max(300.0, 4 * hang_timeout + 60) if hang_timeout else 1800.0
+    """Seconds the process group itself waits: above the watchdog's patience, so that its sentence comes first."""
+    return max(300.0, 11 * hang_timeout + 60) if hang_timeout else 1800.0
 
 
 def choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:
@@ -195,7 +196,8 @@ def choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.
     if kind == "auto":
         kind = next(name for name, there in available.items() if there)
     if kind not in available or (index and not index.isdigit()):
-        raise UserError(f"--device {wanted}: not a device; use auto, cuda, xpu, mps, cpu, or one of them such as cuda:1.")
+        raise UserError(f"--device {wanted}: not a device; use auto, cuda, xpu, mps, cpu, or one of them such as "
+                        f"cuda:1.")
     if not available[kind]:
         usable = ", ".join(name for name, there in available.items() if there)
         raise UserError(f"--device {wanted}: PyTorch finds no {kind} device on this machine; use --device auto "
@@ -204,8 +206,8 @@ def choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.
         return torch.device(kind)
     count = torch.get_device_module(kind).device_count()
     if not index and count not in (1, local_world_size) and count < local_world_size:
-        raise UserError(f"{local_world_size} processes on this node but {count} {kind} devices: start {count} processes "
-                        f"per node.")
+        raise UserError(f"{local_world_size} processes on this node but {count} {kind} devices: start {count} "
+                        f"processes per node.")
     number = int(index) if index else (local_rank if count > 1 else 0)
     if number >= count:
         raise UserError(f"--device {wanted}: this process sees {count} {kind} device(s), numbered 0 to {count - 1}.")
@@ -229,8 +231,8 @@ def refuse_shared_devices(found: list[tuple[int, str]]) -> None:
     owners: dict[tuple[int, str], int] = {}
     for rank, (node, identity) in enumerate(found):
         if identity and (node, identity) in owners:
-            raise UserError(f"ranks {owners[node, identity]} and {rank} on node {node} share one device ({identity}): start "
-                            f"one process per device, and leave the number out of --device.")
+            raise UserError(f"ranks {owners[node, identity]} and {rank} on node {node} share one device ({identity}): "
+                            f"start one process per device, and leave the number out of --device.")
         owners[node, identity] = rank
 
 
@@ -254,7 +256,7 @@ def meet(place: Place, limit: datetime.timedelta) -> dist.Store:
         try:
             missing = [rank for rank, name in enumerate(names) if not store.check([name])]
         except (dist.DistError, RuntimeError):
-            raise UserError(f"rank {place.rank}: rank 0 has given up waiting for the others; see its message.") from None
+            raise UserError(f"rank {place.rank}: rank 0 has given up waiting; see its message.") from None
         raise UserError(f"only {place.world_size - len(missing)} of {place.world_size} processes arrived within "
                         f"{limit.total_seconds():.0f} s; missing rank(s): {', '.join(map(str, missing))} "
                         f"(--rendezvous_timeout).") from None

@@ -20,7 +20,7 @@ from submitit.helpers import DelayedSubmission
 from common.files import append_json_line, read_json, read_json_lines
 from common.log import logger, setup_logging
 from launch import ExitCode
-from launch.watchdog import end_now
+from launch.processes import end_now
 
 HOLD = 90.0  # seconds a requeued task waits for Slurm to end it; an exit would make the job "failed" or "completed"
 
@@ -110,7 +110,8 @@ class Task:
             file.write("stop" if same else "requeue")
         self.record("failed", **failure)
         if same:
-            logger.error("The job failed twice at update %s and is not requeued: %s", failure["update"], failure["cause"])
+            logger.error("The job failed twice at update %s and is not requeued: %s", failure["update"],
+                         failure["cause"])
         else:
             self._requeue(f"failed at update {failure['update']}: {failure['cause']}")
 
@@ -157,7 +158,7 @@ class Task:
                 break
             time.sleep(0.2)
         if found.get("time", 0) >= self.started:
-            return {key: found.get(key) for key in ("update", "cause", "phase", "node")} | {"failed_rank": found["rank"]}
+            return {key: found.get(key) for key in ("update", "cause", "phase")} | {"failed_rank": found["rank"]}
         progress = _read(self.output_dir / "progress.json")
         update = progress.get("update", -1) if progress.get("time", 0) >= self.started else -1
         cause = f"rank {self.rank} ended with code {code}" if code >= 0 else \

@@ -1,4 +1,4 @@
-"""Stopping in order: a signal or an approaching time limit becomes one decision of all processes at an update boundary."""
+"""Stopping in order: a signal or a time limit becomes one decision of all processes, between two updates."""
 import os
 import re
 import signal

@@ -26,7 +26,7 @@ from common.files import read_json, read_json_lines, write_json
 from common.log import logger, setup_logging
 from launch import ExitCode
 from launch.job import Job
-from launch.watchdog import alive
+from launch.processes import alive
 
 ROOT = Path(__file__).resolve().parent.parent
 SIGNAL_DELAY = 120  # seconds before the time limit at which Slurm signals: more than one update and one save
@@ -41,13 +41,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ngpus", type=int, default=8, help="processes, and GPUs unless --device cpu, per node")
     p.add_argument("--timeout", type=float, default=72, help="time limit in hours")
     p.add_argument("--job_name", default="hornet")
-    p.add_argument("--job_dir", default="runs/%j", help="folder of the job's logs and, by default, of the run; %%j: job id")
+    p.add_argument("--job_dir", default="runs/%j", help="folder of the logs and, by default, the run; %%j: job id")
     p.add_argument("--partition", help="where to submit; Slurm's default if not given")
     p.add_argument("--comment", help="comment for the scheduler")
     p.add_argument("--cpus_per_task", type=int, default=10, help="CPU cores per process")
     p.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE",
                    help="any other sbatch option, such as --slurm account=vision --slurm constraint=a100; repeatable")
-    p.add_argument("--cluster", choices=("auto", "slurm", "local"), default="auto", help="auto: Slurm where sbatch is found")
+    p.add_argument("--cluster", choices=("auto", "slurm", "local"), default="auto",
+                   help="auto: Slurm where there is sbatch")
     p.add_argument("--max_requeue", type=int, default=100, help="how often the job may be requeued")
     p.add_argument("--dry_run", nargs="?", const=True, default=False, type=yes, help="print the job's script and stop")
     p.add_argument("--use_volta32", action="store_true", help="published flag: accepted with a notice")
@@ -111,7 +112,8 @@ def choose_cluster(options: argparse.Namespace, argv: list[str]) -> str:
         logger.info("--cluster auto: %s, because sbatch is%s on the PATH.", cluster, "" if there else " not")
     if cluster == "slurm" and not there:
         raise UserError(f"--cluster slurm: there is no sbatch on this machine; without Slurm start "
-                        f"torchrun --nnodes={options.nodes} --nproc_per_node={options.ngpus} main.py {shlex.join(argv)}")
+                        f"torchrun --nnodes={options.nodes} --nproc_per_node={options.ngpus} main.py "
+                        f"{shlex.join(argv)}")
     if cluster == "local" and options.nodes > 1:
         raise UserError(f"--nodes {options.nodes}: a local job has one node; use --nodes 1, or torchrun on each node.")
     return cluster
@@ -207,7 +209,8 @@ def status(folder: Path) -> str:
     try:
         job = read_json(folder / "job.json")
     except (OSError, ValueError):
-        raise UserError(f"{folder} holds no job.json: give the folder that run_with_submitit named when it submitted.") from None
+        raise UserError(f"{folder} holds no job.json: give the folder of the logs that run_with_submitit named when it "
+                        f"submitted the job.") from None
     records = read_json_lines(folder / "job.jsonl")
     attempt = max((record["attempt"] for record in records), default=0)
     lines = [f"job      {job['id']} ({job['cluster']})", f"state    {job_state(job)}",
@@ -219,7 +222,8 @@ def status(folder: Path) -> str:
             continue
         ago = time.time() - found["time"]
         if name == "progress.json":
-            lines.append(f"update   {found['update']} ({found['phase']}, {ago:.0f} s ago, {found['world_size']} processes)")
+            lines.append(f"update   {found['update']} ({found['phase']}, {ago:.0f} s ago, "
+                         f"{found['world_size']} processes)")
         else:
             lines += [f"failure  {found['cause']} ({ago:.0f} s ago)", *last_lines(folder, job["id"], found["rank"])]
     lines += [f"         attempt {record['attempt'] + 1}: {record['what']}"

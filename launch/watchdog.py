@@ -22,19 +22,24 @@ from typing import TYPE_CHECKING, Any, Callable
 from common.errors import UserError
 from common.files import write_json
 from common.log import logger
+from launch.processes import alive, end_now
 
 if TYPE_CHECKING:
     from launch.distributed import Process
 
-GRACE_WITHOUT_LAUNCHER = 15.0
 BEAT_EVERY = 1.0
 SILENT_AFTER = 4.0  # seconds without a heartbeat after which a rank whose peers lost it counts as gone
-PATIENT_PHASES = ("start", "saving")  # three times the patience, as in the first update (kernels, caches, compilation)
+# The patience is hang_timeout times this: an index of a million pictures on a cold network disk takes its time, and the
+# first update, which compiles and fills caches, has three times the patience too.
+PATIENCE = {"start": 10, "saving": 3}
+FIRST_UPDATE_PATIENCE = 3
 WORDS = {"start": "start-up", "data": "data loading", "forward": "the forward pass", "backward": "the backward pass",
          "step": "the optimizer step", "evaluation": "evaluation", "saving": "saving"}
 # What gloo and NCCL say when a peer is gone: never the first cause, that is what ended the peer.
-LOST_PEER = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Socket closed", "remote process exited",
-             "Timed out waiting", "failed to recv", "Connection was likely closed", "Failed to send")
+LOST_PEER = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Socket closed",
+             "remote process exited", "Timed out waiting", "failed to recv", "Connection was likely closed",
+             "Failed to send")
+GONE = "killed by a signal, out of memory, or its node is down"
 _instances = itertools.count()
 
 
@@ -68,7 +73,8 @@ class Watchdog:
     """Context manager around everything after `distributed.start`; `phase` is called as work goes on.
 
     `folder` receives stacks-rank*.txt, failure.json and progress.json (None: stacks go to standard error).
-    `hang_timeout` in seconds without progress, three times that for the first update and while saving; 0: never.
+    `hang_timeout` in seconds without progress, three times that for the first update and while saving, ten times at
+    start-up; 0: never.
     When several processes run, leaving the block with an exception prints it (a UserError without traceback) after
     the other ranks have ended, and raises SystemExit with 1, or 2 for a UserError.
     """
@@ -85,6 +91,7 @@ class Watchdog:
         self._seen: dict[int, tuple[int, float]] = {}
         self._visible: set[int] = set()
         self._progress_written = 0.0
+        self._parent = os.getppid()
         self._asked = float("inf")  # when the store was asked what it hasn't answered yet
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -135,7 +142,7 @@ class Watchdog:
     def _run(self) -> None:
         while not self._stop.wait(BEAT_EVERY):
             if self.hang_timeout:
-                # Should something hold the interpreter's lock, this thread cannot speak; a C thread then ends the process.
+                # Should something hold the interpreter's lock, this thread is mute; a C thread then ends the process.
                 faulthandler.dump_traceback_later(self.hang_timeout + 30, exit=True)
             self._write_progress()
             if self.process.store is None:
@@ -146,7 +153,7 @@ class Watchdog:
                 self._watch_together()
                 self._asked = float("inf")
             except Exception as error:  # any failure of the store, whose exceptions differ between torch versions
-                if self._stop.is_set() or self.process.place.launcher == "torchrun" and os.getppid() == 1:
+                if self._stop.is_set() or os.getppid() != self._parent:  # end_with_launcher deals with it
                     return
                 if not self._settling.wait(2) and self._ending.acquire(blocking=False):
                     self._end_without_store(str(error).splitlines()[0][:200])
@@ -223,11 +230,11 @@ class Watchdog:
             if alive(beat.pid):
                 self._visible.add(beat.rank)
             elif beat.rank in self._visible:
-                return _cause(beat, f"{beat.name} ended without a word in {beat.where}: killed by a signal, or out of memory")
+                return _cause(beat, f"{beat.name} is gone without a word, last in {beat.where}: {GONE}")
         return None
 
     def _hang(self, beats: list[Beat]) -> dict[str, Any] | None:
-        """Who keeps the others waiting for longer than the patience: the least advanced rank that isn't in a collective."""
+        """Who keeps the others waiting for too long: the least advanced rank that isn't in a collective."""
         silent = [beat for beat in beats if self._silence(beat) > self._patience(beat)]
         if silent:
             worst = max(silent, key=self._silence)
@@ -251,7 +258,7 @@ class Watchdog:
         return _cause(worst, text + " (--hang_timeout)", hang=True)
 
     def _patience(self, beat: Beat) -> float:
-        return self.hang_timeout * (3 if beat.first or beat.phase in PATIENT_PHASES else 1)
+        return self.hang_timeout * PATIENCE.get(beat.phase, FIRST_UPDATE_PATIENCE if beat.first else 1)
 
     def _declare(self, store: Any, cause: dict[str, Any]) -> bool:
         """Make `cause` the first one; False when another rank was first."""
@@ -300,8 +307,7 @@ class Watchdog:
                 return json.loads(store.get(self._prefix + "cause"))
             gone = [beat for beat in self._beats(store) if self._silence(beat) > SILENT_AFTER]
             if gone:
-                cause = _cause(gone[0], f"{gone[0].name} is gone without a word, last in {gone[0].where}: killed by a signal, "
-                                        f"out of memory, or its node is down")
+                cause = _cause(gone[0], f"{gone[0].name} is gone without a word, last in {gone[0].where}: {GONE}")
                 if self._declare(store, cause):
                     self._tell(store, cause)
                     raise SystemExit(1)
@@ -322,7 +328,7 @@ class Watchdog:
         time.sleep(0.2)
 
     def _follow(self, store: Any, cause: dict[str, Any]) -> None:
-        """End because of another rank's cause: launchers blame the process that ends first, so let the teller go ahead."""
+        """End because of another rank's cause, after its teller: launchers blame the process that ends first."""
         logger.warning("%s ends because of rank %s.", self.beat.name, cause["beat"]["rank"])
         store.set(f"{self._prefix}ended{self.beat.rank}", "1")
         deadline = time.monotonic() + 9
@@ -385,47 +391,3 @@ def _cause(beat: Beat, text: str, hang: bool = False, code: int = 1) -> dict[str
 def _say(text: str) -> None:
     logger.log(logging.ERROR, "%s", text)
     sys.stderr.flush()
-
-
-def alive(pid: int) -> bool:
-    """Whether a process of this machine runs; one that ended but wasn't collected by its parent doesn't."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def end_with_launcher() -> None:
-    """End this process when the process that started it is gone (torchrun killed, srun's step torn down).
-
-    A thread asks for the parent's id once a second. It first sends this process SIGTERM, so that a training run
-    can save at its next update boundary, and ends it after 15 seconds. (PR_SET_PDEATHSIG would not do: it fires
-    when the parent's *thread* ends.)
-    """
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(BEAT_EVERY)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(GRACE_WITHOUT_LAUNCHER)
-        end_now(1)
-
-    threading.Thread(target=watch, name="end_with_launcher", daemon=True).start()
-
-
-def end_now(code: int) -> None:
-    """End this process at once, with its loader workers, without waiting for threads or collectives."""
-    children = f"/proc/self/task/{os.getpid()}/children"
-    try:
-        with open(children) as file:
-            pids = [int(pid) for pid in file.read().split()]
-    except OSError:
-        pids = []
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-    os._exit(code)

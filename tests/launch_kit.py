@@ -8,7 +8,7 @@ import uuid
 from pathlib import Path
 from typing import Callable
 
-from launch.watchdog import alive as alive
+from launch.processes import alive as alive
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAMS = REPOSITORY / "tests" / "programs"

@@ -92,4 +92,4 @@ def test_one_device_for_two_ranks_is_refused_naming_both():
 
 def test_the_group_waits_longer_than_the_watchdog():
     for hang_timeout in (5.0, 180.0, 1000.0):
-        assert group_timeout(hang_timeout) > 3 * hang_timeout
+        assert group_timeout(hang_timeout) > 10 * hang_timeout

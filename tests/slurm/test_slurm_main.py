@@ -1,0 +1,91 @@
+"""The quickstart, small, as Slurm jobs of two nodes with two tasks each."""
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch import run_with_submitit
+from tests.launch_kit import REPOSITORY, wait_for
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
+
+SMALL = ["--config", str(REPOSITORY / "recipes" / "quickstart.yaml"), "--model", "hornet_pico_7x7", "--input_size", "32",
+         "--epochs", "3", "--warmup_epochs", "1", "--batch_size", "4", "--global_batch", "16", "--num_workers", "1",
+         "--model_ema_decay", "0.9", "--save_ckpt_freq", "1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("jobs")
+
+
+def submit(folder: Path, name: str, *more: str) -> tuple[str, Path]:
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        assert run_with_submitit.main(["--cluster", "slurm", "--nodes", "2", "--ngpus", "2", "--device", "cpu", "--timeout", "1",
+                                       "--cpus_per_task", "1", "--job_dir", f"{name}/%j", *SMALL,
+                                       "--data_path", str(folder / "digits"), "--output_dir", f"{name}/run", *more]) == 0
+    finally:
+        os.chdir(before)
+    return next((folder / name).glob("*/job.json")).parent.name, folder / name / "run"
+
+
+def final_state(run: Path) -> dict:
+    return torch.load(run / "checkpoint-2.pth", weights_only=True)
+
+
+def log(folder: Path, name: str, job: str) -> str:
+    path = folder / name / job / f"{job}_0_log.err"
+    return path.read_text() if path.exists() else ""
+
+
+def assert_equal_bits(one: object, other: object, where: str = "") -> None:
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_equal_bits(one[key], other[key], f"{where}/{key}")
+    elif isinstance(one, (list, tuple)):
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_equal_bits(a, b, f"{where}/{i}")
+    else:
+        assert one == other, where
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, folder):
+    """The run folder of a job that nobody disturbed."""
+    job, run = submit(folder, "undisturbed")
+    assert cluster.wait(job, seconds=400) == "COMPLETED", log(folder, "undisturbed", job)
+    assert "top-1" in log(folder, "undisturbed", job)
+    assert json.loads((run / "status.json").read_text())
+    return run
+
+
+def test_preempted_in_an_epoch_and_requeued_it_ends_with_the_same_bits(cluster, folder, undisturbed):
+    job, run = submit(folder, "preempted")
+    wait_for(lambda: "epoch 2/3  update 10" in log(folder, "preempted", job), 300)
+    subprocess.run(["scancel", "--signal=USR2", job], check=True)
+    assert cluster.wait(job, seconds=400) == "COMPLETED", log(folder, "preempted", job)
+    records = [json.loads(line) for line in (run.parent / job / "job.jsonl").read_text().splitlines()]
+    assert [record["what"] for record in records] == ["started", "requeued", "started", "done"]
+    for part in ("model", "model_ema", "optimizer"):
+        assert_equal_bits(final_state(undisturbed)[part], final_state(run)[part], part)
+    epochs = [json.loads(line)["epoch"] for line in (run / "log.txt").read_text().splitlines()]
+    assert epochs == [0, 1, 2]
+
+
+def test_after_a_killed_rank_it_goes_on_and_ends_with_the_same_bits(cluster, folder, undisturbed):
+    job, run = submit(folder, "killed")
+    wait_for(lambda: "epoch 2/3  update 10" in log(folder, "killed", job), 300)
+    trainers = subprocess.run(["pgrep", "-f", f"main.py .*{folder}/killed/run"], capture_output=True, text=True).stdout.split()
+    os.kill(int(trainers[-1]), signal.SIGKILL)
+    assert cluster.wait(job, seconds=400) == "COMPLETED", log(folder, "killed", job)
+    for part in ("model", "model_ema", "optimizer"):
+        assert_equal_bits(final_state(undisturbed)[part], final_state(run)[part], part)
