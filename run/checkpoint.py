@@ -101,9 +101,10 @@ class Checkpoints:
 
     def save(self, state: Mapping[str, Any], *, epoch: int, update: int | None = None,
              best: Mapping[str, float] | None = None, wait: bool = False) -> None:
-        """Save `checkpoint-{epoch}.pth`, or within an epoch (with the global `update`) `checkpoint-e{epoch}u{update}.pth`.
+        """Save `checkpoint-{epoch}.pth`, or within an epoch (given `update`) `checkpoint-e{epoch}u{update}.pth`.
 
         Args:
+            update: global updates done, for a save within an epoch.
             state: tensors and plain values; copied before this returns, so training may go on changing it.
             best: file name (`BEST`, `BEST_EMA`) -> its top-1 in percent, for each that this epoch improves.
             wait: return only when the files are on the disk (before stopping).

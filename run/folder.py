@@ -160,13 +160,14 @@ class RunFolder:
         """
         attempts = self.attempts()
         last = [a for a in attempts if a["attempt"] != self.attempt or a["state"] != RUNNING][-2:]
-        if len(last) == 2 and all(a["state"] == FAILED for a in last) and last[0].get("update") == last[1].get("update"):
+        failed = [a.get("update") for a in last if a["state"] == FAILED]
+        if len(failed) == 2 and failed[0] == failed[1]:
             return (f"The run in {self.path} failed twice at update {last[1].get('update')} and is not started again; "
                     f"the cause was: {last[1].get('cause') or 'not recorded'}.")
         automatic = sum(bool(a.get("automatic")) for a in attempts)
         if automatic >= max_attempts:
-            return (f"The run in {self.path} was requeued {automatic} times, the most allowed; start it by hand to go on "
-                    f"from update {attempts[-1].get('update', attempts[-1].get('from_update'))}.")
+            return (f"The run in {self.path} was requeued {automatic} times, the most allowed; start it by hand to go "
+                    f"on from update {attempts[-1].get('update', attempts[-1].get('from_update'))}.")
         return None
 
     def already_went_on_from(self, resume: str) -> bool:

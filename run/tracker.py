@@ -99,8 +99,8 @@ class Tracker:
         if self._bar is not None:
             self._bar.set_postfix_str(f"{values}  run {self._eta(p)}")
         else:
-            logger.info(f"epoch {p.epoch + 1}/{self.plan.epochs}  update {done}/{self.plan.updates_per_epoch}  {values}  "
-                        f"ETA {self._eta(p)}")
+            logger.info(f"epoch {p.epoch + 1}/{self.plan.epochs}  update {done}/{self.plan.updates_per_epoch}  "
+                        f"{values}  ETA {self._eta(p)}")
         self._scalars({"train/loss": p.recent_loss, "train/lr": p.lr, "train/weight_decay": p.weight_decay,
                        "train/grad_norm": p.grad_norm, "train/images_per_second": p.images_per_second,
                        "train/data_wait": p.data_wait}, p.next_update)
@@ -167,9 +167,10 @@ class Tracker:
 
     # Incidents and the end
 
-    def incident(self, kind: str, sentence: str, **more: Any) -> None:
-        """Say something out of the ordinary and keep it in events.jsonl."""
-        logger.warning(sentence)
+    def incident(self, kind: str, sentence: str, say: bool = True, **more: Any) -> None:
+        """Say something out of the ordinary (unless it was said already) and keep it in events.jsonl."""
+        if say:
+            logger.warning(sentence)
         if self.folder is not None:
             record = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "kind": kind, "message": sentence, **more}
             self._guard("events.jsonl", lambda: append_json_line(self.folder / "events.jsonl", record))

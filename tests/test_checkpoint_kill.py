@@ -1,4 +1,4 @@
-"""kill -9 while saving, flipped bits and truncations: a short form here, the long one with HORNET_SOAK=1 (make soak)."""
+"""kill -9 while saving, flipped bits and truncations: the short form of tests/soak/test_saving.py."""
 import os
 import random
 import signal
@@ -8,9 +8,6 @@ import numpy as np
 import torch
 
 from run.checkpoint import BEST, Checkpoints
-
-LONG = os.environ.get("HORNET_SOAK") == "1"
-KILLS, FLIPS, TRUNCATIONS = (250, 600, 80) if LONG else (25, 60, 15)
 
 
 def state(epoch: int) -> dict:
@@ -49,9 +46,9 @@ def killed_after(seconds: float, folder, epoch: int) -> None:
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
 
 
-def test_kill_9_while_saving_never_leaves_an_unusable_folder(tmp_path):
+def kill_while_saving(tmp_path, kills: int) -> None:
     draw, epoch, temporaries = random.Random(0), 0, 0
-    for _ in range(KILLS):
+    for _ in range(kills):
         killed_after(draw.uniform(0, 3 * seconds_per_epoch(tmp_path / "timing")), tmp_path, epoch)
         checkpoints = Checkpoints(tmp_path)
         temporaries += checkpoints.sweep()
@@ -66,7 +63,7 @@ def test_kill_9_while_saving_never_leaves_an_unusable_folder(tmp_path):
         best = checkpoints.resolve("best") if checkpoints.best() else None
         assert best is None or best.state["epoch"] == checkpoints.score(BEST) >= epoch - 1
         assert len(checkpoints.numbered()) <= 7 + epoch // 50
-    print(f"{KILLS} kills: 0 unusable folders, {temporaries} leftovers swept, {epoch} epochs reached")
+    print(f"{kills} kills: 0 unusable folders, {temporaries} leftovers swept, {epoch} epochs reached")
     assert epoch >= 3
 
 
@@ -85,12 +82,22 @@ def damaged_newest(tmp_path, count: int, damage) -> None:
     assert checkpoints.newest_valid().path == newest
 
 
+def flip(data, rng):
+    bit = int(rng.integers(8 * len(data)))
+    return data[:bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1:]
+
+
+def truncate(data, rng):
+    return data[:int(rng.integers(len(data)))]
+
+
+def test_kill_9_while_saving_never_leaves_an_unusable_folder(tmp_path):
+    kill_while_saving(tmp_path, 25)
+
+
 def test_every_flipped_bit_of_the_newest_is_seen(tmp_path):
-    def flip(data, rng):
-        bit = int(rng.integers(8 * len(data)))
-        return data[:bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1:]
-    damaged_newest(tmp_path, FLIPS, flip)
+    damaged_newest(tmp_path, 60, flip)
 
 
 def test_every_truncation_of_the_newest_is_seen(tmp_path):
-    damaged_newest(tmp_path, TRUNCATIONS, lambda data, rng: data[:int(rng.integers(len(data)))])
+    damaged_newest(tmp_path, 15, truncate)
