@@ -119,6 +119,9 @@ class Update:
         # tensors. Their CPU kernel reads that scalar as float32, hence not for weights of other precision.
         self._fused = (getattr(optimizer, "_step_supports_amp_scaling", False)
                        and all(p.dtype == torch.float32 for p in self.parameters))
+        # Reading the flag on the CPU waits for nothing and saves work. Optimizers without a fused kernel know no
+        # flag: there the host has to read it, which waits for an accelerator.
+        self.host_reads = device.type == "cpu" or not self._fused
         self._clips_after = _clips_after(config)
         self._loss = torch.zeros((), device=device)
 
@@ -160,6 +163,8 @@ class Update:
         return UpdateStats(values)
 
     def _step(self, grads: list[torch.Tensor], scale: torch.Tensor, norm: torch.Tensor, finite: torch.Tensor) -> None:
+        if self.host_reads and not finite.item():
+            return
         by_norm = self.config.clip_by == "norm"
         clips = self._clips_after == "update"
         divisor = scale
@@ -171,13 +176,12 @@ class Update:
             torch._foreach_div_(grads, divisor.to(grads[0].dtype))
         if clips and not by_norm:
             self._clip(self.config.clip_grad)
-        if self._fused:
-            self.optimizer.grad_scale = divisor.float() if in_one_pass else None
+        if in_one_pass and not (self.host_reads and divisor.item() == 1.0):
+            self.optimizer.grad_scale = divisor.float()
+        if not self.host_reads:
             self.optimizer.found_inf = 1.0 - finite.float()
-            self.optimizer.step()
-            self.optimizer.grad_scale = self.optimizer.found_inf = None
-        elif finite.item():  # other optimizers know no flag: the host reads it, which waits on an accelerator
-            self.optimizer.step()
+        self.optimizer.step()
+        self.optimizer.grad_scale = self.optimizer.found_inf = None
 
     @torch.no_grad()
     def _clip(self, limit: float) -> None:

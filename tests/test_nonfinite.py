@@ -43,7 +43,10 @@ def poisoned(updates, rank, process, policy="skip", kind="loss", epochs=1, **cha
     """Train with a bad picture in the last micro-batch of some updates, on one rank only."""
     wrap = None if process.world_size == 1 else DistributedDataParallel
     changes = {"dtype": torch.float32, "warmup_steps": -1, **changes}
+    on_device = changes.pop("on_device", False)
     state = training(process, wrap=wrap, policy=NonfinitePolicy(policy), **changes)
+    if on_device:  # obey the flag as on an accelerator, where nobody reads it first
+        state.update.host_reads = False
     recorder = state.observer = Recorder()
     recorder.training = state
     seen, prepare, criterion = {"update": -1}, state.prepare, state.criterion
@@ -68,7 +71,9 @@ def poisoned(updates, rank, process, policy="skip", kind="loss", epochs=1, **cha
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
-@pytest.mark.parametrize("changes", [{}, dict(dtype=torch.float64), dict(opt="sgd"), dict(opt="lamb"),
+@pytest.mark.parametrize("changes", [{}, dict(on_device=True), dict(opt="adam", on_device=True),
+                                     dict(config=dict(clip_grad=0.1), on_device=True),
+                                     dict(dtype=torch.float64), dict(opt="sgd"), dict(opt="lamb"),
                                      dict(config=dict(clip_grad=0.1)), dict(update_freq=2),
                                      dict(config=dict(clip_grad=0.1, clip_by="agc")),
                                      dict(config=dict(clip_grad=1.0, clip_mode="official"), update_freq=2)], ids=str)
@@ -149,7 +154,7 @@ def test_scale_overflows_are_not_held_against_the_run():
     assert torch_own.get_scale() == 8192
 
 
-@pytest.mark.parametrize("changes", [{}, dict(opt="lamb"), dict(dtype=torch.float64),
+@pytest.mark.parametrize("changes", [{}, dict(on_device=True), dict(opt="lamb"), dict(dtype=torch.float64),
                                      dict(config=dict(clip_grad=0.3, clip_by="value"))], ids=str)
 def test_loss_scaling_changes_only_the_range(changes):
     plain = poisoned(set(), 0, Alone(), **changes)
