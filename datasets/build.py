@@ -104,8 +104,8 @@ def _check_classes(train: FolderReader, allow_empty: bool) -> None:
         raise UserError(f"{root} holds pictures but no class folders; sort them into one folder per class.")
     empty = np.flatnonzero(np.bincount(train.labels, minlength=len(train.classes)) == 0)
     if len(empty) and not allow_empty:
-        raise UserError(f"{len(empty)} class folders in {root} hold no picture, such as {show(train.classes[empty[0]])}; "
-                        "remove them, or train on with --allow_class_mismatch true.")
+        raise UserError(f"{len(empty)} class folders in {root} hold no picture, such as "
+                        f"{show(train.classes[empty[0]])}; remove them, or train on with --allow_class_mismatch true.")
 
 
 def _flat(reader: FolderReader, val_labels: str | None) -> FolderReader:

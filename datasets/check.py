@@ -33,7 +33,7 @@ class SampleCheck:
 
 
 def check_sample(dataset: PictureDataset, count: int = 64, seed: int = 0) -> SampleCheck:
-    """Decode and transform up to `count` pictures drawn evenly from the whole data set. Nothing is raised for bad ones."""
+    """Decode and transform up to `count` pictures drawn evenly from the data set; bad ones are counted, not raised."""
     count = min(count, len(dataset))
     edges = np.linspace(0, len(dataset), count + 1).astype(np.int64)
     chosen = [int(i) for i in numpy_generator(seed, "check").integers(edges[:-1], edges[1:])]

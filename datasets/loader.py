@@ -105,8 +105,8 @@ class PictureDataset(Dataset):
                 logger.warning("unreadable picture %s (%s), replaced by another", show(self.path(chosen)), error)
                 chosen = key(self.seed, "replace", epoch, index, attempt) % len(self)
         else:
-            raise UserError(f"{_ATTEMPTS} pictures in a row are unreadable, the last is {show(self.path(chosen))}; check "
-                            "the disk and the data path.")
+            raise UserError(f"{_ATTEMPTS} pictures in a row are unreadable, the last is "
+                            f"{show(self.path(chosen))}; check the disk and the data path.")
         with seeded(key(self.seed, "augment", epoch, index)):
             pixels[:] = self.transformed(picture, chosen)
             if self.erasing is not None:

@@ -17,9 +17,24 @@ class Normalise:
         table = transforms.Normalize(mean, std)(transforms.ToTensor()(levels))[:, :, 0]
         self._table = table.reshape(-1).contiguous().to(device)  # 3 x 256
         self._offset = torch.tensor([0, 256, 512], dtype=torch.int32, device=device)
+        self._mean, self._std = torch.tensor(mean), torch.tensor(std)
+        # On a CPU the gather costs 2.5 ms per picture of 224 and the arithmetic 0.3; it is used only where it gives
+        # the table's bits for all 768 entries.
+        self._calculate = False
+        if torch.device(device).type == "cpu":
+            every = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3).contiguous()
+            self._calculate = torch.equal(self._arithmetic(every), self(every))
+
+    def _arithmetic(self, pixels: torch.Tensor) -> torch.Tensor:
+        # Rows of W x 3 values keep the inner loops long; a mean of three values would make them three long.
+        rows, width = pixels.reshape(*pixels.shape[:2], -1), pixels.shape[2]
+        values = rows.float().div_(255).sub_(self._mean.repeat(width)).div_(self._std.repeat(width))
+        return values.view(pixels.shape)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, H, W, 3) uint8 → (B, H, W, 3) float32 on the same device."""
+        if self._calculate:
+            return self._arithmetic(pixels)
         places = pixels.to(torch.int32).add_(self._offset)
         return self._table.index_select(0, places.view(-1)).view(pixels.shape)
 

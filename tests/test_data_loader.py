@@ -169,7 +169,8 @@ def test_workers_end_with_their_parent_and_let_a_group_signal_pass(folder):
     tests = os.path.dirname(__file__)
     children = [subprocess.Popen(
         [sys.executable, "-c", _CHILD.format(root=os.path.dirname(tests), tests=tests, data=str(folder), then=then)],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for then in ("time.sleep(60)", "raise KeyError('x')")]
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for then in ("time.sleep(60)", "raise KeyError('x')")]
     try:
         workers = [[int(pid) for pid in child.stdout.readline().split()] for child in children]
         assert [len(pids) for pids in workers] == [2, 2]
@@ -208,7 +209,8 @@ def cifar(tmp_path):
         content = {b"data": rng.integers(0, 256, (count, 3072), dtype=np.uint8), b"fine_labels": list(range(count)),
                    b"filenames": [b"x.png"] * count}
         (where / name).write_bytes(pickle.dumps(content, protocol=3))
-    (where / "meta").write_bytes(pickle.dumps({b"fine_label_names": [b"class%02d" % i for i in range(100)]}, protocol=3))
+    names = {b"fine_label_names": [b"class%02d" % i for i in range(100)]}
+    (where / "meta").write_bytes(pickle.dumps(names, protocol=3))
     return tmp_path
 
 

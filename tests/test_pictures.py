@@ -35,7 +35,8 @@ def _bomb() -> bytes:
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    data = zlib.compress(b"\0" * 1000)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
 BAD = {"empty": lambda: b"", "truncated": lambda: _jpeg()[:-900], "two bytes short": lambda: _jpeg()[:-2],
@@ -61,7 +62,8 @@ def test_odd_but_readable_pictures_are_what_convert_rgb_makes_of_them():
         "cmyk": _bytes(rgb.convert("CMYK"), "JPEG"), "palette": _bytes(palette, "PNG", transparency=bytes(range(16))),
         "16 bit": _bytes(Image.fromarray(PIXELS[:, :, 0].astype(np.uint16) * 257), "PNG"),
         "rgba": _bytes(rgb.convert("RGBA"), "PNG"), "one bit": _bytes(rgb.convert("1"), "PNG"),
-        "rotated by EXIF": _bytes(rgb, "JPEG", exif=exif), "EXIF nonsense": _bytes(rgb, "JPEG", exif=b"Exif\0\0" + b"\xff" * 50)}
+        "rotated by EXIF": _bytes(rgb, "JPEG", exif=exif),
+        "EXIF nonsense": _bytes(rgb, "JPEG", exif=b"Exif\0\0" + b"\xff" * 50)}
     for kind, data in odd.items():
         picture = decode(io.BytesIO(data))
         assert picture.mode == "RGB" and picture.size == (64, 48), kind
@@ -93,7 +95,7 @@ def folder(tmp_path):
 
 
 def _options(folder, **changes):
-    return data_options(data_set="IMNET", data_path=str(folder), input_size=32, index_cache=str(folder / "cache"), **changes)
+    return data_options(data_set="IMNET", data_path=str(folder), input_size=32, **changes)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

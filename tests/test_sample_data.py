@@ -12,7 +12,8 @@ from datasets.sample import ensure_sample
 
 def _digest(root):
     files = sorted(path for path in root.rglob("*") if path.is_file())
-    return len(files), hashlib.sha256(b"".join(str(p.relative_to(root)).encode() + p.read_bytes() for p in files)).hexdigest()
+    content = b"".join(str(path.relative_to(root)).encode() + path.read_bytes() for path in files)
+    return len(files), hashlib.sha256(content).hexdigest()
 
 
 def test_the_digits_have_a_fixed_split_and_are_written_once(tmp_path):
