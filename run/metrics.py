@@ -40,8 +40,8 @@ class Predictions:
     """What the model said about each of N pictures, in the data set's order.
 
     paths: N strings · labels int64 (N), negative where unknown · top5 int64 (N, k), best first, k <= 5, -1 for a
-    picture that could not be read (its label may be negative instead) · probabilities float32 (N, k) · nll float32 (N), the loss of each picture in nats, 0 for an
-    unreadable one · classes: names in the order of labels and top5.
+    picture that could not be read (its label may be negative instead) · probabilities float32 (N, k) · nll float32
+    (N), the loss of each picture in nats, 0 for an unreadable one · classes: names in the order of labels and top5.
     """
     paths: np.ndarray
     labels: np.ndarray

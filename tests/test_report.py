@@ -38,7 +38,8 @@ def whole_run(folder, seed=0, lr="0.004"):
     (folder / "environment.json").write_text(json.dumps({"torch": "2.15.0", "world_size": 8}))
     (folder / "status.json").write_text(json.dumps({"state": "DONE"}))
     (folder / "events.jsonl").write_text(json.dumps({"time": "2026-01-01 00:00:00", "kind": "nonfinite"}) + "\n")
-    attempts = [{"attempt": 1, "started": "10:00", "from_update": 0}, {"attempt": 1, "state": "PREEMPTED", "update": 99},
+    attempts = [{"attempt": 1, "started": "10:00", "from_update": 0},
+                {"attempt": 1, "state": "PREEMPTED", "update": 99},
                 {"attempt": 2, "started": "11:00", "from_update": 99}, {"attempt": 2, "state": "DONE", "update": 300}]
     (folder / "attempts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in attempts))
     rng = np.random.default_rng(seed)
@@ -85,8 +86,9 @@ def check(path):
 def test_a_whole_run_gives_one_page_with_every_section(tmp_path):
     folder, predictions = whole_run(tmp_path / "run <1>")
     html = check(write_report([folder]))
-    for text in ("run &lt;1&gt;", "DONE", "59.80 %", "epoch 299", "nonfinite", "2 attempts", "PREEMPTED", "2.15.0", "tench",
-                 "naïve &lt;b&gt;&amp;", "猫", "Most confident mistakes", f"{predictions.counts().hits1}</td>"):
+    for text in ("run &lt;1&gt;", "DONE", "59.80 %", "epoch 299", "nonfinite", "2 attempts", "PREEMPTED", "2.15.0",
+                 "tench", "naïve &lt;b&gt;&amp;", "猫", "Most confident mistakes",
+                 f"{predictions.counts().hits1}</td>"):
         assert text in html, text
     assert html.count("data:image/jpeg;base64,") == 24  # thumbnails
     assert "not in the folder" not in html.lower()
@@ -175,7 +177,8 @@ def test_a_browser_shows_the_page_without_an_error(tmp_path):
     page = write_report([whole_run(tmp_path / "run")[0]])
     done = subprocess.run(
         [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--hide-scrollbars", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
+         "--hide-scrollbars", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         "--enable-logging=stderr",
          f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,3000", f"--screenshot={tmp_path / 'page.png'}",
          page.as_uri()], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0

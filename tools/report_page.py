@@ -216,8 +216,8 @@ def _records(records: list[dict]) -> str:
     rows = []
     for record in records:
         when = record.get("time") or record.get("started") or ""
-        rest = [f"{k} {_short(v)}" for k, v in record.items()
-                if k not in ("time", "started", "kind", "state", "message", "command") and v not in (None, "", [], False)]
+        shown = ("time", "started", "kind", "state", "message", "command")
+        rest = [f"{k} {_short(v)}" for k, v in record.items() if k not in shown and v not in (None, "", [], False)]
         rows.append([str(when), _kind(record), "; ".join(filter(None, [str(record.get("message") or ""), *rest]))])
     return table(["when", "what", "details"], rows)
 
