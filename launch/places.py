@@ -67,9 +67,12 @@ def _slurm(env: Mapping[str, str]) -> Place:
     # The step is named, so that two steps of one job don't meet, and the attempt, so that a requeued job doesn't
     # meet what is left of its predecessor.
     token = " ".join(env.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    # On one node the store listens on loopback alone.
+    nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
+    master = first_node(nodes) if len(counts) > 1 else "127.0.0.1"
     return Place("submitit-slurm" if env.get("SUBMITIT_EXECUTOR") == "slurm" else "srun",
                  _int(env, "SLURM_PROCID"), _int(env, "SLURM_STEP_NUM_TASKS"), _int(env, "SLURM_LOCALID"), counts[node],
-                 node, _node_name(env), first_node(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]), token)
+                 node, _node_name(env), master, token)
 
 
 def tasks_per_node(text: str) -> list[int]:

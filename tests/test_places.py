@@ -27,6 +27,11 @@ def test_srun():
     assert (place.node, place.node_name, place.master_addr) == (2, "gpu09", "gpu07")
 
 
+def test_one_node_meets_on_loopback():
+    env = dict(SRUN, SLURM_NODEID="0", SLURM_STEP_TASKS_PER_NODE="6", SLURM_STEP_NODELIST="gpu07")
+    assert find_place(env).master_addr == "127.0.0.1"
+
+
 def test_each_attempt_and_step_meets_by_itself():
     tokens = {find_place(dict(SRUN, **more)).token for more in
               ({}, {"SLURM_RESTART_COUNT": "1"}, {"SLURM_STEP_ID": "1"}, {"SLURM_JOB_ID": "8"})}

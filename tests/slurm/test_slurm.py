@@ -41,13 +41,17 @@ def records(folder: Path) -> list[str]:
     return [json.loads(line)["what"] for line in (folder / "job.jsonl").read_text().splitlines()]
 
 
+def said(folder: Path) -> str:
+    return "".join(path.read_text() for path in sorted(folder.glob("*_log.err")))
+
+
 def value(folder: Path) -> float:
     return json.loads((folder / "state.json").read_text())["value"]
 
 
 def test_two_nodes_with_two_tasks_each_run_to_the_end(cluster, submit):
     job, folder = submit(20)
-    assert cluster.wait(job) == "COMPLETED", (folder / f"{job}_0_log.err").read_text()
+    assert cluster.wait(job) == "COMPLETED", said(folder)
     assert value(folder) == expected_value(20, 4)
     assert len(list((folder / "pids").iterdir())) == 4
     assert "state    COMPLETED" in run_with_submitit.status(folder)
@@ -58,7 +62,7 @@ def test_a_preempted_job_is_requeued_and_ends_as_if_undisturbed(cluster, submit)
     job, folder = submit(150, "pace=0.05")
     wait_for(lambda: (folder / "now").exists(), 90)
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
-    assert cluster.wait(job) == "COMPLETED"
+    assert cluster.wait(job) == "COMPLETED", said(folder)
     assert records(folder) == ["started", "requeued", "started", "done"]
     assert value(folder) == expected_value(150, 4)
     stops = {(folder / f"stopped{rank}").read_text() for rank in range(4)}
@@ -87,7 +91,7 @@ def test_a_killed_task_process_is_tried_again(cluster, submit):
     job, folder = submit(150, "pace=0.05")
     wait_for(lambda: (folder / "now").exists(), 90)
     os.kill(int((folder / "pids" / "3").read_text()), signal.SIGKILL)
-    assert cluster.wait(job) == "COMPLETED"
+    assert cluster.wait(job) == "COMPLETED", said(folder)
     assert records(folder) == ["started", "failed", "requeued", "started", "done"]
 
 
@@ -100,7 +104,7 @@ def test_survivors_of_a_lost_node_requeue_the_job(cluster, submit):
         wait_for(lambda: "requeued" in records(folder) or cluster.field(job, "%r") == "BeginTime", 60)
     finally:
         cluster.control("node-up", "127.0.0.12")
-    assert cluster.wait(job, seconds=200) == "COMPLETED"
+    assert cluster.wait(job, seconds=200) == "COMPLETED", said(folder)
     assert value(folder) == expected_value(100, 4)
 
 
@@ -117,7 +121,7 @@ def test_a_cancelled_job_does_not_come_back(cluster, submit):
 def test_two_jobs_at_once_on_one_node(cluster, submit):
     jobs = [submit(40, "", 1, 2, "--slurm", "nodelist=127.0.0.11") for _ in range(2)]
     for job, folder in jobs:
-        assert cluster.wait(job) == "COMPLETED"
+        assert cluster.wait(job) == "COMPLETED", said(folder)
         assert value(folder) == expected_value(40, 2)
 
 
