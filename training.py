@@ -1,7 +1,7 @@
 """A training run from its options: folder → checkpoint → data → batch → model → optimizer → restore → epochs → report."""
 import os
 import subprocess
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from optim.losses import build_loss
 from optim.schedule import build_schedule
 from optim.update import Update, UpdateConfig
 from run.checkpoint import Checkpoints, Loaded
+from run.checks import BatchPlan
 from run.folder import DONE, FAILED, PREEMPTED, RunFolder
 from run.life import Fixed, Parts, Services, TrainingRun
 from run.options import Resolved, plan_batch, validate_after_index
@@ -49,8 +50,12 @@ def train(resolved: Resolved, process: Any, watchdog: Any) -> int:
                         options.epochs, loaded.path)
             return _evaluate_finished(resolved, process, watchdog)
         with StopRequest(options.stop_before_end) as stop:
-            run = build_run(resolved, process, loaded, Services(checkpoints, None, stop, watchdog, options.output_dir,
-                                                                process.on_rank_zero))
+            planned = plan_run(resolved, process, loaded.state if loaded else None)
+            for note in planned.notes:
+                logger.info(note)
+            services = Services(checkpoints, None, stop, watchdog, options.output_dir, process.on_rank_zero)
+            run = build_run(resolved, process, loaded, services, planned)
+            _tell(run, options, checkpoints)
             return _live(run, folder, loaded)
     finally:
         if folder is not None:
@@ -92,16 +97,34 @@ def _open_folder(resolved: Resolved, folder: RunFolder | None) -> Loaded | None:
     return loaded
 
 
-def build_run(resolved: Resolved, process: Any, loaded: Loaded | None, services: Services) -> TrainingRun:
-    """Data, model, optimizer and engine of a run, with the state of `loaded` in them."""
-    options, state = resolved.options, None if loaded is None else loaded.state
-    data = build_data(options, train=True, evaluate=not options.disable_eval, rank_zero=process.local_rank == 0,
-                      class_names=state["classes"] if state else None)
+@dataclass
+class Planned:
+    """What a run is made of before there is a model: `options` have the plan's batch and learning rate in them."""
+    data: Data
+    plan: BatchPlan
+    options: Any
+    updates_per_epoch: int
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know about data and batch."""
+        return [*self.data.notes, self.plan.equation, *self.plan.notices]
+
+
+def plan_run(resolved: Resolved, process: Any, state: dict | None, data: Data | None = None) -> Planned:
+    """Index the pictures (unless `data` are given) and derive the batch; `state` is that of a run to go on with."""
+    options = resolved.options
+    data = data or build_data(options, train=True, evaluate=not options.disable_eval, rank_zero=process.local_rank == 0,
+                              class_names=state["classes"] if state else None)
     plan = plan_batch(resolved, process.world_size, state["global_batch"] if state else None)
-    for note in [*data.notes, plan.equation, *plan.notices]:
-        logger.info(note)
     options = replace(options, lr=plan.lr, update_freq=plan.update_freq, batch_size=plan.batch_size)
-    updates = validate_after_index(options, plan, len(data.train), data.num_classes)
+    return Planned(data, plan, options, validate_after_index(options, plan, len(data.train), data.num_classes))
+
+
+def build_run(resolved: Resolved, process: Any, loaded: Loaded | None, services: Services, planned: Planned) -> TrainingRun:
+    """Model, optimizer and engine of a run on its data, with the state of `loaded` in them."""
+    state, data, plan = None if loaded is None else loaded.state, planned.data, planned.plan
+    options, updates = planned.options, planned.updates_per_epoch
     _set_numerics(options, state)
     model = build_model(options, data.num_classes).to(process.device)
     if not state:
@@ -130,7 +153,6 @@ def build_run(resolved: Resolved, process: Any, loaded: Loaded | None, services:
         TrainPrepare(options, data.num_classes, process.device), FiniteWatch(policy), options.seed, updates,
         plan.update_freq, dtype, options.print_freq, run, process, data.train.path)
     run.evaluate = None if options.disable_eval else _evaluator(run, data, model, ema, process)
-    _tell(run, options, checkpoints=services.checkpoints)
     return run
 
 
