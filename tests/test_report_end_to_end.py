@@ -1,0 +1,73 @@
+"""Evaluate, predict and report on one checkpoint: their sums agree exactly."""
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+
+import models  # noqa: F401  (registers the models with timm)
+from datasets.sample import ensure_sample
+from main import main as evaluate
+from models.weights import to_openmmlab
+from run.results import read_predictions
+from tools.predict import main as predict
+from tools.report import write_report
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Six pictures of each digit and a model of lively random weights, in three kinds of files."""
+    folder = tmp_path_factory.mktemp("world")
+    ensure_sample(folder / "digits")
+    for place in (folder / "digits" / "val").iterdir():
+        (folder / "data" / "val" / place.name).mkdir(parents=True)
+        for picture in sorted(place.iterdir())[:6]:
+            shutil.copy(picture, folder / "data" / "val" / place.name)
+    torch.manual_seed(0)
+    model = timm.create_model("hornet_pico_gf", num_classes=10)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    state, classes = model.state_dict(), sorted(p.name for p in (folder / "data" / "val").iterdir())
+    torch.save({"model": state}, folder / "authors.pth")
+    torch.save({"state_dict": to_openmmlab(state)}, folder / "openmmlab.pth")
+    torch.save({"format": 2, "model": state, "model_ema": {k: v * 1.05 for k, v in state.items()}, "scored": "model",
+                "classes": classes, "input_size": 64,
+                "args": {"model": "hornet_pico_gf", "input_size": 64}}, folder / "ours.pth")
+    return folder
+
+
+def run(world, out, *argv):
+    code = evaluate(["--eval", "true", "--model", "hornet_pico_gf", "--input_size", "64", "--data_path",
+                     str(world / "data"), "--device", "cpu", "--num_workers", "0", "--batch_size", "16", "--nb_classes",
+                     "10", "--output_dir", str(out), *argv])
+    assert code == 0
+    return json.loads((out / "eval.json").read_text())
+
+
+def test_eval_predictions_and_report_agree_exactly(world, tmp_path, capfd):
+    result = run(world, tmp_path, "--resume", str(world / "ours.pth"), "--report", str(tmp_path))
+    assert result["images"] == 60 and 0 < result["hits1"] < 60
+    last = capfd.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith(f"top-1 {result['acc1']:.2f}") and f"{result['hits1']} of 60" in last
+    counts = read_predictions(tmp_path / "predictions.npz").counts()
+    assert (counts.hits1, counts.hits5, counts.images) == (result["hits1"], result["hits5"], 60)
+    assert counts.loss == pytest.approx(result["loss"], rel=1e-12)
+    html = write_report([tmp_path]).read_text("utf-8")
+    assert f"<td class=n>{result['hits1']}</td>" in html and "two different evaluations" not in html
+    out = tmp_path / "answers.json"
+    assert predict([str(world / "data" / "val"), "--resume", str(world / "ours.pth"), "--out", str(out)]) == 0
+    rows = json.loads(out.read_text("utf-8"))
+    assert sum(row["top"][0]["class"] == row["path"].split("/")[-2] for row in rows) == result["hits1"]
+    assert sum(row["path"].split("/")[-2] in [t["class"] for t in row["top"]] for row in rows) == result["hits5"]
+
+
+def test_files_in_both_namings_and_both_weights_in_one_pass(world, tmp_path):
+    paths = [str(world / name) for name in ("authors.pth", "openmmlab.pth", "ours.pth")]
+    single = run(world, tmp_path / "one", "--resume", paths[0])
+    several = run(world, tmp_path / "all", "--resume", *paths)["results"]
+    assert [r["hits1"] for r in several] == [single["hits1"]] * 3 and len({r["loss"] for r in several}) == 1
+    both = run(world, tmp_path / "both", "--resume", paths[2], "--weights", "both")["results"]
+    assert [r["weights"] for r in both] == ["model", "model_ema"]
+    assert both[0]["hits1"] == single["hits1"] and both[1]["loss"] != both[0]["loss"]
