@@ -47,8 +47,8 @@ def evaluate_checkpoints(resolved: Resolved, process: Any, watchdog: Any) -> int
     first = safe_torch_load(sources[0])
     first = first if isinstance(first, dict) else {}
     options = with_checkpoint_settings(resolved, first)
-    data = build_data(options, train=False, evaluate=True, rank_zero=process.local_rank == 0,
-                      class_names=first.get("classes"))
+    data = process.local_first(lambda: build_data(options, train=False, evaluate=True, rank_zero=process.local_rank == 0,
+                                                  class_names=first.get("classes")))
     for note in data.notes:
         logger.info(note)
     candidates = [c for path in sources for c in load_candidates(path, options, data, process.device)]

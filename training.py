@@ -72,6 +72,9 @@ def _open_folder(resolved: Resolved, folder: RunFolder | None) -> Loaded | None:
         sentence = folder.lock()
         if sentence:
             logger.info(sentence)
+        refusal = folder.reason_to_stop() if requeued() else None
+        if refusal:
+            raise UserError(refusal)
         checkpoints = Checkpoints(folder.path)
         checkpoints.sweep()
     asked = options.resume[0] if options.resume else ""
@@ -117,7 +120,7 @@ def plan_run(resolved: Resolved, process: Any, state: dict | None, data: Data | 
     data = data or build_data(options, train=True, evaluate=not options.disable_eval, rank_zero=process.local_rank == 0,
                               class_names=state["classes"] if state else None)
     plan = plan_batch(resolved, process.world_size, state["global_batch"] if state else None)
-    options = replace(options, lr=plan.lr, update_freq=plan.update_freq, batch_size=plan.batch_size)
+    options = plan.apply(options)
     return Planned(data, plan, options, validate_after_index(options, plan, len(data.train), data.num_classes))
 
 
@@ -209,7 +212,8 @@ def _set_numerics(options: Any, state: dict | None) -> None:
 def _tracker(resolved: Resolved, process: Any, services: Services, fixed: Fixed, model: torch.nn.Module) -> Tracker:
     options, main = resolved.options, process.is_main
     size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    cpus = max(1, torch.multiprocessing.cpu_count() // process.local_world_size)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = max(1, cpus // process.local_world_size)
     wandb = WandbRun(options.project, options.exp_name, fixed.args, options.wandb_ckpt) if options.enable_wandb and main else None
     tracker = Tracker(options.output_dir if main and options.output_dir else None,
                       Plan(fixed.epochs, fixed.updates_per_epoch, size, options.num_workers, cpus),
@@ -252,11 +256,10 @@ def _tell(run: TrainingRun, options: Any, checkpoints: Checkpoints | None) -> No
 def _live(run: TrainingRun, folder: RunFolder | None, loaded: Loaded | None) -> int:
     """Train to the end, with the run folder's records around it."""
     options, checkpoints, tracker = run.options, run.to.checkpoints, run.to.tracker
-    requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
     if folder is not None:
         tracker.go_on(run.epoch)
         folder.begin(update=run.update, epoch=run.epoch, resume=options.resume[0] if options.resume else "",
-                     automatic=requeued)
+                     automatic=requeued())
     if checkpoints is not None:
         run.best = checkpoints.restore_best(loaded)
     state, cause = FAILED, ""
@@ -267,8 +270,8 @@ def _live(run: TrainingRun, folder: RunFolder | None, loaded: Loaded | None) -> 
         cause = f"{type(error).__name__}: {error}"
         raise
     finally:
-        if checkpoints is not None:
-            checkpoints.close()
+        for sentence in checkpoints.close() if checkpoints is not None else ():
+            tracker.incident("save_failed", sentence, say=False, update=run.update)
         if folder is not None:
             folder.end(state, update=run.update, epoch=run.epoch, cause=cause)
         tracker.close()
@@ -278,6 +281,11 @@ def _live(run: TrainingRun, folder: RunFolder | None, loaded: Loaded | None) -> 
     if folder is not None:
         _write_page(folder)
     return ExitCode.DONE
+
+
+def requeued() -> bool:
+    """Whether a scheduler, not a person, has started this attempt."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
 
 
 def _write_page(folder: RunFolder) -> None:

@@ -101,6 +101,15 @@ class Process:
             raise UserError(sentence)
         return result
 
+    def local_first(self, work: Callable[[], Any]) -> Any:
+        """`work()`, done by one process of each node before the others, who then find its caches."""
+        if self.local_rank != 0:
+            self.barrier()
+        result = work()
+        if self.local_rank == 0:
+            self.barrier()
+        return result
+
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """DistributedDataParallel around `model`, or the model itself when this process is alone.
 
@@ -114,7 +123,11 @@ class Process:
         # Renamed in torch 2.15.
         renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters
         buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-        return ddp(model, gradient_as_bucket_view=True, **buffers)
+        # After its first backward pass DDP sorts its buckets anew. The order of additions in a ring of three or more
+        # depends on the place in the bucket, so a resumed run, whose first update has the old buckets, would differ in
+        # its last bits. Looking for unused parameters (there are none) keeps the buckets as they are.
+        exact = self.backend == "gloo" or torch.are_deterministic_algorithms_enabled()
+        return ddp(model, gradient_as_bucket_view=True, find_unused_parameters=exact, **buffers)
 
     def close(self, failed: bool = False) -> None:
         """Leave the process group. After a failure nobody waits for peers that may be gone."""

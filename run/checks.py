@@ -95,12 +95,14 @@ class BatchPlan:
 
     def apply(self, options: Options) -> Options:
         """A copy of `options` with the plan's accumulation, global batch and learning rate in it."""
-        return replace(options, update_freq=self.update_freq, global_batch=self.global_batch, lr=self.lr)
+        return replace(options, batch_size=self.batch_size, update_freq=self.update_freq, global_batch=self.global_batch,
+                       lr=self.lr)
 
     @property
     def equation(self) -> str:
-        return (f"{self.global_batch} pictures per update = {self.batch_size} per forward pass x {self.update_freq} "
-                f"forward passes x {self.world_size} processes")
+        passes = f"{self.update_freq} forward pass{'es' if self.update_freq > 1 else ''}"
+        return (f"{self.global_batch} pictures per update = {self.batch_size} per forward pass x {passes} x "
+                f"{self.world_size} process{'es' if self.world_size > 1 else ''}")
 
 
 def plan_batch(resolved: Any, world_size: int, checkpoint_batch: int | None = None) -> BatchPlan:
@@ -115,15 +117,19 @@ def plan_batch(resolved: Any, world_size: int, checkpoint_batch: int | None = No
     if checkpoint_batch and asked not in (None, checkpoint_batch):
         raise UserError(f"--global_batch {asked} differs from the checkpoint's {checkpoint_batch}; give "
                         f"--global_batch {checkpoint_batch}, or start a new run in another --output_dir.")
-    per_pass = options.batch_size * world_size
+    batch_size, per_pass = options.batch_size, options.batch_size * world_size
     wanted = checkpoint_batch or asked or per_pass * options.update_freq
     if wanted % per_pass:
-        raise UserError(_does_not_divide(options, wanted, world_size, bool(checkpoint_batch)))
+        smaller = _smaller_batch(options, wanted, world_size)
+        if not checkpoint_batch or smaller is None:
+            raise UserError(_does_not_divide(options, wanted, world_size, bool(checkpoint_batch)))
+        batch_size, per_pass = smaller, smaller * world_size
     update_freq = wanted // per_pass
     notices = []
-    if checkpoint_batch and asked is None and update_freq != options.update_freq:
-        notices.append(f"The checkpoint's global batch of {checkpoint_batch} is kept: update_freq is {update_freq} "
-                       f"instead of {options.update_freq}.")
+    if checkpoint_batch and (batch_size != options.batch_size or asked is None and update_freq != options.update_freq):
+        size = f"batch_size {batch_size} and " if batch_size != options.batch_size else ""
+        notices.append(f"The checkpoint's global batch of {checkpoint_batch} is kept: {size}update_freq is {update_freq} "
+                       f"on {world_size} process{'es' if world_size > 1 else ''}.")
     reference = resolved.reference_batch or _PUBLISHED_BATCH
     factor = wanted / reference
     lr = options.lr * {"none": 1.0, "linear": factor, "sqrt": factor ** 0.5}[options.lr_scale]
@@ -132,7 +138,7 @@ def plan_batch(resolved: Any, world_size: int, checkpoint_batch: int | None = No
                         f"{options.min_lr:g}; lower --min_lr.")
     if resolved.reference_batch and wanted != reference and options.lr_scale == "none" and not options.eval:
         notices.append(_not_the_recipes(resolved, wanted, per_pass))
-    return BatchPlan(wanted, update_freq, options.batch_size, world_size, lr, tuple(notices))
+    return BatchPlan(wanted, update_freq, batch_size, world_size, lr, tuple(notices))
 
 
 def _not_the_recipes(resolved: Any, wanted: int, per_pass: int) -> str:
@@ -146,15 +152,19 @@ def _not_the_recipes(resolved: Any, wanted: int, per_pass: int) -> str:
     return f"The global batch is {wanted}, not the recipe's {reference}:{rate} {way} restores the recipe."
 
 
+def _smaller_batch(options: Options, wanted: int, world_size: int) -> int | None:
+    """The largest batch size, not above the asked one, that divides `wanted`; even where pictures are mixed in pairs."""
+    step = 2 if mixes(options) else 1
+    return next((b for b in range(options.batch_size, 0, -1) if wanted % (b * world_size) == 0 and b % step == 0), None)
+
+
 def _does_not_divide(options: Options, wanted: int, world_size: int, resumed: bool) -> str:
     per_pass = options.batch_size * world_size
-    step = 2 if mixes(options) else 1
-    sizes = [b for b in range(options.batch_size, 0, -1) if wanted % (b * world_size) == 0 and b % step == 0]
-    smaller = f"--batch_size {sizes[0]}" if sizes else ""
+    size = _smaller_batch(options, wanted, world_size)
+    smaller = f"--batch_size {size}" if size else ""
     if resumed:
-        counts = [w for w in range(1, wanted // options.batch_size + 1) if wanted % (w * options.batch_size) == 0]
-        listed = ", ".join(map(str, counts[:12])) or "none"
-        fixes = f"numbers of processes that divide it: {listed}" + (f"; or give {smaller}" if smaller else "")
+        counts = [w for w in range(1, wanted + 1) if _smaller_batch(options, wanted, w)]
+        fixes = f"numbers of processes that divide it: {', '.join(map(str, counts[:12]))}"
         name = "the checkpoint's global batch of"
     else:
         below = wanted // per_pass * per_pass
