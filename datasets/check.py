@@ -49,3 +49,17 @@ def check_sample(dataset: PictureDataset, count: int = 64, seed: int = 0) -> Sam
             found.unreadable.append((show(dataset.path(index)), str(error)))
     found.seconds = (time.perf_counter() - started) / max(1, count)
     return found
+
+
+def spread_over_classes(targets: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+    """Positions of up to `count` pictures, int64, drawn so that as many classes as possible are there equally often.
+
+    targets: int64 (N,) class of each picture.
+    """
+    order = numpy_generator(seed, "spread").permutation(len(targets))
+    by_class = order[np.argsort(targets[order], kind="stable")]
+    sizes = np.bincount(targets)
+    first = np.repeat(np.cumsum(sizes) - sizes, sizes)
+    turn = np.empty(len(targets), dtype=np.int64)  # a picture's place among those of its class
+    turn[by_class] = np.arange(len(targets)) - first
+    return np.sort(order[np.argsort(turn[order], kind="stable")][:count])

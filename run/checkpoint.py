@@ -222,14 +222,18 @@ class Checkpoints:
         except (OSError, UserError, KeyError, TypeError):
             return False
 
+    def disk_needed(self, state_size: int, epochs: int) -> int:
+        """Bytes that the checkpoints of `epochs` epochs take at most, for states of `state_size` bytes."""
+        return state_size * (min(max(self.keep, 2), epochs) + epochs // self.every + len(_SCORED) + 2)
+
     def disk_estimate(self, state: Mapping[str, Any], epochs: int) -> str:
         """One sentence for the start: what the checkpoints of `epochs` epochs will take, and what is free."""
         size = state_bytes(state)
-        files = min(max(self.keep, 2), epochs) + epochs // self.every + len(_SCORED) + 2
+        needed = self.disk_needed(size, epochs)
         free = shutil.disk_usage(self.folder).free + sum(path.stat().st_size for path in self.folder.glob("*.pth"))
-        text = (f"Checkpoints take {size / 1e9:.2f} GB each and up to {files * size / 1e9:.2f} GB in all; "
+        text = (f"Checkpoints take {size / 1e9:.2f} GB each and up to {needed / 1e9:.2f} GB in all; "
                 f"{free / 1e9:.2f} GB can be had in {self.folder}.")
-        return text if files * size < free else f"{text} This will not be enough: free some, or keep fewer."
+        return text if needed < free else f"{text} This will not be enough: free some, or keep fewer."
 
     # Finding
 

@@ -121,13 +121,7 @@ class Tracker:
         if not self._hinted and p.next_update - update >= _WAIT_UPDATES and share > _WAIT_SHARE:
             self._hinted = True
             self.incident("data_wait", f"{100 * share:.0f} % of the last {p.next_update - update} updates was spent "
-                          f"waiting for data; {self._remedy()}.", update=p.next_update)
-
-    def _remedy(self) -> str:
-        if self.plan.num_workers < self.plan.cpus:
-            return f"--num_workers {self.plan.cpus} would use all CPUs of this process (now {self.plan.num_workers})"
-        return ("all CPUs load pictures already: store the pictures with a shorter side of about twice the input "
-                "size, on a local disk")
+                          f"waiting for data; {remedy(self.plan.num_workers, self.plan.cpus)}.", update=p.next_update)
 
     def end_epoch(self, p: Any, results: Mapping[str, Any], seconds: float | None = None) -> dict[str, Any]:
         """Write the epoch's line to log.txt, which is returned.
@@ -238,6 +232,14 @@ def _plain(value: Any) -> Any:
     """JSON has no NaN or infinity: they become null."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def remedy(num_workers: int, cpus: int) -> str:
+    """The one change that would help most against waiting for data; both numbers are those of one process."""
+    if num_workers < cpus:
+        return f"--num_workers {cpus} would use all CPUs of this process (now {num_workers})"
+    return ("all CPUs load pictures already: store the pictures with a shorter side of about twice the input "
+            "size, on a local disk")
 
 
 def duration(seconds: float) -> str:
