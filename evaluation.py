@@ -1,5 +1,6 @@
-"""What `--eval true` does: find the weights, evaluate them all in one pass, compare with the published figure, write it down."""
+"""What `--eval true` does: find the weights, evaluate all in one pass, compare with what is published, write it down."""
 import sys
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,25 @@ from common.errors import UserError
 from common.log import logger
 from common.safe_load import safe_torch_load
 from datasets.build import Data, build_data, eval_loader
+from datasets.check import spread_over_classes
 from datasets.labels import imagenet_synsets
+from datasets.loader import make_loader
 from datasets.prepare import EvalPrepare
-from datasets.transforms import mean_std
+from datasets.subsets import Subset, real_labels, recognise_folder
+from datasets.transforms import eval_transform, mean_std
 from launch import ExitCode
 from models.download import fetch_published, fetch_url
 from models.kernels import accelerate, code_paths
 from models.weights import load_for_model
 from models.zoo import PUBLISHED
 from run.checkpoint import Checkpoints
-from run.metrics import Predictions
+from run.metrics import Predictions, multi_label_accuracy
 from run.options import Resolved
+from run.preflight import ENOUGH_CLASSES, low_score
 from run.results import (IMAGENET_VAL_PICTURES, Protocol, results_from, summary_line, write_eval_json,
                          write_report_files)
 
+SAMPLED = 500  # pictures that tell weights which fit from weights which don't, before all are evaluated
 # What a checkpoint of ours knows about its own network and pictures, taken unless a flag or recipe says otherwise.
 _FROM_CHECKPOINT = ("model", "input_size", "crop_pct", "imagenet_default_mean_and_std", "layer_scale_init_value")
 
@@ -47,18 +53,24 @@ def evaluate_checkpoints(resolved: Resolved, process: Any, watchdog: Any) -> int
     first = safe_torch_load(sources[0])
     first = first if isinstance(first, dict) else {}
     options = with_checkpoint_settings(resolved, first)
-    data = process.local_first(lambda: build_data(options, train=False, evaluate=True, rank_zero=process.local_rank == 0,
-                                                  class_names=first.get("classes")))
+    subset = companion(options, first.get("classes"))
+    data = process.local_first(lambda: build_data(
+        options, train=False, evaluate=True, rank_zero=process.local_rank == 0,
+        class_names=list(subset.folders) if subset else first.get("classes")))
     for note in data.notes:
         logger.info(note)
-    candidates = [c for path in sources for c in load_candidates(path, options, data, process.device)]
+    names = list(imagenet_synsets()) if subset else data.class_names
+    candidates = [c for path in sources for c in load_candidates(path, options, names, process.device)]
     observer = _Phases(watchdog)
     evaluation = engine.Evaluation(
         EvalPrepare(options, process.device), process.device, _dtype(options), tf32=options.fast_math,
-        outputs=bool(options.report), expected=len(data.val), observer=observer, process=process)
+        columns=subset.columns if subset else None, outputs=bool(options.report or subset),
+        expected=len(data.val), observer=observer, process=process)
+    if len(data.val) >= 2 * SAMPLED:
+        _warn_of_strange_weights(candidates, data, options, process, observer)
     loader = eval_loader(data, options, process.rank, process.world_size)
     found = engine.evaluate([(c.weights, c.network) for c in candidates], loader, evaluation)
-    results = [_result(c, r, options, data) for c, r in zip(candidates, found)]
+    results = [_result(c, r, options, data, subset) for c, r in zip(candidates, found)]
     if process.is_main:
         _write(results, found, options, data, sources[0])
         _say(results, options)
@@ -103,19 +115,70 @@ def with_checkpoint_settings(resolved: Resolved, checkpoint: dict) -> Any:
     return replace(resolved.options, **own)
 
 
-def load_candidates(path: str, options: Any, data: Data, device: torch.device) -> list[Candidate]:
+def companion(options: Any, classes: list[str] | None) -> Subset | None:
+    """ImageNet's validation set, V2, -A, -R or -Sketch, when the model has ImageNet's 1000 classes; else None."""
+    if options.data_set != "IMNET" or options.val_labels or options.nb_classes not in (None, 1000):
+        return None
+    if classes and tuple(classes) != imagenet_synsets():
+        return None
+    subset = recognise_folder(options.eval_data_path or str(Path(options.data_path or "") / "val"))
+    if subset and subset.columns:
+        logger.info("%s: judged among its %d classes alone", subset.name, len(subset.columns))
+    return subset
+
+
+def load_candidates(path: str, options: Any, class_names: list[str], device: torch.device) -> list[Candidate]:
     """The networks to evaluate of one checkpoint: one, or two for `--weights both`."""
     found = []
     for weights in ("model", "ema") if options.weights == "both" else (options.weights,):
-        network = timm.create_model(options.model, num_classes=data.num_classes,
+        network = timm.create_model(options.model, num_classes=len(class_names),
                                     layer_scale_init_value=options.layer_scale_init_value)
         report = load_for_model(network, path, model_key=options.model_key, prefix=options.model_prefix, weights=weights,
-                                allow_partial=options.allow_partial, class_names=data.class_names)
+                                allow_partial=options.allow_partial, class_names=class_names)
         entry = "model_ema" if report.source_key == "model_ema" else "model"
         network = network.to(device).eval()
         accelerate(network, code_paths(device))
         found.append(Candidate(path, entry, network))
     return found
+
+
+def score_pictures(networks: list[tuple[str, torch.nn.Module]], data: Data, options: Any, process: Any, count: int,
+                   observer: engine.Observer | None = None) -> list[engine.EvalResult]:
+    """Score networks on `count` pictures spread over the classes: of the validation data, else of the training data."""
+    source = data.val
+    if source is None:
+        source = copy(data.train)
+        source.transform = eval_transform(options.input_size, options.crop_pct)
+    chosen = spread_over_classes(source.targets, count)[process.rank::process.world_size].tolist()
+    size = max(1, int(1.5 * options.batch_size))
+    batches = [chosen[first:first + size] for first in range(0, len(chosen), size)]
+    loader = make_loader(source, replace(options, num_workers=min(options.num_workers, len(batches) - 1)), batches)
+    evaluation = engine.Evaluation(EvalPrepare(options, process.device), process.device, _dtype(options), tf32=options.fast_math,
+                                   observer=observer or engine.Observer(), process=process)
+    try:
+        return engine.evaluate(networks, loader, evaluation)
+    finally:
+        loader.close()
+
+
+def strange_weights(network: torch.nn.Module, weights: str, data: Data, options: Any, process: Any) -> str | None:
+    """A sentence when loaded weights fail on 500 pictures, as they do with classes in another order; None if they don't.
+
+    For 100 classes and more, where chance is at most 1 %. Every rank must call it; the answer is the same on all.
+    """
+    if data.num_classes < ENOUGH_CLASSES:
+        return None
+    found = score_pictures([(weights, network)], data, options, process, SAMPLED)[0]
+    return low_score(found.hits1, found.images - found.bad, data.num_classes, weights)
+
+
+def _warn_of_strange_weights(candidates: list[Candidate], data: Data, options: Any, process: Any,
+                             observer: engine.Observer) -> None:
+    observer.on_phase("evaluation", 0)
+    for candidate in candidates:
+        sentence = strange_weights(candidate.network, candidate.weights, data, options, process)
+        if sentence and process.is_main:
+            logger.warning("%s: %s", candidate.path, sentence)
 
 
 class _Phases(engine.Observer):
@@ -132,7 +195,7 @@ def _dtype(options: Any) -> torch.dtype | None:
     return None if not options.use_amp else torch.float16 if options.amp_dtype == "fp16" else torch.bfloat16
 
 
-def _result(candidate: Candidate, found: engine.EvalResult, options: Any, data: Data) -> dict:
+def _result(candidate: Candidate, found: engine.EvalResult, options: Any, data: Data, subset: Subset | None) -> dict:
     imagenet = tuple(data.class_names) == imagenet_synsets()
     mean, std = mean_std(options.imagenet_default_mean_and_std)
     crop = options.crop_pct or (None if options.input_size >= 384 else 224 / 256)
@@ -141,9 +204,11 @@ def _result(candidate: Candidate, found: engine.EvalResult, options: Any, data: 
         model=options.model, num_classes=data.num_classes, input_size=options.input_size, weights=candidate.weights,
         checkpoint=candidate.path, crop_pct=crop, mean=tuple(mean), std=tuple(std),
         dtype=str(dtype).removeprefix("torch."), tf32=options.fast_math,
-        dataset="imagenet-val" if imagenet else options.data_set)
+        dataset=subset.name if subset else "imagenet-val" if imagenet else options.data_set)
     predictions = _predictions(found, data) if found.outputs is not None else None
-    return results_from(found, protocol, PUBLISHED.get(options.model), predictions) | {"seconds": found.seconds}
+    result = results_from(found, protocol, PUBLISHED.get(options.model), predictions) | {"seconds": found.seconds}
+    answers = real_labels(predictions.paths) if subset and subset.name == "imagenet-val" else None
+    return result if answers is None else result | {"real": multi_label_accuracy(predictions.top5, answers)}
 
 
 def _predictions(found: engine.EvalResult, data: Data) -> Predictions:

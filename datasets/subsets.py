@@ -1,6 +1,7 @@
 """ImageNet's companions: ReaL labels for the validation set, and V2, -A, -R and -Sketch by their class folders."""
 import importlib.resources
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,6 +46,17 @@ def recognise(folders: Sequence[str], pictures: Sequence[str] = ()) -> Subset | 
         if len(found) == 1000 or names and all(map(_VAL_NAME.match, names)):
             return Subset("imagenet-val", synsets)
     return None
+
+
+def recognise_folder(root: str) -> Subset | None:
+    """`recognise` for a folder of class folders; reads the names of these and of a few pictures. None if unreadable."""
+    try:
+        folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        pictures = [next(entry.name for entry in os.scandir(os.path.join(root, folder)) if entry.is_file())
+                    for folder in folders[:3]]
+    except (OSError, StopIteration):
+        return None
+    return recognise(folders, pictures)
 
 
 @lru_cache(maxsize=None)

@@ -188,6 +188,9 @@ def _evaluation(run: Run) -> str:
             html += (f'<p class="verdict"><span class="chip {kind}">{escape(result["verdict"])}</span> '
                      f'{escape(summary_line(result))}</p>')
             html += "".join(f'<p class="soft">{escape(text)}</p>' for text in result.get("departures", []))
+        if real := result.get("real"):
+            html += (f"<p>ReaL: top-1 {real['acc1']:.2f} %, top-5 {real['acc5']:.2f} % of the {real['images']} "
+                     "pictures with labels.</p>")
     settings = [str(run.evaluation[k]) for k in ("crop", "dtype", "dataset") if run.evaluation.get(k)]
     return html + f'<p class="soft">{escape("; ".join(settings))}. 95 %: sampling interval of top-1 in points.</p>'
 
