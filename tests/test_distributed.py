@@ -6,7 +6,7 @@ import torch
 
 from common.errors import UserError
 from launch.distributed import choose_device, group_timeout, refuse_shared_devices, start
-from tests.launch_kit import TOY, expected_value, finish, start_ranks, start_torchrun
+from tests.launch_kit import PROGRAMS, TOY, expected_value, finish, start_ranks, start_torchrun
 
 COLLECTIVES = """
 import types, torch, sys
@@ -44,6 +44,12 @@ def test_a_lone_process_needs_no_group():
 def test_collectives_and_accumulation_between_two_processes():
     for code, output in finish(start_ranks(2, "-c", COLLECTIVES)):
         assert code == 0 and "well" in output, output
+
+
+def test_a_resumed_run_adds_gradients_in_the_same_order():
+    # Two processes would hide it: a + b is b + a.
+    for code, output in finish(start_ranks(3, PROGRAMS / "resumed_updates.py")):
+        assert code == 0 and "same bits: True" in output, output
 
 
 def test_torchrun(tmp_path):
