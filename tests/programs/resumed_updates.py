@@ -5,6 +5,7 @@ import torch
 
 from launch.distributed import start
 
+
 def make():
     torch.manual_seed(0)
     gelu, linear = torch.nn.GELU, torch.nn.Linear
