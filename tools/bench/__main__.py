@@ -9,12 +9,13 @@ import timm
 import torch
 
 import models
-from common.files import write_json
+from common.files import write_json, write_text
 from common.log import logger
 from models.complexity import count
 from models.hornet import input_size
 from models.zoo import PUBLISHED
 from tools.bench import cases, timing
+from tools.bench.plot import accuracy_speed
 from tools.command import run_command
 
 WORKS = ("model", "train", "optim", "data", "family", "all")
@@ -32,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--clock", choices=timing.CLOCKS, default="wall",
                         help="wall time, or this process' CPU time on a machine shared with others")
     parser.add_argument("--out", default="bench.json", help="where the JSON goes (default bench.json)")
+    parser.add_argument("--plot", metavar="SVG", help="with family: draw published accuracy against measured speed")
     return parser
 
 
@@ -93,6 +95,9 @@ def _work(args: argparse.Namespace) -> int:
     result["rows"] = timing.as_json(found)
     result["family"] = _family(args) if args.work in ("family", "all") else []
     write_json(args.out, result)
+    if args.plot and result["family"]:
+        title = f"HorNet on {result['machine']['cpu']}, {args.threads} thread(s), float32 evaluation"
+        write_text(args.plot, accuracy_speed(result["family"], title))
     parts = [result["command"], json.dumps(result["machine"]), f"clock: {args.clock}"]
     parts += [timing.table(found)] if found else []
     parts += [_family_table(result["family"])] if result["family"] else []
