@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.keys import key
 from common.log import logger
 from datasets.build import Data, build_data, eval_loader, train_loader
+from datasets.check import check_sample
 from datasets.prepare import EvalPrepare, TrainPrepare
 from datasets.samplers import GlobalBatchSampler
 from evaluation import evaluate_checkpoints
@@ -33,8 +34,10 @@ from run.checks import BatchPlan
 from run.folder import DONE, FAILED, PREEMPTED, RunFolder
 from run.life import Fixed, Parts, Services, TrainingRun
 from run.options import Resolved, plan_batch, validate_after_index
+from run.preflight import start_warnings
 from run.state import check_resumable, check_same_run, finished
 from run.tracker import Plan, Tracker, WandbRun
+from scoring import strange_weights
 from tools.report import write_report
 
 
@@ -53,6 +56,10 @@ def train(resolved: Resolved, process: Any, watchdog: Any) -> int:
             planned = plan_run(resolved, process, loaded.state if loaded else None)
             for note in planned.notes:
                 logger.info(note)
+            sample = check_sample(planned.data.train, 8) if process.is_main else None
+            for warning in start_warnings(options, process, code_version(), sample):
+                if process.is_main:
+                    logger.warning(warning)
             services = Services(checkpoints, None, stop, watchdog, options.output_dir, process.on_rank_zero)
             run = build_run(resolved, process, loaded, services, planned)
             _tell(run, options, checkpoints)
@@ -117,8 +124,10 @@ class Planned:
 def plan_run(resolved: Resolved, process: Any, state: dict | None, data: Data | None = None) -> Planned:
     """Index the pictures (unless `data` are given) and derive the batch; `state` is that of a run to go on with."""
     options = resolved.options
-    data = data or build_data(options, train=True, evaluate=not options.disable_eval, rank_zero=process.local_rank == 0,
-                              class_names=state["classes"] if state else None)
+    if data is None:
+        data = process.local_first(lambda: build_data(
+            options, train=True, evaluate=not options.disable_eval, rank_zero=process.local_rank == 0,
+            class_names=state["classes"] if state else None))
     plan = plan_batch(resolved, process.world_size, state["global_batch"] if state else None)
     options = plan.apply(options)
     return Planned(data, plan, options, validate_after_index(options, plan, len(data.train), data.num_classes))
@@ -170,15 +179,25 @@ def build_model(options: Any, num_classes: int) -> torch.nn.Module:
 
 
 def load_start_weights(model: torch.nn.Module, options: Any, data: Data, process: Any) -> None:
-    """Published or given weights to start from; rank 0 downloads, every node reads the file."""
+    """Published or given weights to start from; rank 0 downloads, every node reads the file.
+
+    Raises UserError when they keep their head and yet know next to nothing about the pictures.
+    """
     source = options.finetune
     if options.pretrained:
         source = process.on_rank_zero(lambda: str(fetch_published(options.model)))
     elif source.startswith(("http://", "https://")):
         source = process.on_rank_zero(lambda: str(fetch_url(source)))
-    if source:
-        load_for_model(model, source, model_key=options.model_key, prefix=options.model_prefix, weights=options.weights,
-                       allow_partial=options.allow_partial, class_names=data.class_names, new_head=True)
+    if not source:
+        return
+    report = load_for_model(model, source, model_key=options.model_key, prefix=options.model_prefix, weights=options.weights,
+                            allow_partial=options.allow_partial, class_names=data.class_names, new_head=True)
+    if "head.weight" in report.missing or options.allow_partial:
+        return
+    evaluation = engine.Evaluation(EvalPrepare(options, process.device), process.device, process=process)
+    strange = strange_weights(model, report.source_key, data, options, evaluation)
+    if strange:
+        raise UserError(f"{strange[:-1]}; --allow_partial true trains on from them all the same.")
 
 
 def amp_dtype(options: Any) -> torch.dtype | None:
