@@ -150,6 +150,9 @@ def train_one_epoch(training: Training, epoch: int, first_update: int = 0,
     meter = _Meter(training, epoch, base + first_update, sums)
     training.sums_over_ranks = meter.over_ranks
     progress, batches = meter.progress, iter(training.loader)
+    if first_update == training.updates_per_epoch:
+        # Stopped between the last update and the evaluation: the epoch's line still tells that update's settings.
+        training.update.schedule.apply(training.update.optimizer, end - 1)
     for number in range(base + first_update, end):
         held, hits = [], None
         for micro in range(training.update_freq):

@@ -1,0 +1,79 @@
+"""main.py with a disturbance at one moment of one rank, told as JSON in the first argument:
+
+    hooked_main.py '{"at": [{"rank": 1, "phase": "data", "update": 7, "do": "SIGKILL"}]}' <options of main.py>
+
+`do` is a signal for the process itself, "raise", or "infinite_input"/"infinite_loss" for the update's forward pass.
+"now": FOLDER keeps the last "phase update pid" of each rank in FOLDER/now-RANK; "states": FOLDER keeps the weights and
+their average after each update in FOLDER/RANK-UPDATE.pth.
+"""
+import json
+import os
+import signal
+import sys
+
+import torch
+
+
+def hooked(base: type, hook: dict) -> type:
+    """The class of training runs `base`, disturbed as `hook` says."""
+
+    class Hooked(base):
+        def on_phase(self, phase: str, update: int) -> None:
+            super().on_phase(phase, update)
+            if "now" in hook:
+                with open(os.path.join(hook["now"], f"now-{self.process.rank}"), "w") as file:
+                    file.write(f"{phase} {update} {os.getpid()}\n")
+            for entry in hook.get("at", []):
+                if (entry.get("rank", 0), entry["phase"], entry["update"]) == (self.process.rank, phase, update):
+                    _do(self.training, entry["do"])
+
+        def after_update(self, update: int, stats) -> bool:
+            if "states" in hook:
+                parts = {"model": self.parts.model.state_dict(), "model_ema": self.parts.ema.state_dict(),
+                         "optimizer": self.parts.optimizer.state_dict()["state"], "finite": bool(stats.finite)}
+                torch.save(parts, os.path.join(hook["states"], f"{self.process.rank}-{update}.pth"))
+            return super().after_update(update, stats)
+
+    return Hooked
+
+
+def _do(training, what: str) -> None:
+    if what == "raise":
+        raise ArithmeticError("one divided by nothing")
+    if what in ("infinite_input", "infinite_loss"):
+        _poison(training, what)
+    else:
+        os.kill(os.getpid(), getattr(signal, what))
+
+
+def _poison(training, what: str) -> None:
+    """Spoil the next micro-batch, and only that."""
+    prepare, criterion = training.prepare, training.criterion
+
+    def spoiled(batch):
+        training.prepare = prepare
+        images, targets = prepare(batch)
+        images[0] = float("inf")
+        return images, targets
+
+    def infinite(logits, targets):
+        training.criterion = criterion
+        return criterion(logits, targets) + float("inf")
+
+    if what == "infinite_input":
+        training.prepare = spoiled
+    else:
+        training.criterion = infinite
+
+
+def run(argv: list[str], hook: dict) -> int:
+    """main.main(argv) under `hook`; the exit code."""
+    import main
+    import training
+
+    training.TrainingRun = hooked(training.TrainingRun, hook)
+    return main.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[2:], json.loads(sys.argv[1])))
