@@ -74,6 +74,8 @@ def test_the_weights_that_scored_are_converted_with_their_class_names(files, tmp
     found = safe_torch_load(tmp_path / "best.pth")
     assert found["classes"] == list("abcdefghij")
     assert equal(found["model"], {name: value + 1 for name, value in state.items()})
+    main(["convert", str(folder / "run.pth"), "--out", str(tmp_path / "best.safetensors")])
+    assert load_trained(None, str(tmp_path / "best.safetensors")).classes == list("abcdefghij")
     main(["convert", str(folder / "run.pth"), "--out", str(tmp_path / "raw.pth"), "--weights", "model"])
     assert equal(safe_torch_load(tmp_path / "raw.pth")["model"], state)
 

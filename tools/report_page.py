@@ -226,6 +226,8 @@ def _records(records: list[dict]) -> str:
 
 
 def _short(value: object) -> str:
+    if isinstance(value, list):
+        value = " ".join(map(str, value)) or "none"
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= 200 else text[:199] + "…"
 
@@ -328,7 +330,8 @@ def _value(value: object) -> str:
 def _environment(runs: list[Run]) -> str:
     if not any(run.environment for run in runs):
         return '<h2>Environment</h2><p class="missing">No environment.json in the folder.</p>'
-    keys = list(dict.fromkeys(k for run in runs for k in run.environment))
-    rows = [[k, *(_short(run.environment.get(k, "–")) for run in runs)] for k in keys]
+    flat = [{name: value for key, entry in run.environment.items()
+             for name, value in (entry.items() if isinstance(entry, dict) else [(key, entry)])} for run in runs]
+    rows = [[k, *(_short(values.get(k, "–")) for values in flat)] for k in dict.fromkeys([*flat[0], *flat[-1]])]
     differ = {i for i, row in enumerate(rows) if len(runs) == 2 and row[1] != row[2]}
     return "<h2>Environment</h2>" + table(["", *(run.name for run in runs)], rows, changed=differ)

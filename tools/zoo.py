@@ -18,6 +18,8 @@ from models.weights import identify, published_names, select_weights, to_openmml
 from models.zoo import PUBLISHED, published_files
 from tools.command import run_command
 
+ABOUT = ("classes", "input_size", "crop_pct", "mean", "std", "interpolation")  # kept beside converted weights
+
 
 def list_models(args: argparse.Namespace) -> int:
     """A table of what is published, and which files lie in the folder."""
@@ -85,12 +87,14 @@ def convert(args: argparse.Namespace) -> int:
     if args.names == "openmmlab":
         state = to_openmmlab(state)
     out.parent.mkdir(parents=True, exist_ok=True)
+    about = {name: checkpoint[name] for name in ABOUT if checkpoint.get(name)}
+    if isinstance(checkpoint.get("args"), dict) and "model" in checkpoint["args"]:
+        about["args"] = {"model": checkpoint["args"]["model"]}
     if out.suffix == ".safetensors":
-        save_safetensors(out, state)
+        save_safetensors(out, state, about or None)
     else:
         state = {name: value.clone() for name, value in state.items()}  # a view would bring its whole storage along
         entry = "state_dict" if args.names == "openmmlab" else "model"
-        about = {name: checkpoint[name] for name in ("classes", "input_size", "crop_pct") if checkpoint.get(name)}
         atomic_write(out, lambda file: torch.save({entry: state, **about}, file))
     logger.info("wrote %s: %d tensors%s, names as in %s files", out, len(state), f" from '{key}'" if key else "",
                 "OpenMMLab's" if args.names == "openmmlab" else "the authors'")
