@@ -1,6 +1,5 @@
 """What `--eval true` does: find the weights, evaluate all in one pass, compare with what is published, write it down."""
 import sys
-from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,10 @@ from common.errors import UserError
 from common.log import logger
 from common.safe_load import safe_torch_load
 from datasets.build import Data, build_data, eval_loader
-from datasets.check import spread_over_classes
 from datasets.labels import imagenet_synsets
-from datasets.loader import make_loader
 from datasets.prepare import EvalPrepare
 from datasets.subsets import Subset, real_labels, recognise_folder
-from datasets.transforms import eval_transform, mean_std
+from datasets.transforms import mean_std
 from launch import ExitCode
 from models.download import fetch_published, fetch_url
 from models.kernels import accelerate, code_paths
@@ -29,11 +26,10 @@ from models.zoo import PUBLISHED
 from run.checkpoint import Checkpoints
 from run.metrics import Predictions, multi_label_accuracy
 from run.options import Resolved
-from run.preflight import ENOUGH_CLASSES, low_score
 from run.results import (IMAGENET_VAL_PICTURES, Protocol, results_from, summary_line, write_eval_json,
                          write_report_files)
+from scoring import SAMPLED, strange_weights
 
-SAMPLED = 500  # pictures that tell weights which fit from weights which don't, before all are evaluated
 # What a checkpoint of ours knows about its own network and pictures, taken unless a flag or recipe says otherwise.
 _FROM_CHECKPOINT = ("model", "input_size", "crop_pct", "imagenet_default_mean_and_std", "layer_scale_init_value")
 
@@ -46,10 +42,42 @@ class Candidate:
     network: torch.nn.Module
 
 
+@dataclass
+class Prepared:
+    """An evaluation up to its pictures: `source` is the first checkpoint's path, `options` have its own settings in
+    them, `subset` is that of ImageNet's companions, if it is one."""
+    source: str
+    options: Any
+    data: Data
+    subset: Subset | None
+    candidates: list[Candidate]
+    evaluation: engine.Evaluation
+
+
 def evaluate_checkpoints(resolved: Resolved, process: Any, watchdog: Any) -> int:
     """Evaluate every checkpoint of `--resume` (else `--pretrained`, else the run folder's best); the exit code."""
-    options = resolved.options
-    sources = process.on_rank_zero(lambda: find_sources(options))
+    prepared = prepare_evaluation(resolved, process, _Phases(watchdog))
+    options, data, candidates, evaluation = prepared.options, prepared.data, prepared.candidates, prepared.evaluation
+    for note in data.notes:
+        logger.info(note)
+    if not evaluation.columns and len(data.val) >= 2 * SAMPLED:
+        for candidate in candidates:
+            strange = strange_weights(candidate.network, candidate.weights, data, options, evaluation)
+            if strange and process.is_main:
+                logger.warning("%s: %s", candidate.path, strange)
+    loader = eval_loader(data, options, process.rank, process.world_size)
+    found = engine.evaluate([(c.weights, c.network) for c in candidates], loader, evaluation)
+    results = [_result(c, r, options, data, prepared.subset) for c, r in zip(candidates, found)]
+    if process.is_main:
+        _write(results, found, options, data, prepared.source)
+        _say(results, options)
+    verdict = results[0].get("verdict")
+    return ExitCode.ERROR if options.check and verdict != "PASS" else ExitCode.DONE
+
+
+def prepare_evaluation(resolved: Resolved, process: Any, observer: engine.Observer) -> Prepared:
+    """Find checkpoints and pictures, and load the networks."""
+    sources = process.on_rank_zero(lambda: find_sources(resolved.options))
     first = safe_torch_load(sources[0])
     first = first if isinstance(first, dict) else {}
     options = with_checkpoint_settings(resolved, first)
@@ -57,25 +85,13 @@ def evaluate_checkpoints(resolved: Resolved, process: Any, watchdog: Any) -> int
     data = process.local_first(lambda: build_data(
         options, train=False, evaluate=True, rank_zero=process.local_rank == 0,
         class_names=list(subset.folders) if subset else first.get("classes")))
-    for note in data.notes:
-        logger.info(note)
     names = list(imagenet_synsets()) if subset else data.class_names
     candidates = [c for path in sources for c in load_candidates(path, options, names, process.device)]
-    observer = _Phases(watchdog)
     evaluation = engine.Evaluation(
         EvalPrepare(options, process.device), process.device, _dtype(options), tf32=options.fast_math,
         columns=subset.columns if subset else None, outputs=bool(options.report or subset),
         expected=len(data.val), observer=observer, process=process)
-    if len(data.val) >= 2 * SAMPLED:
-        _warn_of_strange_weights(candidates, data, options, process, observer)
-    loader = eval_loader(data, options, process.rank, process.world_size)
-    found = engine.evaluate([(c.weights, c.network) for c in candidates], loader, evaluation)
-    results = [_result(c, r, options, data, subset) for c, r in zip(candidates, found)]
-    if process.is_main:
-        _write(results, found, options, data, sources[0])
-        _say(results, options)
-    verdict = results[0].get("verdict")
-    return ExitCode.ERROR if options.check and verdict != "PASS" else ExitCode.DONE
+    return Prepared(sources[0], options, data, subset, candidates, evaluation)
 
 
 def find_sources(options: Any) -> list[str]:
@@ -140,45 +156,6 @@ def load_candidates(path: str, options: Any, class_names: list[str], device: tor
         accelerate(network, code_paths(device))
         found.append(Candidate(path, entry, network))
     return found
-
-
-def score_pictures(networks: list[tuple[str, torch.nn.Module]], data: Data, options: Any, process: Any, count: int,
-                   observer: engine.Observer | None = None) -> list[engine.EvalResult]:
-    """Score networks on `count` pictures spread over the classes: of the validation data, else of the training data."""
-    source = data.val
-    if source is None:
-        source = copy(data.train)
-        source.transform = eval_transform(options.input_size, options.crop_pct)
-    chosen = spread_over_classes(source.targets, count)[process.rank::process.world_size].tolist()
-    size = max(1, int(1.5 * options.batch_size))
-    batches = [chosen[first:first + size] for first in range(0, len(chosen), size)]
-    loader = make_loader(source, replace(options, num_workers=min(options.num_workers, len(batches) - 1)), batches)
-    evaluation = engine.Evaluation(EvalPrepare(options, process.device), process.device, _dtype(options), tf32=options.fast_math,
-                                   observer=observer or engine.Observer(), process=process)
-    try:
-        return engine.evaluate(networks, loader, evaluation)
-    finally:
-        loader.close()
-
-
-def strange_weights(network: torch.nn.Module, weights: str, data: Data, options: Any, process: Any) -> str | None:
-    """A sentence when loaded weights fail on 500 pictures, as they do with classes in another order; None if they don't.
-
-    For 100 classes and more, where chance is at most 1 %. Every rank must call it; the answer is the same on all.
-    """
-    if data.num_classes < ENOUGH_CLASSES:
-        return None
-    found = score_pictures([(weights, network)], data, options, process, SAMPLED)[0]
-    return low_score(found.hits1, found.images - found.bad, data.num_classes, weights)
-
-
-def _warn_of_strange_weights(candidates: list[Candidate], data: Data, options: Any, process: Any,
-                             observer: engine.Observer) -> None:
-    observer.on_phase("evaluation", 0)
-    for candidate in candidates:
-        sentence = strange_weights(candidate.network, candidate.weights, data, options, process)
-        if sentence and process.is_main:
-            logger.warning("%s: %s", candidate.path, sentence)
 
 
 class _Phases(engine.Observer):

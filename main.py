@@ -38,6 +38,7 @@ def _run(argv: list[str]) -> int:
     from launch.distributed import start
     from launch.watchdog import Watchdog
     from models import MODEL_NAMES
+    from preflight import check
     from training import train
 
     resolved = parse(argv, MODEL_NAMES)
@@ -50,7 +51,10 @@ def _run(argv: list[str]) -> int:
         for notice in resolved.notices:
             logger.info(notice)
         # The watchdog prints an error's sentence or traceback once, last, when there are several processes.
-        with Watchdog(process, options.output_dir or None, options.hang_timeout) as watchdog:
+        records = options.output_dir if options.output_dir and not options.dry_run else None
+        with Watchdog(process, records, options.hang_timeout) as watchdog:
+            if options.dry_run:
+                return check(resolved, process, watchdog)
             if options.eval:
                 return evaluate_checkpoints(resolved, process, watchdog)
             return train(resolved, process, watchdog)

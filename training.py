@@ -71,19 +71,28 @@ def train(resolved: Resolved, process: Any, watchdog: Any) -> int:
 
 def _open_folder(resolved: Resolved, folder: RunFolder | None) -> Loaded | None:
     """Own the run folder (rank 0) and find the checkpoint to go on from, if any."""
+    if folder is None:
+        return find_checkpoint(resolved, None)
+    sentence = folder.lock()
+    if sentence:
+        logger.info(sentence)
+    refusal = folder.reason_to_stop() if requeued() else None
+    if refusal:
+        raise UserError(refusal)
+    checkpoints = Checkpoints(folder.path)
+    checkpoints.sweep()
+    loaded = find_checkpoint(resolved, folder)
+    for name in checkpoints.set_aside_newer(loaded) if loaded else ():
+        logger.warning("%s is newer than the checkpoint that is resumed and was renamed superseded-%s", name, name)
+    return loaded
+
+
+def find_checkpoint(resolved: Resolved, folder: RunFolder | None) -> Loaded | None:
+    """The checkpoint that training goes on from, None for a new run; nothing in the folder is changed."""
     options = resolved.options
     if folder is None and not options.resume:
         return None
-    checkpoints = None
-    if folder is not None:
-        sentence = folder.lock()
-        if sentence:
-            logger.info(sentence)
-        refusal = folder.reason_to_stop() if requeued() else None
-        if refusal:
-            raise UserError(refusal)
-        checkpoints = Checkpoints(folder.path)
-        checkpoints.sweep()
+    checkpoints = None if folder is None else Checkpoints(folder.path)
     asked = options.resume[0] if options.resume else ""
     own = not asked or asked in ("latest", "best") or (folder is not None and folder.already_went_on_from(asked))
     if own and checkpoints is None:
@@ -101,9 +110,6 @@ def _open_folder(resolved: Resolved, folder: RunFolder | None) -> Loaded | None:
     check_resumable(loaded.state, loaded.path)
     for difference in check_same_run(loaded.state, resolved.to_dict(), loaded.path, explicit=not own):
         logger.warning("Resuming with another option: %s", difference)
-    if folder is not None:
-        for name in checkpoints.set_aside_newer(loaded):
-            logger.warning("%s is newer than the checkpoint that is resumed and was renamed superseded-%s", name, name)
     return loaded
 
 

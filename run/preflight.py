@@ -83,6 +83,12 @@ def check_writable(output_dir: str) -> None:
                         f"({error.strerror}); choose another.") from error
 
 
+def free_space(output_dir: str) -> int:
+    """Bytes that a run can have for its checkpoints in `output_dir`, those of its own that it would replace included."""
+    own = sum(path.stat().st_size for path in Path(output_dir).glob("*.pth"))
+    return shutil.disk_usage(existing_folder(output_dir)).free + own
+
+
 def scratch_place(output_dir: str) -> Path | None:
     """A folder on the run's disk, above its own, for temporary checkpoints; None: the system's temporary folder."""
     if not output_dir:
