@@ -119,7 +119,7 @@ def read(path: str) -> Recipe:
 def _recipe_value(path: str, name: str, value: Any) -> Any:
     if name not in FIELDS:
         hint = suggest(name.replace("-", "_"), FIELDS)
-        raise UserError(f"recipe {path} has an unknown key {quote(name)}{hint or '; `--help all` lists every option'}.")
+        raise UserError(f"recipe {path} has an unknown key {quote(name)}{hint or '; `--help all` lists every option.'}")
     texts = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in texts):
         raise UserError(f"recipe {path}: {name} must be a plain value or a list of plain values.")
@@ -142,10 +142,12 @@ def _text(path: str) -> str:
             raise
         if isinstance(error, UnicodeDecodeError):
             raise UserError(f"--config {path} is not a text file; give a YAML file with options.") from None
-        hint = suggest(Path(path).name, [p.name for p in FOLDER.glob("*.yaml")])
+        hint = suggest(Path(path).stem, [p.stem for p in FOLDER.glob("*.yaml")])
+        hint = hint.replace("mean ", "mean recipes/").replace("?", ".yaml?")
         reason = getattr(error, "strerror", None) or str(error)
         path = path if path.isprintable() and len(path) <= 200 else quote(path)
-        raise UserError(f"--config {path} cannot be opened ({reason}){hint or '; recipes are in recipes/'}.") from None
+        raise UserError(f"--config {path} cannot be opened ({reason})"
+                        f"{hint or '; recipes are in recipes/.'}") from None
 
 
 class _StrictLoader(yaml.BaseLoader):

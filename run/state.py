@@ -5,7 +5,7 @@ Keys of format 2: format, model, model_ema, optimizer, scaler, epoch (index of t
 transform of the pictures. Values are tensors and plain Python only.
 """
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any
@@ -79,11 +79,40 @@ def upgrade(state: Any, path: str | os.PathLike) -> dict[str, Any]:
 
 
 def check_resumable(state: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Raise UserError when training cannot go on from a state: weights alone, or a published best file."""
+    """Raise UserError when training cannot go on from a state: weights alone, a published best file, odd entries."""
     missing = [key for key in ("model", "optimizer", "epoch") if state.get(key) is None]
     if missing:
         raise UserError(f"{path} has no {' and no '.join(missing)}, so training cannot go on from it; start from its "
                         "weights with --finetune, or resume a numbered checkpoint.")
+    wrong = [key for key, fits in _ENTRIES.items() if state.get(key) is not None and not fits(state[key])]
+    if wrong:
+        raise UserError(f"{path} is not a checkpoint of a training: its entry {' and its entry '.join(wrong)} holds "
+                        "something else than such files have; resume another one, or start from its weights with "
+                        "--finetune.")
+
+
+def _count(lowest: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and value >= lowest
+
+
+def _optimizer(value: Any) -> bool:
+    groups = value.get("param_groups") if isinstance(value, dict) else None
+    return isinstance(groups, list) and isinstance(value.get("state"), dict) and all(
+        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
+
+
+def _numbers(value: Any) -> bool:
+    return all(v is None or isinstance(v, (int, float)) for v in value)
+
+
+# What a resumed run takes for granted about an entry that is there; a file from elsewhere may hold anything.
+_ENTRIES: dict[str, Callable[[Any], bool]] = {
+    "model": lambda v: isinstance(v, dict), "model_ema": lambda v: isinstance(v, (dict, list)), "optimizer": _optimizer,
+    "epoch": _count(-1), "update": _count(0), "global_batch": _count(1), "threads": _count(1), "seed": _count(0),
+    "best": lambda v: _numbers(v.values()), "code_paths": lambda v: isinstance(v, dict),
+    "policy": lambda v: isinstance(v, dict) and _numbers(v.values()), "scaler": lambda v: isinstance(v, dict),
+    "sums": lambda v: isinstance(v, list) and _numbers(v),
+    "classes": lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v)}
 
 
 def differences(state: Mapping[str, Any], args: Mapping[str, Any]) -> list[str]:

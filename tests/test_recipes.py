@@ -130,7 +130,7 @@ def test_an_empty_recipe_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("path, words", [
-    ("recipes/quickstrat.yaml", ["quickstrat.yaml", "did you mean quickstart.yaml?"]),
+    ("recipes/quickstrat.yaml", ["quickstrat.yaml", "did you mean recipes/quickstart.yaml?"]),
     ("recipes", ["is a folder"]), ("", ["needs the path"]), ("a\0b", ["NUL"]), ("x" * 5000, ["cannot be opened"])])
 def test_a_recipe_that_is_not_there(path, words, monkeypatch):
     monkeypatch.chdir(RECIPES.parent)
