@@ -84,7 +84,8 @@ def test_preempted_in_an_epoch_and_requeued_it_ends_with_the_same_bits(cluster, 
 def test_after_a_killed_rank_it_goes_on_and_ends_with_the_same_bits(cluster, folder, undisturbed):
     job, run = submit(folder, "killed")
     wait_for(lambda: "epoch 2/3  update 10" in log(folder, "killed", job), 300)
-    trainers = subprocess.run(["pgrep", "-f", f"main.py .*{folder}/killed/run"], capture_output=True, text=True).stdout.split()
+    search = ["pgrep", "-f", f"main.py .*{folder}/killed/run"]
+    trainers = subprocess.run(search, capture_output=True, text=True).stdout.split()
     os.kill(int(trainers[-1]), signal.SIGKILL)
     assert cluster.wait(job, seconds=400) == "COMPLETED", log(folder, "killed", job)
     for part in ("model", "model_ema", "optimizer"):
