@@ -90,14 +90,16 @@ class _Meter:
     def __init__(self, training: Training, epoch: int, first_update: int, sums: Sequence[float] | None = None):
         self.training, self.progress = training, Progress(epoch, first_update, first_update)
         self.start, self.waited, self.pictures = time.perf_counter(), 0.0, 0
-        # Loss, gradient norm, applied updates, hits, hard-labelled pictures.
-        self.window, self.sums = [], np.zeros(5) if sums is None else np.array(sums, dtype=np.float64)
+        # Loss and gradient norm per picture, pictures in applied updates, hits, hard-labelled pictures. By pictures,
+        # so that an epoch begun on two processes and ended on one weighs its updates alike.
+        self.window, self.sums = [], np.zeros(5) if sums is None else np.array(sums[:5], dtype=np.float64)
+        self.progress.nonfinite = int(sums[5]) if sums is not None and len(sums) > 5 else 0
 
     def add(self, stats: Any, hits: torch.Tensor | None, pictures: int) -> None:
         labelled = 0 if hits is None else pictures
         row = [torch.where(stats.finite > 0, stats.loss, 0), torch.where(stats.finite > 0, stats.grad_norm, 0),
                stats.finite, torch.zeros_like(stats.loss) if hits is None else hits.float(),
-               torch.full_like(stats.loss, labelled)]
+               torch.full_like(stats.loss, labelled), torch.full_like(stats.loss, pictures)]
         self.window.append(torch.stack(row))
         self.pictures += pictures
         self.progress.next_update += 1
@@ -107,7 +109,7 @@ class _Meter:
         progress, process = self.progress, self.training.process
         self._read_window()
         several = process is not None and process.world_size > 1
-        loss, norm, applied, hits, labelled = self.over_ranks() if over_ranks else self.sums.tolist()
+        loss, norm, applied, hits, labelled = self.over_ranks()[:5] if over_ranks else self.sums.tolist()
         progress.loss, progress.grad_norm = (loss / applied, norm / applied) if applied else (float("nan"),) * 2
         progress.class_acc = 100 * hits / labelled if labelled else None
         groups = self.training.update.optimizer.param_groups
@@ -125,11 +127,12 @@ class _Meter:
         process, sums = self.training.process, torch.from_numpy(self.sums.copy())
         if process is not None and process.world_size > 1:
             process.all_reduce_(sums, "sum")
-        return sums.tolist()
+        return [*sums.tolist(), self.progress.nonfinite]  # rank 0 carries the count on
 
     def _read_window(self) -> None:
         if self.window:
-            window = torch.stack(self.window).cpu().double().sum(0).numpy()
+            rows = torch.stack(self.window).cpu().double().numpy()
+            window = np.concatenate([rows[:, :3] * rows[:, 5:], rows[:, 3:5]], axis=1).sum(0)
             self.window, self.sums = [], self.sums + window
             self.progress.recent_loss = float(window[0] / window[2]) if window[2] else float("nan")
 

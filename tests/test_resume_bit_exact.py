@@ -1,8 +1,7 @@
 """A run that was stopped or killed, anywhere, ends with the bits of the run that nobody disturbed."""
 import pytest
 
-from tests.survival_kit import (EPOCHS, UPDATES, arguments, assert_equal_bits, codes, descendants, now, result, start,
-                                write_pictures)
+from tests.survival_kit import (EPOCHS, UPDATES, arguments, assert_equal_bits, codes, result, start, write_pictures)
 
 EVERY_UPDATE = 1e-9
 
@@ -29,32 +28,51 @@ def attempt(pictures, folder, *at, **changes):
     return codes([rank])[0]
 
 
-@pytest.mark.parametrize("before, after", [(0, 2), (1, 0), (2, 1)])
-@pytest.mark.parametrize("phase, update", [("forward", UPDATES + 3), ("step", UPDATES - 1), ("evaluation", 2 * UPDATES),
-                                           ("data", 0)], ids="mid-epoch last-of-epoch evaluation first".split())
-def test_stopped_and_resumed(pictures, undisturbed, tmp_path, phase, update, before, after):
-    folder = tmp_path / "run"
+MOMENTS = {"mid-epoch": ("forward", UPDATES + 3), "end of an epoch": ("step", UPDATES - 1),
+           "evaluation": ("evaluation", 2 * UPDATES), "first update": ("data", 0)}
+BRIEF = [("mid-epoch", 2, 1), ("end of an epoch", 0, 2), ("evaluation", 1, 0)]
+ALL = [(moment, *workers) for moment in MOMENTS for workers in ((0, 1), (1, 2), (2, 0))]
+
+
+@pytest.mark.parametrize("moment, before, after", BRIEF + [pytest.param(*case, marks=pytest.mark.slow) for case in ALL])
+def test_stopped_and_resumed(pictures, undisturbed, tmp_path, moment, before, after):
+    folder, (phase, update) = tmp_path / "run", MOMENTS[moment]
     at = dict(phase=phase, update=update, do="SIGTERM")
     assert attempt(pictures, folder, at, num_workers=before) == 75
     assert attempt(pictures, folder, num_workers=after) == 0
     assert_equal_bits(undisturbed, result(folder))
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_killed_and_resumed(pictures, undisturbed, tmp_path, workers):
-    """With a save at every update, and once without any within an epoch."""
+KILLS = [("backward", 4, EVERY_UPDATE), ("saving", UPDATES + 2, EVERY_UPDATE), ("saving", 2 * UPDATES, 0),
+         ("evaluation", 2 * UPDATES, EVERY_UPDATE), ("data", 3 * UPDATES - 1, 0)]
+
+
+@pytest.mark.parametrize("workers, kills", [
+    (2, KILLS[1:2]), (0, KILLS[3:4]), *(pytest.param(w, KILLS, marks=pytest.mark.slow) for w in (0, 1, 2))])
+def test_killed_and_resumed(pictures, undisturbed, tmp_path, workers, kills):
+    """With a save at every update, or only at the ends of epochs."""
     folder = tmp_path / "run"
-    for phase, update, minutes in [("backward", 4, EVERY_UPDATE), ("saving", UPDATES + 2, EVERY_UPDATE),
-                                   ("saving", 2 * UPDATES, 0), ("evaluation", 2 * UPDATES, EVERY_UPDATE),
-                                   ("data", 3 * UPDATES - 1, 0)]:
+    for phase, update, minutes in kills:
         at = dict(phase=phase, update=update, do="SIGKILL")
         assert attempt(pictures, folder, at, num_workers=workers, save_every_minutes=minutes) == -9
     assert attempt(pictures, folder, num_workers=2 - workers) == 0
     assert_equal_bits(undisturbed, result(folder))
 
 
-def test_the_comparison_sees_a_single_draw(pictures, undisturbed, tmp_path):
-    """Another seed of the drop path alone would show in every tensor; so does one update more or less."""
+@pytest.mark.slow
+def test_updates_that_were_not_applied_are_still_counted_after_a_stop(pictures, tmp_path):
+    poison = dict(phase="forward", update=UPDATES + 1, do="infinite_input")
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert attempt(pictures, whole, poison) == 0
+    assert attempt(pictures, folder, poison, dict(phase="forward", update=UPDATES + 3, do="SIGTERM")) == 75
+    assert attempt(pictures, folder) == 0
+    assert result(whole)["log"][1]["nonfinite_updates"] == 1 and result(whole)["policy"]["skipped"] == 1
+    assert_equal_bits(result(whole), result(folder))
+
+
+@pytest.mark.slow
+def test_the_comparison_sees_a_difference(pictures, undisturbed, tmp_path):
+    """Another chance of dropping a branch shows in the weights: the draws do reach them."""
     folder = tmp_path / "run"
     assert attempt(pictures, folder, drop_path=0.2) == 0
     with pytest.raises(AssertionError, match="model"):
