@@ -15,7 +15,7 @@ from run.results import read_predictions
 
 PARTS = {"config.yaml": "the configuration", "environment.json": "the environment", "eval.json": "the evaluation",
          "predictions.npz": "per-picture answers (python main.py --eval true --report DIR)",
-         "status.json": "how the run ended", "events.jsonl": "incidents"}
+         "status.json": "how the run ended"}
 
 
 @dataclass

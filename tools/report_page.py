@@ -47,7 +47,7 @@ def headline(run: Run) -> dict[str, tuple[str, str]]:
         if (last := run.last(key)) is not None:
             found[label] = (show.format(last), "")
     if run.log:
-        found["epochs"] = (str(len(run.log)), f"of {run.config['epochs']}" if "epochs" in run.config else "")
+        found["epochs"] = (str(len(run.log)), f"planned {run.config['epochs']}" if "epochs" in run.config else "")
     for key, label, show, total in (("train_images_per_second", "images per second", lambda v: f"{v:,.0f}", np.median),
                                     ("train_data_wait", "waiting for data", lambda v: f"{100 * v:.1f} %", np.median),
                                     ("seconds", "time", duration, sum)):
