@@ -11,6 +11,8 @@ from common.errors import UserError
 from common.log import logger, setup_logging
 from run.options import parse
 
+RANK_VARIABLES = ("RANK", "SUBMITIT_LOCAL_GLOBALID", "SLURM_PROCID")  # of torchrun, submitit's local executor, srun
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (without the program's name).
@@ -19,8 +21,10 @@ def main(argv: list[str] | None = None) -> int:
     1 any other end. Launchers turn all but 0 into 1; status.json in the run folder then tells which it was.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    rank = int(next((os.environ[name] for name in RANK_VARIABLES if os.environ.get(name)), 0))
     setup_logging(rank)
+    # C++ traces of a lost peer would stand around the sentence that says what happened.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         parse(argv)  # before PyTorch is imported, so that --help and a typing error answer at once
         return _run(argv)
@@ -51,7 +55,8 @@ def _run(argv: list[str]) -> int:
         for notice in resolved.notices:
             logger.info(notice)
         # The watchdog prints an error's sentence or traceback once, last, when there are several processes.
-        records = options.output_dir if options.output_dir and not options.dry_run else None
+        # Only a training records its heartbeat: an evaluation may go on beside one in the same folder.
+        records = options.output_dir if options.output_dir and not (options.dry_run or options.eval) else None
         with Watchdog(process, records, options.hang_timeout) as watchdog:
             if options.dry_run:
                 return check(resolved, process, watchdog)
