@@ -5,6 +5,7 @@ import shutil
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import models  # noqa: F401  (registers the models with timm)
 from datasets.sample import ensure_sample
@@ -71,3 +72,25 @@ def test_files_in_both_namings_and_both_weights_in_one_pass(world, tmp_path):
     both = run(world, tmp_path / "both", "--resume", paths[2], "--weights", "both")["results"]
     assert [r["weights"] for r in both] == ["model", "model_ema"]
     assert both[0]["hits1"] == single["hits1"] and both[1]["loss"] != both[0]["loss"]
+
+
+def test_the_verdict_on_a_published_architecture(tmp_path, capfd):
+    """Random weights on six pictures of ImageNet's classes: the line is printed, FAIL, and --check makes it count."""
+    torch.manual_seed(0)
+    torch.save({"model": timm.create_model("hornet_tiny_7x7").state_dict()}, tmp_path / "tiny.pth")
+    for i, synset in enumerate(["n01440764", "n01443537", "n15075141"]):
+        (tmp_path / "data" / "val" / synset).mkdir(parents=True)
+        for j in range(2):
+            Image.new("RGB", (260, 240), (80 * i, 120 * j, 9)).save(
+                tmp_path / "data" / "val" / synset / f"ILSVRC2012_val_{10 * i + j + 1:08d}.JPEG")
+    argv = ["--eval", "true", "--model", "hornet_tiny_7x7", "--resume", str(tmp_path / "tiny.pth"), "--data_path",
+            str(tmp_path / "data"), "--device", "cpu", "--num_workers", "0", "--batch_size", "6",
+            "--explain_difference", "true"]
+    assert evaluate(argv) == 0
+    said = capfd.readouterr()
+    line = said.out.strip().splitlines()[-1]
+    assert line.startswith("top-1 ") and "(published 82.84, difference -" in line and "6/50000 pictures" in line
+    assert line.endswith(" FAIL") and "6 pictures instead of 50000" in said.err
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert result["verdict"] == "FAIL" and result["published"]["authors_top1"] == 82.8 and "real" in result
+    assert evaluate([*argv, "--check", "true"]) == 1
