@@ -93,6 +93,8 @@ def test_all_published_architectures_round_trip(name, tmp_path):
     assert main(["convert", str(tmp_path / "c.safetensors"), "--out", str(tmp_path / "d.pth")]) == 0
     found = safe_torch_load(tmp_path / "d.pth")["model"]
     assert set(found) == set(state) and all(torch.equal(found[k], state[k]) for k in state)
+    for file in tmp_path.iterdir():  # gigabytes, which pytest would keep for three sessions
+        file.unlink()
 
 
 def test_verify_names_the_model_and_what_is_wrong(files, tmp_path, capsys):
