@@ -89,9 +89,10 @@ def keep_freed_memory(keep: bool) -> None:
     Every activation is large enough to be mapped and unmapped by the kernel otherwise, page by page.
     """
     libc = ctypes.CDLL(None)
-    max_mappings, trim_threshold = -4, -1
+    max_mappings, top_padding, trim_threshold = -4, -2, -1  # M_MMAP_MAX, M_TOP_PAD, M_TRIM_THRESHOLD
     libc.mallopt(max_mappings, 0 if keep else 65536)
-    libc.mallopt(trim_threshold, 2 ** 31 - 1 if keep else 128 * 1024)
+    libc.mallopt(top_padding, 2 ** 26 if keep else 128 * 1024)
+    libc.mallopt(trim_threshold, -1 if keep else 128 * 1024)  # -1: never
 
 
 def _onednn_helps() -> bool:

@@ -211,9 +211,10 @@ class CpuOperators(Operators):
         return _Join.apply(x, y, gamma.float(), keep.float().contiguous(), slot)
 
     def patch_conv(self, x, weight, bias):
-        """As a matrix product over the patches; the convolution's backward is at half the speed."""
+        """In training as a matrix product over the patches; only the convolution's backward is slow."""
         size, (batch, height, width, channels) = weight.shape[2], x.shape
-        if not self.onednn or height % size or width % size or not _ready(x, weight):
+        if (not self.onednn or not torch.is_grad_enabled() or height % size or width % size
+                or not _ready(x, weight)):
             return super().patch_conv(x, weight, bias)
         x = x.reshape(batch, height // size, size, width // size, size, channels).transpose(2, 3)
         return self.linear(x.flatten(3), weight.permute(0, 2, 3, 1).flatten(1), bias)

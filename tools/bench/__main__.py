@@ -2,7 +2,6 @@
 import argparse
 import json
 import multiprocessing
-import resource
 import sys
 
 import timm
@@ -37,13 +36,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _member(args: argparse.Namespace, name: str, train: bool, answers) -> None:
-    torch.set_num_threads(args.threads)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    speed = cases.family_member(name, cases.Setting(2, min(3, args.repeats), args.clock, args.size), train)
-    answers.put((speed, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2 ** 20))
-
-
 def _family(args: argparse.Namespace) -> list[dict]:
     """Each model in a process of its own, so that its peak memory is its own."""
     context, found = multiprocessing.get_context("spawn"), []
@@ -54,7 +46,8 @@ def _family(args: argparse.Namespace) -> list[dict]:
                "top1": PUBLISHED[name].top1}
         for train in (False, True):
             answers = context.SimpleQueue()
-            child = context.Process(target=_member, args=(args, name, train, answers))
+            setting = cases.Setting(2, min(3, args.repeats), args.clock, args.size)
+            child = context.Process(target=cases.report_member, args=(name, setting, train, args.threads, answers))
             child.start()
             child.join()
             kind = "train" if train else "evaluate"

@@ -1,6 +1,7 @@
 """What is measured: evaluation, training steps, the optimizer's update, loading, and the family of ten."""
 import contextlib
 import copy
+import resource
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -230,3 +231,11 @@ def family_member(name: str, setting: Setting, train: bool) -> float:
     with contextlib.nullcontext() if train else kernels.packed(model):
         times = interleave({"": step if train else forward}, setting.repeats, setting.clock)[""]
     return setting.batch / sorted(times)[len(times) // 2]
+
+
+def report_member(name: str, setting: Setting, train: bool, threads: int, answers) -> None:
+    """`family_member` in a process of its own: puts (pictures per second, GiB above an idle start) into `answers`."""
+    torch.set_num_threads(threads)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    speed = family_member(name, setting, train)
+    answers.put((speed, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2 ** 20))

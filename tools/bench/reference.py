@@ -119,7 +119,7 @@ class PlainHorNet(nn.Module):
         self.downsample_layers = nn.ModuleList([nn.Sequential(nn.Conv2d(3, base, 4, 4), ChannelNorm(base))])
         for a, b in zip(widths, widths[1:]):
             self.downsample_layers.append(nn.Sequential(ChannelNorm(a), nn.Conv2d(a, b, 2, 2)))
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         self.stages = nn.ModuleList(
             nn.Sequential(*(PlainBlock(width, 2 + i, grids[i], next(rates)) for _ in range(depth)))
             for i, (width, depth) in enumerate(zip(widths, depths)))
