@@ -21,9 +21,9 @@ from run.checkpoint import Checkpoints, Loaded
 from run.folder import RunFolder
 from run.life import Services, TrainingRun
 from run.options import Resolved
-from run.preflight import (Pace, Report, check_writable, cpus_per_process, first_difference, free_space, low_score,
-                           peak_memory, process_problems, recipe_hours, scratch_place, shared_memory_needed,
-                           shared_memory_problem, size_words)
+from run.preflight import (Pace, Report, check_writable, cpus_per_process, digest, first_difference, free_space,
+                           low_score, memory_words, peak_memory, plural, process_problems, recipe_hours,
+                           scratch_place, shared_memory_needed, shared_memory_problem, size_words)
 from run.state import finished, snapshot, state_bytes
 from run.tracker import duration
 from scoring import SAMPLED, score_pictures
@@ -37,8 +37,9 @@ _ONE_UPDATE, _NO_UPDATE = 5_000_000, 30_000_000
 def check(resolved: Resolved, process: Any, watchdog: Any) -> int:
     """Try out what `resolved` asks for; the exit code. Raises UserError for what is wrong, on every rank."""
     options = resolved.options
-    place = process.device if process.device.type == "cpu" else f"{torch.get_device_module(process.device).get_device_name()}"
-    report = Report(f"Trying out {'the evaluation' if options.eval else 'the training'} of {options.model} on {place}")
+    device = process.device
+    place = torch.get_device_module(device).get_device_name() if device.type in ("cuda", "xpu") else device
+    report = Report(f"Trying out the {'evaluation' if options.eval else 'training'} of {options.model} on {place}")
     if options.output_dir:
         process.on_rank_zero(lambda: check_writable(options.output_dir))
     _processes(report, process)
@@ -63,8 +64,9 @@ def _processes(report: Report, process: Any) -> None:
     nodes = len(set(process.all_gather_object(process.node_name)))
     devices = "they share the CPU" if process.device.type == "cpu" else "each with a device of its own"
     if not problems:
-        report.say("processes", f"{process.world_size} on {nodes} node{'s' * (nodes > 1)}, {devices}; versions and clocks "
-                   f"agree, all-reduce adds up ({1000 * (time.perf_counter() - started):.0f} ms for all of it)")
+        milliseconds = 1000 * (time.perf_counter() - started)
+        report.say("processes", f"{process.world_size} on {nodes} node{'s' * (nodes > 1)}, {devices}; versions and "
+                   f"clocks agree, all-reduce adds up ({milliseconds:.0f} ms for all of it)")
 
 
 class Trial(engine.Observer):
@@ -124,7 +126,7 @@ def _training(resolved: Resolved, process: Any, observer: Trial, report: Report)
     on_cpu = process.device.type == "cpu"
     if on_cpu and size > _NO_UPDATE:
         report.say("model", f"{size / 1e6:.1f} M parameters, built without memory for them: above "
-                   f"{_NO_UPDATE / 1e6:.0f} M a CPU tries no update")
+                   f"{_NO_UPDATE / 1e6:.0f} M a CPU tries no update and no checkpoint")
         _disk(report, process, options, 4 * size * (4 if options.model_ema else 3))
         return
     report.say("model", f"{size / 1e6:.2f} M parameters, {planned.data.num_classes} classes")
@@ -151,7 +153,7 @@ def _checkpoint_to_go_on_from(resolved: Resolved, report: Report) -> Loaded | No
     return loaded
 
 
-def _pictures(report: Report, process: Any, parts: dict[str, Any], options: Any) -> SampleCheck | None:
+def _pictures(report: Report, process: Any, parts: dict[str, Any], options: Any) -> SampleCheck:
     """Look at a sample of each part on rank 0; returns that of the first part there is."""
     found: list[SampleCheck] = []
     for name, dataset in parts.items():
@@ -162,19 +164,20 @@ def _pictures(report: Report, process: Any, parts: dict[str, Any], options: Any)
         said = sample.sentences()
         report.say(f"{name} pictures", *said)
         if sample.unreadable and name == "val" and not options.allow_bad_images:
-            report.problem(name, f"picture {sample.unreadable[0][0]} cannot be read ({sample.unreadable[0][1]}), which ends "
-                           "an evaluation: mend it, or count unreadable pictures as wrong with --allow_bad_images true.")
-    return process.broadcast_object(found[0] if found else None)
+            path, reason = sample.unreadable[0]
+            report.problem(f"{name} pictures", f"picture {path} cannot be read ({reason}), which ends an evaluation: "
+                           "mend it, or count unreadable pictures as wrong with --allow_bad_images true.")
+    return process.broadcast_object(found[0] if process.is_main else None)
 
 
 def _shared_memory(report: Report, process: Any, options: Any) -> None:
-    problem = next(filter(None, process.all_gather_object(shared_memory_problem(options, process.local_world_size))), None)
-    if problem:
-        report.problem("shared memory", problem)
+    local = process.local_world_size
+    problems = list(filter(None, process.all_gather_object(shared_memory_problem(options, local))))
+    if problems:
+        report.problem("shared memory", problems[0])
     elif options.num_workers:
-        needed = size_words(shared_memory_needed(options, process.local_world_size))
-        report.say("shared memory", f"{options.num_workers} workers x {process.local_world_size} processes need up to "
-                   f"{needed}, which there is")
+        report.say("shared memory", f"{plural(options.num_workers, 'worker')} x {plural(local, 'process')} need up to "
+                   f"{size_words(shared_memory_needed(options, local))}, which there is")
 
 
 @dataclass
@@ -183,7 +186,7 @@ class Tried:
     state_size: int
     evaluation_rate: float | None = None
     evaluated: int = 0
-    memory: list[tuple[int, int | None]] = field(default_factory=list)
+    memory: list[tuple[int, int]] = field(default_factory=list)
 
 
 def _try_updates(resolved: Resolved, process: Any, observer: Trial, report: Report, loaded: Loaded | None,
@@ -201,8 +204,9 @@ def _try_updates(resolved: Resolved, process: Any, observer: Trial, report: Repo
             observer.start = time.perf_counter()
             first = run.update - run.epoch * planned.updates_per_epoch
             progress = engine.train_one_epoch(run.training, run.epoch, first, run.sums)
-            run.update = progress.next_update
+            run.update, run.epoch = progress.next_update, progress.next_update // planned.updates_per_epoch
             _say_updates(report, planned, observer, progress)
+            _same_weights(report, run, process)
             tried = Tried(state_bytes(run.state()), memory=process.all_gather_object(peak_memory(process.device)))
             if not options.disable_eval:
                 networks = [("", run.parts.model)] + ([("_ema", run.parts.ema.module)] if run.parts.ema else [])
@@ -214,16 +218,24 @@ def _try_updates(resolved: Resolved, process: Any, observer: Trial, report: Repo
     return tried
 
 
+def _same_weights(report: Report, run: TrainingRun, process: Any) -> None:
+    sums = process.all_gather_object(digest(run.parts.model)) if process.world_size > 1 else [""]
+    strange = [rank for rank, value in enumerate(sums) if value != sums[0]]
+    if strange:
+        report.problem("updates", f"the weights of ranks {strange} differ from those of rank 0 after the same updates: "
+                       "the network or a device is at fault.")
+
+
 def _say_updates(report: Report, planned: Planned, observer: Trial, progress: engine.Progress) -> None:
-    losses = " → ".join(f"{loss:.4g}" for loss in observer.losses[:1] + observer.losses[1:][-1:])
+    losses = " to ".join(f"{loss:.4g}" for loss in observer.losses[:1] + observer.losses[1:][-1:])
     count = len(observer.ends)
-    report.say("updates", f"{count} update{'s' * (count > 1)} of {planned.plan.global_batch} pictures: loss {losses}, gradient "
-               f"norm {progress.grad_norm:.3g}, lr {progress.lr:.3g}")
+    report.say("updates", f"{plural(count, 'update')} of {planned.plan.global_batch} pictures: loss {losses}, "
+               f"gradient norm {progress.grad_norm:.3g}, lr {progress.lr:.3g}")
     if observer.nonfinite:
         record = observer.nonfinite[0]
         where = f", first in {record['first_module']}" if record.get("first_module") else ""
-        report.problem("updates", f"the loss or gradient of update {record['update']} is not finite{where}: lower --lr, "
-                       "lengthen --warmup_epochs, or train without --use_amp.")
+        report.problem("updates", f"the loss or gradient of update {record['update']} is not finite{where}: lower "
+                       "--lr, lengthen --warmup_epochs, or train without --use_amp.")
 
 
 def _score_some(tried: Tried, networks: list, planned: Planned, process: Any, observer: Trial) -> None:
@@ -249,38 +261,39 @@ def _save_and_reload(report: Report, run: TrainingRun, checkpoints: Checkpoints)
     difference = first_difference(before, {name: loaded.state[name] for name in before})
     if difference is None:
         with torch.no_grad():
-            for tensor in run.parts.model.state_dict().values():
-                tensor.zero_()
+            for part in filter(None, (run.parts.model, run.parts.ema)):
+                for tensor in part.state_dict().values():
+                    tensor.zero_()
+            run.parts.optimizer.state.clear()
         run.restore(loaded.state)
-        restored = snapshot(run.state()) | {name: before[name] for name in ("epoch", "sums", "best")}
-        difference = first_difference(before, restored)
+        difference = first_difference(before, snapshot(run.state()))
     if difference:
-        report.problem("save, reload", f"{difference} differs after saving and loading: report this with the command.")
+        report.problem("save, reload", f"{difference} differs after saving and loading: please report this.")
     else:
-        report.say("save, reload", f"{size_words(state_bytes(before))} in {saved:.2f} s; read again and restored bit for bit")
+        report.say("save, reload", f"{size_words(state_bytes(before))} in {saved:.2f} s; read again and restored bit "
+                   "for bit")
 
 
-def _speed(report: Report, planned: Planned, tried: Planned, found: Tried, observer: Trial, sample: SampleCheck | None,
+def _speed(report: Report, planned: Planned, tried: Planned, found: Tried, observer: Trial, sample: SampleCheck,
            process: Any) -> None:
     """Memory, speed, the share of waiting with the change that would help most, and the time of the whole recipe."""
-    options, kind = planned.options, process.device.type
+    options, world, on_cpu = planned.options, process.world_size, process.device.type == "cpu"
     peak, total = max(found.memory, key=lambda memory: memory[0])
-    whole = f" of {size_words(total)}" if total else ""
-    report.say("memory", f"at most {size_words(peak)}{whole} " + ("of main memory per process" if kind == "cpu" else "on the device"))
+    report.say("memory", memory_words(peak, total, on_cpu))
     compute, waited = observer.pace(tried.plan.batch_size * tried.plan.update_freq)
     slowest = process.all_reduce_(torch.tensor([compute, -waited], dtype=torch.float64), "min").tolist()
-    pace = Pace(slowest[0], sample.seconds if sample else 0.0, options.num_workers, cpus_per_process(process.local_world_size),
-                -slowest[1], options.update_freq, peak / total if total and kind != "cpu" else None,
-                kind in ("cuda", "xpu") and not options.use_amp)
+    cpus, could_use_amp = cpus_per_process(process.local_world_size), not on_cpu and not options.use_amp
+    pace = Pace(slowest[0], sample.seconds, options.num_workers, cpus, -slowest[1], options.update_freq,
+                None if on_cpu else peak / total, could_use_amp)
     roughly = "" if len(observer.ends) > 2 else "roughly, from so little: "
-    report.say("speed", f"{roughly}{pace.rate * process.world_size:,.1f} img/s, the network alone "
-               f"{pace.compute * process.world_size:,.1f}")
+    report.say("speed", f"{roughly}{pace.rate * world:,.1f} img/s, the network alone {pace.compute * world:,.1f}")
     report.say("data waiting", f"{100 * pace.waiting:.0f} % of the time; {pace.advice()}")
-    evaluation_rate = found.evaluation_rate and found.evaluation_rate * process.world_size
+    evaluation_rate = found.evaluation_rate and found.evaluation_rate * world
     pictures = planned.updates_per_epoch * planned.plan.global_batch
-    report.say("whole recipe", roughly + recipe_hours(pace.rate * process.world_size, pictures, evaluation_rate, found.evaluated,
-                                                      options.epochs))
-    if options.model_ema and (warning := half_life_warning(options.model_ema_decay, options.epochs * planned.updates_per_epoch)):
+    hours = recipe_hours(pace.rate * world, pictures, evaluation_rate, found.evaluated, options.epochs)
+    report.say("whole recipe", roughly + hours)
+    warning = half_life_warning(options.model_ema_decay, options.epochs * planned.updates_per_epoch)
+    if options.model_ema and warning:
         report.say("EMA", warning)
 
 
@@ -290,8 +303,8 @@ def _disk(report: Report, process: Any, options: Any, state_size: int) -> None:
     elif process.is_main:
         needed = Checkpoints(options.output_dir, keep=options.save_ckpt_num).disk_needed(state_size, options.epochs)
         free = free_space(options.output_dir)
-        text = (f"checkpoints take {size_words(state_size)} each, up to {size_words(needed)} in all; {size_words(free)} "
-                f"can be had in {options.output_dir}")
+        text = (f"checkpoints take {size_words(state_size)} each, up to {size_words(needed)} in all; "
+                f"{size_words(free)} can be had in {options.output_dir}")
         if needed < free:
             report.say("disk", text)
         else:
@@ -314,11 +327,11 @@ def _evaluation(resolved: Resolved, process: Any, observer: Trial, report: Repor
         found = score_pictures([("", candidate.network)], data, few, prepared.evaluation,
                                SAMPLED if quick else 2 * process.world_size)[0]
         seconds += found.seconds * len(data.val) / found.images
-        report.say("weights", f"{candidate.path} ({candidate.weights}): {found.hits1} of {found.images} sampled pictures right, "
-                   f"mean loss {found.loss:.3f}")
+        report.say("weights", f"{candidate.path} ({candidate.weights}): {found.hits1} of {found.images} sampled "
+                   f"pictures right, mean loss {found.loss:.3f}")
         strange = low_score(found.hits1, found.images - found.bad, data.num_classes, candidate.weights)
         if strange and not prepared.evaluation.columns:
             report.say("", f"warning: {strange}")
     peak, total = max(process.all_gather_object(peak_memory(process.device)), key=lambda memory: memory[0])
-    report.say("memory", f"at most {size_words(peak)}{f' of {size_words(total)}' if total else ''}")
+    report.say("memory", memory_words(peak, total, process.device.type == "cpu"))
     report.say("whole set", f"{len(data.val)} pictures would take {duration(seconds)}")

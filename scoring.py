@@ -1,4 +1,4 @@
-"""Networks scored on a few pictures: to tell weights that fit the data from weights that don't before hours are spent."""
+"""Networks scored on a few pictures: weights that do not fit the data are told before hours are spent."""
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -38,7 +38,7 @@ def score_pictures(networks: list[tuple[str, torch.nn.Module]], data: Data, opti
 
 def strange_weights(network: torch.nn.Module, weights: str, data: Data, options: Any,
                     evaluation: engine.Evaluation) -> str | None:
-    """A sentence when loaded weights fail on 500 pictures, as they do with classes in another order; None if they don't.
+    """A sentence when loaded weights fail on 500 pictures, as they do with classes in another order; else None.
 
     For 100 classes and more, where chance is at most 1 %. Every rank must call it; the answer is the same on all.
     """

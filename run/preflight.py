@@ -2,8 +2,10 @@
 
 The whole of it is `--dry_run true` (see preflight.py at the top); `start_warnings` is the part every training does.
 """
+import hashlib
 import os
 import shutil
+import sys
 import tempfile
 import textwrap
 import time
@@ -61,6 +63,17 @@ def size_words(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e6:.1f} MB"
 
 
+def memory_words(peak: int, total: int, on_cpu: bool) -> str:
+    """What a process took at most, of which memory."""
+    where = "of main memory per process" if on_cpu else "on a device"
+    return f"at most {size_words(peak)} of {size_words(total)} {where}"
+
+
+def plural(count: int, word: str) -> str:
+    """`1 worker`, `2 processes`."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}{'es' if word.endswith('s') else 's'}"
+
+
 # ------------------------------------------------------------------------------------------------------------ disk
 
 def existing_folder(output_dir: str) -> Path:
@@ -70,9 +83,11 @@ def existing_folder(output_dir: str) -> Path:
 
 
 def check_writable(output_dir: str) -> None:
-    """Raise UserError when no file can be written where `output_dir` is to be; a file without a name leaves no trace."""
+    """Raise UserError when nothing can be written where `output_dir` is to be; a nameless file leaves no trace."""
     folder = existing_folder(output_dir)
     try:
+        if not folder.is_dir():
+            raise NotADirectoryError(0, "it is no folder")
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(0, "Permission denied")
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -84,7 +99,7 @@ def check_writable(output_dir: str) -> None:
 
 
 def free_space(output_dir: str) -> int:
-    """Bytes that a run can have for its checkpoints in `output_dir`, those of its own that it would replace included."""
+    """Bytes that a run can have for its checkpoints in `output_dir`, including those of its own there."""
     own = sum(path.stat().st_size for path in Path(output_dir).glob("*.pth"))
     return shutil.disk_usage(existing_folder(output_dir)).free + own
 
@@ -105,9 +120,10 @@ def shared_memory_problem(options: Any, local_world_size: int, folder: str = "/d
     if needed <= free:
         return None
     fits = int(options.num_workers * free / needed)
-    return (f"{options.num_workers} workers x {local_world_size} processes hold up to {size_words(needed)} of batches in "
-            f"shared memory, and {folder} has {size_words(free)} free: the loader would be killed by a bus error; use "
-            f"--num_workers {fits}" + (f", or give the container more (docker run --shm-size={needed // 10 ** 9 + 1}g)."))
+    return (f"{plural(options.num_workers, 'worker')} x {plural(local_world_size, 'process')} hold up to "
+            f"{size_words(needed)} of batches in shared memory, and {folder} has {size_words(free)} free: a bus error "
+            f"would kill the loader; use --num_workers {fits}, or give the container more (docker run "
+            f"--shm-size={needed // 10 ** 9 + 1}g).")
 
 
 def shared_memory_needed(options: Any, local_world_size: int) -> int:
@@ -155,17 +171,19 @@ class Pace:
         if self.could_use_amp:
             return "the change that would help most: --use_amp true (mixed precision)"
         if self.memory_share is not None and self.memory_share < 0.45 and self.update_freq > 1:
-            return "the change that would help most: twice the --batch_size with half the --update_freq, it fits in memory"
+            return "the change that would help most: twice the --batch_size with half the --update_freq (it fits)"
         return "loading keeps up; no option would change much"
 
 
-def peak_memory(device: torch.device) -> tuple[int, int | None]:
+def peak_memory(device: torch.device) -> tuple[int, int]:
     """Bytes at the peak so far and in all: of the device, or for the CPU of this process and of the machine."""
     if device.type in ("cuda", "xpu"):
         backend = torch.get_device_module(device)
         return backend.max_memory_allocated(device), backend.get_device_properties(device).total_memory
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def cpus_per_process(local_world_size: int) -> int:
@@ -201,7 +219,8 @@ def process_problems(process: Any, code_version: str) -> list[str]:
     clocks = [clock for _, clock, _ in gathered]
     if max(clocks) - min(clocks) > _CLOCKS_APART:
         late, early = (gathered[clocks.index(pick(clocks))][0] for pick in (max, min))
-        problems.append(f"the clocks of {late} and {early} are {max(clocks) - min(clocks):.0f} s apart: set them (NTP).")
+        apart = max(clocks) - min(clocks)
+        problems.append(f"the clocks of {late} and {early} are {apart:.0f} s apart: set them (NTP).")
     return problems + _all_reduce_problems(process)
 
 
@@ -211,7 +230,8 @@ def _all_reduce_problems(process: Any) -> list[str]:
     total = process.all_reduce_(ramp + process.rank, "sum")
     right = torch.equal(total, ramp * size + size * (size - 1) // 2)
     wrong = [rank for rank, fine in enumerate(process.all_gather_object(right)) if not fine]
-    return [f"all-reduce gives a wrong sum on ranks {wrong}: the network or the devices' driver is at fault."] if wrong else []
+    sentence = f"all-reduce gives a wrong sum on ranks {wrong}: the network or the devices' driver is at fault."
+    return [sentence] if wrong else []
 
 
 def start_warnings(options: Any, process: Any, code_version: str, sample: Any) -> list[str]:
@@ -236,7 +256,8 @@ def first_difference(one: Any, other: Any, name: str = "state") -> str | None:
             return name
         return next((d for key in one if (d := first_difference(one[key], other[key], f"{name}.{key}"))), None)
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
-        return next((d for i, pair in enumerate(zip(one, other)) if (d := first_difference(*pair, f"{name}.{i}"))), None)
+        pairs = enumerate(zip(one, other))
+        return next((d for i, pair in pairs if (d := first_difference(*pair, f"{name}.{i}"))), None)
     return None if repr(one) == repr(other) else name  # repr: not-a-number equals itself
 
 
@@ -255,7 +276,15 @@ def low_score(hits: int, pictures: int, classes: int, weights: str = "model") ->
     if classes < ENOUGH_CLASSES or pictures < ENOUGH_PICTURES or hits >= LOW_SCORE * pictures:
         return None
     other = "model" if weights == "model_ema" else "ema"
-    return (f"the loaded weights name only {hits} of {pictures} pictures rightly ({100 * hits / pictures:.1f} %, chance is "
-            f"{100 / classes:.2g} %), though their head has these {classes} classes; likely causes: another order of "
-            "the classes than the data's folders have, another normalisation (--imagenet_default_mean_and_std), or the "
-            f"wrong entry of the file (try --weights {other}).")
+    return (f"the loaded weights name only {hits} of {pictures} pictures rightly ({100 * hits / pictures:.1f} %, "
+            f"chance is {100 / classes:.2g} %), though their head has these {classes} classes; likely causes: another "
+            "order of the classes than the data's folders have, another normalisation "
+            f"(--imagenet_default_mean_and_std), or the wrong entry of the file (try --weights {other}).")
+
+
+def digest(model: torch.nn.Module) -> str:
+    """A hash of a network's weights, to compare them between processes."""
+    found = hashlib.blake2b(digest_size=12)
+    for tensor in model.state_dict().values():
+        found.update(_bits(tensor).numpy())
+    return found.hexdigest()
