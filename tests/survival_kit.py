@@ -27,14 +27,14 @@ OPTIONS = {
     "lr": 0.01, "warmup_epochs": 1, "weight_decay_end": 0.1, "clip_grad": 0.5, "drop_path": 0.3,
     "layer_scale_init_value": 0.5, "mixup": 0.8, "cutmix": 1.0, "reprob": 0.5, "aa": "rand-m9-mstd0.5-inc1",
     "model_ema": "true", "model_ema_eval": "true", "model_ema_decay": 0.9, "num_workers": 0, "print_freq": 2, "seed": 5}
-_forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["main", "training", "evaluation", "tests.survival_kit", "tools.report"])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["main", "training", "evaluation", "tests.survival_kit", "tools.report"])
 
 
-def write_pictures(folder: Path) -> Path:
+def write_pictures(folder: Path, train: int = TRAIN_PICTURES) -> Path:
     """Pictures of noise in three classes, train/ and val/."""
     rng = np.random.default_rng(0)
-    for part, count in (("train", TRAIN_PICTURES), ("val", VAL_PICTURES)):
+    for part, count in (("train", train), ("val", VAL_PICTURES)):
         for index in range(count):
             path = folder / part / f"class{index % 3}" / f"{index:03}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ class Started:
 
     def __init__(self, argv: list[str], output: Path, hook: dict | None = None, place: dict | None = None):
         self.output = output
-        self.process = _forks.Process(target=_child, args=(argv, str(output), hook or {}, place or {}))
+        self.process = FORKS.Process(target=_child, args=(argv, str(output), hook or {}, place or {}))
         self.process.start()
         atexit.register(self.kill)
 
@@ -100,11 +100,15 @@ def start(argv: list[str], output: Path, world_size: int = 1, **hook) -> list[St
     """`world_size` ranks of one job, without a launcher above them; rank r prints to OUTPUT.r"""
     if world_size == 1:
         return [Started(argv, output, hook)]
+    return [Started(argv, output.with_name(f"{output.name}.{rank}"), hook, place)
+            for rank, place in enumerate(places(world_size))]
+
+
+def places(world_size: int) -> list[dict[str, str]]:
+    """The environments of the ranks of a new job on this machine, as a launcher without rendezvous gives them."""
     job = uuid.uuid4().hex
-    places = [dict(SUBMITIT_EXECUTOR="local", SUBMITIT_LOCAL_JOB_ID=job, SUBMITIT_LOCAL_GLOBALID=str(rank),
-                   SUBMITIT_LOCAL_LOCALID=str(rank), SUBMITIT_LOCAL_NTASKS=str(world_size)) for rank in range(world_size)]
-    return [Started(argv, output.with_name(f"{output.name}.{place['SUBMITIT_LOCAL_GLOBALID']}"), hook, place)
-            for place in places]
+    return [dict(SUBMITIT_EXECUTOR="local", SUBMITIT_LOCAL_JOB_ID=job, SUBMITIT_LOCAL_GLOBALID=str(rank),
+                 SUBMITIT_LOCAL_LOCALID=str(rank), SUBMITIT_LOCAL_NTASKS=str(world_size)) for rank in range(world_size)]
 
 
 def codes(ranks: list[Started], seconds: float = 120) -> list[int]:
