@@ -34,10 +34,16 @@ def _imagenet() -> ImageNetInfo:
 
 def class_titles(class_names: Sequence[str]) -> list[str]:
     """Names for people: timm's ImageNet words for synsets such as n01440764, any other name unchanged."""
-    if not any(len(name) == 9 and name[0] == "n" and name[1:].isdigit() for name in class_names):
-        return list(class_names)
-    words = _imagenet()._lemmas  # label_descriptions covers one subset only; this table covers every ImageNet synset
-    return [words.get(name, name) for name in class_names]
+    return [_title(name) for name in class_names]
+
+
+def _title(name: str) -> str:
+    if len(name) != 9 or name[0] != "n" or not name[1:].isdigit():
+        return name
+    try:
+        return _imagenet().label_name_to_description(name)
+    except KeyError:  # looks like a synset, and is none that timm has words for
+        return name
 
 
 def imagenet_class_names() -> list[str]:

@@ -95,6 +95,14 @@ def test_ema_weights_and_heat_maps(checkpoint, pictures, tmp_path, capsys):
     assert len(made) == 4 and Image.open(made[0]).size == (64, 64)
 
 
+def test_a_model_without_layer_scale_is_loaded_as_such(tmp_path):
+    model = timm.create_model("hornet_pico_7x7", num_classes=2, layer_scale_init_value=0)
+    torch.save({"model": model.state_dict(), "args": {"model": "hornet_pico_7x7", "layer_scale_init_value": 0.0}},
+               tmp_path / "c.pth")
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(load_trained(resume=str(tmp_path / "c.pth")).model(x), model.eval()(x))
+
+
 @pytest.mark.parametrize("argv, part", [
     (["missing.jpg", "--resume", "CHECKPOINT"], "missing.jpg does not exist"),
     (["EMPTY", "--resume", "CHECKPOINT"], "no pictures in"),
@@ -103,6 +111,7 @@ def test_ema_weights_and_heat_maps(checkpoint, pictures, tmp_path, capsys):
     (["PICTURES", "--resume", "PICTURES"], "is a folder"),
     (["PICTURES", "--resume", "CHECKPOINT", "--out", "xml"], "--out xml is not accepted"),
     (["PICTURES", "--resume", "CHECKPOINT", "--topk", "0"], "must be 1 or more"),
+    (["PICTURES", "--resume", "CHECKPOINT", "--input_size", "16"], "from 32 on"),
     (["PICTURES", "--resume", "CHECKPOINT", "--model", "hornet_nano_7x7"], "does not hold this model"),
 ])
 def test_mistakes_are_one_sentence_and_exit_2(argv, part, checkpoint, pictures, tmp_path, capfd):
@@ -135,7 +144,7 @@ def test_imagenet_names_come_from_timm():
     model = timm.create_model("hornet_pico_7x7", num_classes=1000)
     top = predict(model, torch.randn(1, 3, 64, 64), topk=1000)[0]
     assert {p.index: p.name for p in top}[0] == "tench, Tinca tinca"
-    assert class_titles(["n02123045", "mine"]) == ["tabby, tabby cat", "mine"]
+    assert class_titles(["n02123045", "mine", "n99999999"]) == ["tabby, tabby cat", "mine", "n99999999"]
 
 
 def test_features_are_what_the_classifier_sees(checkpoint):

@@ -68,7 +68,8 @@ def load_trained(model: str | None = None, resume: str | None = None, weights: s
     if name not in models.MODEL_NAMES:
         raise UserError(f"{path} does not say which model it holds; name it with --model.")
     count = state["head.weight"].shape[0] if "head.weight" in state else 1000
-    net = timm.create_model(name, num_classes=count)
+    scale = args.get("layer_scale_init_value", 1e-6)  # 0: the network has no layer scale at all
+    net = timm.create_model(name, num_classes=count, layer_scale_init_value=1e-6 if scale else 0)
     load_for_model(net, path, weights=weights, class_names=checkpoint.get("classes"))
     return _with_settings(net.to(device).eval(), name, str(path), checkpoint, args, input_size)
 
@@ -77,7 +78,9 @@ def _with_settings(net: nn.Module, name: str, source: str, checkpoint: dict, arg
                    input_size: int | None) -> Trained:
     classes = checkpoint.get("classes") or synsets(net.num_classes) or [str(i) for i in range(net.num_classes)]
     size = input_size or checkpoint.get("input_size") or args.get("input_size") or default_input_size(name)
+    if not isinstance(size, int) or size < 32:
+        raise UserError(f"input size {size!r} is not accepted: a whole number of pixels from 32 on is needed.")
     mean, std = mean_std(args.get("imagenet_default_mean_and_std", True) is not False)
-    return Trained(net, name, source, list(classes), int(size), checkpoint.get("crop_pct") or args.get("crop_pct"),
+    return Trained(net, name, source, list(classes), size, checkpoint.get("crop_pct") or args.get("crop_pct"),
                    checkpoint.get("interpolation") or "bicubic", tuple(checkpoint.get("mean") or mean),
                    tuple(checkpoint.get("std") or std))
