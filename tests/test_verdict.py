@@ -37,6 +37,16 @@ def test_pass_close_and_fail(hits1, settings, word):
     assert judge(hits1, **settings).word == word
 
 
+@pytest.mark.parametrize("name", [name for name, entry in zoo.PUBLISHED.items() if entry.top1])
+@pytest.mark.parametrize("hits, dtype, word", [(25, "float32", "PASS"), (26, "float32", "CLOSE"), (75, "bfloat16", "PASS"),
+                                               (76, "bfloat16", "CLOSE"), (150, "float32", "CLOSE"),
+                                               (151, "float32", "FAIL")])
+def test_the_limits_are_exact_for_every_published_number(name, hits, dtype, word):
+    published = zoo.PUBLISHED[name].top1
+    for sign in (-1, 1):
+        assert judge(round(published * 500) + sign * hits, published=published, dtype=dtype).word == word
+
+
 def test_part_of_the_pictures_never_passes():
     said = judge(hits1=4142, images=5000)
     assert said.word == "CLOSE" and "5000/50000 pictures" in said.line and "±1.05" in said.line
