@@ -1,18 +1,27 @@
 """Starting and watching small groups of processes in the tests of launch/."""
+import atexit
+import multiprocessing
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Sequence
+
+import torch
 
 from launch.processes import alive as alive
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAMS = REPOSITORY / "tests" / "programs"
 TOY = PROGRAMS / "toy_training.py"
+FORKS = multiprocessing.get_context("forkserver")
+# One server for all tests of a worker, hence also what tests/survival_kit.py needs.
+FORKS.set_forkserver_preload(["main", "training", "evaluation", "tests.survival_kit", "tools.report"])
 
 
 def expected_value(updates: int, world_size: int) -> float:
@@ -31,14 +40,57 @@ def environment(**more: str) -> dict[str, str]:
     return dict(clean, OMP_NUM_THREADS="1", PYTHONPATH=str(REPOSITORY), **more)
 
 
-def start_ranks(world_size: int, *command: str | Path, absent: tuple[int, ...] = ()) -> list[subprocess.Popen]:
+class Rank:
+    """`python command` in a process of its own, there within 0.1 s: forked from a server that has PyTorch loaded."""
+
+    def __init__(self, command: list[str], variables: dict[str, str]) -> None:
+        self._console = tempfile.NamedTemporaryFile(prefix="rank", suffix=".txt")
+        self._process = FORKS.Process(target=_run, args=(command, variables, self._console.name))
+        self._process.start()
+        atexit.register(self._process.kill)
+        self.pid, self.kill = self._process.pid, self._process.kill
+
+    def poll(self) -> int | None:
+        """Exit code, negative for a signal; None while it runs."""
+        return self._process.exitcode
+
+    returncode = property(poll)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout: float) -> tuple[str, None]:
+        """What it printed until its end; AssertionError when that takes longer than `timeout` seconds."""
+        self._process.join(timeout)
+        assert self.returncode is not None, f"no end within {timeout:.0f} s:\n{Path(self._console.name).read_text()}"
+        return Path(self._console.name).read_text(), None
+
+    def wait(self) -> None:
+        self._process.join()
+
+
+def _run(command: list[str], variables: dict[str, str], console: str) -> None:
+    descriptor = os.open(console, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.clear()
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    if command[0] == "-c":
+        exec(command[1], {"__name__": "__main__"})
+    else:
+        sys.argv = command
+        sys.path.insert(0, os.path.dirname(command[0]))
+        runpy.run_path(command[0], run_name="__main__")
+
+
+def start_ranks(world_size: int, *command: str | Path, absent: tuple[int, ...] = ()) -> list[Rank]:
     """`python command` as `world_size` processes of one local job, without a launcher above them."""
     job = uuid.uuid4().hex
     ranks = [rank for rank in range(world_size) if rank not in absent]
-    return [subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                             env=environment(SUBMITIT_EXECUTOR="local", SUBMITIT_LOCAL_JOB_ID=job,
-                                             SUBMITIT_LOCAL_GLOBALID=str(rank), SUBMITIT_LOCAL_LOCALID=str(rank),
-                                             SUBMITIT_LOCAL_NTASKS=str(world_size)))
+    return [Rank(list(map(str, command)),
+                 environment(SUBMITIT_EXECUTOR="local", SUBMITIT_LOCAL_JOB_ID=job, SUBMITIT_LOCAL_GLOBALID=str(rank),
+                             SUBMITIT_LOCAL_LOCALID=str(rank), SUBMITIT_LOCAL_NTASKS=str(world_size)))
             for rank in ranks]
 
 
@@ -49,7 +101,7 @@ def start_torchrun(world_size: int, *command: str | Path) -> subprocess.Popen:
                             text=True, env=environment())
 
 
-def finish(processes: list[subprocess.Popen], seconds: float = 60) -> list[tuple[int, str]]:
+def finish(processes: Sequence[subprocess.Popen | Rank], seconds: float = 120) -> list[tuple[int, str]]:
     """(exit code, output) of each process; none outlives this call."""
     try:
         deadline = time.monotonic() + seconds
@@ -62,7 +114,7 @@ def finish(processes: list[subprocess.Popen], seconds: float = 60) -> list[tuple
                 process.wait()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     """Poll until `condition()`; AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -2,8 +2,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import types
 
@@ -11,7 +9,7 @@ import pytest
 
 from launch.distributed import start
 from launch.preemption import StopRequest, job_end_time, time_left
-from tests.launch_kit import TOY, alive, environment, expected_value, finish, start_ranks, start_torchrun, wait_for
+from tests.launch_kit import TOY, Rank, alive, environment, expected_value, finish, start_ranks, start_torchrun, wait_for
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
@@ -58,26 +56,26 @@ def test_training_stops_before_the_time_limit(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time() + 3)))
     with StopRequest(stop_before_end=1) as stop:
         assert not stop.requested
-        wait_for(lambda: stop.requested, 5)
+        wait_for(lambda: stop.requested)
         assert "time limit" in stop.reason
 
 
 def test_a_lone_process_ends_with_75_and_goes_on_to_the_same_result(tmp_path):
-    command = [sys.executable, TOY, tmp_path, "40", "pace=0.05"]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(lambda: (tmp_path / "now").exists(), 60)
+    process = Rank([str(TOY), str(tmp_path), "10000"], environment())
+    wait_for(lambda: (tmp_path / "now").exists())
     process.send_signal(signal.SIGTERM)
     assert finish([process])[0][0] == 75
     assert not (tmp_path / "DONE").exists()
-    assert subprocess.run([sys.executable, TOY, tmp_path, "40"], env=environment(), timeout=60).returncode == 0
-    assert json.loads((tmp_path / "state.json").read_text())["value"] == expected_value(40, 1)
+    updates = json.loads((tmp_path / "state.json").read_text())["update"] + 5
+    assert finish([Rank([str(TOY), str(tmp_path), str(updates)], environment())])[0][0] == 0
+    assert json.loads((tmp_path / "state.json").read_text())["value"] == expected_value(updates, 1)
 
 
 def test_a_signal_to_one_rank_stops_all_at_one_update(tmp_path):
     processes = start_ranks(2, TOY, tmp_path, 10000)
-    wait_for(lambda: (tmp_path / "now").exists(), 60)
+    wait_for(lambda: (tmp_path / "now").exists())
     processes[1].send_signal(signal.SIGUSR2)
-    assert [code for code, _ in finish(processes, 20)] == [75, 75]
+    assert [code for code, _ in finish(processes)] == [75, 75]
     updates = {(tmp_path / f"stopped{rank}").read_text() for rank in range(2)}
     assert len(updates) == 1
     assert int(updates.pop()) == json.loads((tmp_path / "state.json").read_text())["update"]
@@ -89,7 +87,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_update(tmp_path):
 def test_signals_under_torchrun_lose_nothing(tmp_path, target, number):
     launcher = start_torchrun(2, TOY, tmp_path, 60, "pace=0.05")
     pids = tmp_path / "pids"
-    wait_for(lambda: (tmp_path / "now").exists(), 60)
+    wait_for(lambda: (tmp_path / "now").exists())
     ranks = [int((pids / str(rank)).read_text()) for rank in range(2)]
     for pid in {"rank": ranks[1:], "launcher": [launcher.pid], "group": [launcher.pid, *ranks]}[target]:
         os.kill(pid, number)

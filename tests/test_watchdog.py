@@ -71,7 +71,7 @@ def failure(folder) -> dict:
 
 
 def test_an_exception_ends_all_ranks_and_is_told_last(tmp_path):
-    results = finish(start_ranks(2, TOY, tmp_path, 1000, "raise=1@5"), 40)
+    results = finish(start_ranks(2, TOY, tmp_path, 1000, "raise=1@5"))
     assert [code for code, _ in results] == [1, 1]
     assert last_line(results[1][1]) == "ArithmeticError: one divided by nothing"
     assert last_line(results[0][1]).endswith("ends because of rank 1.")
@@ -79,7 +79,7 @@ def test_an_exception_ends_all_ranks_and_is_told_last(tmp_path):
 
 
 def test_a_users_mistake_on_one_rank_is_one_sentence(tmp_path):
-    results = finish(start_ranks(2, TOY, tmp_path, 1000, "user_error=1@5"), 40)
+    results = finish(start_ranks(2, TOY, tmp_path, 1000, "user_error=1@5"))
     assert [code for code, _ in results] == [2, 2]
     assert last_line(results[1][1]) == "[rank 1] the value 7 is not accepted: use 8."
     assert not any("Traceback" in output for _, output in results)
@@ -88,22 +88,20 @@ def test_a_users_mistake_on_one_rank_is_one_sentence(tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_ends_the_others_and_is_named(tmp_path, rank):
     processes = start_ranks(3 if rank else 2, TOY, tmp_path, 10000)
-    wait_for(lambda: (tmp_path / "now").exists(), 60)
+    wait_for(lambda: (tmp_path / "now").exists())
     processes[rank].kill()
     began = time.monotonic()
-    results = finish(processes, 30)
+    results = finish(processes)
     assert time.monotonic() - began < 30
     assert [code for code, _ in results] == [-9 if r == rank else 1 for r in range(len(results))]
     assert f"rank {rank}" in failure(tmp_path)["cause"] and "gone" in failure(tmp_path)["cause"]
 
 
 def test_a_rank_that_hangs_in_loading_is_named_with_everyones_stacks(tmp_path):
-    began = time.monotonic()
-    results = finish(start_ranks(2, TOY, tmp_path, 10000, "sleep=1@60:data", "hang_timeout=4"), 60)
+    results = finish(start_ranks(2, TOY, tmp_path, 10000, "sleep=1@60:data", "hang_timeout=4"))
     assert [code for code, _ in results] == [1, 1]
     cause = "rank 1 ({}) has been in data loading at update 60 for ".format(os.uname().nodename)
     assert any(cause in output and "the others wait in all_reduce" in output for _, output in results), results
-    assert time.monotonic() - began < 50
     assert "time.sleep" in (tmp_path / "stacks-rank1.txt").read_text() or "in train" in (tmp_path / "stacks-rank1.txt").read_text()
     assert "all_reduce" in (tmp_path / "stacks-rank0.txt").read_text()
 
@@ -112,10 +110,10 @@ def test_a_rank_that_hangs_in_loading_is_named_with_everyones_stacks(tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_rank_is_named(tmp_path, rank):
     processes = start_ranks(2, TOY, tmp_path, 10000, "hang_timeout=4")
-    wait_for(lambda: (tmp_path / "now").exists() and int((tmp_path / "now").read_text() or 0) > 60, 60)
+    wait_for(lambda: (tmp_path / "now").exists() and int((tmp_path / "now").read_text() or 0) > 60)
     processes[rank].send_signal(signal.SIGSTOP)
     try:
-        [(code, output)] = finish([processes[1 - rank]], 30)
+        [(code, output)] = finish([processes[1 - rank]])
         assert code == 1 and f"rank {rank}" in failure(tmp_path)["cause"], output
     finally:
         finish([processes[rank]], 0.1) if processes[rank].poll() is not None else processes[rank].kill()
@@ -123,7 +121,7 @@ def test_a_stopped_rank_is_named(tmp_path, rank):
 
 @pytest.mark.slow
 def test_a_lone_process_that_hangs_says_where(tmp_path):
-    [(code, output)] = finish(start_ranks(1, TOY, tmp_path, 10000, "sleep=0@60:data", "hang_timeout=4"), 40)
+    [(code, output)] = finish(start_ranks(1, TOY, tmp_path, 10000, "sleep=0@60:data", "hang_timeout=4"))
     assert code == 1 and "this process has been in data loading at update 60" in output
     assert "in train" in (tmp_path / "stacks-rank0.txt").read_text()
 
@@ -131,9 +129,9 @@ def test_a_lone_process_that_hangs_says_where(tmp_path):
 @pytest.mark.slow
 def test_ranks_end_when_torchrun_is_killed(tmp_path):
     launcher = start_torchrun(2, TOY, tmp_path, 100000)
-    wait_for(lambda: (tmp_path / "now").exists(), 60)
+    wait_for(lambda: (tmp_path / "now").exists())
     ranks = [int((tmp_path / "pids" / str(rank)).read_text()) for rank in range(2)]
     launcher.kill()
     finish([launcher])
-    wait_for(lambda: not any(alive(pid) for pid in ranks), 20)
+    wait_for(lambda: not any(alive(pid) for pid in ranks))
     assert (tmp_path / "stopped0").exists(), "the ranks saved before they ended"

@@ -5,8 +5,6 @@
 import argparse
 import sys
 
-import toy_training
-
 
 def main() -> int:
     p = argparse.ArgumentParser()
@@ -19,6 +17,8 @@ def main() -> int:
     options = p.parse_args()
     if options.print_config:
         return 0
+    import toy_training  # with PyTorch, so only where it is needed
+
     return toy_training.main([options.output_dir, options.updates, *options.faults.split()])
 
 
