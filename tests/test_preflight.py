@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 import models  # noqa: F401  registers the architectures
+import preflight
 from common.errors import UserError
 from datasets.check import spread_over_classes
 from main import main
+from run.life import TrainingRun
 from run.preflight import (Pace, Report, check_writable, first_difference, low_score, process_problems,
                            shared_memory_needed, shared_memory_problem, start_warnings)
 from tests.docs import ROOT
@@ -244,3 +246,15 @@ def test_the_report_ends_with_the_first_problem():
 def test_writing_is_tried_without_a_trace(tmp_path):
     check_writable(str(tmp_path / "a" / "b"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_restore_that_leaves_something_out_is_found(two_classes, run, monkeypatch):
+    monkeypatch.setattr(TrainingRun, "_restore_weights", lambda self, state: None)
+    code, said = run(two_classes, *TRAIN, "--dry_run", "true")
+    assert code == 2 and "differs after saving and loading" in said.splitlines()[-1], said
+
+
+def test_a_disk_that_is_too_small_is_a_problem(two_classes, tmp_path, run, monkeypatch):
+    monkeypatch.setattr(preflight, "free_space", lambda folder: 10 ** 6)
+    code, said = run(two_classes, *TRAIN, "--output_dir", str(tmp_path / "run"), "--dry_run", "true")
+    assert code == 2 and "1.0 MB can be had" in said.splitlines()[-1] and "--save_ckpt_num" in said, said
