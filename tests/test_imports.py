@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {"common", "models", "datasets", "optim", "launch", "run", "tools", "engine", "main", "training", "evaluation", "preflight",
-         "tests"}
+ROOMS = {"common", "models", "datasets", "optim", "launch", "run", "tools", "engine", "main", "training", "evaluation",
+         "preflight", "scoring", "tests"}
 MAY_KNOW = {
     "common": set(),
     "models": {"common"},
