@@ -39,7 +39,8 @@ def _compare(name, ops: Operators, leaves, tolerance=1e-4, **kwargs):
     exact = _grads(lambda *t: getattr(PLAIN, name)(*t, **kwargs), *leaves, dtype=torch.float64)
     for got, want in zip(fast, exact, strict=True):
         assert got.shape == want.shape
-        torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance * max(1.0, float(want.detach().abs().max())))
+        largest = max(1.0, float(want.detach().abs().max()))
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance * largest)
 
 
 @pytest.mark.parametrize("ops", PATHS, indirect=True)
@@ -114,7 +115,8 @@ def test_bfloat16_autocast_is_as_close_to_float32_as_the_plain_one(name, paths):
             out = model(x)
         out.float().square().mean().backward()
         grads.append([out.float(), *(p.grad.clone() for p in model.parameters())])
-    distance = [sum(float(((a - b).norm() / (1e-6 + b.norm())).detach()) for a, b in zip(each, grads[0])) for each in grads[1:]]
+    distance = [sum(float(((a - b).norm() / (1e-6 + b.norm())).detach()) for a, b in zip(each, grads[0]))
+                for each in grads[1:]]
     assert distance[1] < 1.3 * distance[0]
 
 

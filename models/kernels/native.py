@@ -110,7 +110,8 @@ def depthwise_backward(x: Tensor, grad: Tensor, taps: Tensor) -> tuple[Tensor, T
     return dx, total[:-1], total[-1]
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float,
+               dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise the last axis of a contiguous x; the output in `dtype`, and each row's mean and 1 / deviation."""
     rows, channels = x.numel() // x.shape[-1], x.shape[-1]
     out, mean, rstd = torch.empty(x.shape, dtype=dtype), torch.empty(rows), torch.empty(rows)

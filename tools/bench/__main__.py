@@ -61,8 +61,8 @@ def _family(args: argparse.Namespace) -> list[dict]:
 
 
 def _family_table(found: list[dict]) -> str:
-    lines = ["| model | parameters | FLOPs | size | img/s evaluating | img/s training | GiB evaluating | GiB training |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = ["| model | parameters | FLOPs | size | img/s evaluating | img/s training | GiB evaluating | "
+             "GiB training |", "|---|---|---|---|---|---|---|---|"]
     for row in found:
         numbers = [f"{row[key]:.3g}" if key in row else "" for key in (
             "evaluate_per_second", "train_per_second", "evaluate_gib", "train_gib")]

@@ -182,7 +182,8 @@ def loading(setting: Setting, pictures: int = 24) -> list[Row]:
             coarse = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
             noise = rng.integers(-12, 13, (375, 500, 3))
             smooth = np.asarray(Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC), dtype=np.int64)
-            Image.fromarray(np.clip(smooth + noise, 0, 255).astype(np.uint8)).save(folder / f"{number}.JPEG", quality=92)
+            picture = Image.fromarray(np.clip(smooth + noise, 0, 255).astype(np.uint8))
+            picture.save(folder / f"{number}.JPEG", quality=92)
         options = Options(mixup=0.0, cutmix=0.0)
         reader = FolderReader(index_folder(str(folder.parent), cache_folder=str(Path(root) / "cache")))
         found = []

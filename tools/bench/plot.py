@@ -13,7 +13,8 @@ def accuracy_speed(family: list[dict], title: str) -> str:
     if not points:
         raise ValueError("no model has both a published top-1 and a measured speed")
     low, high = math.log(min(p[0] for p in points) * 0.6), math.log(max(p[0] for p in points) * 1.4)
-    floor, top = math.floor(2 * min(p[1] for p in points)) / 2 - 0.25, math.ceil(2 * max(p[1] for p in points)) / 2 + 0.1
+    floor = math.floor(2 * min(p[1] for p in points)) / 2 - 0.25
+    top = math.ceil(2 * max(p[1] for p in points)) / 2 + 0.1
 
     def place(ms: float, accuracy: float) -> tuple[float, float]:
         x = LEFT + (math.log(ms) - low) / (high - low) * (WIDTH - LEFT - EDGE)
