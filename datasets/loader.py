@@ -5,7 +5,8 @@ import os
 import signal
 import sys
 import weakref
-from typing import Callable, Iterator, NamedTuple, Protocol
+from contextlib import nullcontext
+from typing import Callable, Iterator, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from common.errors import UserError
 from common.keys import key, seeded
 from common.log import logger
+from datasets.fast import NeedsPillow, available, picture_of
 from datasets.pictures import BadPicture, show
 from datasets.transforms import Erasing
 
@@ -47,14 +49,25 @@ class Reader(Protocol):
     def picture(self, index: int) -> Image.Image: ...
 
 
+@runtime_checkable
+class EncodedReader(Protocol):
+    """A reader that can also give a picture's bytes undecoded; raises BadPicture."""
+
+    def encoded(self, index: int) -> bytes: ...
+
+
 class PictureDataset(Dataset):
     """Pictures of a reader with their logit positions, transformed; takes a micro-batch's items, gives a Batch.
 
     targets: int64 (N,), -1 for pictures of no class, which are left out; indices count what is left.
+    `compiled` False keeps JPEGs out of the compiled helper (datasets/fast.py); the pixels are the same.
     """
 
     def __init__(self, reader: Reader, targets: np.ndarray, transform: Callable[[Image.Image], np.ndarray], size: int,
                  *, seed: int = 0, erasing: Erasing | None = None):
+        self.compiled = True
+        if isinstance(reader, EncodedReader):
+            available()  # Built and tested here, once, so that forked workers inherit it.
         kept = targets >= 0
         self._kept = None if kept.all() else np.flatnonzero(kept)
         self.targets = targets if self._kept is None else targets[self._kept]
@@ -99,33 +112,48 @@ class PictureDataset(Dataset):
         chosen = index
         for attempt in range(_ATTEMPTS):
             try:
-                picture = self.picture(chosen)
-                break
+                self._fill(chosen, key(self.seed, "augment", epoch, index), pixels, boxes)
+                return self.targets[chosen], chosen != index
             except BadPicture as error:
                 logger.warning("unreadable picture %s (%s), replaced by another", show(self.path(chosen)), error)
                 chosen = key(self.seed, "replace", epoch, index, attempt) % len(self)
-        else:
-            raise UserError(f"{_ATTEMPTS} pictures in a row are unreadable, the last is "
-                            f"{show(self.path(chosen))}; check the disk and the data path.")
-        with seeded(key(self.seed, "augment", epoch, index)):
-            pixels[:] = self.transformed(picture, chosen)
-            if self.erasing is not None:
-                boxes[:] = self.erasing.boxes(self.size, self.size)
-        return self.targets[chosen], chosen != index
+        raise UserError(f"{_ATTEMPTS} pictures in a row are unreadable, the last is {show(self.path(chosen))}; check "
+                        "the disk and the data path.")
 
     def _evaluate(self, index: int, pixels: np.ndarray) -> tuple[int, bool]:
         try:
-            picture = self.picture(index)
+            self._fill(index, None, pixels)
         except BadPicture:
             pixels[:] = 0
             return UNREADABLE_TARGET, True
-        pixels[:] = self.transformed(picture, index)
         return self.targets[index], False
+
+    def _fill(self, index: int, draws: int | None, pixels: np.ndarray, boxes: np.ndarray | None = None) -> None:
+        """Picture `index` to `pixels`, with draws seeded by `draws`; raises BadPicture."""
+        for picture in self._pictures(index):
+            try:
+                with seeded(draws) if draws is not None else nullcontext():
+                    pixels[:] = self.transformed(picture, index)
+                    if boxes is not None and self.erasing is not None:
+                        boxes[:] = self.erasing.boxes(self.size, self.size)
+                return
+            except NeedsPillow:
+                continue
+
+    def _pictures(self, index: int) -> Iterator[Image.Image]:
+        """The picture to be decoded by the compiled helper, if that can be; then, asked for again, Pillow's."""
+        if self.compiled and isinstance(self.reader, EncodedReader) and available():
+            picture = picture_of(self.reader.encoded(self._place(index)))
+            if picture is not None:
+                yield picture
+        yield self.picture(index)
 
     def transformed(self, picture: Image.Image, index: int) -> np.ndarray:
         """The transform's pixels; an error in it names the picture."""
         try:
             return self.transform(picture)
+        except NeedsPillow:
+            raise
         except Exception as error:
             raise RuntimeError(f"transforming {show(self.path(index))} failed: {error}") from error
 

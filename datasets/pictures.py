@@ -43,14 +43,28 @@ def decode(file: BinaryIO) -> Image.Image:
 
 def decode_path(path: str) -> Image.Image:
     """`decode` for a file; one that cannot be opened (missing, a loop of links, no permission) is a BadPicture too."""
+    with _opened(path) as file:
+        return decode(file)
+
+
+def read_path(path: str) -> bytes:
+    """The bytes of a file; BadPicture when it cannot be opened or read."""
+    with _opened(path) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            if error.errno in _PROCESS_ERRORS:
+                raise
+            raise BadPicture(_reason(error)) from error
+
+
+def _opened(path: str) -> BinaryIO:
     try:
-        file = open(path, "rb")
+        return open(path, "rb")
     except OSError as error:
         if error.errno in _PROCESS_ERRORS:
             raise
         raise BadPicture(_reason(error)) from error
-    with file:
-        return decode(file)
 
 
 def from_array(pixels: np.ndarray) -> Image.Image:

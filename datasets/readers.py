@@ -15,7 +15,7 @@ from PIL import Image
 from common.errors import UserError
 from common.files import atomic_write
 from common.log import logger
-from datasets.pictures import EXTENSIONS, decode_path, from_array, show
+from datasets.pictures import EXTENSIONS, decode_path, from_array, read_path, show
 
 _CACHE_FORMAT = 1
 _RACY_SECONDS = 2.0
@@ -211,6 +211,10 @@ class FolderReader:
     def picture(self, index: int) -> Image.Image:
         """Picture `index` as RGB."""
         return decode_path(self.index.path(index))
+
+    def encoded(self, index: int) -> bytes:
+        """The bytes of picture `index`'s file."""
+        return read_path(self.index.path(index))
 
 
 class ArrayReader:
