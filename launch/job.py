@@ -91,9 +91,19 @@ class Task:
         return code
 
     def after_stop(self) -> None:
-        """All ranks have stopped at one update and rank 0 has saved: rank 0 requeues the job."""
+        """All ranks have stopped at one update and rank 0 has saved: rank 0 requeues the job, the others hold.
+
+        Where Slurm is set up with KillOnBadExit, a task that ended now would take rank 0 with it.
+        """
         if self.rank == 0:
             self._requeue("stopped: " + (self.signalled or "time limit"))
+            return
+        deadline = time.monotonic() + HOLD
+        while self.slurm and time.monotonic() < deadline:
+            mine = [r["what"] for r in read_json_lines(self.folder / "job.jsonl") if r["attempt"] == self.attempt]
+            if "not requeued" in mine:
+                return
+            time.sleep(1)
 
     def after_failure(self, code: int) -> None:
         """The first task to get here decides for all: once more, unless it failed at the same update before."""
@@ -137,6 +147,7 @@ class Task:
             self.environment._requeue(self.job.max_requeue - self.attempt)  # submitit's own; ends this process if local
         except subprocess.SubprocessError as error:
             logger.error("scontrol requeue failed: %s", error)
+            self.record("not requeued", reason=f"scontrol requeue failed: {error}")
             return
         time.sleep(HOLD)
 

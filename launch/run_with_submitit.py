@@ -8,7 +8,9 @@ configuration taken now, is requeued after a preemption or at its time limit, an
 """
 import argparse
 import dataclasses
+import difflib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,7 +18,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, NoReturn, Sequence
 
 import submitit
 import yaml
@@ -32,10 +34,20 @@ ROOT = Path(__file__).resolve().parent.parent
 SIGNAL_DELAY = 120  # seconds before the time limit at which Slurm signals: more than one update and one save
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')}; --help lists the launcher's options.")
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
 def parser() -> argparse.ArgumentParser:
     """The launcher's own options; the published launcher's names, without any site's defaults."""
-    yes = lambda text: {"true": True, "false": False}[text.lower()]  # noqa: E731
-    p = argparse.ArgumentParser(prog="python -m launch.run_with_submitit", allow_abbrev=False, description=__doc__,
+    p = _Parser(prog="python -m launch.run_with_submitit", allow_abbrev=False, description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--nodes", type=int, default=1, help="number of nodes")
     p.add_argument("--ngpus", type=int, default=8, help="processes, and GPUs unless --device cpu, per node")
@@ -50,7 +62,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cluster", choices=("auto", "slurm", "local"), default="auto",
                    help="auto: Slurm where there is sbatch")
     p.add_argument("--max_requeue", type=int, default=100, help="how often the job may be requeued")
-    p.add_argument("--dry_run", nargs="?", const=True, default=False, type=yes, help="print the job's script and stop")
+    p.add_argument("--dry_run", nargs="?", const=True, default=False, type=_truth,
+                   help="print the job's script and stop")
     p.add_argument("--use_volta32", action="store_true", help="published flag: accepted with a notice")
     return p
 
@@ -76,17 +89,16 @@ def submit(options: argparse.Namespace, argv: list[str]) -> int:
     """Check, take the snapshot, submit, and say where to look. `argv` is main.py's."""
     if options.use_volta32:
         logger.warning("--use_volta32 names GPUs of one cluster and has no effect; use --slurm constraint=NAME.")
+    check_numbers(options)
     cluster = choose_cluster(options, argv)
-    folder = str(Path(options.job_dir).expanduser().absolute())
     check_main_options(argv)
+    folder = str(Path(options.job_dir).expanduser().absolute())
     argv, output_dir = with_output_dir(argv, folder)
-    base = Path(folder.split("%")[0]) if "%" in folder else Path(folder)
-    base = base if "%" not in folder or folder.split("%")[0].endswith("/") else base.parent
-    code = base / "code" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     executor = build_executor(cluster, folder, options, argv)
     if options.dry_run:
         sys.stdout.write(script(cluster, executor, argv))
         return ExitCode.DONE
+    code = snapshot_folder(folder)
     argv = snapshot(code, argv)
     job = Job(argv, os.getcwd(), str(code), folder, output_dir, options.max_requeue)
     before = os.getcwd()
@@ -111,20 +123,50 @@ def choose_cluster(options: argparse.Namespace, argv: list[str]) -> str:
         cluster = "slurm" if there else "local"
         logger.info("--cluster auto: %s, because sbatch is%s on the PATH.", cluster, "" if there else " not")
     if cluster == "slurm" and not there:
-        raise UserError(f"--cluster slurm: there is no sbatch on this machine; without Slurm start "
-                        f"torchrun --nnodes={options.nodes} --nproc_per_node={options.ngpus} main.py "
-                        f"{shlex.join(argv)}")
+        several = " --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29500" if options.nodes > 1 else ""
+        raise UserError(f"--cluster slurm: there is no sbatch on this machine; without Slurm start"
+                        f"{', on each node,' if several else ''} torchrun --nnodes={options.nodes}{several} "
+                        f"--nproc_per_node={options.ngpus} main.py {shlex.join(argv)}")
     if cluster == "local" and options.nodes > 1:
         raise UserError(f"--nodes {options.nodes}: a local job has one node; use --nodes 1, or torchrun on each node.")
     return cluster
+
+
+def check_numbers(options: argparse.Namespace) -> None:
+    """UserError for numbers of nodes, processes, hours … that no job can have."""
+    for name in ("nodes", "ngpus", "cpus_per_task"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)}: 1 or more is accepted.")
+    if not 0 < options.timeout < 24 * 366:
+        raise UserError(f"--timeout {options.timeout}: hours above 0 and up to a year are accepted.")
+    if options.max_requeue < 0:
+        raise UserError(f"--max_requeue {options.max_requeue}: 0 or more is accepted.")
 
 
 def check_main_options(argv: list[str]) -> None:
     """Let main.py check its options now: a mistake should not wait in a queue for hours."""
     command = [sys.executable, str(ROOT / "main.py"), "--print_config", "true", *argv]
     answer = subprocess.run(command, capture_output=True, text=True)
-    if answer.returncode:
-        raise UserError(answer.stderr.strip() or f"main.py ended with {answer.returncode}")
+    if not answer.returncode:
+        return
+    sentence = answer.stderr.strip() or f"main.py ended with {answer.returncode}"
+    if answer.returncode == ExitCode.USAGE:
+        sentence = sentence.splitlines()[-1].removeprefix("error: ")
+    raise UserError(own_flag_meant(sentence) or sentence)
+
+
+def own_flag_meant(sentence: str) -> str | None:
+    """main.py's sentence on a flag it doesn't know, with the launcher's flag instead of its own suggestion when that
+    is nearer; None when it isn't."""
+    unknown = re.match(r"unknown flag --([\w-]+)", sentence)
+    if not unknown:
+        return None
+    its = re.search(r"did you mean --(\w+)\?", sentence)
+    own = [option.removeprefix("--") for option in parser()._option_string_actions if option.startswith("--")]
+    near = difflib.get_close_matches(unknown[1], own + ([its[1]] if its else []), n=1)
+    if not near or near[0] not in own:
+        return None
+    return f"unknown flag --{unknown[1]}; did you mean --{near[0]}?"
 
 
 def with_output_dir(argv: list[str], folder: str) -> tuple[list[str], str]:
@@ -152,6 +194,13 @@ def without_flag(argv: list[str], name: str) -> list[str]:
     """`argv` without --name and its value."""
     return [token for i, token in enumerate(argv) if token != f"--{name}" and not token.startswith(f"--{name}=")
             and not (i and argv[i - 1] == f"--{name}")]
+
+
+def snapshot_folder(folder: str) -> Path:
+    """A new folder for the code beside the job's: in the part of `folder` before the first %j."""
+    base = folder.partition("%")[0]
+    base = base if base in (folder, "") or base.endswith("/") else os.path.dirname(base)
+    return Path(base) / "code" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
 
 
 def snapshot(code: Path, argv: list[str]) -> list[str]:

@@ -188,12 +188,12 @@ class Options:
                              one_of("stop", "skip", "rollback"))
     seed: int = _run(0, "seed of every random draw", at_least(0, 2 ** 63 - 1))
 
-    hang_timeout: float = _process(180.0, "seconds without progress until the run ends and names who waits for whom",
-                                   POSITIVE)
+    hang_timeout: float = _process(180.0, "seconds without progress until the run ends and names who waits for whom; "
+                                   "0: never", NOT_NEGATIVE)
     rendezvous_timeout: float = _process(180.0, "seconds to wait for all processes at the start", POSITIVE)
     stop_before_end: float = _process(120.0, "seconds before the job's time limit at which to save and stop",
                                       NOT_NEGATIVE)
-    dist_url: str = _process("env://", "address of the rendezvous: env:// or tcp://HOST:PORT")
+    dist_url: str = _process("env://", "published flag", no_effect="the launcher says where the processes meet")
     local_rank: int = _process(-1, "set by the launcher", at_least(-1))
     world_size: int = _process(1, "published flag", at_least(1), no_effect="the launcher sets the number of processes")
     dist_on_itp: bool = _process(False, "published flag", no_effect="the launcher is recognised by itself")

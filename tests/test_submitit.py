@@ -3,13 +3,12 @@ import json
 import os
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from launch import run_with_submitit
-from launch.run_with_submitit import flag, main, with_output_dir, without_flag
+from launch.run_with_submitit import flag, main, snapshot_folder, with_output_dir, without_flag
 from tests.launch_kit import alive, environment, expected_value, wait_for, write_toy_program
 
 
@@ -70,7 +69,10 @@ def test_gpus_asked_for_in_the_sites_own_words_are_asked_for_once(program, fake_
 
 def test_slurm_where_there_is_none_names_the_torchrun_line(program, no_slurm, capsys):
     assert main(["--cluster", "slurm", "--nodes", "2", "--ngpus", "4", "--updates", "3"]) == 2
-    assert "torchrun --nnodes=2 --nproc_per_node=4 main.py --updates 3" in capsys.readouterr().err
+    assert ("torchrun --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29500 --nproc_per_node=4 main.py --updates 3"
+            in capsys.readouterr().err)
+    assert main(["--cluster", "slurm", "--ngpus", "4"]) == 2
+    assert "torchrun --nnodes=1 --nproc_per_node=4 main.py" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv, sentence", [
@@ -78,10 +80,31 @@ def test_slurm_where_there_is_none_names_the_torchrun_line(program, no_slurm, ca
     (["status", "nowhere"], "nowhere holds no job.json"),
     (["status"], "status takes one folder"),
     (["--cluster", "local", "--no_such_flag", "1"], "no_such_flag"),
+    (["--nodes", "two"], "--nodes: invalid int value: 'two'"),
+    (["--nodes", "0"], "--nodes 0: 1 or more is accepted"),
+    (["--timeout", "nan"], "--timeout nan: hours above 0"),
+    (["--max_requeue", "-1"], "--max_requeue -1: 0 or more is accepted"),
+    (["--dry_run", "maybe"], "'maybe' is neither true nor false"),
+    (["--cluster", "somewhere"], "choose from"),
 ])
 def test_mistakes_are_one_sentence_and_exit_code_2(program, argv, sentence, capsys):
     assert main(argv) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("typed, meant", [("partitoin", "partition"), ("job-dir", "job_dir"), ("node", "nodes"),
+                                          ("cpu_per_task", "cpus_per_task"), ("batchsize", "batch_size"),
+                                          ("updatefreq", "update_freq")])
+def test_a_misspelt_flag_is_suggested_from_the_launchers_and_mains(typed, meant, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--cluster", "local", "--config", "c.yaml", f"--{typed}", "1"]) == 2
+    assert f"unknown flag --{typed}; did you mean --{meant}?" in capsys.readouterr().err
+
+
+def test_the_code_of_a_job_lies_beside_its_folder():
+    for folder, code in (("/a/runs/%j", "/a/runs/code"), ("/a/runs/hornet_%j", "/a/runs/code"), ("/a/run", "/a/run/code"),
+                         ("/a/%j/logs", "/a/code")):
+        assert str(snapshot_folder(folder).parent) == code
 
 
 def test_flags_of_main_are_found_and_replaced(tmp_path):
@@ -102,7 +125,7 @@ def local(program: Path, *more: str) -> Path:
     return folder.absolute()
 
 
-def finished(folder: Path, seconds: float = 90) -> None:
+def finished(folder: Path, seconds: float = 150) -> None:
     wait_for(lambda: not alive(int(folder.name)), seconds)
     assert not any(alive(int(pid.read_text())) for pid in (folder / "pids").iterdir())
 
@@ -126,7 +149,7 @@ def test_a_local_job_runs_the_snapshot_to_the_end(program):
 @pytest.mark.slow
 def test_a_local_job_is_requeued_after_a_signal_and_ends_as_if_undisturbed(program):
     folder = local(program, "--updates", "100", "--faults", "pace=0.05")
-    wait_for(lambda: (folder / "now").exists(), 60)
+    wait_for(lambda: (folder / "now").exists())
     os.kill(int((folder / "pids" / "1").read_text()), signal.SIGUSR2)
     finished(folder)
     assert [json.loads(line)["what"] for line in (folder / "job.jsonl").read_text().splitlines()] == \
@@ -137,7 +160,7 @@ def test_a_local_job_is_requeued_after_a_signal_and_ends_as_if_undisturbed(progr
 @pytest.mark.slow
 def test_requeues_are_capped(program):
     folder = local(program, "--updates", "10000", "--faults", "pace=0.05", "--max_requeue", "0")
-    wait_for(lambda: (folder / "now").exists(), 60)
+    wait_for(lambda: (folder / "now").exists())
     os.kill(int((folder / "pids" / "0").read_text()), signal.SIGUSR2)
     finished(folder)
     assert "--max_requeue" in (folder / "job.jsonl").read_text()
@@ -146,7 +169,6 @@ def test_requeues_are_capped(program):
 @pytest.mark.slow
 def test_nothing_of_a_local_job_outlives_its_controller(program):
     folder = local(program, "--updates", "100000")
-    wait_for(lambda: (folder / "now").exists(), 60)
+    wait_for(lambda: (folder / "now").exists())
     os.kill(int(folder.name), signal.SIGKILL)
-    time.sleep(1)
-    wait_for(lambda: not any(alive(int(pid.read_text())) for pid in (folder / "pids").iterdir()), 30)
+    wait_for(lambda: not any(alive(int(pid.read_text())) for pid in (folder / "pids").iterdir()))
