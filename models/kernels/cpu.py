@@ -24,12 +24,12 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = 
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def linear_grads(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def linear_grads(x: Tensor, weight: Tensor, grad: Tensor, compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (rows, in), weight (out, in) and bias from grad (rows, out)."""
     if grad.dtype == torch.bfloat16:  # the default library is at its peak here
         return grad @ weight, grad.t() @ x, grad.sum(0)
     d_x = product(grad, weight.t())
-    if native.library() is not None:
+    if compiled:
         return d_x, *native.weight_grad(x, grad)
     if grad.shape[1] > x.shape[1]:  # oneDNN copies its first operand: let it be the narrow one
         return d_x, product(x.t(), grad.t()).t().contiguous(), grad.sum(0)
@@ -38,9 +38,10 @@ def linear_grads(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tenso
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, compiled: bool) -> Tensor:
         hidden = product(x, weight, bias)
         ctx.save_for_backward(x, weight, hidden if gelu else None)
+        ctx.compiled = compiled
         return native.gelu(hidden) if gelu else hidden
 
     @staticmethod
@@ -50,8 +51,8 @@ class _Linear(torch.autograd.Function):
         grad = grad.contiguous()
         if hidden is not None:
             grad = native.gelu_backward(hidden, grad)
-        d_x, d_weight, d_bias = linear_grads(x.flatten(0, -2), weight, grad.flatten(0, -2))
-        return d_x.view(x.shape), d_weight, d_bias, None
+        d_x, d_weight, d_bias = linear_grads(x.flatten(0, -2), weight, grad.flatten(0, -2), ctx.compiled)
+        return d_x.view(x.shape), d_weight, d_bias, None, None
 
 
 class _Depthwise(torch.autograd.Function):
@@ -156,8 +157,8 @@ class CpuOperators(Operators):
         if not torch.is_grad_enabled():
             return product(x, matrix, bias, gelu)
         if gelu and not self.compiled:
-            return torch.nn.functional.gelu(_Linear.apply(x, matrix, bias, False))
-        return _Linear.apply(x, matrix, bias, gelu)
+            return torch.nn.functional.gelu(_Linear.apply(x, matrix, bias, False, False))
+        return _Linear.apply(x, matrix, bias, gelu, self.compiled)
 
     def layer_norm(self, x, weight, bias, eps):
         dtype = _compute_dtype(x)
