@@ -81,6 +81,7 @@ def test_the_command_writes_a_checked_onnx_file_with_its_settings(checkpoint, tm
         torch.testing.assert_close(onnx_function(out)(x), model(x).softmax(-1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_torch_program(checkpoint, tmp_path):
     path, model = checkpoint
     assert main(["torch", "--resume", str(path), "--out", str(tmp_path / "m.pt2")]) == 0
