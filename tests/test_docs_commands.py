@@ -149,6 +149,9 @@ def test_long_commands_start_on_two_processes(command, pictures, checkpoint, che
     if "--pretrained" in argv:
         at = argv.index("--pretrained")
         argv[at:at + 2] = ["--resume" if "--eval" in argv else "--finetune", str(checkpoint)]
+    if "latest" in argv:  # there is no run here to go on with
+        at = argv.index("--resume")
+        del argv[at:at + 2]
     argv += ["--model", "hornet_pico_7x7", "--input_size", "32", "--device", "cpu", "--allow_partial", "true"]
     argv += ["--output_dir", str(tmp_path / "run")]
     real_run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py", *argv],
