@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import timm
 import torch
 
@@ -19,6 +20,7 @@ from datasets.prepare import EvalPrepare
 from datasets.subsets import Subset, real_labels, recognise_folder
 from datasets.transforms import mean_std
 from launch import ExitCode
+from models import MODEL_NAMES
 from models.download import fetch_published, fetch_url
 from models.kernels import accelerate, code_paths
 from models.weights import load_for_model
@@ -26,6 +28,7 @@ from models.zoo import PUBLISHED
 from run.checkpoint import Checkpoints
 from run.metrics import Predictions, multi_label_accuracy
 from run.options import Resolved
+from run.recipe import convert, quote
 from run.results import (IMAGENET_VAL_PICTURES, Protocol, results_from, summary_line, write_eval_json,
                          write_report_files)
 from scoring import SAMPLED, strange_weights
@@ -68,11 +71,12 @@ def evaluate_checkpoints(resolved: Resolved, process: Any, watchdog: Any) -> int
     loader = eval_loader(data, options, process.rank, process.world_size)
     found = engine.evaluate([(c.weights, c.network) for c in candidates], loader, evaluation)
     results = [_result(c, r, options, data, prepared.subset) for c, r in zip(candidates, found)]
+    written = True
     if process.is_main:
-        _write(results, found, options, data, prepared.source)
+        written = _write(results, found, options, data, prepared.source)
         _say(results, options)
-    verdict = results[0].get("verdict")
-    return ExitCode.ERROR if options.check and verdict != "PASS" else ExitCode.DONE
+    passed = results[0].get("verdict") == "PASS" or not options.check
+    return ExitCode.DONE if passed and written else ExitCode.ERROR
 
 
 def prepare_evaluation(resolved: Resolved, process: Any, observer: engine.Observer) -> Prepared:
@@ -81,10 +85,14 @@ def prepare_evaluation(resolved: Resolved, process: Any, observer: engine.Observ
     first = safe_torch_load(sources[0])
     first = first if isinstance(first, dict) else {}
     options = with_checkpoint_settings(resolved, first)
-    subset = companion(options, first.get("classes"))
+    if not options.dry_run:
+        if not options.dry_run:
+        process.on_rank_zero(lambda: _make_folders(options))
+    classes = known_classes(first, options)
+    subset = companion(options, classes)
     data = process.local_first(lambda: build_data(
         options, train=False, evaluate=True, rank_zero=process.local_rank == 0,
-        class_names=list(subset.folders) if subset else first.get("classes")))
+        class_names=list(subset.folders) if subset else classes))
     names = list(imagenet_synsets()) if subset else data.class_names
     candidates = [c for path in sources for c in load_candidates(path, options, names, process.device)]
     evaluation = engine.Evaluation(
@@ -125,7 +133,10 @@ def with_checkpoint_settings(resolved: Resolved, checkpoint: dict) -> Any:
     if checkpoint.get("format"):
         for name in _FROM_CHECKPOINT:
             if resolved.origins.get(name) == "default" and name in args and args[name] != getattr(resolved.options, name):
-                own[name] = args[name]
+                own[name] = convert(name, [str(args[name])], f"the checkpoint's {name}")
+    if own.get("model", MODEL_NAMES[0]) not in MODEL_NAMES:
+        raise UserError(f"the checkpoint's model {quote(own['model'])} is not known here; if its weights are those of "
+                        f"another model, name it with --model: {', '.join(MODEL_NAMES)}.")
     if own:
         logger.info("From the checkpoint: %s", ", ".join(f"{name} {value}" for name, value in own.items()))
     return replace(resolved.options, **own)
@@ -141,6 +152,15 @@ def companion(options: Any, classes: list[str] | None) -> Subset | None:
     if subset and subset.columns:
         logger.info("%s: judged among its %d classes alone", subset.name, len(subset.columns))
     return subset
+
+
+def known_classes(checkpoint: dict, options: Any) -> list[str] | None:
+    """The checkpoint's class list, which the pictures' folders then must fit; None without one, or when
+    `--nb_classes` asks for another number, as a part of its classes."""
+    classes = checkpoint.get("classes")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        return None
+    return classes if options.nb_classes in (None, len(classes)) else None
 
 
 def load_candidates(path: str, options: Any, class_names: list[str], device: torch.device) -> list[Candidate]:
@@ -175,13 +195,13 @@ def _dtype(options: Any) -> torch.dtype | None:
 def _result(candidate: Candidate, found: engine.EvalResult, options: Any, data: Data, subset: Subset | None) -> dict:
     imagenet = tuple(data.class_names) == imagenet_synsets()
     mean, std = mean_std(options.imagenet_default_mean_and_std)
-    crop = options.crop_pct or (None if options.input_size >= 384 else 224 / 256)
+    crop = None if options.input_size >= 384 else options.crop_pct or 224 / 256
     dtype = _dtype(options) or torch.float32
     protocol = Protocol(
         model=options.model, num_classes=data.num_classes, input_size=options.input_size, weights=candidate.weights,
         checkpoint=candidate.path, crop_pct=crop, mean=tuple(mean), std=tuple(std),
         dtype=str(dtype).removeprefix("torch."), tf32=options.fast_math,
-        dataset=subset.name if subset else "imagenet-val" if imagenet else options.data_set)
+        dataset=subset.name if subset else "imagenet-val" if imagenet else options.data_set, pillow=PIL.__version__)
     predictions = _predictions(found, data) if found.outputs is not None else None
     result = results_from(found, protocol, PUBLISHED.get(options.model), predictions) | {"seconds": found.seconds}
     answers = real_labels(predictions.paths) if subset and subset.name == "imagenet-val" else None
@@ -197,15 +217,33 @@ def _predictions(found: engine.EvalResult, data: Data) -> Predictions:
                        list(data.class_names))
 
 
-def _write(results: list[dict], found: list, options: Any, data: Data, source: str) -> None:
+def _make_folders(options: Any) -> None:
+    """The folders asked for, before hours are spent on what could not be written there."""
+    for name in ("output_dir", "report"):
+        folder = getattr(options, name)
+        try:
+            if folder:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--{name} {folder} cannot be used: {error.strerror}; choose another.") from error
+
+
+def _write(results: list[dict], found: list, options: Any, data: Data, source: str) -> bool:
+    """eval.json and the report's files; False when a folder that was asked for could not take them."""
     target = Path(options.output_dir) if options.output_dir else Path(source).parent
+    written = True
     try:
-        target.mkdir(parents=True, exist_ok=True)
         write_eval_json(target / "eval.json", results)
+    except OSError as error:
+        logger.warning("eval.json was not written in %s: %s", target, error.strerror)
+        written = not options.output_dir
+    try:
         if options.report:
             write_report_files(options.report, _predictions(found[0], data))
     except OSError as error:
-        logger.warning("eval.json was not written in %s: %s", target, error.strerror)
+        logger.warning("The report's files were not written in %s: %s", options.report, error.strerror)
+        written = False
+    return written
 
 
 def _say(results: list[dict], options: Any) -> None:
@@ -215,5 +253,11 @@ def _say(results: list[dict], options: Any) -> None:
         if options.explain_difference:
             for sentence in result.get("departures", []) or ["no setting departs from the published protocol"]:
                 logger.info("- %s", sentence)
+        if result["nonfinite_images"]:
+            logger.warning("%d of %d pictures gave outputs that are not numbers; they count as wrong",
+                           result["nonfinite_images"], result["images"])
         sys.stdout.write(summary_line(result) + "\n")
     sys.stdout.flush()
+    if options.check and "verdict" not in results[0]:
+        logger.warning("--check true: nothing to compare with; a verdict takes a published model with all its classes "
+                       "at its own input size on ImageNet's validation set")

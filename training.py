@@ -49,9 +49,9 @@ def train(resolved: Resolved, process: Any, watchdog: Any) -> int:
     try:
         loaded = process.on_rank_zero(lambda: _open_folder(resolved, folder))
         if loaded is not None and finished(loaded.state, options.epochs):
-            logger.info("This run has finished its %d epochs (%s); --epochs takes more. Evaluating it instead.",
-                        options.epochs, loaded.path)
-            return _evaluate_finished(resolved, process, watchdog)
+            logger.info("This run has finished its %d epoch%s (%s); --epochs takes more. Evaluating it instead.",
+                        options.epochs, "s" * (options.epochs > 1), loaded.path)
+            return _evaluate_finished(resolved, loaded, process, watchdog)
         with StopRequest(options.stop_before_end) as stop:
             planned = plan_run(resolved, process, loaded.state if loaded else None)
             for note in planned.notes:
@@ -135,8 +135,8 @@ def plan_run(resolved: Resolved, process: Any, state: dict | None, data: Data | 
             options, train=True, evaluate=not options.disable_eval, rank_zero=process.local_rank == 0,
             class_names=state["classes"] if state else None))
     plan = plan_batch(resolved, process.world_size, state["global_batch"] if state else None)
-    options = plan.apply(options)
-    return Planned(data, plan, options, validate_after_index(options, plan, len(data.train), data.num_classes))
+    updates = validate_after_index(options, plan, len(data.train), data.num_classes)
+    return Planned(data, plan, plan.apply(options), updates)
 
 
 def build_run(resolved: Resolved, process: Any, loaded: Loaded | None, services: Services, planned: Planned) -> TrainingRun:
@@ -263,6 +263,9 @@ def _evaluator(run: TrainingRun, data: Data, model: torch.nn.Module, ema: Ema | 
         for result in engine.evaluate(named, loader, evaluation, update):
             found |= {f"test_loss{result.name}": result.loss, f"test_acc1{result.name}": result.acc1,
                       f"test_acc5{result.name}": result.acc5}
+            if result.nonfinite and process.is_main:
+                run.to.tracker.incident("nonfinite_outputs", f"{result.nonfinite} of {result.images} evaluated pictures "
+                                        "gave outputs that are not numbers; they count as wrong.", update=update)
         return found
     return evaluate
 
@@ -321,8 +324,13 @@ def _write_page(folder: RunFolder) -> None:
         logger.warning("No report page was written: %s", error)
 
 
-def _evaluate_finished(resolved: Resolved, process: Any, watchdog: Any) -> int:
-    """What starting a finished run again comes to: its best weights are evaluated."""
-    if resolved.options.disable_eval:
+def _evaluate_finished(resolved: Resolved, loaded: Loaded, process: Any, watchdog: Any) -> int:
+    """What starting a finished run again comes to: its best weights are evaluated, the last where no best are there."""
+    options = resolved.options
+    if options.disable_eval:
         return ExitCode.DONE
-    return evaluate_checkpoints(replace(resolved, options=replace(resolved.options, eval=True, resume=())), process, watchdog)
+    folder = options.output_dir
+    best = process.on_rank_zero(lambda: Checkpoints(folder).best() if folder else None)
+    # Not what a fine-tuning began with.
+    options = replace(options, eval=True, resume=(str(best or loaded.path),), finetune="", pretrained=False)
+    return evaluate_checkpoints(replace(resolved, options=options), process, watchdog)

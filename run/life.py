@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from common.errors import UserError
-from run.state import FORMAT, Best, check_resumable, check_same_run
+from run.state import FORMAT, Best
 
 
 @dataclass
@@ -65,6 +65,7 @@ class TrainingRun:
 
     def restore(self, state: dict) -> None:
         """Go on where `state` was saved. Raises UserError when it does not fit the model or optimizer."""
+        self._check_position(state)
         self._restore_weights(state)
         for name, value in (state.get("policy") or {}).items():
             setattr(self.parts.policy, name, value)
@@ -72,6 +73,18 @@ class TrainingRun:
         self.update = self.epoch * self.fixed.updates_per_epoch if state["update"] is None else state["update"]
         # The sums are over all ranks; one rank carries them on.
         self.sums = state.get("sums") if self.process.rank == 0 else None
+
+    def _check_position(self, state: dict) -> None:
+        """The update must lie in the epoch after the last one finished; it doesn't when pictures came or went.
+
+        A run that was stopped between an epoch's last update and its evaluation stands at that epoch's end, with sums.
+        """
+        per_epoch, finished = self.fixed.updates_per_epoch, state["epoch"] + 1
+        longest = per_epoch if state.get("sums") is not None else per_epoch - 1
+        if state["update"] is not None and not 0 <= state["update"] - finished * per_epoch <= longest:
+            raise UserError(f"the checkpoint stands at update {state['update']}, finished epochs: {finished}; with these "
+                            f"pictures an epoch has {per_epoch} updates, so the data set is not the one the run began "
+                            "with: restore it, or start from the weights with --finetune in another --output_dir.")
 
     def _restore_weights(self, state: dict) -> None:
         parts = self.parts
@@ -142,26 +155,41 @@ class TrainingRun:
                 self._save_within_epoch(wait=True)
                 return "stopped"
             if self.update == (self.epoch + 1) * per_epoch:
-                self._finish_epoch(progress, evaluate, started)
+                stops = self._finish_epoch(progress, evaluate, started)
+                if stops and self.epoch < self.fixed.epochs:
+                    return "stopped"
             else:
                 self.sums = self.training.sums_over_ranks()
                 self.sums = self.sums if self.process.rank == 0 else None
-            if self.epoch < self.fixed.epochs and self.to.stop.agreed(self.process):
-                return "stopped"
         return "done"
 
-    def _finish_epoch(self, progress: Any, evaluate: Callable[[int], dict] | None, started: float) -> None:
-        """Evaluate, log and save; the epoch counts as finished from then on."""
+    def _finish_epoch(self, progress: Any, evaluate: Callable[[int], dict] | None, started: float) -> bool:
+        """Evaluate, log and save; the epoch counts as finished from then on. True when the run was asked to stop."""
         epoch, tests = self.epoch, {} if evaluate is None else evaluate(self.update)
         self.epoch = epoch + 1
         files = self.best.update(epoch, tests.get("test_acc1"), tests.get("test_acc1_ema"))
-        ends = self.epoch == self.fixed.epochs or self.to.stop.agreed(self.process)
+        # Asked once: a signal that comes after this is seen at the next update, when it can be saved again.
+        stops = self.to.stop.agreed(self.process)
+        ends = stops or self.epoch == self.fixed.epochs
+        self._report_bad_pictures(epoch)
         self.on_phase("saving", self.update)
         if self.process.rank == 0:
             self.to.tracker.end_epoch(progress, tests, seconds=time.time() - started)
         if self.to.checkpoints is not None and (ends or files or self.epoch % self.options.save_ckpt_freq == 0):
             self.to.checkpoints.save(self.state(), epoch=epoch, best=files, wait=ends)
             self._say_failures()
+        return stops
+
+    def _report_bad_pictures(self, epoch: int) -> None:
+        """Count and name the pictures that could not be read in this epoch and were replaced."""
+        bad = self.training.loader.bad_pictures
+        gathered = self.process.all_gather_object([self.training.path_of(index) for index in bad])
+        bad.clear()
+        paths = sorted({path for part in gathered for path in part})
+        if paths and self.process.rank == 0:
+            self.to.tracker.incident("bad_pictures", f"{len(paths)} picture{'s' * (len(paths) > 1)} of epoch {epoch + 1} could "
+                                     f"not be read and {'were' if len(paths) > 1 else 'was'} replaced by others, such as "
+                                     f"{paths[0]}.", epoch=epoch, count=len(paths), pictures=paths[:1000])
 
     def _save_within_epoch(self, wait: bool) -> None:
         self.on_phase("saving", self.update)
@@ -210,9 +238,3 @@ class Services:
     def where(self, name: str) -> str:
         """`name` in the run folder, for people."""
         return f"{self.folder}/{name}" if self.folder else "the console output above"
-
-
-def resumable(loaded: Any, args: dict, explicit: bool) -> list[str]:
-    """Refuse a checkpoint that cannot be gone on from with these options; returns differences to tell (see run.state)."""
-    check_resumable(loaded.state, loaded.path)
-    return check_same_run(loaded.state, args, loaded.path, explicit)
