@@ -16,10 +16,11 @@ JOBS ?= 2
 	@$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	@touch $@
 
+# A fresh folder each time: an earlier run is kept under the time it was made.
 quickstart: .venv/installed
-	@out=runs/quickstart-$$(date +%Y%m%d-%H%M%S) && \
-	$(PY) main.py --config recipes/quickstart.yaml --output_dir $$out && \
-	$(PY) main.py --config recipes/quickstart.yaml --eval true --resume $$out/checkpoint-best-ema.pth --output_dir $$out
+	@if [ -e runs/quickstart ]; then mv runs/quickstart "runs/quickstart-$$(date -r runs/quickstart +%Y%m%d-%H%M%S)"; fi
+	$(PY) main.py --config recipes/quickstart.yaml --output_dir runs/quickstart
+	$(PY) main.py --config recipes/quickstart.yaml --output_dir runs/quickstart --eval true --resume runs/quickstart/checkpoint-best-ema.pth
 
 test: .venv/installed
 	$(PYTEST) -n $(JOBS) --dist worksteal -m "not slow"
