@@ -86,7 +86,6 @@ def prepare_evaluation(resolved: Resolved, process: Any, observer: engine.Observ
     first = first if isinstance(first, dict) else {}
     options = with_checkpoint_settings(resolved, first)
     if not options.dry_run:
-        if not options.dry_run:
         process.on_rank_zero(lambda: _make_folders(options))
     classes = known_classes(first, options)
     subset = companion(options, classes)
