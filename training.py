@@ -2,6 +2,7 @@
 import os
 import subprocess
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,7 @@ def amp_dtype(options: Any) -> torch.dtype | None:
     return None if not options.use_amp else torch.float16 if options.amp_dtype == "fp16" else torch.bfloat16
 
 
+@cache
 def code_version() -> str:
     """The commit of this code, with a + for local changes; "unknown" outside a git checkout."""
     try:
