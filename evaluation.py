@@ -69,7 +69,10 @@ def evaluate_checkpoints(resolved: Resolved, process: Any, watchdog: Any) -> int
             if strange and process.is_main:
                 logger.warning("%s: %s", candidate.path, strange)
     loader = eval_loader(data, options, process.rank, process.world_size)
-    found = engine.evaluate([(c.weights, c.network) for c in candidates], loader, evaluation)
+    try:
+        found = engine.evaluate([(c.weights, c.network) for c in candidates], loader, evaluation)
+    finally:
+        loader.close()
     results = [_result(c, r, options, data, prepared.subset) for c, r in zip(candidates, found)]
     written = True
     if process.is_main:

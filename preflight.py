@@ -213,7 +213,7 @@ def _try_updates(resolved: Resolved, process: Any, observer: Trial, report: Repo
                 _score_some(tried, networks[:1 + options.model_ema_eval], planned, process, observer)
             process.on_rank_zero(lambda: _save_and_reload(report, run, checkpoints))
         finally:
-            run.training.loader.close()
+            run.close()
             services.tracker.close()
     return tried
 

@@ -63,8 +63,11 @@ def train(resolved: Resolved, process: Any, watchdog: Any) -> int:
                     logger.warning(warning)
             services = Services(checkpoints, None, stop, watchdog, options.output_dir, process.on_rank_zero)
             run = build_run(resolved, process, loaded, services, planned)
-            _tell(run, options, checkpoints)
-            return _live(run, folder, loaded)
+            try:
+                _tell(run, options, checkpoints)
+                return _live(run, folder, loaded)
+            finally:
+                run.close()
     finally:
         if folder is not None:
             folder.release()
@@ -167,8 +170,9 @@ def build_run(resolved: Resolved, process: Any, loaded: Loaded | None, services:
         logger.info("Going on at epoch %d, update %d from %s", run.epoch, run.update, loaded.path)
     sampler = GlobalBatchSampler(len(data.train), plan.global_batch, plan.batch_size, plan.update_freq, process.rank,
                                  process.world_size, options.seed)
+    run.loaders.append(train_loader(data, options, sampler))
     run.training = engine.Training(
-        wrapped, model, update, build_loss(options), train_loader(data, options, sampler), sampler,
+        wrapped, model, update, build_loss(options), run.loaders[0], sampler,
         TrainPrepare(options, data.num_classes, process.device), FiniteWatch(policy), options.seed, updates,
         plan.update_freq, dtype, options.print_freq, run, process, data.train.path)
     run.evaluate = None if options.disable_eval else _evaluator(run, data, model, ema, process)
@@ -259,6 +263,7 @@ def _evaluator(run: TrainingRun, data: Data, model: torch.nn.Module, ema: Ema | 
                                    observer=run, process=process)
     named = [("", model)] + ([("_ema", ema.module)] if ema is not None and options.model_ema_eval else [])
     loader = eval_loader(data, options, process.rank, process.world_size)
+    run.loaders.append(loader)
 
     def evaluate(update: int) -> dict:
         found = {}

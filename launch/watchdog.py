@@ -289,7 +289,8 @@ class Watchdog:
             else:
                 first = first or json.loads(store.get(self._prefix + "cause"))
                 code = first["code"]
-                self._follow(store, first)
+                # This rank's own thread may have declared it just before and left the words to this one.
+                (self._tell if first["teller"] == [self.beat.node, self.beat.pid] else self._follow)(store, first)
         except Exception as broken:  # the store died with rank 0
             if lost:
                 self._say_store_is_gone(str(broken).splitlines()[0][:200])

@@ -50,6 +50,7 @@ class TrainingRun:
         self.update = self.epoch * fixed.updates_per_epoch
         self.sums: list[float] | None = None
         self.training: Any = None
+        self.loaders: list[Any] = []
 
     def state(self, sums: list[float] | None = None) -> dict:
         """Everything a run needs to go on; `sums` are those of an epoch that is not finished."""
@@ -97,6 +98,12 @@ class TrainingRun:
                             f"{str(error).splitlines()[-1].strip()}") from None
         parts.load_optimizer(parts.optimizer, state["optimizer"])
         parts.scaler.load_state_dict(state.get("scaler") or {})
+
+    def close(self) -> None:
+        """End the loader workers. Left to the garbage collector, their queues close before they are told to end, and
+        the program waits 5 s for each of them."""
+        for loader in self.loaders:
+            loader.close()
 
     # ------------------------------------------------------------------------------------------ the engine's observer
 
