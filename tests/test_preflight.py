@@ -12,7 +12,7 @@ from PIL import Image
 import models  # noqa: F401  registers the architectures
 import preflight
 from common.errors import UserError
-from datasets.check import spread_over_classes
+from datasets.check import SampleCheck, spread_over_classes
 from main import main
 from run.life import TrainingRun
 from run.preflight import (Pace, Report, check_writable, first_difference, low_score, process_problems,
@@ -105,6 +105,8 @@ def test_an_unreadable_validation_picture_is_a_problem_an_unreadable_training_pi
     (data / "train" / "class000" / "1.JPEG").write_bytes(b"no picture")
     code, said = run(data, *TRAIN, "--dry_run", "true")
     assert code == 0 and "unreadable:" in said and "train/class000/1.JPEG" in said, said
+    code, said = run(data, *TRAIN, "--epochs", "1")
+    assert code == 0 and said.index("unreadable: ") < said.index("epoch 1/1"), said  # the short form of every start
     (data / "val" / "class001" / "2.JPEG").write_bytes(b"")
     code, said = run(data, *TRAIN, "--dry_run", "true")
     assert code == 2 and "val/class001/2.JPEG cannot be read" in said.splitlines()[-1], said
@@ -229,9 +231,11 @@ def test_processes_must_agree():
 
 def test_the_short_form_is_silent_when_all_is_well():
     options = SimpleNamespace(num_workers=0, batch_size=2, input_size=32)
-    sample = SimpleNamespace(sentences=lambda: ["8 pictures looked at", "unreadable: x"])
     assert start_warnings(options, Pair(), "v1", None) == []
-    assert start_warnings(options, Pair(), "v1", sample) == ["unreadable: x"]
+    assert start_warnings(options, Pair(), "v1", SampleCheck(8, 2, 0.01, tiny=["a"])) == []
+    assert start_warnings(options, Pair(), "v1", SampleCheck(8, 2, 0.01, [("x", "empty")])) == ["unreadable: x (empty)"]
+    small = start_warnings(options, Pair(), "v1", SampleCheck(8, 2, 0.01, tiny=["a"] * 5))
+    assert small == ["5 pictures are smaller than half the input size, such as a"]
 
 
 def test_the_report_ends_with_the_first_problem():
