@@ -100,21 +100,20 @@ class Task:
             return
         deadline = time.monotonic() + HOLD
         while self.slurm and time.monotonic() < deadline:
-            mine = [r["what"] for r in read_json_lines(self.folder / "job.jsonl") if r["attempt"] == self.attempt]
-            if "not requeued" in mine:
+            if any(r["what"] == "not requeued" and r["attempt"] == self.attempt for r in self._records()):
                 return
             time.sleep(1)
 
     def after_failure(self, code: int) -> None:
         """The first task to get here decides for all: once more, unless it failed at the same update before."""
         failure = self._failure(code)
-        decision = self.folder / f"decision-{self.attempt}"
+        decision = self.folder / f"decision-{self.id}-{self.attempt}"
         try:
             descriptor = os.open(decision, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:
             self._follow(decision)
             return
-        before = [r for r in read_json_lines(self.folder / "job.jsonl") if r["what"] == "failed"]
+        before = [r for r in self._records() if r["what"] == "failed"]
         same = bool(before) and before[-1]["update"] == failure["update"]
         with os.fdopen(descriptor, "w") as file:
             file.write("stop" if same else "requeue")
@@ -128,8 +127,11 @@ class Task:
     def record(self, what: str, **more: Any) -> None:
         """Append to job.jsonl in the job's folder; starts and ends are told by rank 0 alone."""
         if self.rank == 0 or what not in ("started", "done"):
-            append_json_line(self.folder / "job.jsonl", {"what": what, "attempt": self.attempt, "rank": self.rank,
-                                                         "time": time.time(), **more})
+            append_json_line(self.folder / "job.jsonl", {"what": what, "job": self.id, "attempt": self.attempt,
+                                                         "rank": self.rank, "time": time.time(), **more})
+
+    def _records(self) -> list[dict[str, Any]]:
+        return job_records(self.folder, self.id)
 
     def _requeue(self, reason: str) -> None:
         if self.attempt >= self.job.max_requeue:
@@ -179,7 +181,7 @@ class Task:
     def _attempt(self) -> int:
         if self.slurm:
             return int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        return sum(record["what"] == "requeued" for record in read_json_lines(self.folder / "job.jsonl"))
+        return sum(record["what"] == "requeued" for record in self._records())
 
     def _state(self) -> str:
         command = ["squeue", "--noheader", f"--jobs={self.id}", "--format=%T"]
@@ -190,6 +192,11 @@ class Task:
         self.signalled = signal.Signals(number).name
         if self.child is not None and self.child.poll() is None:
             self.child.send_signal(number)
+
+
+def job_records(folder: Path, job_id: str) -> list[dict[str, Any]]:
+    """The lines of job.jsonl about one job; without %j in its name a folder serves several, one after the other."""
+    return [record for record in read_json_lines(folder / "job.jsonl") if record.get("job") == job_id]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -24,10 +24,10 @@ import submitit
 import yaml
 
 from common.errors import UserError
-from common.files import read_json, read_json_lines, write_json
+from common.files import read_json, write_json
 from common.log import logger, setup_logging
 from launch import ExitCode
-from launch.job import Job
+from launch.job import Job, job_records
 from launch.processes import alive
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -260,7 +260,7 @@ def status(folder: Path) -> str:
     except (OSError, ValueError):
         raise UserError(f"{folder} holds no job.json: give the folder of the logs that run_with_submitit named when it "
                         f"submitted the job.") from None
-    records = read_json_lines(folder / "job.jsonl")
+    records = job_records(folder, job["id"])
     attempt = max((record["attempt"] for record in records), default=0)
     lines = [f"job      {job['id']} ({job['cluster']})", f"state    {job_state(job)}",
              f"attempt  {attempt + 1} of at most {job['max_requeue'] + 1}"]
@@ -296,7 +296,7 @@ def job_state(job: dict[str, Any]) -> str:
     if job["cluster"] == "local":
         if alive(int(job["id"])):
             return "RUNNING"
-        records = read_json_lines(Path(job["folder"].replace("%j", job["id"])) / "job.jsonl")
+        records = job_records(Path(job["folder"].replace("%j", job["id"])), job["id"])
         return "COMPLETED" if records and records[-1]["what"] == "done" else "ENDED"
     for command in (["squeue", "--noheader", "--states=all", f"--jobs={job['id']}", "--format=%T"],
                     ["sacct", "--noheader", "--allocations", f"--jobs={job['id']}", "--format=State"]):

@@ -97,8 +97,8 @@ def start_ranks(world_size: int, *command: str | Path, absent: tuple[int, ...] =
 def start_torchrun(world_size: int, *command: str | Path) -> subprocess.Popen:
     """`torchrun --nproc_per_node world_size command`."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-    return subprocess.Popen([sys.executable, *launcher, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, env=environment())
+    return subprocess.Popen([sys.executable, *launcher, *map(str, command)], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, env=environment())
 
 
 def finish(processes: Sequence[subprocess.Popen | Rank], seconds: float = 120) -> list[tuple[int, str]]:

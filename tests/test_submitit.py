@@ -43,11 +43,12 @@ def no_slurm(monkeypatch, tmp_path):
 
 def test_dry_run_prints_the_script_and_submits_nothing(program, fake_slurm, capsys):
     assert main(["--nodes", "4", "--ngpus", "8", "--timeout", "1.5", "--partition", "gpu", "--comment", "for a paper",
-                 "--job_name", "tiny", "--slurm", "account=vision", "--slurm", "mem=0", "--use_volta32", "--dry_run", "true",
-                 "--updates", "7"]) == 0
+                 "--job_name", "tiny", "--slurm", "account=vision", "--slurm", "mem=0", "--use_volta32",
+                 "--dry_run", "true", "--updates", "7"]) == 0
     out, err = capsys.readouterr()
-    for line in ("--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=90", "--partition=gpu", "--job-name=tiny",
-                 "--comment='for a paper'", "--account=vision", "--mem=0", "--requeue", "--signal=USR2@120", "--cpus-per-task=10"):
+    for line in ("--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=90", "--partition=gpu",
+                 "--job-name=tiny", "--comment='for a paper'", "--account=vision", "--mem=0", "--requeue",
+                 "--signal=USR2@120", "--cpus-per-task=10"):
         assert f"#SBATCH {line}\n" in out
     assert "export SRUN_CPUS_PER_TASK" in out and "main.py --updates 7 --output_dir" in out
     assert "--use_volta32" in err and "has no effect" in err
@@ -69,8 +70,8 @@ def test_gpus_asked_for_in_the_sites_own_words_are_asked_for_once(program, fake_
 
 def test_slurm_where_there_is_none_names_the_torchrun_line(program, no_slurm, capsys):
     assert main(["--cluster", "slurm", "--nodes", "2", "--ngpus", "4", "--updates", "3"]) == 2
-    assert ("torchrun --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29500 --nproc_per_node=4 main.py --updates 3"
-            in capsys.readouterr().err)
+    assert ("torchrun --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29500 --nproc_per_node=4 main.py "
+            "--updates 3") in capsys.readouterr().err
     assert main(["--cluster", "slurm", "--ngpus", "4"]) == 2
     assert "torchrun --nnodes=1 --nproc_per_node=4 main.py" in capsys.readouterr().err
 
@@ -102,8 +103,8 @@ def test_a_misspelt_flag_is_suggested_from_the_launchers_and_mains(typed, meant,
 
 
 def test_the_code_of_a_job_lies_beside_its_folder():
-    for folder, code in (("/a/runs/%j", "/a/runs/code"), ("/a/runs/hornet_%j", "/a/runs/code"), ("/a/run", "/a/run/code"),
-                         ("/a/%j/logs", "/a/code")):
+    for folder, code in (("/a/runs/%j", "/a/runs/code"), ("/a/runs/hornet_%j", "/a/runs/code"),
+                         ("/a/run", "/a/run/code"), ("/a/%j/logs", "/a/code")):
         assert str(snapshot_folder(folder).parent) == code
 
 
@@ -172,3 +173,17 @@ def test_nothing_of_a_local_job_outlives_its_controller(program):
     wait_for(lambda: (folder / "now").exists())
     os.kill(int(folder.name), signal.SIGKILL)
     wait_for(lambda: not any(alive(int(pid.read_text())) for pid in (folder / "pids").iterdir()))
+
+
+@pytest.mark.slow
+def test_a_second_job_in_the_same_folder_has_its_own_attempts(program):
+    ids = []
+    for _ in range(2):
+        assert main(["--cluster", "local", "--ngpus", "1", "--device", "cpu", "--job_dir", "again",
+                     "--faults", "raise=0@3"]) == 0
+        ids.append(json.loads((program / "again" / "job.json").read_text())["id"])
+        wait_for(lambda: not alive(int(ids[-1])))
+    records = [json.loads(line) for line in (program / "again" / "job.jsonl").read_text().splitlines()]
+    for job in ids:
+        assert [r["what"] for r in records if r["job"] == job] == ["started", "failed", "requeued", "started", "failed"]
+    assert "attempt  2 of" in run_with_submitit.status(program / "again")

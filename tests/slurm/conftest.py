@@ -1,4 +1,4 @@
-"""A throw-away Slurm cluster for the tests marked `slurm`, and a stand-in for the program that they submit."""
+"""A throw-away Slurm cluster for the tests marked `slurm`."""
 import os
 import re
 import shutil
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parent.parent
-SCRIPT = HERE / "slurm_cluster.sh"
+from tests.launch_kit import environment
+
+SCRIPT = Path(__file__).resolve().parent / "slurm_cluster.sh"
 
 
 class Cluster:
@@ -21,18 +21,23 @@ class Cluster:
         self.folder = folder
 
     def control(self, *arguments: str) -> str:
-        answer = subprocess.run([SCRIPT, arguments[0], self.folder, *arguments[1:]], capture_output=True, text=True, timeout=120)
+        """slurm_cluster.sh ARGUMENT FOLDER ARGUMENT…; what it prints."""
+        command = [SCRIPT, arguments[0], self.folder, *arguments[1:]]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=240)
         assert answer.returncode == 0, answer.stdout + answer.stderr
         return answer.stdout
 
     def state(self, job: str) -> str:
+        """PENDING, RUNNING, COMPLETED …"""
         return self.field(job, "%T")
 
     def field(self, job: str, form: str) -> str:
+        """What squeue says of `job` in its format `form`."""
         command = ["squeue", "--noheader", "--states=all", f"--jobs={job}", f"--format={form}"]
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
 
-    def wait(self, job: str, states: str = "COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL", seconds: float = 150) -> str:
+    def wait(self, job: str, states: str = "COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL", seconds: float = 300) -> str:
+        """The state of `job` as soon as it is one of `states`; AssertionError after `seconds`."""
         deadline = time.monotonic() + seconds
         while not re.fullmatch(states, state := self.state(job)):
             assert time.monotonic() < deadline, f"job {job} is {state} after {seconds} s"
@@ -40,22 +45,31 @@ class Cluster:
         return state
 
 
+    def left_over(self) -> list[str]:
+        """Command lines of processes that name this cluster's folder."""
+        ours = f"{self.folder}/".encode()
+        found = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+        return [line.replace(b"\0", b" ").decode(errors="replace") for line in found if ours in line]
+
+
 @pytest.fixture(scope="session")
 def cluster():
-    missing = [name for name in ("slurmctld", "slurmd", "srun") if not shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin")]
+    """A running cluster, which the commands of Slurm talk to; each of several pytest workers has its own."""
+    programs = os.environ["PATH"] + ":/usr/sbin:/sbin"
+    missing = [name for name in ("slurmctld", "slurmd", "srun") if not shutil.which(name, path=programs)]
     if missing:
         pytest.skip(f"{', '.join(missing)} not found: apt-get install slurm-wlm munge")
     folder = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))  # short: its sockets' paths have a limit
-    cluster = Cluster(folder)
+    cluster, old = Cluster(folder), dict(os.environ)
     try:
         cluster.control("start")
-        variables = dict(re.findall(r"(\w+)=(\S+)", cluster.control("env").replace(':"$PATH"', "")))
-        old = dict(os.environ)
-        os.environ.update(SLURM_CONF=variables["SLURM_CONF"], PATH=f"{variables['PATH']}:{old['PATH']}", OMP_NUM_THREADS="1",
-                          PYTHONPATH=str(REPOSITORY))
+        clean = environment(SLURM_CONF=str(folder / "slurm.conf"), PATH=f"{folder / 'bin'}:{old['PATH']}")
+        os.environ.clear()
+        os.environ.update(clean)
         yield cluster
+    finally:
         os.environ.clear()
         os.environ.update(old)
-    finally:
         cluster.control("stop")
         shutil.rmtree(folder, ignore_errors=True)
+    assert not cluster.left_over()

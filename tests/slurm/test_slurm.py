@@ -1,10 +1,7 @@
 """Jobs on a real Slurm: to the end, through preemption, failures and lost nodes, and two at once."""
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,7 @@ import pytest
 from launch import run_with_submitit
 from tests.launch_kit import TOY, expected_value, wait_for, write_toy_program
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture
@@ -24,9 +21,9 @@ def submit(cluster, tmp_path, monkeypatch):
 
     def submit(updates: int, faults: str = "", nodes: int = 2, ngpus: int = 2, *more: str) -> tuple[str, Path]:
         known = set(Path("runs").glob("*/job.json"))
-        assert run_with_submitit.main(["--cluster", "slurm", "--nodes", str(nodes), "--ngpus", str(ngpus), "--device", "cpu",
-                                       "--cpus_per_task", "1", "--timeout", "0.5", *more, "--updates", str(updates),
-                                       "--faults", faults]) == 0
+        assert run_with_submitit.main([
+            "--cluster", "slurm", "--nodes", str(nodes), "--ngpus", str(ngpus), "--device", "cpu",
+            "--cpus_per_task", "1", "--timeout", "0.5", *more, "--updates", str(updates), "--faults", faults]) == 0
         folder = (set(Path("runs").glob("*/job.json")) - known).pop().parent.absolute()
         jobs.append(folder.name)
         return folder.name, folder
@@ -34,7 +31,7 @@ def submit(cluster, tmp_path, monkeypatch):
     yield submit
     for job in jobs:
         subprocess.run(["scancel", job], check=False)
-        cluster.wait(job, seconds=60)
+        cluster.wait(job)
 
 
 def records(folder: Path) -> list[str]:
@@ -57,19 +54,6 @@ def test_two_nodes_with_two_tasks_each_run_to_the_end(cluster, submit):
     assert "state    COMPLETED" in run_with_submitit.status(folder)
 
 
-@pytest.mark.slow
-def test_a_preempted_job_is_requeued_and_ends_as_if_undisturbed(cluster, submit):
-    job, folder = submit(150, "pace=0.05")
-    wait_for(lambda: (folder / "now").exists(), 90)
-    subprocess.run(["scancel", "--signal=USR2", job], check=True)
-    assert cluster.wait(job) == "COMPLETED", said(folder)
-    assert records(folder) == ["started", "requeued", "started", "done"]
-    assert value(folder) == expected_value(150, 4)
-    stops = {(folder / f"stopped{rank}").read_text() for rank in range(4)}
-    assert len(stops) == 1, "the ranks stopped at different updates"
-
-
-@pytest.mark.slow
 def test_a_job_that_fails_twice_at_the_same_update_stops_with_the_cause(cluster, submit):
     job, folder = submit(20, "raise=2@7")
     assert cluster.wait(job) == "FAILED"
@@ -79,45 +63,32 @@ def test_a_job_that_fails_twice_at_the_same_update_stops_with_the_cause(cluster,
     assert f"{job}_2_log.err" in status
 
 
-@pytest.mark.slow
 def test_a_users_mistake_is_not_tried_again(cluster, submit):
     job, folder = submit(20, "user_error=0@3")
     assert cluster.wait(job) == "FAILED"
     assert records(folder) == ["started"]
 
 
-@pytest.mark.slow
-def test_a_killed_task_process_is_tried_again(cluster, submit):
-    job, folder = submit(150, "pace=0.05")
-    wait_for(lambda: (folder / "now").exists(), 90)
-    os.kill(int((folder / "pids" / "3").read_text()), signal.SIGKILL)
-    assert cluster.wait(job) == "COMPLETED", said(folder)
-    assert records(folder) == ["started", "failed", "requeued", "started", "done"]
-
-
-@pytest.mark.slow
 def test_survivors_of_a_lost_node_requeue_the_job(cluster, submit):
     job, folder = submit(100, "pace=0.05 hang_timeout=15")
-    wait_for(lambda: (folder / "now").exists(), 90)
+    wait_for(lambda: (folder / "now").exists())
     try:
         cluster.control("node-kill", "127.0.0.12")
-        wait_for(lambda: "requeued" in records(folder) or cluster.field(job, "%r") == "BeginTime", 60)
+        wait_for(lambda: "requeued" in records(folder) or cluster.field(job, "%r") == "BeginTime")
     finally:
         cluster.control("node-up", "127.0.0.12")
-    assert cluster.wait(job, seconds=200) == "COMPLETED", said(folder)
+    assert cluster.wait(job) == "COMPLETED", said(folder)
     assert value(folder) == expected_value(100, 4)
 
 
-@pytest.mark.slow
 def test_a_cancelled_job_does_not_come_back(cluster, submit):
     job, folder = submit(1000, "pace=0.05")
-    wait_for(lambda: (folder / "now").exists(), 90)
+    wait_for(lambda: (folder / "now").exists())
     subprocess.run(["scancel", job], check=True)
     assert cluster.wait(job) == "CANCELLED"
     assert "requeued" not in records(folder)
 
 
-@pytest.mark.slow
 def test_two_jobs_at_once_on_one_node(cluster, submit):
     jobs = [submit(40, "", 1, 2, "--slurm", "nodelist=127.0.0.11") for _ in range(2)]
     for job, folder in jobs:
@@ -125,19 +96,18 @@ def test_two_jobs_at_once_on_one_node(cluster, submit):
         assert value(folder) == expected_value(40, 2)
 
 
-@pytest.mark.slow
 def test_srun_without_submitit_and_plain_python_inside_an_allocation(cluster, tmp_path):
-    srun = subprocess.run(["srun", "-N2", "--ntasks-per-node=2", sys.executable, TOY, tmp_path / "a", "10"], timeout=120)
-    assert srun.returncode == 0 and value(tmp_path / "a") == expected_value(10, 4)
+    srun = ["srun", "-N2", "--ntasks-per-node=2", sys.executable, TOY, tmp_path / "a", "10"]
+    assert subprocess.run(srun, timeout=300).returncode == 0 and value(tmp_path / "a") == expected_value(10, 4)
     script = tmp_path / "job.sh"
     script.write_text(f"#!/bin/bash\n{sys.executable} {TOY} {tmp_path / 'b'} 10\n")
     batch = ["sbatch", "--wait", "-N2", "--ntasks-per-node=2", "-o", str(tmp_path / "log"), str(script)]
-    assert subprocess.run(batch, timeout=120).returncode == 0, (tmp_path / "log").read_text()
+    assert subprocess.run(batch, timeout=300).returncode == 0, (tmp_path / "log").read_text()
     assert value(tmp_path / "b") == expected_value(10, 1)
 
 
-@pytest.mark.slow
 def test_the_time_limit_of_a_job_is_known(cluster, tmp_path):
     code = "import os, time; from launch.preemption import job_end_time; print(job_end_time(os.environ) - time.time())"
-    answer = subprocess.run(["srun", "-n1", "--time=7", sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    srun = ["srun", "-n1", "--time=7", sys.executable, "-c", code]
+    answer = subprocess.run(srun, capture_output=True, text=True, timeout=300)
     assert 300 < float(answer.stdout) <= 420, answer.stderr
