@@ -123,11 +123,11 @@ def read_val_labels(path: str, file_names: list[str]) -> list[str]:
     if rows and all(len(row) == 1 and row[0].strip().isdigit() for row in rows):
         return _devkit_labels(Path(path), [int(row[0]) for row in rows], file_names)
     table = {Path(row[0].strip()).stem: row[1].split()[0] for row in rows if len(row) > 1 and row[1].strip()}
-    try:
-        return [table[Path(name).stem] for name in file_names]
-    except KeyError as error:
-        raise UserError(f"--val_labels {path} has no line for picture {error}; each picture needs a line "
-                        "`file name,synset`.") from error
+    unnamed = [name for name in file_names if Path(name).stem not in table]
+    if unnamed:
+        raise UserError(f"--val_labels {path} has no line for {len(unnamed)} of {len(file_names)} pictures, such as "
+                        f"{show(unnamed[0])}; each picture needs a line `file name,synset`.")
+    return [table[Path(name).stem] for name in file_names]
 
 
 def _devkit_labels(path: Path, ids: list[int], file_names: list[str]) -> list[str]:

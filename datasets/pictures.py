@@ -19,8 +19,9 @@ class BadPicture(Exception):
 
 
 def show(path: str) -> str:
-    """`path` for a person: bytes that are not UTF-8 appear as escapes, so that printing never fails."""
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """`path` for a person, in one line: bytes that are not UTF-8 and control characters appear as escapes."""
+    text = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def decode(file: BinaryIO) -> Image.Image:

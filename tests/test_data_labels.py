@@ -150,8 +150,8 @@ def test_a_flat_val_folder_takes_a_csv_or_the_devkits_file(flat):
 
 
 @pytest.mark.parametrize("text, sentence", [
-    ("490\n361\n", "has 2 labels for 3 pictures"), ("ILSVRC2012_val_00000001,n01440764\n", "has no line for picture"),
-    ("", "has no line for picture"), (None, "cannot be read")])
+    ("490\n361\n", "has 2 labels for 3 pictures"), ("ILSVRC2012_val_00000001,n01440764\n", "has no line for"),
+    ("", "has no line for"), (None, "cannot be read")])
 def test_unfitting_label_files_are_explained(flat, text, sentence):
     table = flat / "labels.txt"
     if text is not None:
