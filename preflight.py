@@ -211,6 +211,7 @@ def _try_updates(resolved: Resolved, process: Any, observer: Trial, report: Repo
             if not options.disable_eval:
                 networks = [("", run.parts.model)] + ([("_ema", run.parts.ema.module)] if run.parts.ema else [])
                 _score_some(tried, networks[:1 + options.model_ema_eval], planned, process, observer)
+            observer.on_phase("saving", run.update)
             process.on_rank_zero(lambda: _save_and_reload(report, run, checkpoints))
         finally:
             run.close()

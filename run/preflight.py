@@ -55,7 +55,7 @@ class Report:
         if self.problems:
             more = len(self.problems) - 1
             raise UserError(self.problems[0] + (f" ({more} more above, marked with !)" if more else ""))
-        logger.info("All is well; the same command without --dry_run starts the run.")
+        logger.info("All is well; the same command without --dry_run starts it.")
 
 
 def size_words(size: float) -> str:
