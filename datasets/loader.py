@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from common.errors import UserError
-from common.keys import key, seeded
+from common.keys import key, reseed, seeded
 from common.log import logger
 from datasets.fast import NeedsPillow, available, picture_of
 from datasets.pictures import BadPicture, show
@@ -100,11 +100,12 @@ class PictureDataset(Dataset):
         targets, bad, pixels = np.empty(count, dtype=np.int64), np.zeros(count, dtype=bool), images.numpy()
         items = [item if isinstance(item, tuple) else (-1, item, -1) for item in items]
         indices, positions = torch.tensor([item[1:] for item in items], dtype=torch.int64).T.contiguous()
-        for row, (epoch, index, _) in enumerate(items):
-            if epoch >= 0:
-                targets[row], bad[row] = self._train(epoch, index, pixels[row], boxes[row])
-            else:
-                targets[row], bad[row] = self._evaluate(index, pixels[row])
+        with seeded(0) if items[0][0] >= 0 else nullcontext():
+            for row, (epoch, index, _) in enumerate(items):
+                if epoch >= 0:
+                    targets[row], bad[row] = self._train(epoch, index, pixels[row], boxes[row])
+                else:
+                    targets[row], bad[row] = self._evaluate(index, pixels[row])
         return Batch(images, torch.from_numpy(targets), indices, positions, torch.from_numpy(boxes),
                      torch.from_numpy(bad), items[0][0])
 
@@ -132,10 +133,11 @@ class PictureDataset(Dataset):
         """Picture `index` to `pixels`, with draws seeded by `draws`; raises BadPicture."""
         for picture in self._pictures(index):
             try:
-                with seeded(draws) if draws is not None else nullcontext():
-                    pixels[:] = self.transformed(picture, index)
-                    if boxes is not None and self.erasing is not None:
-                        boxes[:] = self.erasing.boxes(self.size, self.size)
+                if draws is not None:
+                    reseed(draws)
+                pixels[:] = self.transformed(picture, index)
+                if boxes is not None and self.erasing is not None:
+                    boxes[:] = self.erasing.boxes(self.size, self.size)
                 return
             except NeedsPillow:
                 continue

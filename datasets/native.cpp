@@ -254,12 +254,13 @@ constexpr int LINES = 8;   // rows asked for at once
 // Damage there changes no wanted row; a marker other than the end could make Pillow refuse, a missing end does.
 bool ends_well(jpeg_decompress_struct *info) {
   if (jpeg.complete(info)) return true;  // several scans: all were read before the first row
-  if (info->unread_marker) return info->unread_marker == JPEG_EOI;
+  auto goes_on = [&](int marker) { return info->restart_interval && marker >= 0xD0 && marker <= 0xD7; };
+  if (info->unread_marker && !goes_on(info->unread_marker)) return info->unread_marker == JPEG_EOI;
   const uint8_t *at = info->src->next_input_byte, *end = at + info->src->bytes_in_buffer;
   while ((at = static_cast<const uint8_t *>(memchr(at, 0xFF, end - at)))) {
     while (at < end && *at == 0xFF) at++;
     if (at == end) return false;
-    if (*at != 0 && !(info->restart_interval && *at >= 0xD0 && *at <= 0xD7)) return *at == JPEG_EOI;
+    if (*at != 0 && !goes_on(*at)) return *at == JPEG_EOI;
   }
   return false;
 }
@@ -314,12 +315,15 @@ inline Four value(const uint8_t *at) {
   return __builtin_convertvector(numbers, Four);
 }
 
-inline Four cubic_between(Four a, Four b, Four c, Four d, double t) {
-  const Four slope = c - a, bend = 2.0 * (a - b) + c - d, twist = b - a - c + d;
+inline Four cubic_between(Four a, Four b, Four c, Four d, double at) {
+  const Four t = {at, at, at, at}, slope = c - a, bend = 2.0 * (a - b) + c - d, twist = b - a - c + d;
   return b + t * (slope + t * (bend + t * twist));
 }
 
-inline int clamp(int x, int size) { return x < 0 ? 0 : x < size ? x : size - 1; }
+inline int clamp(int x, int size) {
+  x = x < size ? x : size - 1;
+  return x > 0 ? x : 0;
+}
 
 struct Source {
   const uint8_t *pixels;
@@ -342,16 +346,18 @@ template <bool BICUBIC> inline Four along(const Source &in, int y, int x, double
 }
 
 // SIDE, UP: whether pixels lie between columns, between rows; where not, that interpolation gives its middle value.
-template <bool BICUBIC, bool SIDE, bool UP> void warp(const Source &in, const double *m, uint32_t fill, uint8_t *out) {
+template <bool BICUBIC, bool SIDE, bool UP>
+void warp(const Source in, const double *matrix, uint32_t fill, uint8_t *out) {
+  const double m0 = matrix[0], m2 = matrix[2], m3 = matrix[3], m5 = matrix[5], width = in.width, height = in.height;
   int32_t *line = reinterpret_cast<int32_t *>(line_memory.need(16 * static_cast<size_t>(in.width) + 64));
   const Quads blank = {static_cast<int>(fill & 255), static_cast<int>(fill >> 8 & 255),
                        static_cast<int>(fill >> 16 & 255), 0};
   for (int y = 0; y < in.height; y++) {
-    const double yin = y + 0.5;
+    const double yin = y + 0.5, m1 = matrix[1] * yin, m4 = matrix[4] * yin;
     for (int x = 0; x < in.width; x++) {
       const double xin = x + 0.5;
-      double sx = m[0] * xin + m[1] * yin + m[2], sy = m[3] * xin + m[4] * yin + m[5];
-      if (!(sx >= 0.0 && sx < in.width && sy >= 0.0 && sy < in.height)) {
+      double sx = m0 * xin + m1 + m2, sy = m3 * xin + m4 + m5;
+      if (!(sx >= 0.0 && sx < width && sy >= 0.0 && sy < height)) {
         memcpy(line + 4 * x, &blank, sizeof blank);
         continue;
       }
