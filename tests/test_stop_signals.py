@@ -1,0 +1,39 @@
+"""A real run of two processes that is asked to stop: one checkpoint, of the update under way, and nobody is left."""
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from tests.launch_kit import wait_for
+from tests.survival_kit import arguments, assert_gone, codes, descendants, now, start, write_pictures
+
+BRIEF = [("SIGUSR2", "one"), ("SIGTERM", "all")]
+
+
+@pytest.mark.parametrize("name, target", [
+    *BRIEF, *(pytest.param(n, t, marks=pytest.mark.slow) for n in ("SIGTERM", "SIGUSR1", "SIGUSR2")
+              for t in ("one", "all") if (n, t) not in BRIEF)])
+def test_a_signal_saves_and_ends_at_one_update(tmp_path, name, target):
+    """"all" are the loader workers too, as a scheduler signals them."""
+    folder, pictures = tmp_path / "run", write_pictures(tmp_path / "pictures")
+    argv = arguments(pictures, folder, epochs=1000, update_freq=1, num_workers=1, save_every_minutes=0)
+    ranks = start(argv, tmp_path / "console", 2, now=str(tmp_path))
+    wait_for(lambda: min(now(tmp_path, rank)[1] for rank in range(2)) > 8, 120)
+    workers = [pid for rank in ranks for pid in descendants(rank.pid)]
+    assert len(workers) >= 2
+    began = time.monotonic()
+    for pid in [ranks[1].pid] if target == "one" else [rank.pid for rank in ranks] + workers:
+        os.kill(pid, getattr(signal, name))
+    assert codes(ranks, 60) == [75, 75], ranks[0].text()
+    assert time.monotonic() - began < 20
+    assert_gone(workers + [rank.pid for rank in ranks])
+    status = json.loads((folder / "status.json").read_text())
+    (last, update, _), (_, other, _) = now(tmp_path, 0), now(tmp_path, 1)
+    assert status["state"] == "PREEMPTED" and status["update"] == update == other and last == "saving"
+    newest = max(folder.glob("checkpoint-*.pth"), key=lambda path: path.stat().st_mtime)
+    assert torch.load(newest, weights_only=True)["update"] == update
+    assert [line["update"] for line in map(json.loads, (folder / "attempts.jsonl").read_text().splitlines())
+            if "update" in line] == [update]
