@@ -1,4 +1,5 @@
 """Every fenced command of README.md and TRAINING.md is marked, and does what it is marked for."""
+import json
 import os
 import shutil
 import subprocess
@@ -166,3 +167,6 @@ def test_commands_marked_run_work_one_after_the_other_as_pasted(checkout):
         if text.startswith("make "):
             text = f"make -o .venv/installed PY={sys.executable} {text[5:]}"
         real_run(["bash", "-euo", "pipefail", "-c", text], checkout, 900)
+        if command.text == "make quickstart":
+            result = json.loads((checkout / "runs" / "quickstart" / "eval.json").read_text())
+            assert result["images"] >= 360 and result["acc1"] >= 95, result
