@@ -13,7 +13,7 @@ from common.log import logger
 from models.complexity import count
 from models.hornet import input_size
 from models.zoo import PUBLISHED
-from tools.bench import cases, timing
+from tools.bench import cases, data, timing
 from tools.bench.plot import accuracy_speed
 from tools.command import run_command
 
@@ -84,7 +84,7 @@ def _work(args: argparse.Namespace) -> int:
                 found += measure(name, setting)
     if args.work in ("data", "all"):
         logger.info("data")
-        found += cases.loading(setting)
+        found += data.loading(args.repeats, args.clock) + data.start_up(args.repeats, args.clock)
     result["rows"] = timing.as_json(found)
     result["family"] = _family(args) if args.work in ("family", "all") else []
     write_json(args.out, result)

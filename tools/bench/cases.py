@@ -1,30 +1,19 @@
-"""What is measured: evaluation, training steps, the optimizer's update, loading, and the family of ten."""
+"""What is measured: evaluation, training steps, the optimizer's update, and the family of ten."""
 import contextlib
 import copy
 import resource
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import timm
 import torch
-from PIL import Image
-from timm.data import create_transform
 from torch import nn
-from torchvision.datasets import ImageFolder
 
 import models
-from datasets.loader import PictureDataset
-from datasets.prepare import EvalPrepare, TrainPrepare
-from datasets.readers import FolderReader, index_folder
-from datasets.transforms import Erasing, eval_transform, train_transform
 from models import kernels
 from models.complexity import count
 from optim.ema import Ema
 from optim.update import Update, UpdateConfig
-from run.options import Options
 from tools.bench.reference import PlainUpdate, plain_model
 from tools.bench.timing import Row, interleave, peak_bandwidth, peak_flops, rows
 
@@ -169,47 +158,6 @@ def optimizer(name: str, setting: Setting) -> list[Row]:
     for row in found:
         row.share, row.limit = floor / (row.median / 1e3), "bandwidth"
     return found
-
-
-def loading(setting: Setting, pictures: int = 24) -> list[Row]:
-    """From JPEG files of 500x375 to normalised batches on the CPU, one process, against torchvision's and timm's
-    usual chain (float32 ToTensor, Normalize and collate). Mixing is left out on both sides."""
-    with tempfile.TemporaryDirectory() as root:
-        folder = Path(root) / "pictures" / "class"
-        folder.mkdir(parents=True)
-        rng = np.random.default_rng(0)
-        for number in range(pictures):
-            coarse = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-            noise = rng.integers(-12, 13, (375, 500, 3))
-            smooth = np.asarray(Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC), dtype=np.int64)
-            picture = Image.fromarray(np.clip(smooth + noise, 0, 255).astype(np.uint8))
-            picture.save(folder / f"{number}.JPEG", quality=92)
-        options = Options(mixup=0.0, cutmix=0.0)
-        reader = FolderReader(index_folder(str(folder.parent), cache_folder=str(Path(root) / "cache")))
-        found = []
-        for work, training_side in (("load for training", True), ("load for evaluation", False)):
-            cases = _loading_cases(str(folder.parent), reader, options, training_side)
-            found += rows(work, interleave(cases, setting.repeats, setting.clock), pictures, "img", "reference")
-    return found
-
-
-def _loading_cases(root: str, reader: FolderReader, options: Options, training_side: bool) -> dict[str, Callable]:
-    if training_side:
-        usual = create_transform(224, is_training=True, color_jitter=0.4, auto_augment=options.aa,
-                                 interpolation="bicubic", re_prob=0.25, re_mode="pixel", re_count=1)
-        ours = PictureDataset(reader, reader.labels, train_transform(options), 224, erasing=Erasing(0.25, 1))
-        prepare: Callable = TrainPrepare(options, 1, "cpu")
-        items: list = [(0, index, index) for index in range(len(reader))]
-    else:
-        usual = create_transform(224, is_training=False, interpolation="bicubic", crop_pct=0.875)
-        ours = PictureDataset(reader, reader.labels, eval_transform(224), 224)
-        prepare, items = EvalPrepare(options, "cpu"), list(range(len(reader)))
-    dataset = ImageFolder(root, usual)
-
-    def reference() -> None:
-        torch.utils.data.default_collate([dataset[index] for index in range(len(dataset))])
-
-    return {"reference": reference, "product": lambda: prepare(ours.__getitems__(items))}
 
 
 def family_member(name: str, setting: Setting, train: bool) -> float:
