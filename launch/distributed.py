@@ -10,9 +10,11 @@ import dataclasses
 import datetime
 import gc
 import inspect
+import json
 import os
 import socket
 import time
+import uuid
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator
 
@@ -261,19 +263,47 @@ def meet(place: Place, limit: datetime.timedelta) -> dist.Store:
                     f"(--rendezvous_timeout).")
         logger.error("%s (%s)", sentence, str(error).splitlines()[0])  # rank 0, which speaks for all, isn't there
         raise UserError(sentence) from None
-    names = [f"here/{rank}" for rank in range(place.world_size)]
-    store.set(names[place.rank], place.node_name)
+    return dist.PrefixStore(name_this_start(store, place, limit), store)
+
+
+def name_this_start(store: dist.Store, place: Place, limit: datetime.timedelta) -> str:
+    """What rank 0 calls this start, once all ranks have answered to that very name.
+
+    A store may outlive its processes (torchrun keeps one over its restarts), and what an earlier start left in it must
+    not be taken for this one's: so rank 0 draws a name, each rank answers to it with a word of its own, and a rank
+    believes a name only when it finds its own word among the answers that rank 0 has seen.
+    """
+    word, deadline = uuid.uuid4().hex, time.monotonic() + limit.total_seconds()
     try:
-        store.wait(names, limit)
+        if place.rank == 0:
+            store.set("start", word)
+            answers = [f"{word}/{rank}" for rank in range(1, place.world_size)]
+            while not store.check(answers):
+                if time.monotonic() > deadline:
+                    raise UserError(_missing(store, word, place, limit))
+                time.sleep(0.02)
+            store.set(f"{word}/complete", json.dumps([answer.decode() for answer in store.multi_get(answers)]))
+            return word
+        start = ""
+        while time.monotonic() < deadline:
+            if store.check(["start"]):
+                start = store.get("start").decode()
+                store.set(f"{start}/{place.rank}", word)
+                if store.check([f"{start}/complete"]) and word in json.loads(store.get(f"{start}/complete")):
+                    return start
+            time.sleep(0.05)
+        if not start:
+            raise UserError(f"rank {place.rank} ({place.node_name}): rank 0 did not arrive within "
+                            f"{limit.total_seconds():.0f} s (--rendezvous_timeout).")
+        raise UserError(_missing(store, start, place, limit))
     except (dist.DistError, RuntimeError):
-        try:
-            missing = [rank for rank, name in enumerate(names) if not store.check([name])]
-        except (dist.DistError, RuntimeError):
-            raise UserError(f"rank {place.rank}: rank 0 has given up waiting; see its message.") from None
-        raise UserError(f"only {place.world_size - len(missing)} of {place.world_size} processes arrived within "
-                        f"{limit.total_seconds():.0f} s; missing rank(s): {', '.join(map(str, missing))} "
-                        f"(--rendezvous_timeout).") from None
-    return store
+        raise UserError(f"rank {place.rank}: rank 0 has given up waiting; see its message.") from None
+
+
+def _missing(store: dist.Store, start: str, place: Place, limit: datetime.timedelta) -> str:
+    missing = [rank for rank in range(1, place.world_size) if not store.check([f"{start}/{rank}"])]
+    return (f"only {place.world_size - len(missing)} of {place.world_size} processes arrived within "
+            f"{limit.total_seconds():.0f} s; missing rank(s): {', '.join(map(str, missing))} (--rendezvous_timeout).")
 
 
 def _connect(place: Place, limit: datetime.timedelta) -> dist.Store:

@@ -94,9 +94,10 @@ def start_ranks(world_size: int, *command: str | Path, absent: tuple[int, ...] =
             for rank in ranks]
 
 
-def start_torchrun(world_size: int, *command: str | Path) -> subprocess.Popen:
+def start_torchrun(world_size: int, *command: str | Path, restarts: int = 0) -> subprocess.Popen:
     """`torchrun --nproc_per_node world_size command`."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}",
+                f"--max-restarts={restarts}"]
     return subprocess.Popen([sys.executable, *launcher, *map(str, command)], stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True, env=environment())
 

@@ -1,12 +1,18 @@
 """Process groups: collectives, devices, rendezvous limits."""
+import datetime
+import os
+import signal
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from common.errors import UserError
-from launch.distributed import choose_device, group_timeout, refuse_shared_devices, start
-from tests.launch_kit import PROGRAMS, TOY, expected_value, finish, start_ranks, start_torchrun
+from launch.distributed import choose_device, group_timeout, name_this_start, refuse_shared_devices, start
+from launch.places import Place
+from tests.launch_kit import PROGRAMS, TOY, expected_value, finish, start_ranks, start_torchrun, wait_for
 
 COLLECTIVES = """
 import types, torch, sys
@@ -56,6 +62,29 @@ def test_torchrun(tmp_path):
     [(code, output)] = finish([start_torchrun(2, TOY, tmp_path, 10)])
     assert code == 0, output
     assert str(expected_value(10, 2)) in (tmp_path / "state.json").read_text()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_failed_group_again(tmp_path):
+    launcher = start_torchrun(2, TOY, tmp_path, 60, "pace=0.05", restarts=2)
+    wait_for(lambda: (tmp_path / "now").exists())
+    os.kill(int((tmp_path / "pids" / "1").read_text()), signal.SIGKILL)
+    [(code, output)] = finish([launcher])
+    assert code == 0, output
+    assert str(expected_value(60, 2)) in (tmp_path / "state.json").read_text()
+
+
+def test_what_an_earlier_start_left_in_the_store_is_not_believed():
+    store, limit = torch.distributed.HashStore(), datetime.timedelta(seconds=60)
+
+    def name(rank: int) -> str:
+        if rank == 0:
+            time.sleep(0.3)  # the others see the earlier start first
+        return name_this_start(store, Place(rank=rank, world_size=3), limit)
+
+    with ThreadPoolExecutor(3) as threads:
+        names = [set(threads.map(name, range(3))) for _ in range(3)]
+    assert all(len(found) == 1 for found in names) and len(set.union(*names)) == 3
 
 
 def test_missing_ranks_are_named():
