@@ -282,13 +282,20 @@ class Checkpoints:
 
     def score(self, name: str) -> float | None:
         """Top-1 of `BEST` or `BEST_EMA` as it stands on the disk, None when missing or damaged."""
+        scored = self._scored(name)
+        return None if scored is None else scored[0]
+
+    def _scored(self, name: str) -> tuple[float, int | None] | None:
+        """(top-1, epoch) of a best file."""
         try:
             entry = manifest(self.folder / name)
         except UserError as error:
             logger.warning(str(error))
             return None
-        score = (entry or {}).get("score")
-        return float(score) if isinstance(score, (int, float)) else None
+        score, epoch = (entry or {}).get("score"), (entry or {}).get("epoch")
+        if not isinstance(score, (int, float)):
+            return None
+        return float(score), epoch if isinstance(epoch, int) else None
 
     def resolve(self, resume: str) -> Loaded | None:
         """What `--resume` names: `latest`, `best`, a path, or '' (the newest valid one, None in a new folder)."""
@@ -322,4 +329,5 @@ class Checkpoints:
 
     def restore_best(self, loaded: Loaded | None) -> Best:
         """The best results so far, from a checkpoint and the best files, which a crash may have left newer."""
-        return Best.restore(loaded.state["best"] if loaded else None, self.score(BEST), self.score(BEST_EMA))
+        return Best.restore(loaded.state["best"] if loaded else None, self._scored(BEST),
+                            self._scored(BEST_EMA))

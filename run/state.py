@@ -155,11 +155,14 @@ class Best:
     ema_epoch: int | None = None
 
     @classmethod
-    def restore(cls, saved: Mapping[str, Any] | None, on_disk: float | None, ema_on_disk: float | None) -> "Best":
-        """From a checkpoint's `best` and the scores of the best files, which a crash may have left newer."""
+    def restore(cls, saved: Mapping[str, Any] | None, on_disk: tuple[float, int | None] | None,
+                ema_on_disk: tuple[float, int | None] | None) -> "Best":
+        """From a checkpoint's `best` and (score, epoch) of the best files, which a crash may have left newer."""
         best = cls(**{k: v for k, v in (saved or {}).items() if k in cls.__dataclass_fields__})
-        best.acc1 = max((v for v in (best.acc1, on_disk) if v is not None), default=None)
-        best.ema_acc1 = max((v for v in (best.ema_acc1, ema_on_disk) if v is not None), default=None)
+        if on_disk is not None and (best.acc1 is None or on_disk[0] > best.acc1):
+            best.acc1, best.epoch = on_disk
+        if ema_on_disk is not None and (best.ema_acc1 is None or ema_on_disk[0] > best.ema_acc1):
+            best.ema_acc1, best.ema_epoch = ema_on_disk
         return best
 
     def update(self, epoch: int, acc1: float | None, ema_acc1: float | None = None) -> dict[str, float]:
