@@ -30,6 +30,8 @@
 typedef int32_t Lanes __attribute__((vector_size(64)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 typedef uint16_t Shorts __attribute__((vector_size(32)));
+typedef int32_t Eights __attribute__((vector_size(32)));
+typedef double Eight __attribute__((vector_size(64)));
 typedef double Four __attribute__((vector_size(32)));
 typedef int32_t Quads __attribute__((vector_size(16)));
 
@@ -310,9 +312,30 @@ int read_rows(jpeg_decompress_struct *info, const uint8_t *data, size_t size, co
 }
 
 // ---------------------------------------------------------------------------------------------- warping
-inline Four value(const uint8_t *at) {
-  const Quads numbers = {at[0], at[1], at[2], at[3]};
-  return __builtin_convertvector(numbers, Four);
+// Four neighbours along a row or a column, a pixel each, and the point between the middle two.
+struct Between {
+  Lanes pixels;
+  double at;
+};
+
+inline int clamp(int x, int size) {
+  x = x < size ? x : size - 1;
+  return x > 0 ? x : 0;
+}
+
+template <int K> inline Eights nth(Lanes p, Lanes q) {
+  return __builtin_shufflevector(p, q, 4 * K, 4 * K + 1, 4 * K + 2, 4 * K + 3, 16 + 4 * K, 17 + 4 * K, 18 + 4 * K,
+                                 19 + 4 * K);
+}
+
+// Cubic interpolation of two pixels at once. The polynomial's factors are whole numbers, so integers hold them exactly.
+inline Eight cubic_of_two(Between p, Between q) {
+  const Eights a = nth<0>(p.pixels, q.pixels), b = nth<1>(p.pixels, q.pixels), c = nth<2>(p.pixels, q.pixels),
+               d = nth<3>(p.pixels, q.pixels), ab = a - b, cd = c - d;
+  const Eight t = {p.at, p.at, p.at, p.at, q.at, q.at, q.at, q.at};
+  return __builtin_convertvector(b, Eight) +
+         t * (__builtin_convertvector(c - a, Eight) +
+              t * (__builtin_convertvector(ab + ab + cd, Eight) + t * __builtin_convertvector(-ab - cd, Eight)));
 }
 
 inline Four cubic_between(Four a, Four b, Four c, Four d, double at) {
@@ -320,74 +343,85 @@ inline Four cubic_between(Four a, Four b, Four c, Four d, double at) {
   return b + t * (slope + t * (bend + t * twist));
 }
 
-inline int clamp(int x, int size) {
-  x = x < size ? x : size - 1;
-  return x > 0 ? x : 0;
-}
-
 struct Source {
   const uint8_t *pixels;
   int width, height;
+  const uint8_t *row(int y) const { return pixels + 4 * static_cast<size_t>(width) * clamp(y, height); }
 };
 
-// Interpolation along one row at column x + t.
-template <bool BICUBIC> inline Four along(const Source &in, int y, int x, double t) {
-  const uint8_t *row = in.pixels + 4 * static_cast<size_t>(in.width) * clamp(y, in.height);
-  auto at = [&](int i) { return value(row + 4 * clamp(x + i, in.width)); };
-  if (!BICUBIC) {
-    const Four a = at(0), b = at(1);
-    return a + (b - a) * t;
-  }
-  if (x >= 1 && x + 2 < in.width) {
-    row += 4 * (x - 1);
-    return cubic_between(value(row), value(row + 4), value(row + 8), value(row + 12), t);
-  }
-  return cubic_between(at(-1), at(0), at(1), at(2), t);
+// The neighbours x - 1 ... x + 2 in row y, or y - 1 ... y + 2 in column x; beyond the edge its own pixel.
+inline Lanes neighbours(const Source &in, int x, int y, bool in_row) {
+  if (in_row && x >= 1 && x + 2 < in.width) return widen(in.row(y) + 4 * (x - 1));
+  uint32_t pixels[4];
+  for (int i = 0; i < 4; i++)
+    memcpy(pixels + i, in_row ? in.row(y) + 4 * clamp(x - 1 + i, in.width) : in.row(y - 1 + i) + 4 * x, 4);
+  const Quads together = {static_cast<int>(pixels[0]), static_cast<int>(pixels[1]), static_cast<int>(pixels[2]),
+                          static_cast<int>(pixels[3])};
+  uint8_t bytes[16];
+  memcpy(bytes, &together, sizeof bytes);
+  return widen(bytes);
 }
 
-// SIDE, UP: whether pixels lie between columns, between rows; where not, that interpolation gives its middle value.
-template <bool BICUBIC, bool SIDE, bool UP>
-void warp(const Source in, const double *matrix, uint32_t fill, uint8_t *out) {
-  const double m0 = matrix[0], m2 = matrix[2], m3 = matrix[3], m5 = matrix[5], width = in.width, height = in.height;
-  int32_t *line = reinterpret_cast<int32_t *>(line_memory.need(16 * static_cast<size_t>(in.width) + 64));
-  const Quads blank = {static_cast<int>(fill & 255), static_cast<int>(fill >> 8 & 255),
-                       static_cast<int>(fill >> 16 & 255), 0};
-  for (int y = 0; y < in.height; y++) {
-    const double yin = y + 0.5, m1 = matrix[1] * yin, m4 = matrix[4] * yin;
-    for (int x = 0; x < in.width; x++) {
-      const double xin = x + 0.5;
-      double sx = m0 * xin + m1 + m2, sy = m3 * xin + m4 + m5;
-      if (!(sx >= 0.0 && sx < width && sy >= 0.0 && sy < height)) {
-        memcpy(line + 4 * x, &blank, sizeof blank);
-        continue;
-      }
-      sx -= 0.5;
-      sy -= 0.5;
-      const int column = static_cast<int>(sx + 1.0) - 1, row = static_cast<int>(sy + 1.0) - 1;  // floor: both >= -0.5
-      const double dx = sx - column, dy = sy - row;
-      auto level = [&](int i) {
-        return SIDE ? along<BICUBIC>(in, row + i, column, dx)
-                    : value(in.pixels + 4 * (static_cast<size_t>(in.width) * clamp(row + i, in.height) + column));
-      };
-      Four v;
-      if (!UP) {
-        v = level(0);
-      } else if (BICUBIC) {
-        v = cubic_between(level(-1), level(0), level(1), level(2), dy);
-      } else {
-        const Four a = level(0), b = level(1);
-        v = a + (b - a) * dy;
-      }
-      const Quads whole = __builtin_convertvector(v, Quads);  // towards zero; narrow() limits to 0..255
-      memcpy(line + 4 * x, &whole, sizeof whole);
+inline Four linear(const Source &in, int x, int y, double dx, double dy) {
+  auto along = [&](int row) {
+    const uint8_t *a = in.row(row) + 4 * clamp(x, in.width), *b = in.row(row) + 4 * clamp(x + 1, in.width);
+    const Four first = {double(a[0]), double(a[1]), double(a[2]), 0}, step = {double(b[0]), double(b[1]), double(b[2]), 0};
+    return first + (step - first) * dx;
+  };
+  const Four above = along(y), below = along(y + 1);
+  return above + (below - above) * dy;
+}
+
+inline Four cubic_in_plane(const Source &in, int x, int y, double dx, double dy) {
+  const Eight upper = cubic_of_two({neighbours(in, x, y - 1, true), dx}, {neighbours(in, x, y, true), dx}),
+              lower = cubic_of_two({neighbours(in, x, y + 1, true), dx}, {neighbours(in, x, y + 2, true), dx});
+  return cubic_between(__builtin_shufflevector(upper, upper, 0, 1, 2, 3),
+                       __builtin_shufflevector(upper, upper, 4, 5, 6, 7),
+                       __builtin_shufflevector(lower, lower, 0, 1, 2, 3),
+                       __builtin_shufflevector(lower, lower, 4, 5, 6, 7), dy);
+}
+
+enum Way { LINEAR, PLANE, ROWS, COLUMNS };  // ROWS, COLUMNS: cubic, and pixels lie between neighbours of these alone
+
+// One row of a warp to `line`, four whole numbers a pixel. Where pixels lie between neighbours in one direction only,
+// the other direction's interpolation would give its middle value, and is left out.
+template <Way WAY> void warp_row(const Source in, const double *matrix, int y, Quads blank, int32_t *line) {
+  const double m0 = matrix[0], m1 = matrix[1] * (y + 0.5), m2 = matrix[2], width = in.width;
+  const double m3 = matrix[3], m4 = matrix[4] * (y + 0.5), m5 = matrix[5], height = in.height;
+  Between held = {};
+  int held_x = -1;
+  auto put = [&](int x, Four v) {
+    const Quads whole = __builtin_convertvector(v, Quads);  // towards zero; narrow() limits it to 0..255
+    memcpy(line + 4 * x, &whole, sizeof whole);
+  };
+  auto put_two = [&](Between next, int x) {
+    const Eight two = cubic_of_two(held, next);
+    put(held_x, __builtin_shufflevector(two, two, 0, 1, 2, 3));
+    put(x, __builtin_shufflevector(two, two, 4, 5, 6, 7));
+    held_x = -1;
+  };
+  for (int x = 0; x < in.width; x++) {
+    double sx = m0 * (x + 0.5) + m1 + m2, sy = m3 * (x + 0.5) + m4 + m5;
+    if (!(sx >= 0.0 && sx < width && sy >= 0.0 && sy < height)) {
+      memcpy(line + 4 * x, &blank, sizeof blank);
+      continue;
     }
-    for (int x = 0; x < in.width; x += 4) {
-      Lanes four;
-      memcpy(&four, line + 4 * x, sizeof four);
-      const Bytes bytes = narrow(four);
-      memcpy(out + 4 * (static_cast<size_t>(y) * in.width + x), &bytes, 4 * (in.width - x < 4 ? in.width - x : 4));
+    sx -= 0.5;
+    sy -= 0.5;
+    const int column = static_cast<int>(sx + 1.0) - 1, row = static_cast<int>(sy + 1.0) - 1;  // floor: both >= -0.5
+    if (WAY == LINEAR || WAY == PLANE) {
+      put(x, (WAY == LINEAR ? linear : cubic_in_plane)(in, column, row, sx - column, sy - row));
+      continue;
+    }
+    const Between next = {neighbours(in, column, row, WAY == ROWS), WAY == ROWS ? sx - column : sy - row};
+    if (held_x >= 0) {
+      put_two(next, x);
+    } else {
+      held = next;
+      held_x = x;
     }
   }
+  if (held_x >= 0) put_two(held, held_x);
 }
 
 }  // namespace
@@ -483,10 +517,18 @@ void affine(const uint8_t *in, int width, int height, const double *matrix, int 
   const Source source = {in, width, height};
   const bool side = !(matrix[0] == 1 && matrix[1] == 0 && matrix[2] == 0);
   const bool up = !(matrix[3] == 0 && matrix[4] == 1 && matrix[5] == 0);
-  if (!bicubic) return warp<false, true, true>(source, matrix, fill, out);
-  if (!up) return warp<true, true, false>(source, matrix, fill, out);
-  if (!side) return warp<true, false, true>(source, matrix, fill, out);
-  warp<true, true, true>(source, matrix, fill, out);
+  const auto way = !bicubic ? warp_row<LINEAR> : !up ? warp_row<ROWS> : !side ? warp_row<COLUMNS> : warp_row<PLANE>;
+  const Quads blank = {int(fill & 255), int(fill >> 8 & 255), int(fill >> 16 & 255), 0};
+  int32_t *line = reinterpret_cast<int32_t *>(line_memory.need(16 * static_cast<size_t>(width) + 64));
+  for (int y = 0; y < height; y++) {
+    way(source, matrix, y, blank, line);
+    for (int x = 0; x < width; x += 4) {
+      Lanes four;
+      memcpy(&four, line + 4 * x, sizeof four);
+      const Bytes bytes = narrow(four);
+      memcpy(out + 4 * (static_cast<size_t>(y) * width + x), &bytes, 4 * (width - x < 4 ? width - x : 4));
+    }
+  }
 }
 
 // Four bytes a pixel to three.

@@ -1,4 +1,5 @@
 """Loading pictures against the usual chain, and the start on a data set of ImageNet's size."""
+import gc
 import multiprocessing
 import os
 import re
@@ -41,9 +42,12 @@ def loading(repeats: int, clock: str, pictures: int = 24) -> list[Row]:
             Image.fromarray(np.clip(smooth + noise, 0, 255).astype(np.uint8)).save(folder / f"{number}.JPEG", quality=92)
         reader = FolderReader(index_folder(str(folder.parent), cache_folder=str(Path(root) / "cache")))
         found = []
+        gc.collect()
+        gc.freeze()  # as in the loader's workers
         for work, training in (("load for training", True), ("load for evaluation", False)):
             cases = _cases(str(folder.parent), reader, training)
             found += rows(work, interleave(cases, repeats, clock), pictures, "img", "reference")
+        gc.unfreeze()
     return found
 
 
