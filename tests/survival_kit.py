@@ -1,7 +1,6 @@
 """The real program on a few pictures: started within 0.1 s from a server that has PyTorch loaded, watched, compared."""
 import atexit
 import json
-import multiprocessing
 import os
 import re
 import sys
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 
 from launch.processes import alive
-from tests.launch_kit import environment, wait_for
+from tests.launch_kit import FORKS, environment, wait_for
 from tests.programs import hooked_main
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -27,8 +26,6 @@ OPTIONS = {
     "lr": 0.01, "warmup_epochs": 1, "weight_decay_end": 0.1, "clip_grad": 0.5, "drop_path": 0.3,
     "layer_scale_init_value": 0.5, "mixup": 0.8, "cutmix": 1.0, "reprob": 0.5, "aa": "rand-m9-mstd0.5-inc1",
     "model_ema": "true", "model_ema_eval": "true", "model_ema_decay": 0.9, "num_workers": 0, "print_freq": 2, "seed": 5}
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["main", "training", "evaluation", "tests.survival_kit", "tools.report"])
 
 
 def write_pictures(folder: Path, train: int = TRAIN_PICTURES) -> Path:

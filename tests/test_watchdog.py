@@ -85,6 +85,10 @@ def test_a_users_mistake_on_one_rank_is_one_sentence(tmp_path):
     assert not any("Traceback" in output for _, output in results)
 
 
+def test_the_watchdog_can_be_switched_off(tmp_path):
+    assert [code for code, _ in finish(start_ranks(2, TOY, tmp_path, 5, "hang_timeout=0"))] == [0, 0]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_ends_the_others_and_is_named(tmp_path, rank):
     processes = start_ranks(3 if rank else 2, TOY, tmp_path, 10000)
