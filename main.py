@@ -32,9 +32,27 @@ def main(argv: list[str] | None = None) -> int:
         if rank == 0:
             logger.error("error: %s", error)
         return 2
+    except RuntimeError as error:
+        sentence = _in_words(error)
+        if sentence is None:
+            raise
+        logger.error("error: %s", sentence)
+        return 1
     except KeyboardInterrupt:
         logger.error("interrupted")
         return 130
+
+
+def _in_words(error: RuntimeError) -> str | None:
+    """What PyTorch's own error means for a person, where no traceback would help; else None."""
+    text = str(error)
+    if "DataLoader worker" in text and ("killed" in text or "exited unexpectedly" in text):
+        return (f"a loader process was killed, mostly for lack of memory or shared memory ({text.splitlines()[0]}): "
+                "lower --num_workers or free memory; a training goes on with the same command.")
+    if "out of memory" in text and type(error).__name__ == "OutOfMemoryError":
+        return (f"the device has too little memory ({text.splitlines()[0]}): lower --batch_size and raise --update_freq "
+                "by the same factor, or use --grad_checkpointing true.")
+    return None
 
 
 def _run(argv: list[str]) -> int:

@@ -193,6 +193,10 @@ def _copy(state: StateDict, model: nn.Module, where: str, source_key: str, allow
     if not allow_partial and not new_head and model.num_classes and any(key.startswith("head.") for key in missing):
         raise UserError(f"{where} has no head that fits the model's {model.num_classes} classes; "
                         "fine-tune with --finetune to train a new one, or use --allow_partial true.")
+    broken = next((key for key, value in fitting.items() if not value.isfinite().all()), None)
+    if broken is not None:
+        raise UserError(f"{where} holds infinite or undefined values in {broken}: it comes from a training that "
+                        "diverged; take an earlier checkpoint.")
     model.load_state_dict(fitting, strict=False)
     return report
 

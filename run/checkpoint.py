@@ -196,7 +196,8 @@ class Checkpoints:
         cause = getattr(error, "strerror", None) or str(error).splitlines()[0]
         numbered = self.numbered()
         whole = f"the newest one saved is {numbered[-1].name}" if numbered else "none is saved yet"
-        sentence = f"{name} was not saved in {self.folder}: {cause} ({free}); training goes on, {whole}."
+        free = "" if isinstance(error, UserError) else f" ({free})"  # the state itself is at fault, not the disk
+        sentence = f"{name} was not saved in {self.folder}: {cause}{free}; training goes on, {whole}."
         self._failures.append(sentence)
         logger.error(sentence)
 
@@ -244,6 +245,11 @@ class Checkpoints:
         except OSError:
             return []
         return [self.folder / name for name in sorted((n for n in names if position(n)), key=position)]
+
+    def stands_at(self, epoch: int, update: int | None) -> bool:
+        """Whether the newest file is that of this point: the start of `epoch`, or `update` within it."""
+        numbered = self.numbered()
+        return bool(numbered) and position(numbered[-1].name) == ((epoch - 1, math.inf) if update is None else (epoch, update))
 
     def sweep(self) -> int:
         """Remove what a killed save left behind; only the owner of the folder's lock may. Returns how many files."""

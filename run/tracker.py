@@ -176,9 +176,10 @@ class Tracker:
 
     def close(self) -> None:
         """Close the bar and the writers; may be called twice."""
-        for thing in (self._bar, self._board):
-            if thing is not None:
-                thing.close()
+        if self._bar is not None:
+            self._bar.close()
+        if self._board is not None:
+            self._outside("TensorBoard", self._board.close)  # a full disk shows here
         if self._wandb is not None:
             self._outside("wandb", self._wandb.finish)
         self._bar = self._board = self._wandb = None
