@@ -13,6 +13,7 @@ from datasets.pictures import show
 from datasets.readers import FolderReader, class_folders, index_folder
 from datasets.sample import ensure_sample
 from datasets.samplers import ExactEvalSampler, GlobalBatchSampler
+from datasets.shards import ShardReader, shards_in
 from datasets.transforms import Erasing, eval_transform, train_transform
 
 
@@ -89,17 +90,21 @@ def _readers(options, train: bool, evaluate: bool, write: bool) -> tuple[Reader 
                      write_cache=write)
     train_reader = val_reader = None
     if train:
-        train_reader = FolderReader(index_folder(train_root, **arguments))
+        train_reader = _pictures_in(train_root, arguments)
         _check_classes(train_reader, options.allow_class_mismatch)
     if evaluate:
-        val_reader = FolderReader(index_folder(val_root, **arguments))
+        val_reader = _pictures_in(val_root, arguments)
         if val_reader.classes == [""]:
             val_reader = _flat(val_reader, options.val_labels)
     return train_reader, val_reader
 
 
-def _check_classes(train: FolderReader, allow_empty: bool) -> None:
-    root = show(train.index.root)
+def _pictures_in(root: str, arguments: dict) -> FolderReader | ShardReader:
+    return ShardReader(root, **arguments) if shards_in(root) else FolderReader(index_folder(root, **arguments))
+
+
+def _check_classes(train: FolderReader | ShardReader, allow_empty: bool) -> None:
+    root = show(_source(train))
     if train.classes == [""]:
         raise UserError(f"{root} holds pictures but no class folders; sort them into one folder per class.")
     empty = np.flatnonzero(np.bincount(train.labels, minlength=len(train.classes)) == 0)

@@ -208,7 +208,8 @@ def _self_test() -> str:
     """What differs from Pillow, '' when nothing does: small pictures of each form through crop, resize and warps."""
     rng = np.random.default_rng(0)
     for number, (width, height, sampling, kind) in enumerate((
-            (97, 61, 0, {}), (131, 90, 1, {}), (150, 113, 2, {}), (83, 210, 2, {"progressive": True}), (64, 64, 2, {}))):
+            (97, 61, 0, {}), (131, 90, 1, {}), (150, 113, 2, {}), (83, 210, 2, {"progressive": True}),
+            (64, 64, 2, {}))):
         noise = rng.integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
         picture = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
         file = io.BytesIO()

@@ -66,8 +66,8 @@ class PictureDataset(Dataset):
 
     def __init__(self, reader: Reader, targets: np.ndarray, transform: Callable[[Image.Image], np.ndarray], size: int,
                  *, seed: int = 0, erasing: Erasing | None = None):
-        self.compiled = True
-        if isinstance(reader, EncodedReader):
+        self.compiled = isinstance(reader, EncodedReader)
+        if self.compiled:
             available()  # Built and tested here, once, so that forked workers inherit it.
         kept = targets >= 0
         self._kept = None if kept.all() else np.flatnonzero(kept)
@@ -145,7 +145,7 @@ class PictureDataset(Dataset):
 
     def _pictures(self, index: int) -> Iterator[Image.Image]:
         """The picture to be decoded by the compiled helper, if that can be; then, asked for again, Pillow's."""
-        if self.compiled and isinstance(self.reader, EncodedReader) and available():
+        if self.compiled and available():
             picture = picture_of(self.reader.encoded(self._place(index)))
             if picture is not None:
                 yield picture

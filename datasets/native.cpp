@@ -296,7 +296,8 @@ int read_rows(jpeg_decompress_struct *info, const uint8_t *data, size_t size, co
   if (plan.top) jpeg.skip(info, plan.top);
   // Taps count from the crop's left edge; the line in memory starts at column `left`.
   const uint8_t *first = lines + 4 * (static_cast<long>(wanted.crop[0]) - static_cast<long>(left));
-  const auto resize = plan.steps == 1 ? across<1> : plan.steps == 2 ? across<2> : plan.steps == 3 ? across<3> : across<0>;
+  const auto resize =
+      plan.steps == 1 ? across<1> : plan.steps == 2 ? across<2> : plan.steps == 3 ? across<3> : across<0>;
   for (int at = plan.top; at < plan.bottom; at += LINES) {
     const int most = plan.bottom - at < LINES ? plan.bottom - at : LINES;
     for (int have = 0; have < most;) {
@@ -365,8 +366,9 @@ inline Lanes neighbours(const Source &in, int x, int y, bool in_row) {
 inline Four linear(const Source &in, int x, int y, double dx, double dy) {
   auto along = [&](int row) {
     const uint8_t *a = in.row(row) + 4 * clamp(x, in.width), *b = in.row(row) + 4 * clamp(x + 1, in.width);
-    const Four first = {double(a[0]), double(a[1]), double(a[2]), 0}, step = {double(b[0]), double(b[1]), double(b[2]), 0};
-    return first + (step - first) * dx;
+    const Four first = {double(a[0]), double(a[1]), double(a[2]), 0};
+    const Four second = {double(b[0]), double(b[1]), double(b[2]), 0};
+    return first + (second - first) * dx;
   };
   const Four above = along(y), below = along(y + 1);
   return above + (below - above) * dy;

@@ -50,7 +50,7 @@ def decode_path(path: str) -> Image.Image:
 
 def read_path(path: str) -> bytes:
     """The bytes of a file; BadPicture when it cannot be opened or read."""
-    with _opened(path) as file:
+    with _opened(path, buffering=0) as file:
         try:
             return file.read()
         except OSError as error:
@@ -59,9 +59,9 @@ def read_path(path: str) -> bytes:
             raise BadPicture(_reason(error)) from error
 
 
-def _opened(path: str) -> BinaryIO:
+def _opened(path: str, buffering: int = -1) -> BinaryIO:
     try:
-        return open(path, "rb")
+        return open(path, "rb", buffering)
     except OSError as error:
         if error.errno in _PROCESS_ERRORS:
             raise

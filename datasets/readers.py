@@ -1,4 +1,4 @@
-"""Where pictures come from: an indexed folder, tar shards (see tar.py) or arrays; NumPy arrays, never Python lists.
+"""Where pictures come from: an indexed folder, tar shards (see shards.py) or arrays; NumPy arrays, never Python lists.
 
 A list of 1.28 million paths costs every worker 250 MB once reference counts have touched its pages, arrays nothing.
 """
@@ -78,7 +78,7 @@ def index_folder(root: str, *, reindex: bool = False, cache_folder: str | None =
     Raises UserError when `root` is no folder, cannot be read, or holds no pictures.
     """
     root = os.path.abspath(root)
-    cache = _cache_path(root, cache_folder)
+    cache = cache_path(root, cache_folder)
     if cache is not None and not reindex and (index := _load_cache(cache, root)) is not None:
         return index
     started = time.time()
@@ -147,12 +147,13 @@ def _walk(folder: str, below: str, names: list[str], folders: list[str], top: st
             names.append(os.path.join(below, entry.name))
 
 
-def _cache_path(root: str, cache_folder: str | None) -> Path | None:
+def cache_path(root: str, cache_folder: str | None, kind: str = "index") -> Path | None:
+    """Where the index of `root` is kept; None when that would be inside `root`."""
     base = cache_folder or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "hornet")
     base, real = os.path.realpath(base), os.path.realpath(root)
     if os.path.commonpath([base, real]) == real:
         return None
-    return Path(base) / f"index-{hashlib.blake2b(os.fsencode(real), digest_size=12).hexdigest()}.npz"
+    return Path(base) / f"{kind}-{hashlib.blake2b(os.fsencode(real), digest_size=12).hexdigest()}.npz"
 
 
 def _save_cache(path: Path, index: FolderIndex) -> None:
@@ -161,14 +162,19 @@ def _save_cache(path: Path, index: FolderIndex) -> None:
                   root=np.frombuffer(os.fsencode(os.path.realpath(index.root)), dtype=np.uint8),
                   classes=classes.blob, class_ends=classes.ends, names=index.names.blob, name_ends=index.names.ends,
                   folders=index.folders.blob, folder_ends=index.folders.ends)
+    save_arrays(path, arrays, index.root)
+
+
+def save_arrays(path: Path, arrays: dict[str, np.ndarray], root: str) -> None:
+    """Keep an index of `root` in `path`, whole or not at all; where that cannot be, the log says so."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, lambda file: file.write(buffer.getbuffer()))
     except OSError as error:
-        logger.info("the index of %s is not kept (%s: %s); the next start scans the folder again", show(index.root),
-                    path, error.strerror)
+        logger.info("the index of %s is not kept (%s: %s); the next start scans the folder again", show(root), path,
+                    error.strerror)
 
 
 def _load_cache(path: Path, root: str) -> FolderIndex | None:

@@ -128,7 +128,7 @@ def test_an_index_of_a_million_pictures_loads_fast_and_small(tmp_path):
     _age(root)
     mtimes = np.array([os.stat(root / name).st_mtime_ns for name in ("", "a")], dtype=np.int64)
     index = readers.FolderIndex(str(root), ["a"], names, np.zeros(count, dtype=np.int32), Strings.of(["", "a"]), mtimes)
-    path = readers._cache_path(str(root), str(tmp_path / "cache"))
+    path = readers.cache_path(str(root), str(tmp_path / "cache"))
     readers._save_cache(path, index)
     started = time.perf_counter()
     loaded = index_folder(str(root), cache_folder=str(tmp_path / "cache"))

@@ -97,8 +97,8 @@ def test_any_affine_warp_is_pillows(matrix, size, bicubic):
 @pytest.mark.parametrize("name", sorted(NAME_TO_OP))
 def test_each_operation_of_randaugment_after_a_crop_and_between_others(name):
     data = jpeg(211, 160)
-    first, between, last = (rand_augment_ops(9, 1.0, dict(magnitude_std=0.5, img_mean=(124, 116, 104), translate_const=30), [op])[0]
-                            for op in (name, "ShearX", "Color"))
+    settings_of_all = dict(magnitude_std=0.5, img_mean=(124, 116, 104), translate_const=30)
+    first, between, last = (rand_augment_ops(9, 1.0, settings_of_all, [op])[0] for op in (name, "ShearX", "Color"))
 
     def steps(picture):
         with seeded(sum(name.encode())):
@@ -141,7 +141,8 @@ def folder(tmp_path):
     files["header.JPEG"] = good[:100]
     files["empty.JPEG"] = b""
     files["two_layers.JPEG"] = good.replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c")
-    files["photoshop.JPEG"] = good[:2] + b"\xff\xed" + struct.pack(">H", 22) + b"Photoshop 3.0\x008BIM\x03\xed" + good[2:]
+    segment = b"Photoshop 3.0\x008BIM\x03\xed"
+    files["photoshop.JPEG"] = good[:2] + b"\xff\xed" + struct.pack(">H", len(segment) + 2) + segment + good[2:]
     for name, content in files.items():
         (root / name).write_bytes(content)
     return root.parent

@@ -39,7 +39,8 @@ def loading(repeats: int, clock: str, pictures: int = 24) -> list[Row]:
             coarse = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
             noise = rng.integers(-12, 13, (375, 500, 3))
             smooth = np.asarray(Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC), dtype=np.int64)
-            Image.fromarray(np.clip(smooth + noise, 0, 255).astype(np.uint8)).save(folder / f"{number}.JPEG", quality=92)
+            pixels = np.clip(smooth + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.JPEG", quality=92)
         reader = FolderReader(index_folder(str(folder.parent), cache_folder=str(Path(root) / "cache")))
         found = []
         gc.collect()
@@ -87,7 +88,7 @@ def start_up(repeats: int, clock: str, pictures: int = IMAGENET) -> list[Row]:
         labels = np.sort(np.arange(pictures) % 1000).astype(np.int32)
         names = Strings.of([f"{classes[label]}_{number}.JPEG" for number, label in enumerate(labels.tolist())])
         times = np.array([os.stat(os.path.join(data, name)).st_mtime_ns for name in ["", *classes]], dtype=np.int64)
-        readers._save_cache(readers._cache_path(data, cache), FolderIndex(
+        readers._save_cache(readers.cache_path(data, cache), FolderIndex(
             data, classes, names, labels, Strings.of(["", *classes]), times))
 
         def start() -> FolderReader:
