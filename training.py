@@ -297,10 +297,14 @@ def _live(run: TrainingRun, folder: RunFolder | None, loaded: Loaded | None) -> 
                      automatic=requeued())
     if checkpoints is not None:
         run.best = checkpoints.restore_best(loaded)
-    state, cause = FAILED, ""
+    state, cause, unsaved = FAILED, "", False
     try:
         outcome = run.fit(engine.train_one_epoch, run.evaluate)
         state, cause = (DONE, "") if outcome == "done" else (PREEMPTED, run.to.stop.reason)
+        unsaved = checkpoints is not None and not checkpoints.stands_at(
+            run.epoch, run.update if run.update > run.epoch * run.fixed.updates_per_epoch else None)
+        if unsaved and state == DONE:
+            state, cause = FAILED, "the last checkpoint could not be saved"
     except BaseException as error:
         cause = f"{type(error).__name__}: {error}"
         raise
@@ -311,8 +315,13 @@ def _live(run: TrainingRun, folder: RunFolder | None, loaded: Loaded | None) -> 
             folder.end(state, update=run.update, epoch=run.epoch, cause=cause)
         tracker.close()
     if state == PREEMPTED:
-        logger.warning("Stopped at update %d (%s); the same command goes on from there.", run.update, cause)
+        logger.warning("Stopped at update %d (%s); the same command goes on from %s.", run.update, cause,
+                       "the newest checkpoint that was saved" if unsaved else "there")
         return ExitCode.STOPPED
+    if unsaved:
+        logger.error("The run was trained to the end, but its last checkpoint could not be saved: make room in %s and "
+                     "start the same command again, which goes on from the newest one there.", options.output_dir)
+        return ExitCode.ERROR
     if folder is not None:
         _write_page(folder)
     return ExitCode.DONE
