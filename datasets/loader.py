@@ -5,12 +5,15 @@ import gc
 import os
 import signal
 import sys
+import time
 import weakref
 from contextlib import nullcontext
+from functools import partial
 from typing import Callable, Iterator, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
@@ -182,6 +185,10 @@ class PictureLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Batch]:
         try:
+            if self.num_workers and self._iterator is None and dist.is_available() and dist.is_initialized():
+                # A thread of the process group that is just letting go of a tensor holds a lock of the interpreter, and
+                # a worker forked meanwhile waits for it for ever (CPython 3.11): let those threads come to rest.
+                time.sleep(0.2)
             for batch in super().__iter__():
                 if batch.bad.any():
                     self._note(batch.indices[batch.bad].tolist())
@@ -208,10 +215,10 @@ def make_loader(dataset: PictureDataset, options, batch_sampler, *, refuse_bad: 
 
     Its own generator keeps the base seed that every iteration draws away from the default one.
     """
-    workers = options.num_workers
+    workers, method = options.num_workers, getattr(options, "worker_start", None) or _start_method()
     extra = dict(persistent_workers=True, timeout=getattr(options, "loader_timeout", None) or 300,
-                 worker_init_fn=_start_worker,
-                 multiprocessing_context=getattr(options, "worker_start", None) or _start_method()) if workers else {}
+                 worker_init_fn=partial(_start_worker, os.getpid() if method == "fork" else None),
+                 multiprocessing_context=method) if workers else {}
     return PictureLoader(dataset, refuse_bad=refuse_bad, batch_sampler=batch_sampler, collate_fn=_as_is,
                          num_workers=workers, pin_memory=options.pin_mem and torch.cuda.is_available(),
                          generator=torch.Generator(), **extra)
@@ -232,7 +239,7 @@ def _start_method() -> str:
     return "fork" if sys.platform == "linux" else "spawn"
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(parent: int | None, worker: int) -> None:
     """One thread, no part in the run's signals, and an end with the parent.
 
     Launchers and Slurm signal whole groups when a run shall stop; the run finishes its update first and needs its
@@ -251,7 +258,6 @@ def _start_worker(worker: int) -> None:
 
     signal.signal(signal.SIGTERM, terminate)
     if sys.platform == "linux":
-        parent = os.getppid()
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
+        if parent not in (None, os.getppid()):  # it ended while this process was being forked
             os._exit(1)
