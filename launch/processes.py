@@ -37,6 +37,8 @@ def end_with_launcher() -> None:
 
 def end_now(code: int) -> None:
     """End this process at once, with its loader workers, without waiting for threads or collectives."""
+    # The main thread may be about to fork a loader worker, which would be missed below: it waits for the end instead.
+    os.register_at_fork(before=lambda: time.sleep(3600))
     children = f"/proc/self/task/{os.getpid()}/children"
     try:
         with open(children) as file:
