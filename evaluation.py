@@ -22,7 +22,7 @@ from datasets.transforms import mean_std
 from launch import ExitCode
 from models import MODEL_NAMES
 from models.download import fetch_published, fetch_url
-from models.kernels import accelerate, code_paths
+from models.kernels import accelerate, code_paths, packed
 from models.weights import load_for_model
 from models.zoo import PUBLISHED
 from run.checkpoint import Checkpoints
@@ -70,7 +70,8 @@ def evaluate_checkpoints(resolved: Resolved, process: Any, watchdog: Any) -> int
                 logger.warning("%s: %s", candidate.path, strange)
     loader = eval_loader(data, options, process.rank, process.world_size)
     try:
-        found = engine.evaluate([(c.weights, c.network) for c in candidates], loader, evaluation)
+        with packed(*(c.network for c in candidates), dtype=evaluation.autocast_dtype):
+            found = engine.evaluate([(c.weights, c.network) for c in candidates], loader, evaluation)
     finally:
         loader.close()
     results = [_result(c, r, options, data, prepared.subset) for c, r in zip(candidates, found)]

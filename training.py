@@ -22,7 +22,7 @@ from evaluation import evaluate_checkpoints
 from launch import ExitCode
 from launch.preemption import StopRequest
 from models.download import fetch_published, fetch_url
-from models.kernels import accelerate, code_paths, use_code_paths
+from models.kernels import accelerate, code_paths, packed, use_code_paths
 from models.weights import load_for_model
 from optim.build import build_optimizer, load_optimizer_state
 from optim.ema import Ema, half_life_warning
@@ -267,7 +267,9 @@ def _evaluator(run: TrainingRun, data: Data, model: torch.nn.Module, ema: Ema | 
 
     def evaluate(update: int) -> dict:
         found = {}
-        for result in engine.evaluate(named, loader, evaluation, update):
+        with packed(*(network for _, network in named)):
+            results = engine.evaluate(named, loader, evaluation, update)
+        for result in results:
             found |= {f"test_loss{result.name}": result.loss, f"test_acc1{result.name}": result.acc1,
                       f"test_acc5{result.name}": result.acc5}
             if result.nonfinite and process.is_main:

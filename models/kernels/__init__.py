@@ -66,21 +66,21 @@ def accelerate(model: nn.Module, paths: dict[str, str]) -> None:
 
 
 @contextmanager
-def packed(model: nn.Module, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+def packed(*models: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
     """For forward passes without gradients: matrices are reordered once, not in every product.
 
-    The weights must not change meanwhile. `dtype` torch.bfloat16 is for use under autocast. Nothing happens with
-    plain operators.
+    The weights must not change meanwhile. `dtype` is that of autocast, None without. Nothing happens with plain
+    operators.
     """
-    ops = getattr(model, "ops", PLAIN)
-    if not hasattr(ops, "pack") or next(model.parameters()).device.type != "cpu":
-        yield
-        return
+    able = [model for model in models
+            if hasattr(getattr(model, "ops", PLAIN), "pack") and next(model.parameters()).device.type == "cpu"]
     try:
-        ops.pack(model, dtype)
+        for model in able:
+            model.ops.pack(model, dtype or torch.float32)
         yield
     finally:
-        ops.packed.clear()
+        for model in able:
+            model.ops.packed.clear()
 
 
 def keep_freed_memory(keep: bool) -> None:

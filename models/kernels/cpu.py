@@ -222,7 +222,7 @@ class CpuOperators(Operators):
 
     def pack(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
         """Reorder the matrices of `model`'s Linear layers and 1x1 convolutions for evaluation in `dtype`."""
-        if not self.onednn:
+        if not self.onednn or dtype not in DTYPES:
             return
         for module in model.modules():
             weight = getattr(module, "weight", None)

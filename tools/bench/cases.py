@@ -71,9 +71,9 @@ def evaluation(name: str, setting: Setting) -> list[Row]:
                 logits[label] = model(x).float()
         return call
 
-    with kernels.packed(fast, F32):
+    with kernels.packed(fast):
         packed32 = dict(getattr(fast.ops, "packed", {}))
-    with kernels.packed(fast, BF16):
+    with kernels.packed(fast, dtype=BF16):
         packed16 = dict(getattr(fast.ops, "packed", {}))
 
     def with_packed(weights: dict, call: Callable[[], None]) -> Callable[[], None]:
