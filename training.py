@@ -1,6 +1,9 @@
 """A training run from its options: folder → checkpoint → data → batch → model → optimizer → restore → epochs → report."""
 import os
+import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -311,11 +314,12 @@ def _live(run: TrainingRun, folder: RunFolder | None, loaded: Loaded | None) -> 
         cause = f"{type(error).__name__}: {error}"
         raise
     finally:
-        for sentence in checkpoints.close() if checkpoints is not None else ():
-            tracker.incident("save_failed", sentence, say=False, update=run.update)
-        if folder is not None:
-            folder.end(state, update=run.update, epoch=run.epoch, cause=cause)
-        tracker.close()
+        with _undisturbed():
+            for sentence in checkpoints.close() if checkpoints is not None else ():
+                tracker.incident("save_failed", sentence, say=False, update=run.update)
+            if folder is not None:
+                folder.end(state, update=run.update, epoch=run.epoch, cause=cause)
+            tracker.close()
     if state == PREEMPTED:
         logger.warning("Stopped at update %d (%s); the same command goes on from %s.", run.update, cause,
                        "the newest checkpoint that was saved" if unsaved else "there")
@@ -327,6 +331,17 @@ def _live(run: TrainingRun, folder: RunFolder | None, loaded: Loaded | None) -> 
     if folder is not None:
         _write_page(folder)
     return ExitCode.DONE
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without PyTorch's handler of SIGCHLD, which raises: loader processes often die by twos, and the second one's
+    death must not cut short what is written down about the first."""
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if previous is None else previous)
 
 
 def requeued() -> bool:
