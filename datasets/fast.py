@@ -230,6 +230,11 @@ def _self_test() -> str:
                         return "warps"
                 except NeedsPillow:
                     return "what it can decode"
+        try:
+            picture_of(file.getvalue()[:-60]).crop((0, 0, 9, 9)).pixels()
+            return "noticing a cut file"
+        except NeedsPillow:
+            continue
     return ""
 
 

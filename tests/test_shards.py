@@ -24,7 +24,7 @@ def options(path, **changes):
 
 @pytest.fixture
 def both(tmp_path):
-    """The same pictures as folders and as tars: mixed ones for training, one per class without folders for evaluation."""
+    """The same pictures as folders and as tars: mixed for training, one tar per class for evaluation."""
     folders, tars = tmp_path / "folders", tmp_path / "tars"
     draw = np.random.default_rng(0)
     for part in ("train", "val"):
