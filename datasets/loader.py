@@ -243,7 +243,8 @@ def _start_worker(parent: int | None, worker: int) -> None:
     """One thread, no part in the run's signals, and an end with the parent.
 
     Launchers and Slurm signal whole groups when a run shall stop; the run finishes its update first and needs its
-    workers for that, so they let the first SIGTERM pass and end at the second (or when the parent is gone).
+    workers for that, so they let SIGTERMs pass for ten seconds from the first on (a group's and its launcher's come
+    together) and end at a later one, or when the parent is gone.
     """
     torch.set_num_threads(1)
     gc.freeze()  # What the parent had stays out of collections: 5 % of the time, and its pages stay shared.
@@ -252,8 +253,8 @@ def _start_worker(parent: int | None, worker: int) -> None:
     seen = []
 
     def terminate(number, frame):
-        seen.append(number)
-        if len(seen) > 1:
+        seen.append(time.monotonic())
+        if seen[-1] - seen[0] > 10:
             os._exit(143)
 
     signal.signal(signal.SIGTERM, terminate)
