@@ -248,8 +248,8 @@ class Checkpoints:
 
     def stands_at(self, epoch: int, update: int | None) -> bool:
         """Whether the newest file is that of this point: the start of `epoch`, or `update` within it."""
-        numbered = self.numbered()
-        return bool(numbered) and position(numbered[-1].name) == ((epoch - 1, math.inf) if update is None else (epoch, update))
+        numbered, wanted = self.numbered(), (epoch - 1, math.inf) if update is None else (epoch, update)
+        return bool(numbered) and position(numbered[-1].name) == wanted
 
     def sweep(self) -> int:
         """Remove what a killed save left behind; only the owner of the folder's lock may. Returns how many files."""

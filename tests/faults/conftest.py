@@ -1,7 +1,8 @@
 """One trained run for all tables, and each row's own folder."""
 import pytest
 
-from tests.faults.kit import TRAIN, Place, command, start
+import main
+from tests.faults.kit import TRAIN, Place, command
 
 
 @pytest.fixture(scope="session")
@@ -9,7 +10,6 @@ def trained(tmp_path_factory):
     """A finished run of one epoch (two updates) on two classes, with its moving average: a folder to copy."""
     place = Place(tmp_path_factory.mktemp("trained"))
     place.pictures()
-    import main
     assert main.main(command(TRAIN, "--model_ema true --model_ema_eval true", place)) == 0
     return place.run
 

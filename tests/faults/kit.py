@@ -3,7 +3,6 @@
 A row runs in this process, because a start costs seconds and tests the same.
 """
 import io
-import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -29,7 +28,8 @@ class Place:
     """One row's own folder, with the places its command line may name: `{data}`, `{run}`, `{cache}`, `{here}`."""
 
     def __init__(self, here: Path, trained: Path | None = None):
-        self.here, self.data, self.run, self.cache, self.trained = here, here / "data", here / "run", here / "cache", trained
+        self.here, self.trained = here, trained
+        self.data, self.run, self.cache = here / "data", here / "run", here / "cache"
 
     def fill(self, text: str) -> str:
         """`text` with the places in it."""
@@ -118,10 +118,3 @@ def fill_folder(folder: Path, count: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         (folder / f"{number}.JPEG").write_bytes(jpeg(number))
-
-
-def unprivileged(function: Callable[[], object]) -> None:
-    """Skip the test when permissions do not bind this user (root)."""
-    if os.geteuid() == 0:
-        pytest.skip("permissions do not bind root")
-    function()

@@ -25,9 +25,10 @@ def at_the_end_of_epoch(monkeypatch, number: int, do):
 
 @pytest.fixture
 def small_disk(place):
-    """run/ is a disk of its own with 9 MB, a copy of the trained run (4.7 MB) on it; gives the mount command's prefix."""
+    """run/ is a disk of its own with 9 MB, a copy of the trained run (4.7 MB) on it."""
     place.run.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(place.run)], capture_output=True, text=True)
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(place.run)], capture_output=True,
+        text=True)
     if made.returncode:
         pytest.skip(f"a small disk cannot be mounted here: {made.stderr.strip()}")
     try:
@@ -74,23 +75,28 @@ def test_a_full_disk_keeps_what_is_there_and_says_so_each_time(small_disk, capfd
 
 
 def test_a_disk_too_small_is_told_at_the_start(small_disk, capfd):
-    check(Row("estimate", f"{FURTHER} 6 --save_ckpt_num 9", 1, ("This will not be enough", "No space left on device")), small_disk, capfd)
+    check(Row("estimate", f"{FURTHER} 6 --save_ckpt_num 9", 1,
+        ("This will not be enough", "No space left on device")), small_disk, capfd)
 
 
 def test_a_read_only_folder_is_refused(small_disk, capfd):
     remount(small_disk, "ro")
-    check(Row("read-only", f"{FURTHER} 2", 2, ("--output_dir {run} cannot be used: Read-only file system",)), small_disk, capfd)
+    check(Row("read-only", f"{FURTHER} 2", 2,
+        ("--output_dir {run} cannot be used: Read-only file system",)), small_disk, capfd)
 
 
 def test_evaluating_from_a_read_only_folder_works(small_disk, capfd):
     remount(small_disk, "ro")
-    check(Row("beside", "--resume {run}/checkpoint-0.pth", 0, ("eval.json was not written in {run}: Read-only", "of 8 pictures right"),
+    check(Row("beside", "--resume {run}/checkpoint-0.pth", 0,
+        ("eval.json was not written in {run}: Read-only", "of 8 pictures right"),
               base="eval"), small_disk, capfd)
-    check(Row("asked for", "--output_dir {run}", 1, ("eval.json was not written in {run}: Read-only", "of 8 pictures right"),
+    check(Row("asked for", "--output_dir {run}", 1,
+        ("eval.json was not written in {run}: Read-only", "of 8 pictures right"),
               base="eval"), small_disk, capfd)
 
 
 def test_a_folder_that_vanishes(place, capfd, monkeypatch):
     at_the_end_of_epoch(monkeypatch, 1, lambda: place.run.rename(place.here / "elsewhere"))
-    check(Row("vanished", "--epochs 3", 1, ("checkpoint-1.pth was not saved in {run}: No such file or directory (the folder is gone)",
+    check(Row("vanished", "--epochs 3", 1,
+        ("checkpoint-1.pth was not saved in {run}: No such file or directory (the folder is gone)",
                                             "checkpoint-2.pth was not saved", "epoch 3/3 done")), place, capfd)

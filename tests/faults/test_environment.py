@@ -20,18 +20,23 @@ def owned(place):
 
 def abandoned(place):
     place.run.mkdir()
-    (place.run / "owner.json").write_text(json.dumps({"host": "node07", "pid": 4711, "job": "99", "since": "2026-01-01"}))
+    (place.run / "owner.json").write_text(json.dumps({"host": "node07", "pid": 4711, "job": "99",
+        "since": "2026-01-01"}))
 
 
 @table([
-    Row("a run folder in use", "", 2, ("{run} is in use by another training (host ", f"process {os.getpid()}", "choose another --output_dir"),
+    Row("a run folder in use", "", 2,
+        ("{run} is in use by another training (host ", f"process {os.getpid()}", "choose another --output_dir"),
         owned),
-    Row("a run folder whose owner was killed", "", 0, ("(host node07, process 4711, job 99, since 2026-01-01) ended without a word",),
+    Row("a run folder whose owner was killed", "", 0,
+        ("(host node07, process 4711, job 99, since 2026-01-01) ended without a word",),
         abandoned),
     Row("an index cache that cannot be written", "--index_cache /proc/nothing", 0, ("epoch 1/1 done",)),
     Row("a device that is no device", "--device gpu", 2, ("--device gpu is out of range; it takes auto, cpu",)),
-    Row("sample data where other files are", "--data_set SAMPLE --data_path {data}/train", 2, ("holds other files and not the sample data",)),
-    Row("CIFAR that is not there", "--data_set CIFAR", 2, ("cannot be read (Is a directory)", "unpack the python version of CIFAR")),
+    Row("sample data where other files are", "--data_set SAMPLE --data_path {data}/train", 2,
+        ("holds other files and not the sample data",)),
+    Row("CIFAR that is not there", "--data_set CIFAR", 2,
+        ("cannot be read (Is a directory)", "unpack the python version of CIFAR")),
     Row("CIFAR that is a text file", "--data_set CIFAR", 2, ("is not a CIFAR file",),
         lambda place: [shutil.rmtree(place.data / "train"), (place.data / "train").write_text("hello")]),
 ])
@@ -41,7 +46,8 @@ def test_environment(row, place, capfd):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(place, capfd):
-    check(Row("cuda", "--device cuda:1", 2, ("PyTorch finds no cuda device on this machine; use --device auto",)), place, capfd)
+    check(Row("cuda", "--device cuda:1", 2,
+        ("PyTorch finds no cuda device on this machine; use --device auto",)), place, capfd)
 
 
 def test_evaluating_beside_a_training_works(place, capfd):
@@ -60,7 +66,8 @@ def test_ranks_without_an_address_to_meet_at(place, capfd, monkeypatch):
 def test_a_missing_package_for_extra_logging_costs_only_the_log(place, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    check(Row("no packages", "--enable_wandb true", 0, ("pip install wandb", "pip install tensorboardX", "epoch 1/1 done")), place, capfd)
+    check(Row("no packages", "--enable_wandb true", 0,
+        ("pip install wandb", "pip install tensorboardX", "epoch 1/1 done")), place, capfd)
 
 
 def test_no_network_names_the_file_to_fetch_by_hand(place, capfd, monkeypatch):

@@ -4,6 +4,8 @@ import os
 
 import torch
 
+from common.files import sha256_file, write_json
+from run.checkpoint import load, manifest_path
 from tests.faults.kit import Place, Row, check, table
 
 HUGE = "--lr 1e9 --print_freq 1"
@@ -46,8 +48,6 @@ def overflowing(place: Place) -> None:
 
 def poisoned_run(place: Place) -> None:
     """A run whose newest checkpoint holds an undefined weight, with a manifest that fits it."""
-    from run.checkpoint import load, manifest_path
-    from common.files import sha256_file, write_json
     path = place.trained_run() / "checkpoint-0.pth"
     state = load(path).state
     state["model"]["stages.1.0.gnconv.proj_in.weight"][3, 2] = float("nan")
@@ -57,19 +57,26 @@ def poisoned_run(place: Place) -> None:
 
 @table([
     Row("stop", f"{HUGE} --on_nonfinite stop", 2, ("Update 1 was not applied", "first in module stages.", "next: stop",
-                                                   "{run}/events.jsonl names the updates, pictures and modules", "lower --lr"), after=named),
-    Row("skip", f"{HUGE}", 0, ("Update 1 was not applied", "next: skip", "evaluated pictures gave outputs that are not numbers"),
+                                                   "{run}/events.jsonl names the updates, pictures and modules",
+                                                   "lower --lr"), after=named),
+    Row("skip", f"{HUGE}", 0,
+        ("Update 1 was not applied", "next: skip", "evaluated pictures gave outputs that are not numbers"),
         after=last_good_kept),
-    Row("skip, three in a row", f"{HUGE} --epochs 3", 0, ("next: skip", "next: rollback", "Rolled back to the weights of update 2",
+    Row("skip, three in a row", f"{HUGE} --epochs 3", 0,
+        ("next: skip", "next: rollback", "Rolled back to the weights of update 2",
                                                          "training goes on with the data of update 4"),
         after=lambda place: records(place, "rollback")[0]["weights_of_update"] == 2 or 1 / 0),
-    Row("rollback without anything to go back to", f"{HUGE} --on_nonfinite rollback", 2, ("no checkpoint to go back to: lower --lr",)),
+    Row("rollback without anything to go back to", f"{HUGE} --on_nonfinite rollback", 2,
+        ("no checkpoint to go back to: lower --lr",)),
     Row("weights to start from that are no numbers", "--finetune {here}/w.pth", 2,
-        ("holds infinite or undefined values in stages.1.0.gnconv.proj_in.weight", "take an earlier checkpoint"), poisoned),
-    Row("evaluated weights that are no numbers", "--resume {here}/w.pth", 2, ("holds infinite or undefined values",), poisoned,
+        ("holds infinite or undefined values in stages.1.0.gnconv.proj_in.weight", "take an earlier checkpoint"),
+        poisoned),
+    Row("evaluated weights that are no numbers", "--resume {here}/w.pth", 2,
+        ("holds infinite or undefined values",), poisoned,
         base="eval"),
     Row("evaluated weights that overflow", "--resume {here}/w.pth", 0,
-        ("8 of 8 pictures gave outputs that are not numbers; they count as wrong", "top-1 0.00"), overflowing, base="eval"),
+        ("8 of 8 pictures gave outputs that are not numbers; they count as wrong", "top-1 0.00"), overflowing,
+        base="eval"),
     Row("a checkpoint that is no numbers", "--model_ema true --model_ema_eval true --epochs 2", 2,
         ("the tensor stages.1.0.gnconv.proj_in.weight of model holds infinite or undefined values",), poisoned_run),
 ])

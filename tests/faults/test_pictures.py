@@ -26,7 +26,8 @@ def bomb() -> bytes:
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND",
+        b"")
 
 
 def with_picture(data: bytes | None, part: str = "val"):
@@ -38,12 +39,15 @@ def with_picture(data: bytes | None, part: str = "val"):
     return prepare
 
 
-BAD = {"empty": (b"", "no JPEG, PNG"), "cut short": (jpeg(1)[:-400], "truncated"), "a web page": (b"<html>404</html>", "no JPEG"),
-       "a bomb of 900 million pixels": (bomb(), "DecompressionBomb"), "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n" * 9, "no JPEG"),
+BAD = {"empty": (b"", "no JPEG, PNG"), "cut short": (jpeg(1)[:-400], "truncated"), "a web page": (b"<html>404</html>",
+        "no JPEG"),
+       "a bomb of 900 million pixels": (bomb(), "DecompressionBomb"), "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n" * 9,
+       "no JPEG"),
        "a loop of links": (None, "symbolic links")}
 
 
-@table([Row(f"{name} in evaluation", TRAINED, 2, ("Picture {data}/val/cat/2.JPEG cannot be read", reason, "--allow_bad_images true"),
+@table([Row(f"{name} in evaluation", TRAINED, 2, ("Picture {data}/val/cat/2.JPEG cannot be read", reason,
+        "--allow_bad_images true"),
             with_picture(data), base="eval") for name, (data, reason) in BAD.items()])
 def test_a_bad_picture_ends_an_evaluation(row, place, capfd):
     check(row, place, capfd)
@@ -54,7 +58,8 @@ def counted(place):
     assert result["images"] == 8 and result["bad_images"] == 1 and result["hits1"] < 8
 
 
-@table([Row(f"{name} allowed", f"{TRAINED} --allow_bad_images true", 0, (" of 8 pictures right",), with_picture(BAD[name][0]),
+@table([Row(f"{name} allowed", f"{TRAINED} --allow_bad_images true", 0, (" of 8 pictures right",),
+        with_picture(BAD[name][0]),
             counted, base="eval") for name in ("empty", "a loop of links")])
 def test_a_bad_picture_allowed_stays_in_the_denominator(row, place, capfd):
     check(row, place, capfd)
@@ -62,7 +67,8 @@ def test_a_bad_picture_allowed_stays_in_the_denominator(row, place, capfd):
 
 @table([Row(f"{name} in training", "", 0, ("unreadable picture {data}/train/cat/2.JPEG", "replaced by another"),
             with_picture(BAD[name][0], "train")) for name in ("cut short", "a bomb of 900 million pixels")]
-       + [Row("nothing but bad pictures", "", 2, ("pictures in a row are unreadable", "check the disk and the data path"),
+       + [Row("nothing but bad pictures", "", 2,
+        ("pictures in a row are unreadable", "check the disk and the data path"),
               lambda place: [p.write_bytes(b"") for p in (place.data / "train").rglob("*.JPEG")])])
 def test_training_replaces_bad_pictures(row, place, capfd):
     check(row, place, capfd)
@@ -72,9 +78,11 @@ def odd() -> dict[str, bytes]:
     rgb = Image.fromarray(PIXELS)
     palette = rgb.quantize(16)
     return {"a PNG named JPEG": encoded(rgb, "PNG"), "CMYK": encoded(rgb.convert("CMYK"), "JPEG"),
-            "gray": encoded(rgb.convert("L"), "JPEG"), "16 bit": encoded(Image.fromarray(PIXELS[:, :, 0].astype(np.uint16) * 257), "PNG"),
+            "gray": encoded(rgb.convert("L"), "JPEG"), "16 bit": encoded(Image.fromarray(PIXELS[:, :,
+            0].astype(np.uint16) * 257), "PNG"),
             "a palette with transparency": encoded(palette, "PNG", transparency=bytes(range(16))),
-            "EXIF nonsense": encoded(rgb, "JPEG", exif=b"Exif\0\0" + b"\xff" * 50), "one pixel": encoded(rgb.crop((0, 0, 1, 1)), "PNG"),
+            "EXIF nonsense": encoded(rgb, "JPEG", exif=b"Exif\0\0" + b"\xff" * 50), "one pixel": encoded(rgb.crop((0,
+            0, 1, 1)), "PNG"),
             "a thin strip": encoded(rgb.resize((900, 2)), "JPEG")}
 
 

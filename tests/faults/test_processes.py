@@ -25,7 +25,8 @@ def after_epoch(monkeypatch, number: int, do) -> None:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
 def test_a_signal_stops_in_order_and_the_same_command_goes_on(name, place, capfd, monkeypatch):
     after_epoch(monkeypatch, 0, lambda: os.kill(os.getpid(), getattr(signal, name)))
-    check(Row("stopped", "--epochs 2", 75, ("Stopped at update ", name, "the same command goes on from there")), place, capfd)
+    check(Row("stopped", "--epochs 2", 75,
+        ("Stopped at update ", name, "the same command goes on from there")), place, capfd)
     assert json.loads((place.run / "status.json").read_text())["state"] == "PREEMPTED"
     monkeypatch.undo()
     check(Row("going on", "--epochs 2", 0, ("Going on at epoch 1, update ", "epoch 2/2 done")), place, capfd)
