@@ -11,7 +11,8 @@ from common.errors import UserError
 from common.log import logger, setup_logging
 from run.options import parse
 
-RANK_VARIABLES = ("RANK", "SUBMITIT_LOCAL_GLOBALID", "SLURM_PROCID")  # of torchrun, submitit's local executor, srun
+# Of torchrun, submitit's local executor, srun and mpirun.
+RANK_VARIABLES = ("RANK", "SUBMITIT_LOCAL_GLOBALID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 
 
 def main(argv: list[str] | None = None) -> int:
