@@ -63,6 +63,8 @@ def test_a_signal_at_any_moment_loses_nothing(pictures, undisturbed, tmp_path, n
     assert_gone(everyone, 30)
     status = json.loads((folder / "status.json").read_text()) if (folder / "status.json").exists() else {}
     print(f"{name} to the {target} at {at}: exit code {code}, {status.get('state')} at update {status.get('update')}")
+    if name != "SIGKILL" and at[1] >= 0:
+        assert status["state"] in ("PREEMPTED", "DONE"), output
     if status.get("state") != "DONE":
         [(code, output)] = finish([launch(argv, tmp_path)], 180)
         assert code == 0, output
