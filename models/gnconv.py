@@ -9,7 +9,7 @@ This file needs torch and nothing else: copy it into another project and `from g
 Inside, tensors are NHWC, so that a 1x1 convolution is a plain matrix product and a layer norm reads
 consecutive values. The permutations at the borders are views of a channels_last tensor and cost nothing there.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -78,6 +78,14 @@ class Operators:
     def gate(self, x: Tensor, gate: Tensor) -> Tensor:
         """The gating product, elementwise."""
         return x * gate
+
+    def recursion(self, p: Tensor, q: Tensor, projections: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+        """x = p * q[0], then x = linear(x, *projections[k]) * q[k + 1]; q's parts lie side by side in its channels."""
+        gates = q.split([p.shape[-1], *(weight.shape[0] for weight, _ in projections)], dim=-1)
+        x = self.gate(p, gates[0])
+        for (weight, bias), gate in zip(projections, gates[1:]):
+            x = self.gate(self.linear(x, weight, bias), gate)
+        return x
 
     def residual(self, x: Tensor, branch: Callable[[Tensor], Tensor], gamma: Tensor | None,
                  keep: Tensor | None) -> Tensor:
@@ -218,10 +226,7 @@ class GnConv(nn.Module):
         return self.ops.depthwise(q, self.dwconv.weight * self.scale, self.dwconv.bias * self.scale)
 
     def _recurse(self, p: Tensor, q: Tensor) -> Tensor:
-        gates = q.split(self.dims, dim=-1)
-        x = self.ops.gate(p, gates[0])
-        for pw, gate in zip(self.pws, gates[1:]):
-            x = self.ops.gate(self.ops.linear(x, pw.weight, pw.bias), gate)
+        x = self.ops.recursion(p, q, [(pw.weight, pw.bias) for pw in self.pws])
         return self.ops.linear(x, self.proj_out.weight, self.proj_out.bias)
 
 

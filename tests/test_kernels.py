@@ -35,8 +35,11 @@ def _grads(fn, *leaves, dtype=torch.float32):
 
 
 def _compare(name, ops: Operators, leaves, tolerance=1e-4, **kwargs):
-    fast = _grads(lambda *t: getattr(ops, name)(*t, **kwargs), *leaves)
-    exact = _grads(lambda *t: getattr(PLAIN, name)(*t, **kwargs), *leaves, dtype=torch.float64)
+    def call(operators, *tensors):
+        return name(operators, *tensors) if callable(name) else getattr(operators, name)(*tensors, **kwargs)
+
+    fast = _grads(lambda *t: call(ops, *t), *leaves)
+    exact = _grads(lambda *t: call(PLAIN, *t), *leaves, dtype=torch.float64)
     for got, want in zip(fast, exact, strict=True):
         assert got.shape == want.shape
         largest = max(1.0, float(want.detach().abs().max()))
@@ -60,6 +63,11 @@ def test_each_operator_equals_float64(ops, shape):
     _compare("global_local", ops, (x, w(half, 1, 3, 3), w(half, 5, 3, 2)))
     _compare("patch_conv", ops, (x, w(12, channels, 2, 2), w(12)))
 
+    def recursion(operators, x, first, bias, second, bias2):
+        return operators.recursion(x[..., :4], torch.cat((x, x, x, x), -1)[..., 1:23],
+                                   [(first, bias), (second, bias2)])
+    _compare(recursion, ops, (x, w(6, 4, 1, 1), w(6), w(12, 6), w(12)))
+
 
 @pytest.mark.parametrize("ops", PATHS, indirect=True)
 def test_depthwise_takes_a_channel_slice(ops):
@@ -75,6 +83,11 @@ def test_gelu_over_its_whole_range():
     x = torch.cat([torch.linspace(-30, 30, 100_001), torch.tensor([0.0, -0.0, 1e-30, 1e30, -1e30])])
     want = torch.nn.functional.gelu(x.double())
     assert float((native.gelu(x) - want).abs().div(x.abs().clamp(min=1)).max()) < 4e-7
+    inner = x[:100_001].clone().requires_grad_()
+    torch.nn.functional.gelu(inner.double()).sum().backward()
+    slope = inner.detach().clone()
+    native.gelu(slope, with_slope=True)
+    assert float((slope - inner.grad).abs().max()) < 1e-6
     assert native.gelu(torch.tensor([float("nan")] * 3)).isnan().all()
 
 

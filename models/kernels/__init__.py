@@ -110,7 +110,7 @@ def _agrees(name: str) -> bool:
     from models.kernels import cpu, native
     if name == "kernels" and native.library() is None:
         return False
-    ops = cpu.CpuOperators(onednn=name == "linear", compiled=name == "kernels")
+    ops = cpu.CpuOperators(onednn=name == "linear" or _onednn_helps(), compiled=name == "kernels")
     try:
         worst = _largest_difference(ops)
     except (RuntimeError, AttributeError, NotImplementedError) as error:
@@ -125,8 +125,9 @@ def _largest_difference(ops: Operators) -> float:
     """Between a small HorNet block-like computation with `ops` and with the plain operators, relative to its scale."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(3, 9, 15, 24, generator=draw)
-    shapes = dict(norm=(24,), shift=(24,), first=(40, 24), bias=(40,), second=(24, 40), bias2=(24,),
-                  wide=(24, 1, 7, 7), small=(24, 1, 3, 3), half=(12, 1, 3, 3), spectrum=(12, 5, 4, 2), gamma=(24,))
+    shapes = dict(norm=(24,), shift=(24,), pw=(12, 6, 1, 1), pw_bias=(12,), first=(40, 12), bias=(40,),
+                  second=(24, 40), bias2=(24,), wide=(24, 1, 7, 7), small=(24, 1, 3, 3), half=(12, 1, 3, 3),
+                  spectrum=(12, 5, 4, 2), gamma=(24,))
     p = {name: torch.randn(shape, generator=draw) * 0.3 for name, shape in shapes.items()}
     keep = torch.tensor([1.25, 0.0, 1.25])
     results = []
@@ -139,6 +140,7 @@ def _largest_difference(ops: Operators) -> float:
                 y = each.layer_norm(y, t["norm"], t["shift"], 1e-6)
                 y = each.depthwise(each.depthwise(y, t["wide"], t["shift"]), t["small"], None)
                 y = each.global_local(y, t["half"], t["spectrum"])
+                y = each.recursion(y[..., :6], y[..., 6:], [(t["pw"], t["pw_bias"])])
                 return each.linear(each.linear_gelu(y, t["first"], t["bias"]), t["second"], t["bias2"])
 
             out = each.residual(leaves[0], branch, t["gamma"], keep)

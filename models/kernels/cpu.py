@@ -40,19 +40,52 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, compiled: bool) -> Tensor:
         hidden = product(x, weight, bias)
-        ctx.save_for_backward(x, weight, hidden if gelu else None)
+        out = native.gelu(hidden, with_slope=True) if gelu else hidden
+        ctx.save_for_backward(x, weight, hidden if gelu else None)  # GELU's slope by now
         ctx.compiled = compiled
-        return native.gelu(hidden) if gelu else hidden
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        x, weight, hidden = ctx.saved_tensors
-        grad = grad.contiguous()
-        if hidden is not None:
-            grad = native.gelu_backward(hidden, grad)
+        x, weight, slope = ctx.saved_tensors
+        grad = grad.contiguous() if slope is None else grad * slope
         d_x, d_weight, d_bias = linear_grads(x.flatten(0, -2), weight, grad.flatten(0, -2), ctx.compiled)
         return d_x.view(x.shape), d_weight, d_bias, None, None
+
+
+class _Recursion(torch.autograd.Function):
+    """Operators.recursion in one piece: the gates' gradients are written side by side and need no concatenation."""
+
+    @staticmethod
+    def forward(ctx, p: Tensor, q: Tensor, *parameters: Tensor) -> Tensor:
+        hidden, states, start = p, [], 0
+        for weight, bias in zip((None, *parameters[::2]), (None, *parameters[1::2])):
+            if weight is not None:
+                hidden = product(states[-1], weight, bias)
+                states.append(hidden)
+            states.append(native.gate(hidden, q[..., start:start + hidden.shape[-1]]))
+            start += hidden.shape[-1]
+        ctx.save_for_backward(p, q, *parameters[::2], *states[:-1])
+        return states[-1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        p, q, *rest = ctx.saved_tensors
+        steps = len(rest) // 3
+        weights, states = rest[:steps], rest[steps:]
+        d_q, end, grads = torch.empty(q.shape, dtype=q.dtype), q.shape[-1], []
+        grad = grad.contiguous()
+        for k in reversed(range(steps + 1)):
+            hidden = states[2 * k - 1] if k else p
+            gate = slice(end - hidden.shape[-1], end)
+            grad, end = native.gate_backward(grad, hidden, q[..., gate], d_q[..., gate]), gate.start
+            if k:
+                x = states[2 * k - 2]
+                d_x, *both = linear_grads(x.flatten(0, -2), weights[k - 1], grad.flatten(0, -2), compiled=True)
+                grad, grads = d_x.view(x.shape), both + grads
+        return grad, d_q, *grads
 
 
 class _Depthwise(torch.autograd.Function):
@@ -183,6 +216,14 @@ class CpuOperators(Operators):
             return super().global_local(x, weight, spectrum)
         spectrum = resize_filter(spectrum.float(), (height, width // 2 + 1))
         return _GlobalLocal.apply(x.to(dtype).contiguous(), weight.float(), spectrum)
+
+    def recursion(self, p, q, projections):
+        dtype, given = _compute_dtype(q), [t for pair in projections for t in pair]
+        if (not self.onednn or not self.compiled or not torch.is_grad_enabled() or dtype not in DTYPES
+                or None in given or not _ready(p, q, *given)):
+            return super().recursion(p, q, projections)
+        return _Recursion.apply(p.to(dtype), q.to(dtype), *(t.flatten(1).to(dtype) if t.ndim > 1 else t.to(dtype)
+                                                            for t in given))
 
     def gate(self, x, gate):
         """Without gradients the product overwrites a projection's fresh output."""

@@ -291,20 +291,34 @@ static inline Normal normal(vec x) {
                     + t * 1.061405429f))));
     return {x < 0 ? half_erfc : 1 - half_erfc, ex * 0.39894228f};
 }
-template <class T> static void gelu(const T* x, T* y, int64_t n, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < n; i += L) {
-        vec v = load(x + i, n - i);
-        store(y + i, v * normal(v).cdf, n - i);
-    }
-}
-template <class T> static void gelu_backward(const T* x, const T* g, T* dx, int64_t n, int threads) {
+// slope (may be x): the derivative at x, which spares the backward pass the exponential; null where not needed
+template <class T> static void gelu(const T* x, T* y, T* slope, int64_t n, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < n; i += L) {
         vec v = load(x + i, n - i);
         Normal d = normal(v);
-        store(dx + i, load(g + i, n - i) * (d.cdf + v * d.density), n - i);
+        store(y + i, v * d.cdf, n - i);
+        if (slope) store(slope + i, d.cdf + v * d.density, n - i);
     }
+}
+
+// ---- gating product: out = x * g, where x and g can be channel slices (xs, gs: distance between pixels) ------------
+template <class T> static void gate(const T* x, int64_t xs, const T* g, int64_t gs, T* out, int64_t rows, int64_t C,
+                                    int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < C; c += L)
+            store(out + r * C + c, load(x + r * xs + c, C - c) * load(g + r * gs + c, C - c), C - c);
+}
+template <class T> static void gate_backward(const T* grad, const T* x, int64_t xs, const T* g, int64_t gs, T* dx, T* dg,
+                                             int64_t dgs, int64_t rows, int64_t C, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < C; c += L) {
+            vec v = load(grad + r * C + c, C - c);
+            store(dx + r * C + c, v * load(g + r * gs + c, C - c), C - c);
+            store(dg + r * dgs + c, v * load(x + r * xs + c, C - c), C - c);
+        }
 }
 
 // ---- weight gradient of a Linear layer: dw (N, K) = g (M, N)^T x (M, K), db = column sums of g --------------------
@@ -580,9 +594,14 @@ template <class T> static void global_local_backward(const T* x, const T* g, con
         Shape s{shape[0], shape[1], shape[2], shape[3]};                                                         \
         global_local_backward(x, g, taps, filter, tables, dx, partial, s, groups, threads);                      \
     }                                                                                                            \
-    void gelu_##NAME(const T* x, T* y, int64_t n, int threads) { gelu(x, y, n, threads); }                       \
-    void gelu_backward_##NAME(const T* x, const T* g, T* dx, int64_t n, int threads) {                           \
-        gelu_backward(x, g, dx, n, threads);                                                                     \
+    void gelu_##NAME(const T* x, T* y, T* slope, int64_t n, int threads) { gelu(x, y, slope, n, threads); }      \
+    void gate_##NAME(const T* x, int64_t xs, const T* g, int64_t gs, T* out, int64_t rows, int64_t c,            \
+                     int threads) {                                                                              \
+        gate(x, xs, g, gs, out, rows, c, threads);                                                               \
+    }                                                                                                            \
+    void gate_backward_##NAME(const T* grad, const T* x, int64_t xs, const T* g, int64_t gs, T* dx, T* dg,       \
+                              int64_t dgs, int64_t rows, int64_t c, int threads) {                               \
+        gate_backward(grad, x, xs, g, gs, dx, dg, dgs, rows, c, threads);                                        \
     }
 
 #define TWO_TYPES(NAME, X, Y)                                                                                      \

@@ -1,27 +1,18 @@
 """Compile, load and call `native.cpp`: CPU kernels that PyTorch lacks or has only in a slow form.
 
-Built with the system's C++ compiler on first use (about 3 s) into the user's cache folder, one file per source,
-compiler and CPU. Without a compiler there are no native kernels and everything runs in plain PyTorch.
+Built with the system's C++ compiler on first use (about 3 s). Without a compiler everything runs in plain PyTorch.
 """
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import stat
-import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from common.log import logger
+from common.compiled import load_compiled
 
-SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti",
-         "-fopenmp", "-shared", "-fPIC")
+         "-fopenmp")
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 CHUNKS = 64  # runs of rows whose LayerNorm gradients are summed apart: fixed, so threads do not change the sum
 
@@ -29,46 +20,7 @@ CHUNKS = 64  # runs of rows whose LayerNorm gradients are summed apart: fixed, s
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None (told once) where they cannot be built."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
-    if compiler is None:
-        logger.info("No C++ compiler: CPU kernels stay in plain PyTorch (slower, same results).")
-        return None
-    try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
-        identity = (SOURCE.read_bytes(), version, repr(FLAGS).encode(), _cpu_flags().encode())
-        path = _cache_folder() / f"native-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:24]}.so"
-        if not path.exists():
-            part = path.with_suffix(f".{os.getpid()}.tmp")
-            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(part)], capture_output=True, check=True,
-                           timeout=180)
-            os.replace(part, path)
-        return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace").strip()
-        logger.warning("CPU kernels were not built and stay in plain PyTorch: %s", detail.splitlines()[-1:])
-        return None
-
-
-def _cpu_flags() -> str:
-    """The instruction sets of this CPU: a home folder can be shared by machines of several kinds."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() + platform.machine()
-    return " ".join(line for line in lines[:40] if line.startswith(("flags", "Features", "model name")))
-
-
-def _cache_folder() -> Path:
-    """A folder that only this user can write: a library in it is executed."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hornet" / "kernels"
-    try:
-        base.mkdir(parents=True, exist_ok=True, mode=0o700)
-        info = base.stat()
-        if info.st_uid == os.getuid() and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and os.access(base, os.W_OK):
-            return base
-    except (OSError, RuntimeError):
-        pass
-    return Path(tempfile.mkdtemp(prefix="hornet-kernels-"))
+    return load_compiled(Path(__file__).with_name("native.cpp"), FLAGS, "CPU kernels")
 
 
 def _call(name: str, *args) -> None:
@@ -193,15 +145,25 @@ def global_local_backward(x: Tensor, grad: Tensor, taps: Tensor, spectrum: Tenso
     return dx, total[:9], total[9:].view(spectrum.shape)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """Exact GELU of a contiguous tensor, within 2e-7 of torch's relative to |x|."""
+def gelu(x: Tensor, with_slope: bool = False) -> Tensor:
+    """Exact GELU of a contiguous tensor, within 2e-7 of torch's relative to |x|; its derivative then replaces x."""
     out = torch.empty_like(x)
-    _call(f"gelu_{NAMES[x.dtype]}", x, out, x.numel())
+    _call(f"gelu_{NAMES[x.dtype]}", x, out, x if with_slope else None, x.numel())
     return out
 
 
-def gelu_backward(x: Tensor, grad: Tensor) -> Tensor:
-    """Gradient of x."""
-    dx = torch.empty_like(x)
-    _call(f"gelu_backward_{NAMES[x.dtype]}", x, grad, dx, x.numel())
+def gate(x: Tensor, gate: Tensor) -> Tensor:
+    """The product of two tensors (B, H, W, C) that can be channel slices."""
+    (x, step), (gate, gate_step) = _pixels(x), _pixels(gate)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _call(f"gate_{NAMES[x.dtype]}", x, step, gate, gate_step, out, x.numel() // x.shape[3], x.shape[3])
+    return out
+
+
+def gate_backward(grad: Tensor, x: Tensor, gate: Tensor, d_gate: Tensor) -> Tensor:
+    """The gradient of x; that of the gate is written into `d_gate`, a channel slice of an NHWC tensor."""
+    (x, step), (gate, gate_step) = _pixels(x), _pixels(gate)
+    dx = torch.empty(x.shape, dtype=x.dtype)
+    _call(f"gate_backward_{NAMES[x.dtype]}", grad, x, step, gate, gate_step, dx, d_gate, d_gate.stride(2),
+          x.numel() // x.shape[3], x.shape[3])
     return dx
