@@ -146,8 +146,9 @@ def assert_gone(pids: list[int], seconds: float = 10) -> None:
 
 def result(folder: Path) -> dict:
     """What a finished run leaves: its last state and log.txt, without the times."""
-    name = max((int(n[1]) for p in folder.glob("checkpoint-*.pth") if (n := re.fullmatch(r"checkpoint-(\d+)\.pth", p.name))))
-    state = torch.load(folder / f"checkpoint-{name}.pth", weights_only=True)
+    found = (re.fullmatch(r"checkpoint-(\d+)\.pth", path.name) for path in folder.glob("checkpoint-*.pth"))
+    last = max(int(match[1]) for match in found if match)
+    state = torch.load(folder / f"checkpoint-{last}.pth", weights_only=True)
     lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     log = [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
     return {key: value for key, value in state.items() if key not in ("args", "version")} | {"log": log}

@@ -47,7 +47,8 @@ def train_in_double(data, accumulation: int, process) -> dict:
     plain_wrap = type(process).wrap
     process.wrap = lambda model: plain_wrap(process, model.double())
     with StopRequest() as stop:
-        run = build_run(resolved, process, None, Services(None, None, stop, Silent(), "", process.on_rank_zero), planned)
+        services = Services(None, None, stop, Silent(), "", process.on_rank_zero)
+        run = build_run(resolved, process, None, services, planned)
         run.to.tracker = Silent()
         run.parts.ema.module.double()
         prepare, recorder = run.training.prepare, Recorder()

@@ -1,4 +1,4 @@
-"""Two gloo processes under torchrun, signalled at random moments and started afresh: the weights of the run left alone."""
+"""Two gloo processes under torchrun, signalled at random and started afresh: the weights of the run left alone."""
 import json
 import os
 import random
@@ -8,8 +8,8 @@ import time
 import pytest
 
 from tests.launch_kit import PROGRAMS, finish, start_torchrun
-from tests.survival_kit import (EPOCHS, UPDATES, arguments, assert_equal_bits, assert_gone, codes, descendants, now, result,
-                                start, write_pictures)
+from tests.survival_kit import (EPOCHS, UPDATES, arguments, assert_equal_bits, assert_gone, codes, descendants, now,
+                                result, start, write_pictures)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 MOMENTS = 20 if os.environ.get("HORNET_SOAK") else 3

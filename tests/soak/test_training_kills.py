@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from tests.survival_kit import (EPOCHS, UPDATES, arguments, assert_equal_bits, assert_gone, codes, descendants, now, result,
-                                start, write_pictures)
+from tests.survival_kit import (EPOCHS, UPDATES, arguments, assert_equal_bits, assert_gone, codes, descendants, now,
+                                result, start, write_pictures)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 KILLS = 30 if os.environ.get("HORNET_SOAK") else 4
