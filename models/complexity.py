@@ -26,8 +26,8 @@ class _CountingOperators(Operators):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._counted(super().linear(x, weight, bias), weight)
 
-    def depthwise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._counted(super().depthwise(x, weight, bias), weight)
+    def depthwise(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:
+        return self._counted(super().depthwise(x, weight, bias, scale), weight)
 
     def patch_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._counted(super().patch_conv(x, weight, bias), weight)

@@ -40,8 +40,10 @@ class Operators:
             weight, bias = weight.float(), bias.float()
         return F.layer_norm(x, weight.shape, weight, bias, eps)
 
-    def depthwise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x (B, H, W, C), weight (C, 1, k, k) with odd k, zero padding k // 2."""
+    def depthwise(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:
+        """x (B, H, W, C), weight (C, 1, k, k) with odd k, zero padding k // 2; `scale` multiplies weight and bias."""
+        if scale != 1:  # on the small parameters, which saves a pass over x
+            weight, bias = weight * scale, None if bias is None else bias * scale
         padding = (weight.shape[2] // 2, weight.shape[3] // 2)
         out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=weight.shape[0])
         return out.permute(0, 2, 3, 1)
@@ -220,10 +222,10 @@ class GnConv(nn.Module):
         return out.to(torch.promote_types(x.dtype, self.proj_out.weight.dtype))
 
     def _spatial(self, q: Tensor) -> Tensor:
-        """The depthwise operator with the scale folded into its small parameters, which saves a pass over q."""
+        """The depthwise operator, multiplied by the scale."""
         if isinstance(self.dwconv, GlobalLocalFilter):
             return self.dwconv(q.permute(0, 3, 1, 2), self.scale).permute(0, 2, 3, 1)
-        return self.ops.depthwise(q, self.dwconv.weight * self.scale, self.dwconv.bias * self.scale)
+        return self.ops.depthwise(q, self.dwconv.weight, self.dwconv.bias, self.scale)
 
     def _recurse(self, p: Tensor, q: Tensor) -> Tensor:
         x = self.ops.recursion(p, q, [(pw.weight, pw.bias) for pw in self.pws])

@@ -90,25 +90,22 @@ class _Recursion(torch.autograd.Function):
 
 class _Depthwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        taps = weight.flatten(1).t().float().contiguous()
+    def forward(ctx, x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, taps)
-        ctx.weight_like, ctx.has_bias = weight, bias is not None
-        return native.depthwise(x, taps, None if bias is None else bias.float().contiguous())
+        ctx.has_bias = bias is not None
+        return native.depthwise(x, taps, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, taps = ctx.saved_tensors
         d_x, d_taps, d_bias = native.depthwise_backward(x, grad, taps)
-        weight = ctx.weight_like
-        return d_x, d_taps.t().reshape(weight.shape).to(weight.dtype), d_bias.to(weight.dtype) if ctx.has_bias else None
+        return d_x, d_taps, d_bias if ctx.has_bias else None
 
 
 class _GlobalLocal(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, spectrum: Tensor) -> Tensor:
-        taps, parts = weight.flatten(1).t().contiguous(), spectrum.permute(1, 2, 3, 0).contiguous()
+    def forward(ctx, x: Tensor, taps: Tensor, parts: Tensor) -> Tensor:
         ctx.save_for_backward(x, taps, parts)
         return native.global_local(x, taps, parts)
 
@@ -116,8 +113,7 @@ class _GlobalLocal(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, taps, parts = ctx.saved_tensors
-        d_x, d_taps, d_parts = native.global_local_backward(x, grad.contiguous(), taps, parts)
-        return d_x, d_taps.t().reshape(-1, 1, 3, 3), d_parts.permute(3, 0, 1, 2)
+        return native.global_local_backward(x, grad.contiguous(), taps, parts)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -136,7 +132,7 @@ class _LayerNorm(torch.autograd.Function):
 
 class _Join(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, gamma: Tensor, keep: Tensor, slot: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, y: Tensor, gamma: Tensor, keep: Tensor | None, slot: Tensor | None) -> Tensor:
         ctx.save_for_backward(y, gamma, keep, slot)
         return native.join(x, y, gamma, keep, slot)
 
@@ -165,12 +161,13 @@ class CpuOperators(Operators):
     Args:
         onednn: float32 matrix products by oneDNN (bfloat16 ones need no help outside `packed`).
         compiled: use the kernels of `native.py`.
-        packed: weight -> (its matrix in oneDNN's own layout, bias), for evaluation; see `pack`.
+        packed: what is made of weights once per evaluation: id(weight) -> (weight, its matrix in oneDNN's own
+            layout, bias) by `pack`, the rest by `_prepared`.
     """
 
     def __init__(self, onednn: bool = True, compiled: bool = True):
         self.onednn, self.compiled = onednn, compiled
-        self.packed: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+        self.packed: dict[object, tuple] = {}
 
     def linear(self, x, weight, bias):
         return self._linear(x, weight, bias, gelu=False)
@@ -201,12 +198,24 @@ class CpuOperators(Operators):
             return super().layer_norm(x, weight, bias, eps)
         return _LayerNorm.apply(x.contiguous(), weight.float(), bias.float(), eps, dtype)
 
-    def depthwise(self, x, weight, bias):
+    def _prepared(self, make: Callable[[], tuple], *key) -> tuple:
+        """What `make` gives, computed once while weights are packed, every time otherwise."""
+        if torch.is_grad_enabled() or not self.packed:
+            return make()
+        if key not in self.packed:
+            self.packed[key] = make()
+        return self.packed[key]
+
+    def depthwise(self, x, weight, bias, scale=1.0):
         dtype = _compute_dtype(x)
         if not self.compiled or dtype not in DTYPES or weight.shape[2:] not in ((3, 3), (7, 7)) or not _ready(
                 x, weight, bias):
-            return super().depthwise(x, weight, bias)
-        return _Depthwise.apply(x.to(dtype), weight, bias)
+            return super().depthwise(x, weight, bias, scale)
+
+        def make() -> tuple[Tensor, Tensor | None]:
+            taps = (weight.float() * scale).flatten(1).t().contiguous()
+            return taps, None if bias is None else (bias.float() * scale).contiguous()
+        return _Depthwise.apply(x.to(dtype), *self._prepared(make, id(weight), scale))
 
     def global_local(self, x, weight, spectrum):
         """Both halves in one kernel, with the Fourier transform as small matrix products; FFT for large maps."""
@@ -214,8 +223,11 @@ class CpuOperators(Operators):
         if (not self.compiled or dtype not in DTYPES or max(height, width) > LARGEST_DFT or weight.shape[2] != 3
                 or not _ready(x, weight, spectrum)):
             return super().global_local(x, weight, spectrum)
-        spectrum = resize_filter(spectrum.float(), (height, width // 2 + 1))
-        return _GlobalLocal.apply(x.to(dtype).contiguous(), weight.float(), spectrum)
+
+        def make() -> tuple[Tensor, Tensor]:
+            resized = resize_filter(spectrum.float(), (height, width // 2 + 1))
+            return weight.float().flatten(1).t().contiguous(), resized.permute(1, 2, 3, 0).contiguous()
+        return _GlobalLocal.apply(x.to(dtype).contiguous(), *self._prepared(make, id(weight), height, width))
 
     def recursion(self, p, q, projections):
         dtype, given = _compute_dtype(q), [t for pair in projections for t in pair]
@@ -237,20 +249,18 @@ class CpuOperators(Operators):
         if not self.compiled or gamma is None or not _ready(x, gamma):
             return super().residual(x, branch, gamma, keep)
         x = x.to(torch.promote_types(x.dtype, gamma.dtype)).contiguous()
-        count = x.shape[0]
-        slot, taken = torch.arange(count), x
-        if keep is None:
-            keep = torch.ones(count)
-        elif not keep.all():
+        count, slot, taken = x.shape[0], None, x
+        if keep is not None and not keep.all():
             index = keep.nonzero()[:, 0] if keep.any() else torch.zeros(1, dtype=torch.int64)
             slot = torch.full((count,), -1).index_copy_(0, index, torch.arange(len(index)))
             taken = x.index_select(0, index)
         y = branch(taken).contiguous()
         if y.dtype != torch.bfloat16:
             y = y.to(x.dtype)
+        keep = None if keep is None else keep.float().contiguous()
         if not torch.is_grad_enabled() and taken is x and y.dtype == x.dtype:
-            return native.join(x, y, gamma.float(), keep.float().contiguous(), slot, out=y)
-        return _Join.apply(x, y, gamma.float(), keep.float().contiguous(), slot)
+            return native.join(x, y, gamma.float(), keep, slot, out=y)
+        return _Join.apply(x, y, gamma.float(), keep, slot)
 
     def patch_conv(self, x, weight, bias):
         """In training as a matrix product over the patches; only the convolution's backward is slow."""

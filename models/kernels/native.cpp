@@ -238,7 +238,10 @@ static void layer_norm_backward(const X* x, const Y* g, const float* w, const fl
 }
 
 // ---- residual join: out = x + keep[image] * gamma * y ----------------------------------------------------------
-// slot[image] is the place of an image's branch output in y, -1 when its branch was dropped and never computed.
+// slot[image] is the place of an image's branch output in y, -1 when its branch was dropped and never computed. Null:
+// every image has its own, and every keep is 1.
+static inline int64_t slot_of(const int64_t* slot, int64_t image) { return slot ? slot[image] : image; }
+static inline float keep_of(const float* keep, int64_t image) { return keep ? keep[image] : 1; }
 template <class X, class Y>
 static void join(const X* x, const Y* y, const float* gamma, const float* keep, const int64_t* slot, X* out,
                  int64_t images, int64_t pixels, int64_t C, int threads) {
@@ -247,14 +250,14 @@ static void join(const X* x, const Y* y, const float* gamma, const float* keep, 
         for (int64_t p = 0; p < pixels; p++) {
             const X* in = x + (image * pixels + p) * C;
             X* to = out + (image * pixels + p) * C;
-            if (slot[image] < 0) {
+            if (slot_of(slot, image) < 0) {
                 if (to != in) memcpy(to, in, C * sizeof(X));
                 continue;
             }
-            const Y* branch = y + (slot[image] * pixels + p) * C;
+            const Y* branch = y + (slot_of(slot, image) * pixels + p) * C;
+            float k = keep_of(keep, image);
             for (int64_t c = 0; c < C; c += L)
-                store(to + c, load(in + c, C - c) + load(branch + c, C - c) * (load(gamma + c, C - c) * keep[image]),
-                      C - c);
+                store(to + c, load(in + c, C - c) + load(branch + c, C - c) * (load(gamma + c, C - c) * k), C - c);
         }
 }
 
@@ -266,11 +269,11 @@ static void join_backward(const X* g, const Y* y, const float* gamma, const floa
     for (int64_t image = 0; image < images; image++) {
         float* sums = partial + image * C;
         memset(sums, 0, C * sizeof(float));
-        if (slot[image] < 0) continue;
+        if (slot_of(slot, image) < 0) continue;
         for (int64_t p = 0; p < pixels; p++)
             for (int64_t c = 0, n = C; c < C; c += L, n -= L) {
-                int64_t at = (slot[image] * pixels + p) * C + c;
-                vec gk = load(g + (image * pixels + p) * C + c, n) * keep[image];
+                int64_t at = (slot_of(slot, image) * pixels + p) * C + c;
+                vec gk = load(g + (image * pixels + p) * C + c, n) * keep_of(keep, image);
                 store(sums + c, load(sums + c, n) + gk * load(y + at, n), n);
                 store(dy + at, gk * load(gamma + c, n), n);
             }

@@ -82,10 +82,11 @@ def layer_norm_backward(x: Tensor, grad: Tensor, weight: Tensor, mean: Tensor,
     return dx, total[0], total[1]
 
 
-def join(x: Tensor, y: Tensor, gamma: Tensor, keep: Tensor, slot: Tensor, out: Tensor | None = None) -> Tensor:
+def join(x: Tensor, y: Tensor, gamma: Tensor, keep: Tensor | None, slot: Tensor | None,
+         out: Tensor | None = None) -> Tensor:
     """x (B, H, W, C) + keep (B,) * gamma (C,) * y (kept, H, W, C); `slot` (B,) int64 is a row of y or -1.
 
-    `out` can be y when no image is left out.
+    Without `keep` it is 1, without `slot` every image has its row. `out` can be y when no image is left out.
     """
     out = torch.empty_like(x) if out is None else out
     images, height, width, channels = x.shape
@@ -93,7 +94,8 @@ def join(x: Tensor, y: Tensor, gamma: Tensor, keep: Tensor, slot: Tensor, out: T
     return out
 
 
-def join_backward(grad: Tensor, y: Tensor, gamma: Tensor, keep: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+def join_backward(grad: Tensor, y: Tensor, gamma: Tensor, keep: Tensor | None,
+                  slot: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gradients of y and gamma."""
     images, height, width, channels = grad.shape
     dy, partial = torch.empty_like(y), torch.empty(images, channels)
