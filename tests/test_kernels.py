@@ -138,11 +138,31 @@ def test_packed_weights_give_the_same_logits_and_are_dropped_afterwards(paths):
     fast, plain = _pair("hornet_pico_gf", paths)
     x = torch.randn(2, 3, 64, 64)
     with torch.inference_mode(), kernels.packed(fast):
-        torch.testing.assert_close(fast(x), plain(x), rtol=1e-4, atol=1e-5)
+        for _ in range(2):
+            torch.testing.assert_close(fast(x), plain(x), rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        fast.head.weight.mul_(2)
-        plain.head.weight.mul_(2)
+        for model in (fast, plain):
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
         torch.testing.assert_close(fast(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_evaluation_between_two_steps_changes_no_bit_of_training():
+    x, grads = torch.randn(2, 3, 64, 64), []
+    for evaluates in (False, True):
+        model, _ = _pair("hornet_pico_gf", kernels.code_paths("cpu"))
+        for _ in range(2):
+            model.zero_grad()
+            model(x).square().mean().backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.sub_(0.1 * parameter.grad)
+                with kernels.packed(model):
+                    if evaluates:
+                        model.eval()(x)
+            model.train()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *grads))
 
 
 @pytest.mark.parametrize("name", ["hornet_tiny_7x7_224x224", "hornet_tiny_7x7_192x256", "hornet_tiny_gf_288x288"])

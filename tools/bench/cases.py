@@ -22,12 +22,19 @@ F32, BF16 = torch.float32, torch.bfloat16
 
 @dataclass
 class Setting:
-    """How to measure; `clock` "cpu" counts only this process' time, for a machine shared with others."""
+    """How to measure; `clock` "cpu" counts only this process' time, for a machine shared with others. `only` names
+    the cases to run beside the reference, all if empty."""
 
     batch: int = 8
     repeats: int = 9
     clock: str = "wall"
     size: int | None = None
+    only: tuple[str, ...] = ()
+
+    def time(self, cases: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+        """Seconds of each call of the chosen cases, in turns."""
+        chosen = {name: call for name, call in cases.items() if not self.only or name in ("reference", *self.only)}
+        return interleave(chosen, self.repeats, self.clock)
 
 
 def autocast(dtype: torch.dtype):
@@ -87,7 +94,7 @@ def evaluation(name: str, setting: Setting) -> list[Row]:
              "plain": case("plain", plain, F32), "plain bf16": case("plain bf16", plain, BF16),
              "fast": with_packed(packed32, case("fast", fast, F32)),
              "fast bf16": with_packed(packed16, case("fast bf16", fast, BF16))}
-    times = interleave(cases, setting.repeats, setting.clock)
+    times = setting.time(cases)
     differences = {label: float((each - logits["reference"]).abs().max()) for label, each in logits.items()}
     found = rows(f"evaluate {name}", times, setting.batch, "img", "reference")
     return _finish(found, 2 * setting.batch * count(plain, size).flops, setting.clock, differences)
@@ -118,7 +125,7 @@ def training(name: str, setting: Setting) -> list[Row]:
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, **settings)
         cases[label] = case(label, model, F32, optimizer)
         cases[f"{label} bf16"] = case(f"{label} bf16", model, BF16, optimizer)
-    times = interleave(cases, setting.repeats, setting.clock)
+    times = setting.time(cases)
     differences = {label: abs(value - losses["reference"]) for label, value in losses.items()}
     found = rows(f"train {name}", times, setting.batch, "img", "reference")
     return _finish(found, 6 * setting.batch * count(plain, size).flops, setting.clock, differences)
