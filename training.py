@@ -234,7 +234,8 @@ def _set_numerics(options: Any, state: dict | None) -> None:
     if options.deterministic:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
+    # All three alike: some of PyTorch refuses to run when convolutions and recurrent networks differ.
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
         backend.fp32_precision = "tf32" if options.fast_math else "ieee"
     threads = state and state.get("threads")
     if threads and threads != torch.get_num_threads():

@@ -70,10 +70,15 @@ def answers(trained: Trained, paths: list[str], topk: int, batch_size: int,
             bar.update(len(indices))
 
 
+def _text(path: str) -> str:
+    """`path` as valid UTF-8 and otherwise to the letter, for programs that read the answers."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def write(rows: list[tuple[str, list[Prediction], str]], classes: list[str], form: str, out: TextIO) -> None:
     """Write the answers as csv (one line per picture and class), json, or text for people."""
     if form == "json":
-        json.dump([{"path": show(path), "error": error or None,
+        json.dump([{"path": _text(path), "error": error or None,
                     "top": [{"index": p.index, "class": classes[p.index], "name": p.name, "probability": p.probability}
                             for p in said]} for path, said, error in rows], out, ensure_ascii=False, indent=1)
         out.write("\n")
@@ -81,10 +86,10 @@ def write(rows: list[tuple[str, list[Prediction], str]], classes: list[str], for
         table = csv.writer(out, lineterminator="\n")
         table.writerow(["path", "rank", "index", "class", "name", "probability", "error"])
         for path, said, error in rows:
-            table.writerows([show(path), rank, p.index, classes[p.index], p.name, f"{p.probability:.6f}", ""]
+            table.writerows([_text(path), rank, p.index, classes[p.index], p.name, f"{p.probability:.6f}", ""]
                             for rank, p in enumerate(said, 1))
             if error:
-                table.writerow([show(path), "", "", "", "", "", error])
+                table.writerow([_text(path), "", "", "", "", "", error])
     else:
         for path, said, error in rows:
             words = error and f"not readable: {error}" or ", ".join(f"{p.name} {p.probability:.1%}" for p in said)
