@@ -234,9 +234,8 @@ def _set_numerics(options: Any, state: dict | None) -> None:
     if options.deterministic:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    # All three alike: some of PyTorch refuses to run when convolutions and recurrent networks differ.
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
-        backend.fp32_precision = "tf32" if options.fast_math else "ieee"
+    # The older of PyTorch's two ways to say this: torch.export and torch.compile read it, and refuse a mix of both.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.fast_math
     threads = state and state.get("threads")
     if threads and threads != torch.get_num_threads():
         # Sums are split by thread, so another number of threads gives other last bits.
