@@ -39,7 +39,7 @@ from run.folder import DONE, FAILED, PREEMPTED, RunFolder
 from run.life import Fixed, Parts, Services, TrainingRun
 from run.options import Resolved, plan_batch, validate_after_index
 from run.preflight import start_warnings
-from run.state import check_resumable, check_same_run, finished
+from run.state import BEST, BEST_EMA, check_resumable, check_same_run, finished
 from run.tracker import Plan, Tracker, WandbRun
 from scoring import strange_weights
 from tools.report import write_report
@@ -319,9 +319,13 @@ def _live(run: TrainingRun, folder: RunFolder | None, loaded: Loaded | None) -> 
                 tracker.incident("save_failed", sentence, say=False, update=run.update)
             if folder is not None:
                 folder.end(state, update=run.update, epoch=run.epoch, cause=cause)
+            if checkpoints is not None and state == DONE:
+                for path in (checkpoints.folder / BEST, checkpoints.folder / BEST_EMA, *checkpoints.numbered()[-1:]):
+                    tracker.log_checkpoint(path)
             tracker.close()
     if state == PREEMPTED:
-        logger.warning("Stopped at update %d (%s); the same command goes on from %s.", run.update, cause,
+        # Said once: all processes stop at the same update.
+        (logger.warning if run.process.is_main else logger.debug)("Stopped at update %d (%s); the same command goes on from %s.", run.update, cause,
                        "the newest checkpoint that was saved" if unsaved else "there")
         return ExitCode.STOPPED
     if unsaved:

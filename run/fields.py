@@ -202,7 +202,7 @@ class Options:
     log_dir: str | None = _log(None, "folder for TensorBoard; none: tensorboard/ in output_dir")
     enable_wandb: bool = _log(False, "log to Weights & Biases (pip install wandb)")
     project: str = _log("hornet", "project name there")
-    wandb_ckpt: bool = _log(False, "store the checkpoints there too")
+    wandb_ckpt: bool = _log(False, "store the best and the last checkpoint there too, at the end of the run")
     exp_name: str = _log("default", "name of this run there")
 
 
