@@ -22,6 +22,7 @@ from datasets.transforms import mean_std
 from launch import ExitCode
 from models import MODEL_NAMES
 from models.download import fetch_published, fetch_url
+from models.inspect import class_titles
 from models.kernels import accelerate, code_paths, packed
 from models.weights import load_for_model
 from models.zoo import PUBLISHED
@@ -29,8 +30,7 @@ from run.checkpoint import Checkpoints
 from run.metrics import Predictions, multi_label_accuracy
 from run.options import Resolved
 from run.recipe import convert, quote
-from run.results import (IMAGENET_VAL_PICTURES, Protocol, results_from, summary_line, write_eval_json,
-                         write_report_files)
+from run.results import Protocol, results_from, summary_line, write_eval_json, write_report_files
 from scoring import SAMPLED, strange_weights
 
 # What a checkpoint of ours knows about its own network and pictures, taken unless a flag or recipe says otherwise.
@@ -85,7 +85,7 @@ def evaluate_checkpoints(resolved: Resolved, process: Any, watchdog: Any) -> int
 
 def prepare_evaluation(resolved: Resolved, process: Any, observer: engine.Observer) -> Prepared:
     """Find checkpoints and pictures, and load the networks."""
-    sources = process.on_rank_zero(lambda: find_sources(resolved.options))
+    sources = process.on_rank_zero(lambda: find_sources(resolved))
     first = safe_torch_load(sources[0])
     first = first if isinstance(first, dict) else {}
     options = with_checkpoint_settings(resolved, first)
@@ -105,8 +105,12 @@ def prepare_evaluation(resolved: Resolved, process: Any, observer: engine.Observ
     return Prepared(sources[0], options, data, subset, candidates, evaluation)
 
 
-def find_sources(options: Any) -> list[str]:
-    """Local paths of the checkpoints to evaluate; downloads what is given as an address. Never random weights."""
+def find_sources(resolved: Resolved) -> list[str]:
+    """Local paths of the checkpoints to evaluate; downloads what is given as an address. Never random weights.
+
+    The weights that a recipe begins with, as a run's own config.yaml has them, are taken only where nothing else is.
+    """
+    options = resolved.options
     folder = Checkpoints(options.output_dir) if options.output_dir else None
     found = []
     for name in options.resume:
@@ -115,18 +119,23 @@ def find_sources(options: Any) -> list[str]:
                 raise UserError(f"--resume {name} looks in the run folder: give --output_dir.")
             found.append(str(folder.resolve(name).path))
         else:
-            found.append(str(fetch_url(name)) if name.startswith(("http://", "https://")) else name)
-    if options.pretrained:
-        found.append(str(fetch_published(options.model)))
-    if options.finetune:
-        found.append(options.finetune)
-    best = folder.best() if folder and not found else None
+            found.append(_local(name))
+    named = "flag" in (resolved.origins[name] for name in ("pretrained", "finetune") if getattr(options, name))
+    best = folder.best() if folder and not found and not named else None
     if best is not None:
         found.append(str(best))
+    if options.pretrained and (named or not found):
+        found.append(str(fetch_published(options.model)))
+    if options.finetune and (named or not found):
+        found.append(_local(options.finetune))
     if not found:
         raise UserError("--eval true has nothing to evaluate: give --resume CHECKPOINT, --pretrained true, or the "
                         "--output_dir of a run with a best checkpoint.")
     return found
+
+
+def _local(name: str) -> str:
+    return str(fetch_url(name)) if name.startswith(("http://", "https://")) else name
 
 
 def with_checkpoint_settings(resolved: Resolved, checkpoint: dict) -> Any:
@@ -242,7 +251,7 @@ def _write(results: list[dict], found: list, options: Any, data: Data, source: s
         written = not options.output_dir
     try:
         if options.report:
-            write_report_files(options.report, _predictions(found[0], data))
+            write_report_files(options.report, _predictions(found[0], data), class_titles(data.class_names))
     except OSError as error:
         logger.warning("The report's files were not written in %s: %s", options.report, error.strerror)
         written = False

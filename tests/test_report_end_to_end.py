@@ -74,6 +74,19 @@ def test_files_in_both_namings_and_both_weights_in_one_pass(world, tmp_path):
     assert both[0]["hits1"] == single["hits1"] and both[1]["loss"] != both[0]["loss"]
 
 
+def test_the_weights_a_recipe_begins_with_stand_behind_what_came_of_them(world, tmp_path):
+    """A fine-tuned run's config.yaml names them, and is a recipe for its evaluation."""
+    recipe, best = tmp_path / "config.yaml", tmp_path / "checkpoint-best.pth"
+    recipe.write_text(f"finetune: {world / 'authors.pth'}\n")
+    assert run(world, tmp_path, "--config", str(recipe))["checkpoint"] == str(world / "authors.pth")
+    shutil.copy(world / "ours.pth", best)
+    assert run(world, tmp_path, "--config", str(recipe))["checkpoint"] == str(best)
+    found = run(world, tmp_path, "--config", str(recipe), "--resume", str(world / "ours.pth"))
+    assert found["checkpoint"] == str(world / "ours.pth") and "results" not in found
+    found = run(world, tmp_path, "--finetune", str(world / "authors.pth"))
+    assert found["checkpoint"] == str(world / "authors.pth") and "results" not in found
+
+
 def test_the_verdict_on_a_published_architecture(tmp_path, capfd):
     """Random weights on six pictures of ImageNet's classes: the line is printed, FAIL, and --check makes it count."""
     torch.manual_seed(0)
