@@ -23,10 +23,14 @@ def settle(options: Options, origins: dict[str, str]) -> list[str]:
     pairs = (("amp_dtype", "use_amp", "--use_amp true"), ("model_ema_eval", "model_ema", "--model_ema true"),
              ("model_ema_force_cpu", "model_ema", "--model_ema true"), ("clip_by", "clip_grad", "--clip_grad"),
              ("clip_mode", "clip_grad", "--clip_grad"), ("wandb_ckpt", "enable_wandb", "--enable_wandb true"),
-             ("check", "eval", "--eval true"), ("explain_difference", "eval", "--eval true"))
+             ("check", "eval", "--eval true"), ("explain_difference", "eval", "--eval true"),
+             ("report", "eval", "--eval true"))
     for name, needed, words in pairs:
         if name in given and getattr(options, name) and not getattr(options, needed):
             notices.append(f"--{name} has no effect without {words}.")
+    for name in ("compile", "deterministic"):
+        if options.eval and name in given and getattr(options, name):
+            notices.append(f"--{name} has no effect with --eval true.")
     return notices
 
 

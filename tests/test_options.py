@@ -81,9 +81,11 @@ def test_the_last_of_two_equal_flags_wins():
 
 
 def test_a_flag_without_effect_has_one_notice():
-    resolved = parse([*"--dist_on_itp true --world_size 8 --resplit --amp_dtype fp16 --check".split(), *DATA])
+    resolved = parse([*"--dist_on_itp true --world_size 8 --resplit --amp_dtype fp16 --check --report out".split(), *DATA])
     assert [notice.split()[0] for notice in resolved.notices] == [
-        "--resplit", "--world_size", "--dist_on_itp", "--amp_dtype", "--check"]
+        "--resplit", "--world_size", "--dist_on_itp", "--amp_dtype", "--check", "--report"]
+    resolved = parse([*"--eval --compile --deterministic true".split(), *DATA])
+    assert [notice.split()[0] for notice in resolved.notices] == ["--compile", "--deterministic"]
 
 
 @pytest.mark.parametrize("argv, words", [
