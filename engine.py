@@ -174,7 +174,9 @@ def train_one_epoch(training: Training, epoch: int, first_update: int = 0,
     _report(training, progress, training.watch.flush())
     if not progress.request and progress.next_update < end:
         progress.request = "interrupted"
-    training.observer.on_progress(meter.read(over_ranks=True))
+    meter.read(over_ranks=True)
+    if progress.next_update > progress.first_update:  # nothing to tell where only the evaluation was left
+        training.observer.on_progress(progress)
     return progress
 
 
@@ -201,8 +203,9 @@ def _loss(training: Training, model: nn.Module, batch: Any, images: torch.Tensor
           number: int) -> tuple[torch.Tensor, torch.Tensor]:
     draws = getattr(training.plain, "num_drop_draws", 0)
     # Keyed by update and global position, so that no split over processes and no recomputation changes them.
-    dropped = {} if not draws else {"drop_draws": torch.from_numpy(
-        uniforms(training.seed, "drop", number, np.asarray(batch.positions), draws))}
+    # Without `non_blocking` the host would wait here for all that the device still has to do.
+    dropped = {} if not draws else {"drop_draws": torch.from_numpy(uniforms(
+        training.seed, "drop", number, np.asarray(batch.positions), draws)).to(images.device, non_blocking=True)}
     with _autocast(images.device, training.autocast_dtype):
         logits = model(images, **dropped)
     return logits, training.criterion(_full(logits), targets)

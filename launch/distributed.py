@@ -115,7 +115,7 @@ class Process:
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """DistributedDataParallel around `model`, or the model itself when this process is alone.
 
-        Without `device_ids`, so that inputs kept on the CPU on purpose (drop-path draws) stay there; without
+        Without `device_ids`, for all inputs are on the device already and would be copied once more; without
         buffer broadcasts, because HorNet has no buffers that training changes. Accumulate gradients by setting
         `require_backward_grad_sync` before the forward of each micro-batch.
         """
