@@ -116,7 +116,8 @@ class Tracker:
         self._waits.append((p.next_update, p.data_wait * p.seconds, p.seconds))
         while len(self._waits) > 2 and self._waits[1][0] <= p.next_update - _WAIT_UPDATES:
             self._waits.popleft()
-        (update, waited, seconds), span = self._waits[0], p.seconds - self._waits[0][2]
+        update, waited, earlier = self._waits[0]
+        span = p.seconds - earlier
         share = (p.data_wait * p.seconds - waited) / span if span > 0 else 0.0
         if not self._hinted and p.next_update - update >= _WAIT_UPDATES and share > _WAIT_SHARE:
             self._hinted = True

@@ -13,7 +13,7 @@ from models.inspect import class_titles
 from run.metrics import compare, confusion_pairs
 from run.results import summary_line
 from tools.report_data import Run
-from tools.report_svg import Line, heat_map, line_chart, number
+from tools.report_svg import Line, heat_map, line_chart
 
 COLORS = ("#2457c5", "#d6540c", "#16803c")
 MOST_EVENTS, MOST_CLASSES, MOST_THUMBNAILS, THUMBNAIL_SIDE = 60, 24, 24, 112
