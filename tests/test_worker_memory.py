@@ -1,4 +1,5 @@
 """Loader workers over an index of a million pictures: memory, open files and shared memory stay where they are."""
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -57,11 +58,11 @@ def shared_memory() -> int:
     return int(next(line.split()[1] for line in text.splitlines() if line.startswith("Pss_Shmem:")))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux' /proc")
-def test_three_passes_cost_no_memory(tmp_path):
+def measure(folder: Path, answer) -> None:
+    """Footprints of workers and parent after each of four passes. In a process of its own: workers forked from a
+    test runner share its gigabytes, whose pages they copy one by one as the counts of references in them change."""
     options = data_options(num_workers=2, input_size=32, pin_mem=False)
-    source = reader(tmp_path / "train")
+    source = reader(folder)
     dataset = PictureDataset(source, source.labels.astype(np.int64), train_transform(options), 32, seed=0,
                              erasing=Erasing(0.25, 1))
     sampler = Sparse()
@@ -74,6 +75,19 @@ def test_three_passes_cost_no_memory(tmp_path):
             seen.append(([footprint(pid) for pid in workers], len(os.listdir("/proc/self/fd")), shared_memory()))
     finally:
         loader.close()
+    answer.send(seen)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux' /proc")
+def test_three_passes_cost_no_memory(tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=measure, args=(tmp_path / "train", there))
+    process.start()
+    assert here.poll(240), "no answer"
+    seen = here.recv()
+    process.join(30)
     print(seen)
     # The first pass fills caches; the three after it must find everything there.
     (first, files, shared), *later = seen
