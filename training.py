@@ -170,7 +170,7 @@ def build_run(resolved: Resolved, process: Any, loaded: Loaded | None, services:
     run = TrainingRun(options, process, parts, fixed, services)
     if state:
         run.restore(state)
-        logger.info("Going on at epoch %d, update %d from %s", run.epoch, run.update, loaded.path)
+        logger.info("Going on at epoch %d, update %d from %s", run.epoch + 1, run.update, loaded.path)
     sampler = GlobalBatchSampler(len(data.train), plan.global_batch, plan.batch_size, plan.update_freq, process.rank,
                                  process.world_size, options.seed)
     run.loaders.append(train_loader(data, options, sampler))
@@ -324,9 +324,9 @@ def _live(run: TrainingRun, folder: RunFolder | None, loaded: Loaded | None) -> 
                     tracker.log_checkpoint(path)
             tracker.close()
     if state == PREEMPTED:
-        # Said once: all processes stop at the same update.
-        (logger.warning if run.process.is_main else logger.debug)("Stopped at update %d (%s); the same command goes on from %s.", run.update, cause,
-                       "the newest checkpoint that was saved" if unsaved else "there")
+        # Not a warning, which every rank would give: all stop at the same update.
+        logger.info("Stopped at update %d (%s); the same command goes on from %s.", run.update, cause,
+                    "the newest checkpoint that was saved" if unsaved else "there")
         return ExitCode.STOPPED
     if unsaved:
         logger.error("The run was trained to the end, but its last checkpoint could not be saved: make room in %s and "

@@ -20,6 +20,7 @@ from common.errors import UserError
 from common.files import TEMPORARY_SUFFIX, atomic_write, read_json, sha256_file, write_json
 from common.log import logger
 from common.safe_load import safe_torch_load
+from run.preflight import size_words
 from run.state import BEST, BEST_EMA, Best, check_finite, snapshot, state_bytes, upgrade
 
 _NUMBERED = re.compile(r"checkpoint-(?:e([0-9]{1,9})u([0-9]{1,15})|([0-9]{1,9}))\.pth")
@@ -232,8 +233,8 @@ class Checkpoints:
         size = state_bytes(state)
         needed = self.disk_needed(size, epochs)
         free = shutil.disk_usage(self.folder).free + sum(path.stat().st_size for path in self.folder.glob("*.pth"))
-        text = (f"Checkpoints take {size / 1e9:.2f} GB each and up to {needed / 1e9:.2f} GB in all; "
-                f"{free / 1e9:.2f} GB can be had in {self.folder}.")
+        text = (f"Checkpoints take {size_words(size)} each and up to {size_words(needed)} in all; "
+                f"{size_words(free)} can be had in {self.folder}.")
         return text if needed < free else f"{text} This will not be enough: free some, or keep fewer."
 
     # Finding

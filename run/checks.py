@@ -152,7 +152,8 @@ def _not_the_recipes(resolved: Any, wanted: int, per_pass: int) -> str:
     rate = ""
     if options.lr == recipe.values.get("lr", Options.lr):
         rate = f" linear scaling would give lr {scaled:g} instead of {options.lr:g} (--lr_scale linear),"
-    way = f"--update_freq {reference // per_pass}" if reference % per_pass == 0 else f"--global_batch {reference}"
+    asked = options.global_batch is not None or reference % per_pass
+    way = f"--global_batch {reference}" if asked else f"--update_freq {reference // per_pass}"
     return f"The global batch is {wanted}, not the recipe's {reference}:{rate} {way} restores the recipe."
 
 

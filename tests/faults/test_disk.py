@@ -69,7 +69,7 @@ def test_a_full_disk_keeps_what_is_there_and_says_so_each_time(small_disk, capfd
     whole(place, "checkpoint-0.pth", "checkpoint-best.pth", "checkpoint-best-ema.pth")
     monkeypatch.undo()
     (place.run / "ballast").unlink()
-    check(Row("freed", f"{FURTHER} 3", 0, ("Going on at epoch 1, update 2",)), place, capfd)
+    check(Row("freed", f"{FURTHER} 3", 0, ("Going on at epoch 2, update 2",)), place, capfd)
     whole(place, "checkpoint-2.pth")
     assert json.loads((place.run / "status.json").read_text())["state"] == "DONE"
 

@@ -29,7 +29,7 @@ def test_a_signal_stops_in_order_and_the_same_command_goes_on(name, place, capfd
         ("Stopped at update ", name, "the same command goes on from there")), place, capfd)
     assert json.loads((place.run / "status.json").read_text())["state"] == "PREEMPTED"
     monkeypatch.undo()
-    check(Row("going on", "--epochs 2", 0, ("Going on at epoch 1, update ", "epoch 2/2 done")), place, capfd)
+    check(Row("going on", "--epochs 2", 0, ("Going on at epoch 2, update ", "epoch 2/2 done")), place, capfd)
     assert [json.loads(line)["epoch"] for line in (place.run / "log.txt").read_text().splitlines()] == [0, 1]
 
 
@@ -44,7 +44,7 @@ def test_a_killed_loader_worker_is_one_sentence(place, capfd, monkeypatch):
                                                          "goes on with the same command")), place, capfd)
     assert json.loads((place.run / "status.json").read_text())["state"] == "FAILED"
     monkeypatch.undo()
-    check(Row("going on", "--epochs 2 --num_workers 1", 0, ("Going on at epoch 1, update 2",)), place, capfd)
+    check(Row("going on", "--epochs 2 --num_workers 1", 0, ("Going on at epoch 2, update 2",)), place, capfd)
     assert not multiprocessing.active_children()
 
 
