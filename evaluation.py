@@ -21,7 +21,7 @@ from datasets.subsets import Subset, real_labels, recognise_folder
 from datasets.transforms import mean_std
 from launch import ExitCode
 from models import MODEL_NAMES
-from models.download import fetch_published, fetch_url
+from models.download import cache_folder, fetch_published, fetch_url
 from models.inspect import class_titles
 from models.kernels import accelerate, code_paths, packed
 from models.weights import load_for_model
@@ -245,7 +245,8 @@ def _write(results: list[dict], found: list, options: Any, data: Data, source: s
     target = Path(options.output_dir) if options.output_dir else Path(source).parent
     written = True
     try:
-        write_eval_json(target / "eval.json", results)
+        if options.output_dir or target != cache_folder():  # there is no place of the user's beside downloaded files
+            write_eval_json(target / "eval.json", results)
     except OSError as error:
         logger.warning("eval.json was not written in %s: %s", target, error.strerror)
         written = not options.output_dir

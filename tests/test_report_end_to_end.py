@@ -87,6 +87,16 @@ def test_the_weights_a_recipe_begins_with_stand_behind_what_came_of_them(world, 
     assert found["checkpoint"] == str(world / "authors.pth") and "results" not in found
 
 
+def test_eval_json_stands_beside_a_checkpoint_but_not_among_downloaded_files(world, tmp_path, monkeypatch):
+    shutil.copy(world / "ours.pth", tmp_path)
+    argv = ["--eval", "true", "--resume", str(tmp_path / "ours.pth"), "--data_path", str(world / "data"), "--device", "cpu",
+            "--num_workers", "0"]
+    monkeypatch.setenv("HORNET_CACHE", str(tmp_path))
+    assert evaluate(argv) == 0 and not (tmp_path / "eval.json").exists()
+    monkeypatch.delenv("HORNET_CACHE")
+    assert evaluate(argv) == 0 and (tmp_path / "eval.json").exists()
+
+
 def test_the_verdict_on_a_published_architecture(tmp_path, capfd):
     """Random weights on six pictures of ImageNet's classes: the line is printed, FAIL, and --check makes it count."""
     torch.manual_seed(0)
