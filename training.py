@@ -232,6 +232,8 @@ def code_version() -> str:
 
 def _set_numerics(options: Any, state: dict | None) -> None:
     if options.deterministic:
+        # Some versions of cuBLAS need this to be deterministic, and PyTorch then refuses matrix products without it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     # The older of PyTorch's two ways to say this: torch.export and torch.compile read it, and refuse a mix of both.
