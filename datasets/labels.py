@@ -1,7 +1,6 @@
 """From folder names to logit positions: ImageNet's own order, the 22k order, one's own classes, flat val folders."""
 import csv
 import importlib.resources
-import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +10,6 @@ import numpy as np
 from common.errors import UserError
 from datasets.pictures import show
 
-_SYNSET = re.compile(r"n\d{8}")
 
 
 @dataclass
@@ -39,11 +37,6 @@ def published_22k_synsets() -> tuple[str, ...]:
     listed = _timm_list("imagenet21k_miil_w21_synsets.txt")
     known = set(listed)
     return tuple(listed + [synset for synset in imagenet_synsets() if synset not in known])
-
-
-def is_synset(name: str) -> bool:
-    """Whether `name` looks like a WordNet id, 'n' and eight digits."""
-    return _SYNSET.fullmatch(name) is not None
 
 
 def classes_of(folders: list[str], nb_classes: int | None, *, imagenet_layout: bool, allow_mismatch: bool = False,

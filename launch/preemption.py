@@ -10,7 +10,6 @@ from typing import Mapping
 import torch
 
 from common.log import logger
-from launch import ExitCode as ExitCode
 from launch.distributed import Process
 
 STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")

@@ -52,12 +52,6 @@ class Ema:
         """Put averaged weights back, in place."""
         self.module.load_state_dict(state)
 
-    def copy_from_model(self) -> None:
-        """Start anew from the model's present weights (after fine-tuning weights were loaded)."""
-        with torch.no_grad():
-            for own, new in zip(self._own, self._source):
-                own.copy_(new)
-
 
 def masked_lerp_(own: list[torch.Tensor], new: list[torch.Tensor], weight: torch.Tensor) -> None:
     """`own += weight * (new - own)` with a 0-dim `weight` on the device, which `_foreach_lerp_` does not take."""

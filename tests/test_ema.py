@@ -64,14 +64,6 @@ def test_it_needs_no_gradient_and_stays_in_eval_mode():
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_restart_from_the_model():
-    model = Net()
-    ema = Ema(model, 0.9)
-    follow(model, ema, 3)
-    ema.copy_from_model()
-    assert all(torch.equal(a, b) for a, b in zip(ema.state_dict().values(), model.state_dict().values()))
-
-
 def test_half_life_and_fitting_decay():
     assert half_life(0.9999) == pytest.approx(6931.1, abs=0.1)
     assert half_life_warning(0.9999, 300 * 312) is None

@@ -15,8 +15,9 @@ import torch
 
 from common.errors import UserError
 from common.log import setup_logging
+from launch import ExitCode
 from launch.distributed import start
-from launch.preemption import ExitCode, StopRequest
+from launch.preemption import StopRequest
 from launch.watchdog import Watchdog
 
 
