@@ -106,7 +106,7 @@ class Options:
     drop_path: float = _model(0.0, "rate of stochastic depth in the last block", BELOW_ONE)
     layer_scale_init_value: float = _model(1e-6, "start of the layer scale; 0 leaves it out", NOT_NEGATIVE)
     head_init_scale: float = _model(1.0, "factor on the new head's weights", NOT_NEGATIVE)
-    grad_checkpointing: bool = _model(False, "recompute activations in the backward pass: less memory, a third slower")
+    grad_checkpointing: bool = _model(False, "recompute activations in the backward pass: less memory, slower")
     model_key: str = _model("model|module", "entries of a checkpoint that may hold the weights, in this order")
     model_prefix: str = _model("", "prefix of the parameter names in the checkpoint")
     weights: str = _model("auto", "weights to take from a checkpoint; auto: those that the file says were best",
