@@ -113,6 +113,7 @@ def test_a_model_without_layer_scale_is_loaded_as_such(tmp_path):
     (["PICTURES", "--resume", "CHECKPOINT", "--topk", "0"], "must be 1 or more"),
     (["PICTURES", "--resume", "CHECKPOINT", "--input_size", "16"], "from 32 on"),
     (["PICTURES", "--resume", "CHECKPOINT", "--model", "hornet_nano_7x7"], "does not hold this model"),
+    (["PICTURES", "--resume", "CHECKPOINT", "--device", "gpu"], "--device gpu: not a device"),
 ])
 def test_mistakes_are_one_sentence_and_exit_2(argv, part, checkpoint, pictures, tmp_path, capfd):
     (tmp_path / "empty").mkdir()

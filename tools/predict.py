@@ -20,6 +20,7 @@ from tqdm import tqdm
 from common.errors import UserError
 from common.log import logger
 from datasets.pictures import EXTENSIONS, BadPicture, decode_path, show
+from launch.distributed import choose_device
 from models.inspect import Prediction, heatmap, overlay, predict
 from tools.command import run_command
 from tools.loading import Trained, load_trained
@@ -125,7 +126,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--input_size", type=int, help="side of the pictures in pixels (default: the checkpoint's)")
     add("--batch_size", type=int, default=32, help="pictures at a time (default 32)")
     add("--num_workers", type=int, default=0, help="processes that read pictures (default 0: none beside this one)")
-    add("--device", default="cpu", help="cpu, cuda, mps or xpu (default cpu)")
+    add("--device", default="cpu", help="cpu, cuda, mps, xpu, one of them such as cuda:1, or auto (default cpu)")
     return parser
 
 
@@ -136,7 +137,8 @@ def run(args: argparse.Namespace) -> int:
     if min(args.topk, args.batch_size) < 1:
         raise UserError("--topk and --batch_size must be 1 or more.")
     paths = find_pictures(args.paths)
-    trained = load_trained(args.model, args.resume, args.weights, args.input_size, args.device)
+    device = choose_device(args.device, 0, 1)
+    trained = load_trained(args.model, args.resume, args.weights, args.input_size, device)
     rows = list(answers(trained, paths, args.topk, args.batch_size, args.num_workers))
     to_file = args.out not in ("text", "csv", "json")
     if not to_file and hasattr(sys.stdout, "reconfigure"):
