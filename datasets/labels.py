@@ -11,7 +11,6 @@ from common.errors import UserError
 from datasets.pictures import show
 
 
-
 @dataclass
 class ClassMap:
     """`names` in logit order, and what a person should know about how they were found."""
