@@ -209,7 +209,7 @@ def snapshot(code: Path, argv: list[str]) -> list[str]:
     for path in sorted(ROOT.iterdir()):
         if path.is_file() and path.suffix == ".py":
             shutil.copy2(path, code)
-        elif path.is_dir() and (path.name == "recipes" or (path / "__init__.py").is_file()):
+        elif path.is_dir() and path.name != "tests" and (path.name == "recipes" or any(path.glob("*.py"))):
             shutil.copytree(path, code / path.name, ignore=shutil.ignore_patterns("__pycache__"))
     config = flag(argv, "config")
     if not config or not Path(config).is_file():

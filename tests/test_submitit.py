@@ -3,12 +3,14 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from launch import run_with_submitit
-from launch.run_with_submitit import flag, main, snapshot_folder, with_output_dir, without_flag
+from launch.run_with_submitit import flag, main, snapshot, snapshot_folder, with_output_dir, without_flag
 from tests.launch_kit import alive, environment, expected_value, wait_for, write_toy_program
 
 
@@ -106,6 +108,14 @@ def test_the_code_of_a_job_lies_beside_its_folder():
     for folder, code in (("/a/runs/%j", "/a/runs/code"), ("/a/runs/hornet_%j", "/a/runs/code"),
                          ("/a/run", "/a/run/code"), ("/a/%j/logs", "/a/code")):
         assert str(snapshot_folder(folder).parent) == code
+
+
+def test_the_program_starts_from_its_snapshot_alone(tmp_path):
+    snapshot(tmp_path / "code", [])
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ended = subprocess.run([sys.executable, str(tmp_path / "code" / "main.py"), "--print_config", "true"], cwd=tmp_path,
+                           env=alone, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_flags_of_main_are_found_and_replaced(tmp_path):
