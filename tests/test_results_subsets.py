@@ -11,6 +11,7 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.real_labels import RealLabelsImagenet
 
+import models  # noqa: F401  (registers the models with timm)
 from datasets.labels import imagenet_synsets
 from datasets.subsets import real_labels, recognise
 from datasets.transforms import eval_transform
