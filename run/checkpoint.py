@@ -231,6 +231,8 @@ class Checkpoints:
     def disk_estimate(self, state: Mapping[str, Any], epochs: int) -> str:
         """One sentence for the start: what the checkpoints of `epochs` epochs will take, and what is free."""
         size = state_bytes(state)
+        if not (state.get("optimizer") or {"state": True}).get("state"):
+            size += 2 * state_bytes(state["model"])  # AdamW's two moments come with the first update
         needed = self.disk_needed(size, epochs)
         free = shutil.disk_usage(self.folder).free + sum(path.stat().st_size for path in self.folder.glob("*.pth"))
         text = (f"Checkpoints take {size_words(size)} each and up to {size_words(needed)} in all; "

@@ -288,6 +288,12 @@ def test_the_start_says_what_checkpoints_will_take(tmp_path):
     assert "MB each" in text and "MB in all" in text and "0.00" not in text and "enough" not in text
 
 
+def test_the_start_counts_the_moments_that_the_first_update_makes(tmp_path):
+    weights = {"weight": torch.zeros(1_000_000)}
+    fresh = {"model": weights, "model_ema": None, "optimizer": {"state": {}, "param_groups": []}}
+    assert "take 12 MB each" in Checkpoints(tmp_path).disk_estimate(fresh, 300)
+
+
 def test_training_waits_little_for_a_background_save(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     big = {"format": 2, "model": {f"w{i}": torch.randn(1_000_000) for i in range(20)}, "epoch": 0}
