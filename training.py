@@ -370,6 +370,7 @@ def _evaluate_finished(resolved: Resolved, loaded: Loaded, process: Any, watchdo
         return ExitCode.DONE
     folder = options.output_dir
     best = process.on_rank_zero(lambda: Checkpoints(folder).best() if folder else None)
-    # Not what a fine-tuning began with.
-    options = replace(options, eval=True, resume=(str(best or loaded.path),), finetune="", pretrained=False)
+    # Not what a fine-tuning began with, and in true float32 as after each epoch, whatever it was trained in.
+    options = replace(options, eval=True, resume=(str(best or loaded.path),), finetune="", pretrained=False, use_amp=False,
+                      fast_math=False)
     return evaluate_checkpoints(replace(resolved, options=options), process, watchdog)

@@ -52,7 +52,7 @@ class Resolved:
 
     def to_yaml(self) -> str:
         """The options as a recipe that `--config` reads back, with the origin of each value as a comment."""
-        left_out = (*_PER_LAUNCH, "update_freq" if self.options.global_batch else "global_batch")
+        left_out = (*_PER_LAUNCH, "resume", "eval", "update_freq" if self.options.global_batch else "global_batch")
         lines = [f"{name}: {_yaml(getattr(self.options, name))}  # {self.origins[name]}"
                  for name in FIELDS if name not in left_out]
         return "\n".join(lines) + "\n"
