@@ -1,0 +1,1 @@
+"""A user's other commands: python -m tools.NAME."""
