@@ -95,32 +95,23 @@ class Task:
 
         Where Slurm is set up with KillOnBadExit, a task that ended now would take rank 0 with it.
         """
-        if self.rank == 0:
+        if self.rank == 0 and self._decides():
             self._requeue("stopped: " + (self.signalled or "time limit"))
-            return
-        deadline = time.monotonic() + HOLD
-        while self.slurm and time.monotonic() < deadline:
-            if any(r["what"] == "not requeued" and r["attempt"] == self.attempt for r in self._records()):
-                return
-            time.sleep(1)
+        else:
+            self._hold()
 
     def after_failure(self, code: int) -> None:
-        """The first task to get here decides for all: once more, unless it failed at the same update before."""
+        """Once more, unless the job failed at the same update before."""
         failure = self._failure(code)
-        decision = self.folder / f"decision-{self.id}-{self.attempt}"
-        try:
-            descriptor = os.open(decision, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            self._follow(decision)
+        if not self._decides():
+            self._hold()
             return
         before = [r for r in self._records() if r["what"] == "failed"]
-        same = bool(before) and before[-1]["update"] == failure["update"]
-        with os.fdopen(descriptor, "w") as file:
-            file.write("stop" if same else "requeue")
         self.record("failed", **failure)
-        if same:
-            logger.error("The job failed twice at update %s and is not requeued: %s", failure["update"],
-                         failure["cause"])
+        if before and before[-1]["update"] == failure["update"]:
+            sentence = f"it failed twice at update {failure['update']}: {failure['cause']}"
+            logger.error("The job is not requeued, %s", sentence)
+            self.record("not requeued", reason=sentence)
         else:
             self._requeue(f"failed at update {failure['update']}: {failure['cause']}")
 
@@ -151,16 +142,27 @@ class Task:
             logger.error("scontrol requeue failed: %s", error)
             self.record("not requeued", reason=f"scontrol requeue failed: {error}")
             return
-        time.sleep(HOLD)
+        self._hold()
 
-    def _follow(self, decision: Path) -> None:
-        for _ in range(50):
-            text = decision.read_text()
-            if text:
-                break
-            time.sleep(0.1)
-        if text == "requeue" and self.slurm:
-            time.sleep(HOLD)
+    def _decides(self) -> bool:
+        """Whether this task is the first of its attempt to get here; it decides for all, once.
+
+        The others may have failed too, or were told to stop because the first one has requeued the job.
+        """
+        try:
+            os.close(os.open(self.folder / f"decision-{self.id}-{self.attempt}", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        return True
+
+    def _hold(self) -> None:
+        """Let Slurm end this task with the job that is requeued; return if it is not going to be."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to be saved
+        deadline = time.monotonic() + HOLD
+        while self.slurm and time.monotonic() < deadline:
+            if any(r["what"] == "not requeued" and r["attempt"] == self.attempt for r in self._records()):
+                return
+            time.sleep(1)
 
     def _failure(self, code: int) -> dict[str, Any]:
         """What failure.json says of this attempt, else the last progress and what the exit code tells."""

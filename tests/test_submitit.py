@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch import run_with_submitit
+from launch.job import Job, Task
 from launch.run_with_submitit import flag, main, snapshot, snapshot_folder, with_output_dir, without_flag
 from tests.launch_kit import alive, environment, expected_value, wait_for, write_toy_program
 
@@ -195,5 +196,29 @@ def test_a_second_job_in_the_same_folder_has_its_own_attempts(program):
         wait_for(lambda: not alive(int(ids[-1])))
     records = [json.loads(line) for line in (program / "again" / "job.jsonl").read_text().splitlines()]
     for job in ids:
-        assert [r["what"] for r in records if r["job"] == job] == ["started", "failed", "requeued", "started", "failed"]
+        assert [r["what"] for r in records if r["job"] == job] == \
+            ["started", "failed", "requeued", "started", "failed", "not requeued"]
     assert "attempt  2 of" in run_with_submitit.status(program / "again")
+
+
+class _Environment:
+    """What a task asks submitit for, as rank `rank` of a local job."""
+
+    cluster, job_id = "local", "7"
+
+    def __init__(self, rank: int, requeues: list[int]):
+        self.global_rank, self._requeue = rank, lambda count: requeues.append(rank)
+
+
+@pytest.mark.parametrize("first", ["the failed rank", "the stopped rank"])
+def test_one_task_decides_for_all_when_a_rank_fails_while_another_is_told_to_stop(tmp_path, first):
+    """Slurm tells the ranks to stop because one of them has requeued the job: that is no second requeue."""
+    requeues: list[int] = []
+    job = Job([], ".", ".", str(tmp_path), str(tmp_path), max_requeue=3)
+    stopped, failed = (Task(job, _Environment(rank, requeues)) for rank in (0, 1))
+    decisions = [lambda: failed.after_failure(1), stopped.after_stop]
+    for decide in decisions if first == "the failed rank" else reversed(decisions):
+        decide()
+    records = [json.loads(line)["what"] for line in (tmp_path / "job.jsonl").read_text().splitlines()]
+    assert records == (["failed", "requeued"] if first == "the failed rank" else ["requeued"])
+    assert requeues == ([1] if first == "the failed rank" else [0])
