@@ -2,7 +2,6 @@
 
 The report comes line by line. Exit code 0: all is well; 2: one sentence says what is wrong.
 """
-import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from run.life import Services, TrainingRun
 from run.options import Resolved
 from run.preflight import (Pace, Report, check_writable, cpus_per_process, digest, first_difference, free_space,
                            low_score, memory_words, peak_memory, plural, process_problems, recipe_hours,
-                           scratch_place, shared_memory_needed, shared_memory_problem, size_words)
+                           shared_memory_needed, shared_memory_problem, size_words, trial_folder)
 from run.state import finished, snapshot, state_bytes
 from run.tracker import duration
 from scoring import SAMPLED, score_pictures
@@ -193,8 +192,7 @@ def _try_updates(resolved: Resolved, process: Any, observer: Trial, report: Repo
                  planned: Planned) -> Tried:
     """Real updates, evaluation, save, reload and comparison, in a temporary folder on the run's disk."""
     options, main = resolved.options, process.is_main
-    place = scratch_place(options.output_dir) if main else None
-    with tempfile.TemporaryDirectory(prefix=".preflight-", dir=place) if main else nullcontext("") as folder:
+    with trial_folder(options.output_dir) if main else nullcontext("") as folder:
         checkpoints = Checkpoints(folder, background=False) if main else None
         aside = replace(resolved, options=replace(options, output_dir=folder, log_dir=None, enable_wandb=False))
         services = Services(checkpoints, None, None, observer.watchdog, folder, process.on_rank_zero)

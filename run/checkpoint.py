@@ -20,11 +20,12 @@ from common.errors import UserError
 from common.files import TEMPORARY_SUFFIX, atomic_write, read_json, sha256_file, write_json
 from common.log import logger
 from common.safe_load import safe_torch_load
-from run.preflight import size_words
+from run.preflight import free_space, size_words, sweep_trials
 from run.state import BEST, BEST_EMA, Best, check_finite, snapshot, state_bytes, upgrade
 
 _NUMBERED = re.compile(r"checkpoint-(?:e([0-9]{1,9})u([0-9]{1,15})|([0-9]{1,9}))\.pth")
 _SCORED = {BEST: "model", BEST_EMA: "model_ema"}
+_WRITTEN_BY_RANK_ZERO = ("checkpoint-", "log.txt", "status.json", "config.yaml", "environment.json")
 
 
 @dataclass
@@ -234,7 +235,7 @@ class Checkpoints:
         if not (state.get("optimizer") or {"state": True}).get("state"):
             size += 2 * state_bytes(state["model"])  # AdamW's two moments come with the first update
         needed = self.disk_needed(size, epochs)
-        free = shutil.disk_usage(self.folder).free + sum(path.stat().st_size for path in self.folder.glob("*.pth"))
+        free = free_space(self.folder)
         text = (f"Checkpoints take {size_words(size)} each and up to {size_words(needed)} in all; "
                 f"{size_words(free)} can be had in {self.folder}.")
         return text if needed < free else f"{text} This will not be enough: free some, or keep fewer."
@@ -255,8 +256,12 @@ class Checkpoints:
         return bool(numbered) and position(numbered[-1].name) == wanted
 
     def sweep(self) -> int:
-        """Remove what a killed save left behind; only the owner of the folder's lock may. Returns how many files."""
-        stale = [p for p in self.folder.glob(f".checkpoint-*{TEMPORARY_SUFFIX}")]
+        """Remove what a killed training or dry run left behind; only the owner of the folder's lock may.
+
+        Returns how many files of this folder that were.
+        """
+        sweep_trials(self.folder)
+        stale = [p for name in _WRITTEN_BY_RANK_ZERO for p in self.folder.glob(f".{name}*{TEMPORARY_SUFFIX}")]
         stale += [p for p in self.folder.glob("checkpoint-*.pth.json") if not p.with_suffix("").exists()]
         for path in stale:
             path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 The whole of it is `--dry_run true` (see preflight.py at the top); `start_warnings` is the part every training does.
 """
+import fcntl
 import hashlib
 import os
 import shutil
@@ -9,7 +10,8 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,12 @@ import torch
 
 from common.errors import UserError
 from common.log import logger
-from run.folder import environment
+from run.folder import RunFolder, environment
 from run.tracker import duration, remedy
 
 _CLOCKS_APART = 2.0  # seconds; file times and logs of several nodes cannot be compared beyond
 _WAIT_SHARE = 0.10
+_TRIAL = ".preflight-"
 
 
 class Report:
@@ -76,7 +79,7 @@ def plural(count: int, word: str) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ disk
 
-def existing_folder(output_dir: str) -> Path:
+def existing_folder(output_dir: str | os.PathLike) -> Path:
     """The folder in which `output_dir` is, or would be made: itself or its nearest ancestor that exists."""
     path = Path(output_dir).absolute()
     return next(folder for folder in (path, *path.parents) if folder.exists())
@@ -98,18 +101,40 @@ def check_writable(output_dir: str) -> None:
                         f"({error.strerror}); choose another.") from error
 
 
-def free_space(output_dir: str) -> int:
+def free_space(output_dir: str | os.PathLike) -> int:
     """Bytes that a run can have for its checkpoints in `output_dir`, including those of its own there."""
     own = sum(path.stat().st_size for path in Path(output_dir).glob("*.pth"))
     return shutil.disk_usage(existing_folder(output_dir)).free + own
 
 
-def scratch_place(output_dir: str) -> Path | None:
-    """A folder on the run's disk, above its own, for temporary checkpoints; None: the system's temporary folder."""
-    if not output_dir:
-        return None
-    above = existing_folder(str(Path(output_dir).absolute().parent))
-    return above if os.access(above, os.W_OK | os.X_OK) else None
+@contextmanager
+def trial_folder(output_dir: str) -> Iterator[str]:
+    """A temporary folder for checkpoints on the run's disk, locked while it is in use so that nobody sweeps it."""
+    sweep_trials(output_dir)
+    with tempfile.TemporaryDirectory(prefix=_TRIAL, dir=_trial_place(output_dir)) as folder:
+        owned = RunFolder(folder)
+        owned.lock()
+        try:
+            yield folder
+        finally:
+            owned.release()
+
+
+def sweep_trials(output_dir: str | os.PathLike) -> None:
+    """Remove the trial folders that killed dry runs have left where those for `output_dir` are made."""
+    for folder in _trial_place(output_dir).glob(f"{_TRIAL}*"):
+        try:
+            with open(folder / "owner.json", "rb+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+        except OSError:  # one under way holds the lock; others have been made just now, or are another person's
+            continue
+
+
+def _trial_place(output_dir: str | os.PathLike) -> Path:
+    """Above the run's own folder, which a trial must not change, or the system's place where that cannot be written."""
+    above = existing_folder(str(Path(output_dir).absolute().parent)) if output_dir else Path(tempfile.gettempdir())
+    return above if os.access(above, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
 
 
 def shared_memory_problem(options: Any, local_world_size: int, folder: str = "/dev/shm") -> str | None:

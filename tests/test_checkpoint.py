@@ -223,6 +223,12 @@ def test_leftovers_are_swept(tmp_path):
     assert len(list(tmp_path.glob("*.json"))) == 2
 
 
+def test_leftovers_of_the_records_are_swept_but_none_of_an_evaluation_beside(tmp_path):
+    for name in (".log.txt.12-ab.tmp", ".status.json.12-ab.tmp", ".checkpoint-1.pth.json.12-ab.tmp", ".eval.json.12-ab.tmp"):
+        (tmp_path / name).touch()
+    assert Checkpoints(tmp_path).sweep() == 3 and [path.name for path in tmp_path.iterdir()] == [".eval.json.12-ab.tmp"]
+
+
 def test_a_write_limit_leaves_the_old_file_whole_and_training_going_on(tmp_path):
     checkpoints = saved(tmp_path, 2)
     checkpoints.save(state(1), epoch=1, best={BEST: 50.0}, wait=True)

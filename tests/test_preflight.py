@@ -1,6 +1,9 @@
 """`--dry_run true` tries everything, says what is wrong in one sentence, and leaves nothing behind."""
+import os
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,9 +17,10 @@ import preflight
 from common.errors import UserError
 from datasets.check import SampleCheck, spread_over_classes
 from main import main
+from run.checkpoint import Checkpoints
 from run.life import TrainingRun
 from run.preflight import (Pace, Report, check_writable, first_difference, low_score, process_problems,
-                           shared_memory_needed, shared_memory_problem, start_warnings)
+                           shared_memory_needed, shared_memory_problem, start_warnings, sweep_trials, trial_folder)
 from tests.docs import ROOT
 from tests.launch_kit import environment
 
@@ -250,6 +254,46 @@ def test_the_report_ends_with_the_first_problem():
 def test_writing_is_tried_without_a_trace(tmp_path):
     check_writable(str(tmp_path / "a" / "b"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def killed_trial(tmp_path):
+    """runs/, where a dry run of runs/mine was killed."""
+    above = tmp_path / "runs"
+    above.mkdir()
+    child = os.fork()
+    if child == 0:
+        try:
+            with trial_folder(str(above / "mine")) as folder:
+                with open(os.path.join(folder, "checkpoint-e0u1.pth"), "wb") as file:
+                    file.write(b"half")
+                time.sleep(60)
+        finally:
+            os._exit(1)
+    deadline = time.monotonic() + 20
+    while not list(above.glob(".preflight-*/checkpoint-e0u1.pth")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    sweep_trials(above / "mine")
+    assert len(list(above.iterdir())) == 1, "one that is under way must stay"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(list(above.iterdir())) == 1
+    return above
+
+
+def test_what_a_killed_dry_run_left_is_swept_by_the_next_one(killed_trial):
+    with trial_folder(str(killed_trial / "other")) as folder:
+        assert [str(path) for path in killed_trial.iterdir()] == [folder]
+        sweep_trials(killed_trial / "mine")
+        assert os.path.isdir(folder)
+    assert list(killed_trial.iterdir()) == []
+
+
+def test_what_a_killed_dry_run_left_is_swept_by_a_training(killed_trial):
+    (killed_trial / ".preflight-of-somebody").mkdir()  # one that is just being made has no owner yet
+    (killed_trial / "mine").mkdir()
+    assert Checkpoints(killed_trial / "mine").sweep() == 0
+    assert sorted(path.name for path in killed_trial.iterdir()) == [".preflight-of-somebody", "mine"]
 
 
 def test_a_restore_that_leaves_something_out_is_found(two_classes, run, monkeypatch):
