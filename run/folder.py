@@ -33,6 +33,7 @@ class RunFolder:
         self.path = Path(path)
         self.attempt = 0
         self._lock: int | None = None
+        self._made = False
 
     # Ownership
 
@@ -46,11 +47,10 @@ class RunFolder:
         another training has it, or the cause when the folder cannot be made.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path / "owner.json", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor, locked = self._take(wait)
         except OSError as error:
             raise UserError(f"--output_dir {self.path} cannot be used: {error.strerror}; choose another.") from error
-        locked, last = self._try_lock(descriptor, wait), self.owner()
+        last = self.owner()
         if not locked:
             os.close(descriptor)
             raise UserError(f"{self.path} is in use by another training ({_describe(last)}); wait for it, stop it, or "
@@ -60,6 +60,17 @@ class RunFolder:
         os.register_at_fork(after_in_child=self._forget)
         self._write_owner({"host": socket.gethostname(), "pid": os.getpid(), "job": job_id(), "since": _now()})
         return f"The last training in {self.path} ({_describe(last)}) ended without a word." if last else None
+
+    def _take(self, wait: float) -> tuple[int, bool]:
+        """(descriptor of owner.json, whether it is locked); taken anew where an owner removed it while this one waited."""
+        while True:
+            self._made = self._made or not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path / "owner.json", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            locked = self._try_lock(descriptor, wait)
+            if not locked or os.fstat(descriptor).st_nlink:
+                return descriptor, locked
+            os.close(descriptor)
 
     @staticmethod
     def _try_lock(descriptor: int, wait: float) -> bool:
@@ -100,10 +111,20 @@ class RunFolder:
             self._lock = None
 
     def release(self) -> None:
-        """Give the folder back."""
+        """Give the folder back; a start that was refused before it made anything leaves none behind."""
         if self._lock is not None:
             self._write_owner({})
+            self._remove_unused()
             self._forget()
+
+    def _remove_unused(self) -> None:
+        try:
+            if self._made and set(os.listdir(self.path)) <= {"owner.json", "progress.json"}:
+                for path in self.path.iterdir():
+                    path.unlink()
+                self.path.rmdir()
+        except OSError:
+            pass  # gone, read-only, or filled by somebody else meanwhile: it stays as it is
 
     # Records
 

@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -59,6 +60,40 @@ def test_a_killed_owner_leaves_no_lock_though_its_workers_live_on(tmp_path):
         folder.release()
     finally:
         os.kill(int((tmp_path / "ready").read_text()), signal.SIGKILL)
+
+
+def test_a_start_that_was_refused_leaves_no_folder(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.lock()
+    (tmp_path / "run" / "progress.json").touch()  # the watchdog's, which may come before the refusal
+    folder.release()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_was_there_or_has_been_used_stays(tmp_path):
+    for name, prepare in (("empty", lambda path: path.mkdir()), ("used", lambda path: None)):
+        folder = RunFolder(tmp_path / name)
+        prepare(folder.path)
+        folder.lock()
+        if name == "used":
+            folder.begin(update=0, epoch=0)
+        folder.release()
+        assert folder.path.exists() and folder.owner() == {}
+
+
+def test_who_waits_for_a_folder_that_its_owner_removes_makes_it_anew(tmp_path):
+    first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    first.lock()
+    waiting = threading.Thread(target=second.lock, kwargs={"wait": 30})
+    waiting.start()
+    time.sleep(0.3)
+    first.release()
+    waiting.join(30)
+    assert second.owner()["pid"] == os.getpid()
+    with pytest.raises(UserError, match="in use by another training"):
+        RunFolder(tmp_path / "run").lock(wait=0)
+    second.release()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

@@ -5,6 +5,7 @@ import pickle
 import shutil
 
 import numpy as np
+import pytest
 import timm
 import torch
 
@@ -73,7 +74,8 @@ W = f"--model {MODEL} --resume {{here}}/w.pth --output_dir {{here}}/out"
 
 @table([
     Row("no such data", "--data_path /nowhere", 2,
-        ("There is no folder /nowhere/train", "--data_path must hold train/ and val/")),
+        ("There is no folder /nowhere/train", "--data_path must hold train/ and val/"),
+        after=lambda place: pytest.fail("a refused first start left a folder") if place.run.exists() else None),
     Row("the train folder instead of its parent", "--data_path {data}/train", 2,
         ("There is no folder {data}/train/train",)),
     Row("a picture instead of a folder", "--data_path {data}/train/cat/0.JPEG", 2, ("There is no folder",)),
