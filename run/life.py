@@ -49,6 +49,7 @@ class TrainingRun:
         self.epoch = options.start_epoch
         self.update = self.epoch * fixed.updates_per_epoch
         self.sums: list[float] | None = None
+        self.pictures_before: int | None = None
         self.training: Any = None
         self.loaders: list[Any] = []
 
@@ -60,9 +61,9 @@ class TrainingRun:
                 "optimizer": parts.optimizer.state_dict(), "scaler": parts.scaler.state_dict(),
                 "policy": {name: getattr(parts.policy, name) for name in ("row", "skipped", "rollbacks")},
                 "epoch": self.epoch - 1, "update": self.update, "sums": sums, "seed": fixed.seed,
-                "global_batch": fixed.global_batch, "best": asdict(self.best), "classes": fixed.classes,
-                "args": fixed.args, "code_paths": fixed.code_paths, "threads": torch.get_num_threads(),
-                "version": fixed.version}
+                "global_batch": fixed.global_batch, "pictures": self.training.sampler.num_pictures,
+                "best": asdict(self.best), "classes": fixed.classes, "args": fixed.args, "code_paths": fixed.code_paths,
+                "threads": torch.get_num_threads(), "version": fixed.version}
 
     def restore(self, state: dict) -> None:
         """Go on where `state` was saved. Raises UserError when it does not fit the model or optimizer."""
@@ -72,6 +73,7 @@ class TrainingRun:
             setattr(self.parts.policy, name, value)
         self.epoch = state["epoch"] + 1
         self.update = self.epoch * self.fixed.updates_per_epoch if state["update"] is None else state["update"]
+        self.pictures_before = state.get("pictures")
         # The sums are over all ranks; one rank carries them on.
         self.sums = state.get("sums") if self.process.rank == 0 else None
 
@@ -131,11 +133,13 @@ class TrainingRun:
             self.to.tracker.progress(progress)
 
     def on_nonfinite(self, record: dict) -> None:
-        """Keep the report of an update that was not applied, of the rank whose pictures show it."""
-        module = f", first in module {record['first_module']}" if record.get("first_module") else ""
-        if self.process.rank == 0 or record.get("reproduced"):
+        """Keep the report of an update that was not applied: that of the first rank whose pictures show it."""
+        records = self.process.all_gather_object(record)
+        if self.process.rank == 0:
+            rank = next((rank for rank, found in enumerate(records) if found["reproduced"]), 0)
+            module = f", first in module {records[rank]['first_module']}" if records[rank]["first_module"] else ""
             self.to.tracker.incident("nonfinite", f"Update {record['update']} was not applied: its loss or gradient was "
-                                     f"not finite{module}; next: {record['action']}.", rank=self.process.rank, **record)
+                                     f"not finite{module}; next: {record['action']}.", rank=rank, **records[rank])
 
     # ------------------------------------------------------------------------------------------ the run itself
 
@@ -146,6 +150,7 @@ class TrainingRun:
         `test_…` entries. Raises UserError when non-finite numbers end the run.
         """
         per_epoch = self.fixed.updates_per_epoch
+        self._compare_pictures()
         while self.epoch < self.fixed.epochs:
             started, first = time.time(), self.update - self.epoch * per_epoch
             if self.process.rank == 0:
@@ -169,6 +174,15 @@ class TrainingRun:
                 self.sums = self.training.sums_over_ranks()
                 self.sums = self.sums if self.process.rank == 0 else None
         return "done"
+
+    def _compare_pictures(self) -> None:
+        """Say that pictures came or went since the checkpoint: too few to change the updates of an epoch, so that the
+        run can go on, but every epoch's order is another one."""
+        now, before = self.training.sampler.num_pictures, self.pictures_before
+        if before not in (None, now) and self.process.rank == 0:
+            self.to.tracker.incident("pictures_changed", f"The training set has {now} pictures and had {before} when the "
+                                     "checkpoint was saved: the run goes on with them, but not as an undisturbed one would; "
+                                     "restore the data set to have that.", update=self.update, pictures=now, before=before)
 
     def _finish_epoch(self, progress: Any, evaluate: Callable[[int], dict] | None, started: float) -> bool:
         """Evaluate, log and save; the epoch counts as finished from then on. True when the run was asked to stop."""

@@ -1,8 +1,9 @@
 """What a checkpoint holds: format 2 (ours) and 1 (as published), and whether it belongs to the run at hand.
 
 Keys of format 2: format, model, model_ema, optimizer, scaler, epoch (index of the last finished epoch), update
-(global updates done), seed, global_batch, best, classes, args, code_paths, threads, version, scored, and the
-transform of the pictures. Values are tensors and plain Python only.
+(global updates done), seed, global_batch, pictures (of the training set), best, classes, args, code_paths, threads,
+version, scored, policy (counts of non-finite updates) and sums (of an unfinished epoch). Values are tensors and plain
+Python only.
 """
 import os
 from collections.abc import Callable, Mapping
@@ -68,8 +69,8 @@ def upgrade(state: Any, path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{path} has checkpoint format {number!r}; this version reads 1 to {FORMAT}: update the code.")
     args = state.get("args") if isinstance(state.get("args"), dict) else {}
     defaults = {"format": number, "model_ema": None, "optimizer": None, "scaler": None, "epoch": None, "update": None,
-                "seed": args.get("seed"), "global_batch": None, "best": {}, "classes": None, "args": args,
-                "code_paths": {}, "threads": None, "version": None, "scored": None}
+                "seed": args.get("seed"), "global_batch": None, "pictures": None, "best": {}, "classes": None,
+                "args": args, "code_paths": {}, "threads": None, "version": None, "scored": None}
     full = defaults | state | {"args": args}
     if not isinstance(full["epoch"], int):
         full["epoch"] = None
@@ -108,7 +109,8 @@ def _numbers(value: Any) -> bool:
 # What a resumed run takes for granted about an entry that is there; a file from elsewhere may hold anything.
 _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "model": lambda v: isinstance(v, dict), "model_ema": lambda v: isinstance(v, (dict, list)), "optimizer": _optimizer,
-    "epoch": _count(-1), "update": _count(0), "global_batch": _count(1), "threads": _count(1), "seed": _count(0),
+    "epoch": _count(-1), "update": _count(0), "seed": _count(0), "global_batch": _count(1), "pictures": _count(1),
+    "threads": _count(1),
     "best": lambda v: _numbers(v.values()), "code_paths": lambda v: isinstance(v, dict),
     "policy": lambda v: isinstance(v, dict) and _numbers(v.values()), "scaler": lambda v: isinstance(v, dict),
     "sums": lambda v: isinstance(v, list) and _numbers(v),

@@ -24,4 +24,8 @@ def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_on_both(tmp_path,
     assert_equal_bits(states[0, bad + 1], states[1, bad + 1])
     assert result(folder)["log"][1]["nonfinite_updates"] == 1
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    assert [event["update"] for event in events if event["kind"] == "nonfinite"] == [bad]
+    [event] = [event for event in events if event["kind"] == "nonfinite"]
+    # The file, which rank 0 writes, has the pictures and the module of the rank that met it.
+    assert event["update"] == bad and event["rank"] == 1 and event["reproduced"] and len(event["pictures"]) == 4
+    assert bool(event["first_module"]) == (what == "infinite_input")
+    assert "Update" not in ranks[1].text() and ranks[0].text().count(f"Update {bad} was not applied") == 1

@@ -10,7 +10,7 @@ import torch
 
 import main
 from run.checkpoint import Checkpoints
-from tests.faults.kit import TRAIN, Place, Row, check, command, start, table
+from tests.faults.kit import TRAIN, Place, Row, check, command, fill_folder, start, table
 
 TRAINED = "{trained}/checkpoint-0.pth"
 BAD = "{here}/w.pth"
@@ -154,6 +154,18 @@ def pictures_gone(place):
     place.pictures(4, 4)
 
 
+def a_picture_more(place):
+    place.trained_run()
+    fill_folder(place.data / "train" / "cat", 9)
+
+
+def told(place: Place) -> None:
+    """The change is kept with the run, and told once: the new number is that of the next checkpoint."""
+    lines = (place.run / "events.jsonl").read_text().splitlines()
+    assert [(e["before"], e["pictures"]) for e in map(json.loads, lines) if e["kind"] == "pictures_changed"] == [(16, 17)]
+    assert torch.load(place.run / "checkpoint-1.pth", weights_only=True)["pictures"] == 17
+
+
 def no_manifest(place):
     (place.trained_run() / "checkpoint-0.pth.json").unlink()
 
@@ -171,6 +183,10 @@ def no_manifest(place):
         lambda place: [place.trained_run(), shutil.rmtree(place.data), place.pictures(classes=("cow", "emu"))], kept),
     Row("fewer pictures", FURTHER, 2,
         ("an epoch has 1 updates, so the data set is not the one the run began with",), pictures_gone, kept),
+    Row("a picture more", FURTHER, 0, ("The training set has 17 pictures and had 16 when the checkpoint was saved",
+                                       "epoch 2/2 done"), a_picture_more, told),
+    Row("an older checkpoint that does not count pictures", f"{FURTHER} --resume {BAD}", 0,
+        ("Going on at epoch 2, update 2",), edited(pictures=None), unsaid=("pictures and had",)),
     Row("no resumption wanted in a used folder", f"{FURTHER} --auto_resume false", 2,
         ("holds the checkpoints of an earlier run",),
         nothing, kept),

@@ -21,12 +21,13 @@ def hooked(base: type, hook: dict) -> type:
     class Hooked(base):
         def on_phase(self, phase: str, update: int) -> None:
             super().on_phase(phase, update)
+            self.update_under_way = update
             if "now" in hook:
                 with open(os.path.join(hook["now"], f"now-{self.process.rank}"), "w") as file:
                     file.write(f"{phase} {update} {os.getpid()}\n")
             for entry in hook.get("at", []):
                 if (entry.get("rank", 0), entry["phase"], entry["update"]) == (self.process.rank, phase, update):
-                    _do(self.training, entry["do"])
+                    _do(self, entry["do"])
 
         def after_update(self, update: int, stats) -> bool:
             if "states" in hook:
@@ -38,30 +39,30 @@ def hooked(base: type, hook: dict) -> type:
     return Hooked
 
 
-def _do(training, what: str) -> None:
+def _do(disturbed, what: str) -> None:
     if what == "raise":
         raise ArithmeticError("one divided by nothing")
     if what in ("infinite_input", "infinite_loss"):
-        _poison(training, what)
+        _poison(disturbed, what)
     else:
         if what == "SIGSTOP":
             time.sleep(2.5)  # a heartbeat a second tells the phase: one must say this phase before the silence
         os.kill(os.getpid(), getattr(signal, what))
 
 
-def _poison(training, what: str) -> None:
-    """Spoil the next micro-batch, and only that."""
+def _poison(disturbed, what: str) -> None:
+    """Spoil the micro-batches of the update under way from here on, also where they are replayed, and no others."""
+    training, bad = disturbed.training, disturbed.update_under_way
     prepare, criterion = training.prepare, training.criterion
 
     def spoiled(batch):
-        training.prepare = prepare
         images, targets = prepare(batch)
-        images[0] = float("inf")
+        if disturbed.update_under_way == bad:
+            images[0] = float("inf")
         return images, targets
 
     def infinite(logits, targets):
-        training.criterion = criterion
-        return criterion(logits, targets) + float("inf")
+        return criterion(logits, targets) + (float("inf") if disturbed.update_under_way == bad else 0)
 
     if what == "infinite_input":
         training.prepare = spoiled
