@@ -2,6 +2,7 @@
 import io
 import os
 import struct
+import tempfile
 import zlib
 
 import numpy as np
@@ -76,6 +77,25 @@ def test_a_loop_of_links_a_missing_file_and_a_folder_are_bad_pictures(tmp_path):
     for path in ("a.jpg", "none.jpg", "."):
         with pytest.raises(BadPicture):
             decode_path(str(tmp_path / path))
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs users as Unix has them")
+def test_a_picture_that_one_may_not_read_is_a_bad_picture():
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        path = os.path.join(folder, "a.jpg")
+        with open(path, "wb") as file:
+            file.write(_jpeg())
+        assert decode_path(path).size == (64, 48)
+        os.chmod(path, 0)
+        me = os.geteuid()
+        try:
+            if me == 0:  # whom permissions do not bind
+                os.seteuid(65534)
+            with pytest.raises(BadPicture, match="^Permission denied$"):
+                decode_path(path)
+        finally:
+            os.seteuid(me)
 
 
 @pytest.fixture
