@@ -17,6 +17,8 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from torch import Tensor, nn
 
+from models.zoo import default_classes
+
 Pictures = Tensor | Sequence[Image.Image]
 
 
@@ -46,11 +48,6 @@ def _title(name: str) -> str:
         return name
 
 
-def imagenet_class_names() -> list[str]:
-    """The 1000 synsets of ImageNet-1k in the order of its labels."""
-    return list(_imagenet().label_names())
-
-
 def picture_transform(model: nn.Module) -> Callable[[Image.Image], Tensor]:
     """RGB picture → float32 (3, size, size), as the model's `pretrained_cfg` says it is evaluated."""
     return create_transform(**resolve_data_config(model=model), is_training=False)
@@ -62,7 +59,8 @@ def predict(model: nn.Module, images: Pictures, topk: int = 5, class_names: Sequ
 
     Args:
         images: pictures of any size and mode, or a normalised float tensor (B, 3, H, W).
-        class_names: in logit order; ImageNet's for a model with 1000 classes when not given, else numbers.
+        class_names: in logit order; ImageNet's for a published head (1000 or 10,459 classes) when not given, else
+            numbers.
         transform: from an RGB picture to a float tensor (3, H, W); `picture_transform(model)` when not given.
         batch_size: pictures per forward pass.
     """
@@ -70,7 +68,7 @@ def predict(model: nn.Module, images: Pictures, topk: int = 5, class_names: Sequ
     for batch in _batches(model, images, transform, batch_size):
         with torch.inference_mode(), _evaluating(model):
             probabilities = model(batch).float().softmax(-1)
-        names = class_titles(class_names or _default_names(probabilities.shape[-1]))
+        names = class_titles(class_names or default_classes(probabilities.shape[-1]))
         if len(names) != probabilities.shape[-1]:
             raise ValueError(f"{len(names)} class names for a model with {probabilities.shape[-1]} classes")
         values, indices = probabilities.topk(min(topk, probabilities.shape[-1]))
@@ -117,10 +115,6 @@ def overlay(image: Image.Image, heat: Tensor) -> Image.Image:
     picture = image.convert("RGB").resize((heat.shape[1], heat.shape[0]), Image.Resampling.BICUBIC)
     mask = Image.fromarray((heat.clamp(0, 1) * 160).to(torch.uint8).numpy(), "L")
     return Image.composite(Image.new("RGB", picture.size, (255, 40, 0)), picture, mask)
-
-
-def _default_names(classes: int) -> list[str]:
-    return imagenet_class_names() if classes == 1000 else [str(i) for i in range(classes)]
 
 
 def _batches(model: nn.Module, images: Pictures, transform: Callable[[Image.Image], Tensor] | None,

@@ -51,14 +51,6 @@ class Published:
     authors_id: str = ""
     openmmlab_file: str = ""
 
-    @property
-    def authors_url(self) -> str:
-        return AUTHORS_URL.format(self.authors_id) if self.authors_id else ""
-
-    @property
-    def openmmlab_url(self) -> str:
-        return OPENMMLAB_URL.format(self.openmmlab_file) if self.openmmlab_file else ""
-
 
 PUBLISHED = {
     "hornet_tiny_7x7": Published(
@@ -99,10 +91,11 @@ def published_files(name: str) -> list[PublishedFile]:
     files = []
     if entry and entry.openmmlab_file:
         prefix = entry.openmmlab_file.removesuffix(".pth")[-8:]
-        files.append(PublishedFile("openmmlab", entry.openmmlab_file, entry.openmmlab_url, prefix))
+        files.append(PublishedFile("openmmlab", entry.openmmlab_file, OPENMMLAB_URL.format(entry.openmmlab_file),
+                                   prefix))
     if entry and entry.authors_id:
         file_name = name + ("_22k.pth" if entry.classes == 10459 else ".pth")
-        files.append(PublishedFile("authors", file_name, entry.authors_url))
+        files.append(PublishedFile("authors", file_name, AUTHORS_URL.format(entry.authors_id)))
     return files
 
 
@@ -119,6 +112,11 @@ def synsets(classes: int) -> tuple[str, ...] | None:
             raise RuntimeError("timm's class lists have changed: the 10,459 classes cannot be put in published order")
         return large + tuple(missing)
     return _timm_list(1000) if classes == 1000 else None
+
+
+def default_classes(classes: int) -> list[str]:
+    """Names for the classes of a head where its file has none: the published head's synsets, else numbers."""
+    return list(synsets(classes) or map(str, range(classes)))
 
 
 def _timm_list(classes: int) -> tuple[str, ...]:

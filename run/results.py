@@ -2,7 +2,7 @@
 import csv
 import io
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -169,12 +169,6 @@ def write_eval_json(path: str | Path, results: list[dict] | dict) -> dict:
     return document
 
 
-def predictions_from(outputs: Any, paths: Sequence[str], classes: Sequence[str]) -> Predictions:
-    """From the engine's `Outputs`: `paths[i]` is picture i of the data set, `classes` are in logit order."""
-    names = np.asarray([paths[i] for i in outputs.indices.tolist()], dtype=np.str_)
-    return Predictions(names, outputs.targets, outputs.top, outputs.probabilities, outputs.nll, list(classes))
-
-
 def write_predictions(path: str | Path, predictions: Predictions) -> None:
     """predictions.npz: path, label, top5, probabilities, nll, classes. Plain arrays, readable without pickle."""
     arrays = {"path": np.asarray(predictions.paths, dtype=np.str_), "label": predictions.labels,
@@ -204,24 +198,27 @@ def per_class_csv(predictions: Predictions, names: list[str] | None = None) -> s
     images = np.bincount(predictions.labels[predictions.labels >= 0], minlength=len(classes))
     hits1 = np.bincount(predictions.labels[predictions.hit1], minlength=len(classes))
     hits5 = np.bincount(predictions.labels[predictions.hit5], minlength=len(classes))
-    text = io.StringIO()
-    out = csv.writer(text, lineterminator="\n")
-    out.writerow(["index", "class", "name", "images", "hits1", "hits5", "acc1", "acc5", "most_mistaken_for", "times"])
+    rows = []
     for i, label in enumerate(classes):
         wrong, times = usual.get(i, (-1, 0))
         accuracies = [f"{100 * h[i] / images[i]:.2f}" if images[i] else "" for h in (hits1, hits5)]
-        out.writerow([i, label, names[i] if names else label, images[i], hits1[i], hits5[i], *accuracies,
-                      classes[wrong] if wrong >= 0 else "", times])
-    return text.getvalue()
+        rows.append([i, label, names[i] if names else label, images[i], hits1[i], hits5[i], *accuracies,
+                     classes[wrong] if wrong >= 0 else "", times])
+    return _table(["index", "class", "name", "images", "hits1", "hits5", "acc1", "acc5", "most_mistaken_for", "times"],
+                  rows)
 
 
 def confusion_csv(predictions: Predictions) -> str:
     """The confusion pairs as a table: true class, predicted class, pictures; most frequent first."""
+    names = [*predictions.classes, "unreadable"]  # the answer to a picture that could not be read is -1
+    return _table(["true", "predicted", "images"],
+                  ([names[true], names[said], n]
+                   for true, said, n in confusion_pairs(predictions.labels, predictions.top5[:, 0])))
+
+
+def _table(head: list[str], rows: Iterable[list]) -> str:
     text = io.StringIO()
-    out = csv.writer(text, lineterminator="\n")
-    out.writerow(["true", "predicted", "images"])
-    for true, wrong, n in confusion_pairs(predictions.labels, predictions.top5[:, 0]):
-        out.writerow([predictions.classes[true], predictions.classes[wrong] if wrong >= 0 else "unreadable", n])
+    csv.writer(text, lineterminator="\n").writerows([head, *rows])
     return text.getvalue()
 
 

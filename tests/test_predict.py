@@ -145,6 +145,9 @@ def test_imagenet_names_come_from_timm():
     model = timm.create_model("hornet_pico_7x7", num_classes=1000)
     top = predict(model, torch.randn(1, 3, 64, 64), topk=1000)[0]
     assert {p.index: p.name for p in top}[0] == "tench, Tinca tinca"
+    large = timm.create_model("hornet_pico_7x7", num_classes=10459)  # ImageNet-22k's
+    top = predict(large, torch.randn(1, 3, 64, 64), topk=10459)[0]
+    assert {p.index: p.name for p in top}[10450] == "Japanese spaniel"
     assert class_titles(["n02123045", "mine", "n99999999"]) == ["tabby, tabby cat", "mine", "n99999999"]
 
 

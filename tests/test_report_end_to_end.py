@@ -13,6 +13,7 @@ from main import main as evaluate
 from models.weights import to_openmmlab
 from run.results import read_predictions
 from tools.predict import main as predict
+from tools.report import main as report
 from tools.report import write_report
 
 
@@ -62,6 +63,19 @@ def test_eval_predictions_and_report_agree_exactly(world, tmp_path, capfd):
     rows = json.loads(out.read_text("utf-8"))
     assert sum(row["top"][0]["class"] == row["path"].split("/")[-2] for row in rows) == result["hits1"]
     assert sum(row["path"].split("/")[-2] in [t["class"] for t in row["top"]] for row in rows) == result["hits5"]
+
+
+def test_the_report_folders_of_two_evaluations_are_compared(world, tmp_path, capfd):
+    """With eval.json elsewhere, as for downloaded weights: the answers are enough for a page."""
+    hits = []
+    for weights in ("model", "ema"):
+        result = run(world, tmp_path / "out", "--resume", str(world / "ours.pth"), "--weights", weights, "--report",
+                     str(tmp_path / weights))
+        hits.append(result["hits1"])
+    assert report([str(tmp_path / "model"), str(tmp_path / "ema"), "--out", str(tmp_path / "two.html")]) == 0
+    html = (tmp_path / "two.html").read_text("utf-8")
+    assert all(f"<td class=n>{n}</td>" in html for n in hits) and "60 pictures" in html
+    assert "The two cannot be told apart" in html or "is better" in html or "Both get the same number" in html
 
 
 def test_files_in_both_namings_and_both_weights_in_one_pass(world, tmp_path):

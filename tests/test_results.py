@@ -10,10 +10,11 @@ import torch
 
 import engine
 from common.errors import UserError
+from evaluation import _predictions
 from run.metrics import (Predictions, calibration_error, compare, confusion_pairs, mcnemar, metrics,
                          multi_label_accuracy, per_class_accuracy)
-from run.results import (Protocol, per_class_csv, predictions_from, read_predictions, results_from, write_eval_json,
-                         write_predictions, write_report_files)
+from run.results import (Protocol, per_class_csv, read_predictions, results_from, write_eval_json, write_predictions,
+                         write_report_files)
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox"]
 
@@ -61,11 +62,12 @@ def test_predictions_of_the_engine_agree_with_its_sums():
     loader = [SimpleNamespace(indices=part, images=images[part], targets=targets[part]) for part in order.split(9)]
     evaluation = engine.Evaluation(lambda b: (b.images, b.targets), torch.device("cpu"), outputs=True)
     result, = engine.evaluate([("model", model)], loader, evaluation)
-    p = predictions_from(result.outputs, [f"x/{i}.png" for i in range(40)], CLASSES)
+    val = SimpleNamespace(targets=np.arange(40) % 6, path=lambda i: f"x/{i}.png")
+    p = _predictions(result, SimpleNamespace(val=val, class_names=CLASSES))
     counts = p.counts()
     assert (counts.hits1, counts.hits5, counts.images, counts.bad, counts.nonfinite) == (
         result.hits1, result.hits5, 40, 1, 1)
-    assert p.paths[7] == "x/7.png" and result.bad == 1 and result.nonfinite == 1
+    assert p.paths[7] == "x/7.png" and p.labels[7] == 1 and p.top5[7, 0] == -1 and result.bad == 1 and result.nonfinite == 1
     assert results_from(result, Protocol("m", 6, 64, dataset="x"), predictions=p)["hits1"] == counts.hits1
 
 

@@ -18,7 +18,7 @@ from datasets.transforms import eval_transform, mean_std
 from models.download import fetch_published, fetch_url
 from models.hornet import input_size as default_input_size
 from models.weights import identify, load_for_model, published_names, select_weights
-from models.zoo import synsets
+from models.zoo import default_classes
 
 
 @dataclass
@@ -76,7 +76,7 @@ def load_trained(model: str | None = None, resume: str | None = None, weights: s
 
 def _with_settings(net: nn.Module, name: str, source: str, checkpoint: dict, args: dict[str, Any],
                    input_size: int | None) -> Trained:
-    classes = checkpoint.get("classes") or synsets(net.num_classes) or [str(i) for i in range(net.num_classes)]
+    classes = checkpoint.get("classes") or default_classes(net.num_classes)
     size = input_size or checkpoint.get("input_size") or args.get("input_size") or default_input_size(name)
     if not isinstance(size, int) or size < 32:
         raise UserError(f"input size {size!r} is not accepted: a whole number of pixels from 32 on is needed.")

@@ -34,7 +34,8 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.report", allow_abbrev=False,
                                      description="One self-contained HTML page about a run, or two side by side.",
                                      epilog="example: python -m tools.report runs/quickstart --out report.html")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="the --output_dir of a training, or a log.txt")
+    parser.add_argument("runs", nargs="+", metavar="RUN",
+                        help="the --output_dir of a training, the --report of an evaluation, or a log.txt")
     parser.add_argument("--out", help="where to write the page (default: report.html in the first run's folder)")
     return parser
 

@@ -1,21 +1,17 @@
-"""What a report reads from a run folder; every part but the log may be missing and is then named."""
-import json
+"""What a report reads from a run folder; any part may be missing, not all of them."""
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import read_json, read_json_lines
 from run.folder import RunFolder
-from run.metrics import Predictions
+from run.metrics import Predictions, metrics
 from run.options import Options, Resolved
 from run.recipe import published_recipe
 from run.recipe import read as read_recipe
 from run.results import read_predictions
-
-PARTS = {"config.yaml": "the configuration", "environment.json": "the environment", "eval.json": "the evaluation",
-         "predictions.npz": "per-picture answers (python main.py --eval true --report DIR)",
-         "status.json": "how the run ended"}
 
 
 @dataclass
@@ -33,7 +29,7 @@ class Run:
     environment: dict = field(default_factory=dict)
     evaluation: dict = field(default_factory=dict)
     predictions: Predictions | None = None
-    missing: list[str] = field(default_factory=list)
+    predictions_error: str = ""
 
     def column(self, key: str) -> list[float | None]:
         """The values of one key of the log, None where an epoch lacks it."""
@@ -44,9 +40,12 @@ class Run:
         found = [(v, -row["epoch"]) for row, v in zip(self.log, self.column(key)) if v is not None and math.isfinite(v)]
         return (max(found)[0], -max(found)[1]) if found else None
 
+    def values(self, key: str) -> list[float]:
+        """The values of one key of the log, without the epochs that lack it."""
+        return [v for v in self.column(key) if v is not None]
+
     def last(self, key: str) -> float | None:
-        values = [v for v in self.column(key) if v is not None]
-        return values[-1] if values else None
+        return (self.values(key) or [None])[-1]
 
 
 def read_run(path: str | Path) -> Run:
@@ -57,22 +56,22 @@ def read_run(path: str | Path) -> Run:
     if not path.exists():
         raise UserError(f"{path} does not exist: name a run folder (the --output_dir of a training) or its log.txt")
     run = Run(folder.resolve().name, folder)
-    rows, run.unread_lines = _json_lines(log_file)
+    rows = read_json_lines(log_file)
+    if log_file.is_file():
+        run.unread_lines = sum(bool(line.strip()) for line in log_file.read_bytes().split(b"\n")) - len(rows)
     epochs = {row["epoch"]: row for row in rows if isinstance(row.get("epoch"), int)}  # a repeated epoch: the last one
     run.log = [epochs[epoch] for epoch in sorted(epochs)]
     if path.is_dir():
         _read_parts(run)
-    else:
-        run.missing = list(PARTS.values())
     if not run.log and not run.evaluation:
-        raise UserError(f"{path} has neither a log.txt with epochs nor an eval.json: is it the --output_dir of a run?")
+        raise UserError(f"{path} has neither a log.txt with epochs, an eval.json nor a predictions.npz: is it the "
+                        "--output_dir of a run, or the --report of an evaluation?")
     return run
 
 
 def _read_parts(run: Run) -> None:
     folder = run.folder
-    run.missing = [what for name, what in PARTS.items() if not (folder / name).is_file()]
-    run.events, run.attempts = _json_lines(folder / "events.jsonl")[0], RunFolder(folder).attempts()
+    run.events, run.attempts = read_json_lines(folder / "events.jsonl"), RunFolder(folder).attempts()
     run.status, run.environment = _json(folder / "status.json"), _json(folder / "environment.json")
     run.evaluation = _json(folder / "eval.json")
     run.config, run.origins = _config(folder / "config.yaml")
@@ -80,31 +79,19 @@ def _read_parts(run: Run) -> None:
         try:
             run.predictions = read_predictions(folder / "predictions.npz")
         except UserError as error:
-            run.missing.append(str(error))
+            run.predictions_error = str(error)
+    if run.predictions is not None and not run.evaluation:  # the --report folder of an evaluation kept elsewhere
+        counts = run.predictions.counts()
+        run.evaluation = {"acc1": counts.acc1, "acc5": counts.acc5, "loss": counts.loss, "hits1": counts.hits1,
+                          "images": counts.images, **metrics(run.predictions, len(run.predictions.classes))}
 
 
 def _json(path: Path) -> dict:
     try:
-        value = json.loads(path.read_text("utf-8", "replace"))
-        return value if isinstance(value, dict) else {}
-    except (OSError, ValueError):
+        value = read_json(path)
+    except (OSError, UserError):
         return {}
-
-
-def _json_lines(path: Path) -> tuple[list[dict], int]:
-    if not path.is_file():
-        return [], 0
-    rows, unread = [], 0
-    for line in path.read_text("utf-8", "replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        elif line.strip():
-            unread += 1
-    return rows, unread
+    return value if isinstance(value, dict) else {}
 
 
 def _config(path: Path) -> tuple[dict, dict]:

@@ -5,10 +5,12 @@ import json
 import math
 from html import escape
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
+from datasets.pictures import BadPicture, decode_path
 from models.inspect import class_titles
 from run.metrics import compare, confusion_pairs
 from run.results import summary_line
@@ -17,7 +19,7 @@ from tools.report_svg import Line, heat_map, line_chart
 
 COLORS = ("#2457c5", "#d6540c", "#16803c")
 MOST_EVENTS, MOST_CLASSES, MOST_THUMBNAILS, THUMBNAIL_SIDE = 60, 24, 24, 112
-READABLE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]
+
 
 def page(runs: list[Run], recipe_differences: list[dict]) -> str:
     """The whole HTML document for one run or two."""
@@ -34,33 +36,49 @@ def page(runs: list[Run], recipe_differences: list[dict]) -> str:
 
 # ---------------------------------------------------------------- top of the page
 
-def headline(run: Run) -> dict[str, tuple[str, str]]:
-    """The figures of one run that a reader looks for first: label → (figure, note)."""
+class Figure(NamedTuple):
+    """One figure at the head of a page, with the number of its decimals and what is to be said about it."""
+    value: float
+    decimals: int = 0
+    unit: str = ""
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.value:,.{self.decimals}f} {self.unit}".rstrip()
+
+    def minus(self, other: "Figure") -> str:
+        """The difference as text; "" between different units."""
+        unit = "points" if self.unit == "%" else self.unit
+        return f"{self.value - other.value:+,.{self.decimals}f} {unit}".rstrip() if self.unit == other.unit else ""
+
+
+def headline(run: Run) -> dict[str, Figure]:
+    """The figures of one run that a reader looks for first, by their labels."""
     found = {}
-    for key, label in (("test_acc1", "best top-1"), ("test_acc1_ema", "best top-1 of the EMA")):
+    for key, label in (("test_acc1", "top-1"), ("test_acc1_ema", "top-1 of the EMA")):
         if best := run.best(key):
-            found[label] = (f"{best[0]:.2f} %", f"epoch {best[1]}")
+            found[f"best {label}"] = Figure(best[0], 2, "%", f"epoch {best[1]}")
+            found[f"last {label}"] = Figure(run.last(key), 2, "%")
     if run.evaluation.get("acc1") is not None:
-        found["evaluated top-1"] = (f"{run.evaluation['acc1']:.2f} %", f"{run.evaluation.get('images', '?')} pictures")
-    for key, label, show in (("test_acc1", "top-1 of the last epoch", "{:.2f} %"),
-                             ("train_loss", "last training loss", "{:.4f}"), ("n_parameters", "parameters", "{:,.0f}")):
+        found["evaluated top-1"] = Figure(run.evaluation["acc1"], 2, "%", f"{run.evaluation.get('images', '?')} pictures")
+    for key, label, decimals in (("train_loss", "last training loss", 4), ("n_parameters", "parameters", 0)):
         if (last := run.last(key)) is not None:
-            found[label] = (show.format(last), "")
+            found[label] = Figure(last, decimals)
     if run.log:
-        found["epochs"] = (str(len(run.log)), f"planned {run.config['epochs']}" if "epochs" in run.config else "")
-    for key, label, show, total in (("train_images_per_second", "images per second", lambda v: f"{v:,.0f}", np.median),
-                                    ("train_data_wait", "waiting for data", lambda v: f"{100 * v:.1f} %", np.median),
-                                    ("seconds", "time", duration, sum)):
-        values = [v for v in run.column(key) if v is not None]
-        if values:
-            found[label] = (show(float(total(values))), "median of the epochs" if total is np.median else "")
+        found["epochs"] = Figure(len(run.log), note=f"planned {run.config['epochs']}" if "epochs" in run.config else "")
+    for key, label, factor, decimals, unit in (("train_images_per_second", "images per second", 1, 0, ""),
+                                               ("train_data_wait", "waiting for data", 100, 1, "%")):
+        if values := run.values(key):
+            found[label] = Figure(factor * median(values), decimals, unit, "median of the epochs")
+    if values := run.values("seconds"):
+        found["time"] = _time(sum(values))
     return found
 
 
-def duration(seconds: float) -> str:
+def _time(seconds: float) -> Figure:
     if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+        return Figure(seconds, 0, "s")
+    return Figure(seconds / 60, 0, "min") if seconds < 7200 else Figure(seconds / 3600, 1, "h")
 
 
 def _header(runs: list[Run]) -> str:
@@ -74,11 +92,9 @@ def _header(runs: list[Run]) -> str:
         lines.append(f'<h1>{escape(run.name)}{chip}</h1><p class="soft mono">{about}</p>')
         if run.unread_lines:
             lines.append(f'<p class="soft">{run.unread_lines} lines of log.txt could not be read.</p>')
-        if run.missing:
-            lines.append(f'<p class="soft">Not in the folder: {escape("; ".join(run.missing))}.</p>')
     if len(runs) == 1:
-        tiles = [f'<div class="tile"><b>{escape(figure)}</b><span>{escape(label + (note and ", " + note))}</span></div>'
-                 for label, (figure, note) in headline(runs[0]).items()]
+        tiles = [f'<div class="tile"><b>{figure}</b><span>{escape(", ".join(filter(None, (label, figure.note))))}</span></div>'
+                 for label, figure in headline(runs[0]).items()]
         lines.append(f'<div class="tiles">{"".join(tiles)}</div>')
     return "".join(lines)
 
@@ -86,13 +102,11 @@ def _header(runs: list[Run]) -> str:
 def _comparison(runs: list[Run]) -> str:
     if len(runs) < 2:
         return ""
-    heads = [headline(run) for run in runs]
-    nothing = ("–", "")
-    rows = []
+    heads, rows = [headline(run) for run in runs], []
     for label in dict.fromkeys([*heads[0], *heads[1]]):
-        first, second = (h.get(label, nothing) for h in heads)
-        rows.append([label, *(f"{figure} ({note})" if note else figure for figure, note in (first, second)),
-                     _difference(first[0], second[0])])
+        both = [head.get(label) for head in heads]
+        rows.append([label, *("–" if f is None else f"{f} ({f.note})" if f.note else str(f) for f in both),
+                     both[1].minus(both[0]) if all(both) else ""])
     html = "<h2>Side by side</h2>"
     html += table(["", *(run.name for run in runs), "second − first"], rows, numeric={1, 2, 3})
     if all(run.predictions is not None for run in runs):
@@ -104,16 +118,6 @@ def _comparison(runs: list[Run]) -> str:
         html += ('<p class="missing">No paired test (McNemar, bootstrap): both folders need a predictions.npz, which '
                  "<code>python main.py --eval true --report DIR</code> writes.</p>")
     return html
-
-
-def _difference(first: str, second: str) -> str:
-    """`second - first` where both are figures of one unit, in their number of decimals."""
-    try:
-        (a, unit), (b, other) = ((text.replace(",", "").split() + [""])[:2] for text in (first, second))
-        text = f"{float(b) - float(a):+.{len(b.partition('.')[2])}f}"
-        return f"{text} {'points' if unit == '%' else unit}".strip() if unit == other else ""
-    except ValueError:
-        return ""
 
 
 def table(head: list[str], rows: list[list[str]], numeric: set[int] = frozenset(), changed: set[int] = frozenset(),
@@ -128,7 +132,7 @@ def table(head: list[str], rows: list[list[str]], numeric: set[int] = frozenset(
 
 
 def _each(runs: list[Run], title: str, section) -> str:
-    parts = [(f'<p><b>{escape(run.name)}</b></p>' if len(runs) > 1 else "") + section(run) for run in runs]
+    parts = [(f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else "") + section(run) for run in runs]
     return f"<h2>{title}</h2>" + "".join(parts)
 
 
@@ -164,7 +168,8 @@ def _curves(runs: list[Run]) -> str:
                     lines.append(Line(name, epochs, values, COLORS[r if len(runs) > 1 else k], dash))
         if lines or title.startswith(("Top-1", "Loss")):
             figures.append(line_chart(title, y_label, lines, from_zero=from_zero))
-    return f'<h2>Curves</h2><div class="charts">{"".join(figures)}</div>'
+    return (f'<h2>Curves</h2><div class="charts">{"".join(figures)}</div>'
+            '<p class="soft">Epochs count from 0, as in log.txt and in the names of checkpoints.</p>')
 
 
 # ---------------------------------------------------------------- evaluation and incidents
@@ -192,7 +197,7 @@ def _evaluation(run: Run) -> str:
             html += (f"<p>ReaL: top-1 {real['acc1']:.2f} %, top-5 {real['acc5']:.2f} % of the {real['images']} "
                      "pictures with labels.</p>")
     settings = [str(run.evaluation[k]) for k in ("crop", "dtype", "dataset") if run.evaluation.get(k)]
-    return html + f'<p class="soft">{escape("; ".join(settings))}. 95 %: sampling interval of top-1 in points.</p>'
+    return html + f'<p class="soft">{escape("; ".join([*settings, "95 %: sampling interval of top-1 in points"]))}.</p>'
 
 
 def _incidents(run: Run) -> str:
@@ -220,15 +225,19 @@ def _records(records: list[dict]) -> str:
     for record in records:
         when = record.get("time") or record.get("started") or ""
         shown = ("time", "started", "kind", "state", "message", "command")
-        rest = [f"{k} {_short(v)}" for k, v in record.items() if k not in shown and v not in (None, "", [], False)]
+        rest = [f"{k} {_text(v)}" for k, v in record.items() if k not in shown and v not in (None, "", [], False)]
         rows.append([str(when), _kind(record), "; ".join(filter(None, [str(record.get("message") or ""), *rest]))])
     return table(["when", "what", "details"], rows)
 
 
-def _short(value: object) -> str:
-    if isinstance(value, list):
-        value = " ".join(map(str, value)) or "none"
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
+def _text(value: object) -> str:
+    """A value of a configuration or record as a person writes it, at most 200 characters."""
+    if isinstance(value, (tuple, list)):
+        text = " ".join(map(_text, value)) or "none"
+    elif isinstance(value, dict):
+        text = json.dumps(value, default=str)
+    else:
+        text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= 200 else text[:199] + "…"
 
 
@@ -236,6 +245,8 @@ def _short(value: object) -> str:
 
 def _mistakes(run: Run) -> str:
     p = run.predictions
+    if run.predictions_error:
+        return f'<p class="missing">{escape(run.predictions_error)}.</p>'
     if p is None or not len(p.labels):
         return ('<p class="missing">No predictions.npz: <code>python main.py --eval true --report DIR</code> writes it '
                 "(give the run folder as DIR).</p>")
@@ -256,34 +267,30 @@ def _mistakes(run: Run) -> str:
 
 
 def _heat(p, titles: list[str], pairs: list[tuple[int, int, int]]) -> str:
-    shown = list(range(len(p.classes))) if len(p.classes) <= MOST_CLASSES else []
-    for true, wrong, _ in pairs if not shown else ():
-        for c in (true, wrong):
-            if c >= 0 and c not in shown and len(shown) < MOST_CLASSES:
-                shown.append(c)
-    place = {c: i for i, c in enumerate(sorted(shown))}
-    matrix = [[0] * len(place) for _ in place]
-    for true, said in zip(p.labels.tolist(), p.top5[:, 0].tolist()):
-        if true in place and said in place:
-            matrix[place[true]][place[said]] += 1
-    totals = np.bincount(p.labels[p.labels >= 0], minlength=len(p.classes))[sorted(shown)].tolist()
+    shown = list(range(len(p.classes)))
+    if len(shown) > MOST_CLASSES:
+        confused = dict.fromkeys(c for true, wrong, _ in pairs for c in (true, wrong) if c >= 0)
+        shown = sorted(list(confused)[:MOST_CLASSES])
+    true, said = p.labels, p.top5[:, 0]
+    both = np.isin(true, shown) & np.isin(said, shown)
+    matrix = np.zeros((len(shown), len(shown)), int)
+    np.add.at(matrix, (np.searchsorted(shown, true[both]), np.searchsorted(shown, said[both])), 1)
+    totals = np.bincount(true[true >= 0], minlength=len(p.classes))[shown]
     note = "all classes" if len(shown) == len(p.classes) else f"the {len(shown)} classes that are confused most"
     return (f'<figure><figcaption>Confusion, {note}</figcaption><p class="soft">Rows: the true class; columns: the '
             f"answer. Blue is right, orange wrong; the number is pictures.</p>"
-            f'{heat_map([titles[c] for c in sorted(shown)], matrix, totals)}</figure>')
+            f'{heat_map([titles[c] for c in shown], matrix.tolist(), totals.tolist())}</figure>')
 
 
 def _thumbnail(p, index: int, titles: list[str]) -> str:
     path, said = str(p.paths[index]), int(p.top5[index, 0])
     try:
-        with Image.open(path, formats=READABLE_FORMATS) as picture:
-            picture.draft("RGB", (2 * THUMBNAIL_SIDE, 2 * THUMBNAIL_SIDE))
-            small = picture.convert("RGB")
+        small = decode_path(path)
         small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
         packed = io.BytesIO()
         small.save(packed, "JPEG", quality=82)
         picture_html = f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(packed.getvalue()).decode()}">'
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except (BadPicture, ValueError):  # a name with a NUL character is a ValueError
         picture_html = '<span class="none">no picture</span>'
     confidence = float(p.probabilities[index, 0])
     share = f"{100 * confidence:.1f} %" if math.isfinite(confidence) else "–"
@@ -300,14 +307,14 @@ def _config(runs: list[Run], recipe_differences: list[dict]) -> str:
         return html + '<p class="missing">No config.yaml in the folder.</p>'
     if len(runs) == 2:
         keys = sorted({*runs[0].config, *runs[1].config})
-        rows = [[k, *(_value(run.config.get(k, "–")) for run in runs)] for k in keys
+        rows = [[k, *(_text(run.config.get(k, "–")) for run in runs)] for k in keys
                 if runs[0].config.get(k) != runs[1].config.get(k)]
         html += "<h3>Differences</h3>" + (table(["option", *(run.name for run in runs)], rows) if rows
                                          else "<p>The two configurations are equal.</p>")
     for run, differs in zip(runs, recipe_differences):
         chosen = [k for k in run.config if run.origins.get(k) != "default" or k in differs]
         name = f"{escape(run.name)}: " if len(runs) == 2 else ""
-        html += f"<h3>{name}{f'{len(differs)} differ from the published recipe' if differs else 'given'}</h3>"
+        html += f"<h3>{name}given by flag or recipe{f'; {len(differs)} differ from the published recipe' * bool(differs)}</h3>"
         html += _options(run, chosen, differs)
         html += (f"<details><summary>{name}all {len(run.config)} options</summary>"
                  f"{_options(run, list(run.config), differs)}</details>")
@@ -315,16 +322,11 @@ def _config(runs: list[Run], recipe_differences: list[dict]) -> str:
 
 
 def _options(run: Run, names: list[str], differs: dict) -> str:
-    rows = [[k, _value(run.config[k]), run.origins.get(k, ""), _value(differs[k]) if k in differs else ""]
+    columns = 4 if differs else 3  # the last one says what the published recipe has instead
+    rows = [[k, _text(run.config[k]), run.origins.get(k, ""), _text(differs[k]) if k in differs else ""][:columns]
             for k in names]
-    return table(["option", "value", "from", "published recipe"], rows,
+    return table(["option", "value", "from", "published recipe"][:columns], rows,
                  changed={i for i, k in enumerate(names) if k in differs})
-
-
-def _value(value: object) -> str:
-    if isinstance(value, (tuple, list)):
-        return " ".join(map(_value, value)) or "none"
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _environment(runs: list[Run]) -> str:
@@ -332,6 +334,6 @@ def _environment(runs: list[Run]) -> str:
         return '<h2>Environment</h2><p class="missing">No environment.json in the folder.</p>'
     flat = [{name: value for key, entry in run.environment.items()
              for name, value in (entry.items() if isinstance(entry, dict) else [(key, entry)])} for run in runs]
-    rows = [[k, *(_short(values.get(k, "–")) for values in flat)] for k in dict.fromkeys([*flat[0], *flat[-1]])]
+    rows = [[k, *(_text(values.get(k, "–")) for values in flat)] for k in dict.fromkeys([*flat[0], *flat[-1]])]
     differ = {i for i, row in enumerate(rows) if len(runs) == 2 and row[1] != row[2]}
     return "<h2>Environment</h2>" + table(["", *(run.name for run in runs)], rows, changed=differ)

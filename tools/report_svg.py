@@ -5,7 +5,6 @@ from html import escape
 
 WIDTH, HEIGHT = 540, 300
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 44
-MOST_POINTS = 1000  # per line; more than the pixels of a screen adds bytes, not sight
 
 
 @dataclass
@@ -34,7 +33,7 @@ def number(value: float) -> str:
     """A short way to write a figure on an axis or in a table."""
     if value == 0:
         return "0"
-    if abs(value) >= 1e6 or abs(value) < 1e-3:
+    if abs(value) >= 1e6 or abs(value) < 1e-4:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
@@ -96,17 +95,13 @@ def _axis_labels(x_label: str, y_label: str) -> str:
 
 
 def _path(line: Line, place) -> str:
-    stride = max(1, math.ceil(len(line.x) / MOST_POINTS))
-    keep = [i for i in range(len(line.x)) if i % stride == 0 or i == len(line.x) - 1]
-    pieces, pen_down, last, drawn = [], False, (0.0, 0.0), 0
-    for i in keep:
-        if not _finite(line.y[i]):
-            pen_down = False
-            continue
-        last = place(line.x[i], line.y[i])
-        pieces.append(f"{'L' if pen_down else 'M'}{last[0]:.1f} {last[1]:.1f}")
-        pen_down, drawn = True, drawn + 1
-    end = f'<circle cx="{last[0]:.1f}" cy="{last[1]:.1f}" r="{3 if drawn > 1 else 4}" fill="{line.color}"/>'
+    pieces, pen_down, last = [], False, (0.0, 0.0)
+    for x, y in zip(line.x, line.y):
+        if _finite(y):
+            last = place(x, y)
+            pieces.append(f"{'L' if pen_down else 'M'}{last[0]:.1f} {last[1]:.1f}")
+        pen_down = _finite(y)
+    end = f'<circle cx="{last[0]:.1f}" cy="{last[1]:.1f}" r="3" fill="{line.color}"/>'
     return (f'<path d="{"".join(pieces)}" fill="none" stroke="{line.color}" stroke-width="1.8" '
             f'stroke-linejoin="round" stroke-dasharray="{line.dash}"><title>{escape(line.label)}</title></path>{end}')
 
