@@ -8,6 +8,7 @@ import numpy as np
 import PIL
 import timm
 import torch
+from tqdm import tqdm
 
 import engine
 import models  # noqa: F401  registers the architectures with timm
@@ -18,7 +19,7 @@ from datasets.build import Data, build_data, eval_loader
 from datasets.labels import imagenet_synsets
 from datasets.prepare import EvalPrepare
 from datasets.subsets import Subset, real_labels, recognise_folder
-from datasets.transforms import mean_std
+from datasets.transforms import DEFAULT_CROP_PCT, WARP_FROM, mean_std
 from launch import ExitCode
 from models import MODEL_NAMES
 from models.download import cache_folder, fetch_published, fetch_url
@@ -69,9 +70,11 @@ def evaluate_checkpoints(resolved: Resolved, process: Any, watchdog: Any) -> int
             if strange and process.is_main:
                 logger.warning("%s: %s", candidate.path, strange)
     loader = eval_loader(data, options, process.rank, process.world_size)
+    # None leaves the bar out where nobody watches a terminal.
+    watched = tqdm(loader, "evaluation", unit="batch", leave=False, disable=None if process.is_main else True)
     try:
         with packed(*(c.network for c in candidates), dtype=evaluation.autocast_dtype):
-            found = engine.evaluate([(c.weights, c.network) for c in candidates], loader, evaluation)
+            found = engine.evaluate([(c.weights, c.network) for c in candidates], watched, evaluation)
     finally:
         loader.close()
     results = [_result(c, r, options, data, prepared.subset) for c, r in zip(candidates, found)]
@@ -99,7 +102,7 @@ def prepare_evaluation(resolved: Resolved, process: Any, observer: engine.Observ
     names = list(imagenet_synsets()) if subset else data.class_names
     candidates = [c for path in sources for c in load_candidates(path, options, names, process.device)]
     evaluation = engine.Evaluation(
-        EvalPrepare(options, process.device), process.device, _dtype(options), tf32=options.fast_math,
+        EvalPrepare(options, process.device), process.device, amp_dtype(options), tf32=options.fast_math,
         columns=subset.columns if subset else None, outputs=bool(options.report or subset),
         expected=len(data.val), observer=observer, process=process)
     return Prepared(sources[0], options, data, subset, candidates, evaluation)
@@ -200,15 +203,16 @@ class _Phases(engine.Observer):
         self.watchdog.phase(phase, update)
 
 
-def _dtype(options: Any) -> torch.dtype | None:
+def amp_dtype(options: Any) -> torch.dtype | None:
+    """The dtype of mixed precision, None for float32."""
     return None if not options.use_amp else torch.float16 if options.amp_dtype == "fp16" else torch.bfloat16
 
 
 def _result(candidate: Candidate, found: engine.EvalResult, options: Any, data: Data, subset: Subset | None) -> dict:
     imagenet = tuple(data.class_names) == imagenet_synsets()
     mean, std = mean_std(options.imagenet_default_mean_and_std)
-    crop = None if options.input_size >= 384 else options.crop_pct or 224 / 256
-    dtype = _dtype(options) or torch.float32
+    crop = None if options.input_size >= WARP_FROM else options.crop_pct or DEFAULT_CROP_PCT
+    dtype = amp_dtype(options) or torch.float32
     protocol = Protocol(
         model=options.model, num_classes=data.num_classes, input_size=options.input_size, weights=candidate.weights,
         checkpoint=candidate.path, crop_pct=crop, mean=tuple(mean), std=tuple(std),

@@ -21,7 +21,7 @@ from datasets.build import Data, build_data, eval_loader, train_loader
 from datasets.check import check_sample
 from datasets.prepare import EvalPrepare, TrainPrepare
 from datasets.samplers import GlobalBatchSampler
-from evaluation import evaluate_checkpoints
+from evaluation import amp_dtype, evaluate_checkpoints
 from launch import ExitCode
 from launch.preemption import StopRequest
 from models.download import fetch_published, fetch_url
@@ -212,11 +212,6 @@ def load_start_weights(model: torch.nn.Module, options: Any, data: Data, process
     strange = strange_weights(model, report.source_key, data, options, evaluation)
     if strange:
         raise UserError(f"{strange[:-1]}; --allow_partial true trains on from them all the same.")
-
-
-def amp_dtype(options: Any) -> torch.dtype | None:
-    """The dtype of mixed precision, None for float32."""
-    return None if not options.use_amp else torch.float16 if options.amp_dtype == "fp16" else torch.bfloat16
 
 
 @cache

@@ -6,6 +6,7 @@ import numpy as np
 from torch.utils.data import BatchSampler
 
 from common.errors import UserError
+from common.log import logger
 from datasets import labels as label_maps
 from datasets.cifar import read_cifar
 from datasets.loader import PictureDataset, PictureLoader, Reader, make_loader
@@ -86,8 +87,7 @@ def _readers(options, train: bool, evaluate: bool, write: bool) -> tuple[Reader 
     if evaluate and not val_root:
         raise UserError("The evaluation pictures are not named; give --eval_data_path FOLDER with the validation "
                         "classes, or --disable_eval true.")
-    arguments = dict(reindex=bool(options.reindex), cache_folder=getattr(options, "index_cache", None),
-                     write_cache=write)
+    arguments = dict(reindex=options.reindex, cache_folder=options.index_cache, write_cache=write)
     train_reader = val_reader = None
     if train:
         train_reader = _pictures_in(train_root, arguments)
@@ -96,6 +96,8 @@ def _readers(options, train: bool, evaluate: bool, write: bool) -> tuple[Reader 
         val_reader = _pictures_in(val_root, arguments)
         if val_reader.classes == [""]:
             val_reader = _flat(val_reader, options.val_labels)
+        elif options.val_labels:
+            logger.info("--val_labels has no effect: the pictures in %s lie in class folders.", show(val_root))
     return train_reader, val_reader
 
 

@@ -2,11 +2,6 @@
 from models.gnconv import GlobalLocalFilter, GnConv
 from models.hornet import CONFIGS, HorNet
 
-MODEL_NAMES = tuple(CONFIGS)
+MODEL_NAMES = tuple(CONFIGS)  # what `timm.create_model` accepts of this project, the published ones first
 
-__all__ = ["MODEL_NAMES", "GlobalLocalFilter", "GnConv", "HorNet", "list_models"]
-
-
-def list_models() -> list[str]:
-    """Names that `timm.create_model` accepts for this project, the published ones first."""
-    return list(MODEL_NAMES)
+__all__ = ["MODEL_NAMES", "GlobalLocalFilter", "GnConv", "HorNet"]

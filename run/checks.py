@@ -28,6 +28,12 @@ def settle(options: Options, origins: dict[str, str]) -> list[str]:
     for name, needed, words in pairs:
         if name in given and getattr(options, name) and not getattr(options, needed):
             notices.append(f"--{name} has no effect without {words}.")
+    if options.input_size >= 384 and "crop_pct" in given and options.crop_pct:
+        notices.append(f"--crop_pct has no effect at --input_size {options.input_size}: from 384 on pictures are evaluated "
+                       "whole.")
+    if options.input_size <= 32 and "scale" in given and not options.eval:
+        notices.append(f"--scale has no effect at --input_size {options.input_size}: up to 32 pictures are padded and "
+                       "cropped.")
     for name in ("compile", "deterministic"):
         if options.eval and name in given and getattr(options, name):
             notices.append(f"--{name} has no effect with --eval true.")

@@ -80,12 +80,10 @@ class Resolved:
         return f"{count} value(s) depart from the published recipe {batch}."
 
 
-def parse(argv: Sequence[str], model_names: Sequence[str] = (),
-          published: Mapping[str, Mapping[str, Any]] | None = None) -> Resolved:
+def parse(argv: Sequence[str], model_names: Sequence[str] = ()) -> Resolved:
     """Resolve `argv` (without the program's name): defaults, then `--config`, then flags.
 
-    Args: model_names: the names `--model` accepts; empty: not checked. published: model -> option values to
-    compare with, instead of the files in recipes/.
+    Args: model_names: the names `--model` accepts; empty: not checked.
     Raises: UserError for every mistake; SystemExit(0) after `--help` or `--help all` has been written.
     """
     flags = _convert_flags(_split(list(argv)))
@@ -96,14 +94,10 @@ def parse(argv: Sequence[str], model_names: Sequence[str] = (),
     if model_names and options.model not in model_names:
         known = suggest(options.model, model_names) or f"; known are {', '.join(model_names)}"
         raise UserError(f"--model {options.model} is not known{known if known[-1] == '?' else known + '.'}")
-    values = asdict(options)
-    if published is None:
-        standard = published_recipe(options.model, values)
-    else:
-        standard = Recipe(options.model, dict(published[options.model])) if options.model in published else None
+    published = published_recipe(options.model, asdict(options))
     notices = checks.settle(options, origins)
     checks.check(options, origins)
-    return Resolved(options, origins, notices, recipe, standard)
+    return Resolved(options, origins, notices, recipe, published)
 
 
 def _split(argv: list[str]) -> dict[str, list[str]]:

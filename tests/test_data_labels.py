@@ -5,6 +5,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from common.errors import UserError
+from common.log import setup_logging
 from data_options import data_options
 from datasets.build import build_data
 from datasets.labels import classes_of, imagenet_synsets, map_folders, published_22k_synsets
@@ -158,6 +159,13 @@ def test_unfitting_label_files_are_explained(flat, text, sentence):
         table.write_text(text)
     with pytest.raises(UserError, match=sentence):
         _data(flat, train=False, val_labels=str(table))
+
+
+def test_labels_that_class_folders_make_needless_are_told(tmp_path, capsys):
+    _tree(tmp_path / "val", imagenet_synsets()[:2], 1)
+    setup_logging()
+    _data(tmp_path, train=False, val_labels=str(tmp_path / "labels.csv"))
+    assert "--val_labels has no effect" in capsys.readouterr().err
 
 
 def test_mapping_gives_minus_one_only_when_allowed():

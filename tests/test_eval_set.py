@@ -45,9 +45,11 @@ def check(out: Path) -> None:
     assert [int(row.split(",")[4]) for row in rows] == EXPECTED["per_class_correct"]
 
 
-def test_one_process(checkpoint, tmp_path):
+def test_one_process_with_a_bar_on_a_terminal(checkpoint, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert main.main(arguments(checkpoint, tmp_path)) == 0
     check(tmp_path)
+    assert "evaluation:   0%" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])

@@ -86,6 +86,9 @@ def test_a_flag_without_effect_has_one_notice():
         "--resplit", "--world_size", "--dist_on_itp", "--amp_dtype", "--check", "--report"]
     resolved = parse([*"--eval --compile --deterministic true".split(), *DATA])
     assert [notice.split()[0] for notice in resolved.notices] == ["--compile", "--deterministic"]
+    for argv, expected in (("--input_size 384 --crop_pct 1", ["--crop_pct"]), ("--input_size 32 --scale 0.5 1", ["--scale"]),
+                           ("--input_size 383 --crop_pct 1 --scale 0.5 1", []), ("--input_size 384", [])):
+        assert [notice.split()[0] for notice in parse([*argv.split(), *DATA]).notices] == expected
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -190,10 +193,9 @@ def test_print_config_tells_value_origin_and_difference():
     assert "1 value(s) depart" in resolved.describe()
 
 
-def test_a_given_table_of_published_values_is_used():
-    table = {"hornet_nano_7x7": {"lr": 1.0}}
-    resolved = parse(["--model", "hornet_nano_7x7", *DATA], MODELS, published=table)
-    assert resolved.differences() == {"lr": (4e-3, 1.0)}
+def test_a_model_without_a_published_recipe_has_no_differences():
+    resolved = parse(["--model", "hornet_nano_7x7", *DATA], MODELS)
+    assert resolved.differences() == {} and "no published recipe" in resolved.describe()
 
 
 def test_to_dict_is_plain():
