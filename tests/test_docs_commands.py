@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,20 @@ def test_long_commands_start_on_two_processes(command, pictures, checkpoint, che
     argv += ["--output_dir", str(tmp_path / "run")]
     real_run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py", *argv],
              checkout, 240)
+
+
+@pytest.mark.slow
+def test_the_published_launcher_trains_and_evaluates(checkout):
+    """Two processes of the launcher that passes --local-rank, three epochs of the quickstart's 36."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={port}", "main.py",
+               "--config", "recipes/quickstart.yaml", "--device", "cpu", "--output_dir", "runs/two"]
+    said = real_run([*command, "--epochs", "3"], checkout, 240)
+    assert "64 pictures per update = 32 per forward pass x 1 forward pass x 2 processes" in said
+    assert "epoch 3/3 done" in said and "local_rank" not in said
+    assert "of 360 pictures right" in real_run([*command, "--eval", "true", "--resume", "best"], checkout, 120)
+    assert json.loads((checkout / "runs" / "two" / "eval.json").read_text())["images"] == 360
 
 
 @pytest.mark.slow
