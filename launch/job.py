@@ -23,6 +23,7 @@ from launch import ExitCode
 from launch.processes import end_now
 
 HOLD = 90.0  # seconds a requeued task waits for Slurm to end it; an exit would make the job "failed" or "completed"
+PAUSE = 10.0  # seconds until Slurm's controller, which may be busy or restarting, is asked again
 
 
 @dataclasses.dataclass
@@ -78,6 +79,8 @@ class Task:
         parent = os.getppid()
         command = [sys.executable, "-u", os.path.join(self.job.code, "main.py"), *self.argv]
         self.child = subprocess.Popen(command, cwd=self.job.cwd)
+        if self.signalled:  # before there was a process to pass it on to
+            self.child.terminate()
         while (code := self.child.poll()) is None:
             if os.getppid() != parent:  # slurmstepd or submitit's controller is gone
                 self.child.terminate()
@@ -117,9 +120,13 @@ class Task:
 
     def record(self, what: str, **more: Any) -> None:
         """Append to job.jsonl in the job's folder; starts and ends are told by rank 0 alone."""
-        if self.rank == 0 or what not in ("started", "done"):
+        if self.rank != 0 and what in ("started", "done"):
+            return
+        try:
             append_json_line(self.folder / "job.jsonl", {"what": what, "job": self.id, "attempt": self.attempt,
                                                          "rank": self.rank, "time": time.time(), **more})
+        except OSError as error:  # such as a full disk, which must not cost the job its requeue
+            logger.error("job.jsonl was not written: %s", error)
 
     def _records(self) -> list[dict[str, Any]]:
         return job_records(self.folder, self.id)
@@ -130,18 +137,23 @@ class Task:
                          self.job.max_requeue + 1, reason)
             self.record("not requeued", reason=f"--max_requeue; {reason}")
             return
-        if self.slurm and self._state() not in ("RUNNING", "PREEMPTED"):
-            self.record("not requeued", reason=f"Slurm is ending the job by itself ({self._state()}); {reason}")
+        state = self._state()
+        if state not in ("RUNNING", "PREEMPTED", "UNKNOWN"):
+            self.record("not requeued", reason=f"Slurm is ending the job by itself ({state}); {reason}")
             return
         logger.warning("Requeued (%s); attempt %d of at most %d follows.", reason, self.attempt + 2,
                        self.job.max_requeue + 1)
         self.record("requeued", reason=reason)
-        try:
-            self.environment._requeue(self.job.max_requeue - self.attempt)  # submitit's own; ends this process if local
-        except subprocess.SubprocessError as error:
-            logger.error("scontrol requeue failed: %s", error)
-            self.record("not requeued", reason=f"scontrol requeue failed: {error}")
-            return
+        for last in (False, False, False, True):
+            try:
+                self.environment._requeue(self.job.max_requeue - self.attempt)  # submitit's; ends this process if local
+                break
+            except subprocess.SubprocessError as error:
+                logger.error("scontrol requeue failed: %s", error)
+                if last:
+                    self.record("not requeued", reason=f"scontrol requeue failed: {error}")
+                    return
+                time.sleep(PAUSE)
         self._hold()
 
     def _decides(self) -> bool:
@@ -165,20 +177,27 @@ class Task:
             time.sleep(1)
 
     def _failure(self, code: int) -> dict[str, Any]:
-        """What failure.json says of this attempt, else the last progress and what the exit code tells."""
-        deadline = time.monotonic() + 3
-        while True:
-            found = _read(self.output_dir / "failure.json")
-            if found.get("time", 0) >= self.started or time.monotonic() > deadline:
-                break
+        """The update and phase that failure.json, else the last progress, tells of this attempt, and the cause.
+
+        A killed rank leaves no words; its peers need some seconds to miss it and to write down the exact update.
+        """
+        deadline = time.monotonic() + (12 if code < 0 and self.environment.num_tasks > 1 else 3)
+        while not (found := self._of_this_attempt("failure.json")) and time.monotonic() < deadline:
             time.sleep(0.2)
-        if found.get("time", 0) >= self.started:
-            return {key: found.get(key) for key in ("update", "cause", "phase")} | {"failed_rank": found["rank"]}
-        progress = _read(self.output_dir / "progress.json")
-        update = progress.get("update", -1) if progress.get("time", 0) >= self.started else -1
-        cause = f"rank {self.rank} ended with code {code}" if code >= 0 else \
-            f"rank {self.rank} was killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -9 else "")
-        return {"update": update, "cause": cause, "failed_rank": self.rank, "phase": progress.get("phase")}
+        last = found or self._of_this_attempt("progress.json")
+        if code == -signal.SIGKILL:  # the cause, at which its peers can only guess
+            found = {"cause": f"rank {self.rank} was killed by SIGKILL (out of memory?)"}
+        end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return {"update": last.get("update", -1), "phase": last.get("phase"), "failed_rank": found.get("rank", self.rank),
+                "cause": found.get("cause", f"rank {self.rank} {end}")}
+
+    def _of_this_attempt(self, name: str) -> dict[str, Any]:
+        """A record in the run folder; {} when it is none or an earlier attempt's."""
+        try:
+            found = read_json(self.output_dir / name)
+        except (OSError, ValueError):
+            return {}
+        return found if found.get("time", 0) >= self.started else {}
 
     def _attempt(self) -> int:
         if self.slurm:
@@ -186,9 +205,15 @@ class Task:
         return sum(record["what"] == "requeued" for record in self._records())
 
     def _state(self) -> str:
+        """What Slurm says of the job; UNKNOWN where its controller doesn't answer."""
+        if not self.slurm:
+            return "RUNNING"
         command = ["squeue", "--noheader", f"--jobs={self.id}", "--format=%T"]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        return answer.stdout.strip() or "UNKNOWN"
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+        except subprocess.SubprocessError:
+            answer = ""
+        return answer.strip() or "UNKNOWN"
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self.signalled = signal.Signals(number).name
@@ -199,10 +224,3 @@ class Task:
 def job_records(folder: Path, job_id: str) -> list[dict[str, Any]]:
     """The lines of job.jsonl about one job; without %j in its name a folder serves several, one after the other."""
     return [record for record in read_json_lines(folder / "job.jsonl") if record.get("job") == job_id]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except (OSError, ValueError):
-        return {}

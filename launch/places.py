@@ -10,7 +10,7 @@ from common.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Rank and node of one process; `token` names this very start, `attempt` counts the requeues of a job."""
+    """Rank and node of one process; `token` names this very start of a job."""
 
     launcher: str = "none"
     rank: int = 0

@@ -5,11 +5,14 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from launch import run_with_submitit
+from submitit.slurm.slurm import SlurmJobEnvironment
+
+from launch import ExitCode, job as job_module, run_with_submitit
 from launch.job import Job, Task
 from launch.run_with_submitit import flag, main, snapshot, snapshot_folder, with_output_dir, without_flag
 from tests.launch_kit import alive, environment, expected_value, wait_for, write_toy_program
@@ -60,7 +63,8 @@ def test_dry_run_prints_the_script_and_submits_nothing(program, fake_slurm, caps
 
 def test_nothing_of_a_site_is_assumed(program, fake_slurm, capsys):
     assert main(["--dry_run", "true"]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "--cluster auto: slurm, because sbatch is on the PATH" in err
     for name in ("partition", "constraint", "account", "mem", "qos", "comment"):
         assert f"--{name}" not in out
 
@@ -204,7 +208,7 @@ def test_a_second_job_in_the_same_folder_has_its_own_attempts(program):
 class _Environment:
     """What a task asks submitit for, as rank `rank` of a local job."""
 
-    cluster, job_id = "local", "7"
+    cluster, job_id, num_tasks = "local", "7", 2
 
     def __init__(self, rank: int, requeues: list[int]):
         self.global_rank, self._requeue = rank, lambda count: requeues.append(rank)
@@ -222,3 +226,56 @@ def test_one_task_decides_for_all_when_a_rank_fails_while_another_is_told_to_sto
     records = [json.loads(line)["what"] for line in (tmp_path / "job.jsonl").read_text().splitlines()]
     assert records == (["failed", "requeued"] if first == "the failed rank" else ["requeued"])
     assert requeues == ([1] if first == "the failed rank" else [0])
+
+
+def whats(folder: Path) -> list[str]:
+    return [json.loads(line)["what"] for line in (folder / "job.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("failures, expected", [(2, ["requeued"]), (9, ["requeued", "not requeued"])])
+def test_a_controller_that_does_not_answer_is_asked_again(tmp_path, monkeypatch, failures, expected):
+    """A busy or restarting slurmctld must not cost a preempted job its requeue."""
+    (tmp_path / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\n"
+                                       f"[ $(wc -l < {tmp_path}/asked) -gt {failures} ]\n")
+    for name in ("squeue", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name, value in dict(SLURM_JOB_ID="7", SLURM_PROCID="0", SLURM_NTASKS="1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(job_module, "PAUSE", 0)
+    monkeypatch.setattr(job_module, "HOLD", 0)
+    Task(Job([], ".", ".", str(tmp_path), str(tmp_path), max_requeue=3), SlurmJobEnvironment()).after_stop()
+    assert (tmp_path / "asked").read_text().splitlines() == ["requeue 7"] * min(failures + 1, 4)
+    assert whats(tmp_path) == expected
+
+
+@pytest.mark.parametrize("code, cause", [(-signal.SIGKILL, "rank 1 was killed by SIGKILL (out of memory?)"),
+                                         (-signal.SIGABRT, "rank 0 is gone"), (1, "rank 0 is gone")])
+def test_a_killed_rank_is_named_with_the_update_that_its_peers_wrote_down(tmp_path, code, cause):
+    task = Task(Job([], ".", ".", str(tmp_path), str(tmp_path), max_requeue=3), _Environment(1, []))
+    told = {"rank": 0, "update": 41, "phase": "backward", "cause": "rank 0 is gone", "time": time.time()}
+    (tmp_path / "progress.json").write_text(json.dumps(dict(told, update=36)))
+    (tmp_path / "failure.json").write_text(json.dumps(told))
+    task.after_failure(code)
+    failed = json.loads((tmp_path / "job.jsonl").read_text().splitlines()[0])
+    assert (failed["what"], failed["update"], failed["cause"]) == ("failed", 41, cause)
+
+
+def test_a_signal_before_main_has_started_is_passed_on(tmp_path):
+    (tmp_path / "main.py").write_text("import time; time.sleep(60)")
+    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    try:
+        task = Task(Job([], str(tmp_path), str(tmp_path), str(tmp_path), str(tmp_path), 3), _Environment(0, []))
+        task.signalled = "SIGUSR2"
+        assert task.run_main() == ExitCode.STOPPED
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def test_a_job_that_cannot_record_it_is_requeued_all_the_same(tmp_path):
+    (tmp_path / "job.jsonl").symlink_to("gone/job.jsonl")
+    requeues: list[int] = []
+    Task(Job([], ".", ".", str(tmp_path), str(tmp_path), max_requeue=3), _Environment(0, requeues)).after_stop()
+    assert requeues == [0]

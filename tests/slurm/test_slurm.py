@@ -1,5 +1,6 @@
 """Jobs on a real Slurm: to the end, through preemption, failures and lost nodes, and two at once."""
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,12 @@ def value(folder: Path) -> float:
     return json.loads((folder / "state.json").read_text())["value"]
 
 
+def final_code(job: str) -> str:
+    """The job's own exit code as Slurm knows it."""
+    answer = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, timeout=60, check=True)
+    return re.search(r"ExitCode=(\d+):", answer.stdout)[1]
+
+
 def test_two_nodes_with_two_tasks_each_run_to_the_end(cluster, submit):
     job, folder = submit(20)
     assert cluster.wait(job) == "COMPLETED", said(folder)
@@ -58,6 +65,7 @@ def test_a_job_that_fails_twice_at_the_same_update_stops_with_the_cause(cluster,
     job, folder = submit(20, "raise=1@7", 2, 1)
     assert cluster.wait(job) == "FAILED"
     assert records(folder) == ["started", "failed", "requeued", "started", "failed", "not requeued"]
+    assert final_code(job) == "1"
     status = run_with_submitit.status(folder)
     assert "ArithmeticError: one divided by nothing" in status and "attempt  2 of" in status
     assert f"{job}_1_log.err" in status
@@ -66,7 +74,7 @@ def test_a_job_that_fails_twice_at_the_same_update_stops_with_the_cause(cluster,
 def test_a_users_mistake_is_not_tried_again(cluster, submit):
     job, folder = submit(20, "user_error=0@3", 2, 1)
     assert cluster.wait(job) == "FAILED"
-    assert records(folder) == ["started"]
+    assert records(folder) == ["started"] and final_code(job) == "2"
 
 
 def test_survivors_of_a_lost_node_requeue_the_job(cluster, submit):

@@ -101,7 +101,8 @@ def test_after_a_killed_rank_it_goes_on_and_ends_with_the_same_bits(cluster, fol
     wait_for(lambda: "epoch 2/2  update 20" in log(folder, "killed", job), 400)
     os.kill(trainers(run)[-1], signal.SIGKILL)
     assert cluster.wait(job, seconds=400) == "COMPLETED", log(folder, "killed", job)
-    records = [json.loads(line)["what"] for line in (run.parent / job / "job.jsonl").read_text().splitlines()]
-    assert records == ["started", "failed", "requeued", "started", "done"]
+    records = [json.loads(line) for line in (run.parent / job / "job.jsonl").read_text().splitlines()]
+    assert [record["what"] for record in records] == ["started", "failed", "requeued", "started", "done"]
+    assert "was killed by SIGKILL" in records[1]["cause"] and records[1]["update"] > 89  # of the second epoch
     for part in ("model", "model_ema", "optimizer"):
         assert_equal_bits(final_state(undisturbed)[part], final_state(run)[part], part)
