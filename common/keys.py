@@ -18,13 +18,8 @@ def key(seed: int, stream: str, *counters: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
-def generator(seed: int, stream: str, *counters: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """A torch generator on `device`, seeded with `key(seed, stream, *counters)`."""
-    return torch.Generator(device=device).manual_seed(key(seed, stream, *counters))
-
-
 def numpy_generator(seed: int, stream: str, *counters: int) -> np.random.Generator:
-    """The same for NumPy; unlike CPU torch generators it uses all bits of the key."""
+    """A generator seeded with `key(seed, stream, *counters)`; unlike torch's on the CPU it uses all bits of the key."""
     return np.random.Generator(np.random.Philox(key=key(seed, stream, *counters)))
 
 

@@ -220,7 +220,7 @@ def choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.
     if kind in ("cpu", "mps"):
         return torch.device(kind)
     count = torch.get_device_module(kind).device_count()
-    if not index and count not in (1, local_world_size) and count < local_world_size:
+    if not index and 1 < count < local_world_size:
         raise UserError(f"{local_world_size} processes on this node but {count} {kind} devices: start {count} "
                         f"processes per node.")
     number = int(index) if index else (local_rank if count > 1 else 0)
