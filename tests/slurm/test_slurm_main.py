@@ -103,6 +103,6 @@ def test_after_a_killed_rank_it_goes_on_and_ends_with_the_same_bits(cluster, fol
     assert cluster.wait(job, seconds=400) == "COMPLETED", log(folder, "killed", job)
     records = [json.loads(line) for line in (run.parent / job / "job.jsonl").read_text().splitlines()]
     assert [record["what"] for record in records] == ["started", "failed", "requeued", "started", "done"]
-    assert "was killed by SIGKILL" in records[1]["cause"] and records[1]["update"] > 89  # of the second epoch
+    assert "killed" in records[1]["cause"] and records[1]["update"] > 100  # in its own words or in those of its peers
     for part in ("model", "model_ema", "optimizer"):
         assert_equal_bits(final_state(undisturbed)[part], final_state(run)[part], part)
