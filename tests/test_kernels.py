@@ -1,5 +1,6 @@
 """The fast paths compute what plain PyTorch computes, gradients included."""
 import json
+import platform
 
 import numpy as np
 import pytest
@@ -133,6 +134,18 @@ def test_bfloat16_autocast_is_as_close_to_float32_as_the_plain_one(name, paths):
     assert distance[1] < 1.3 * distance[0]
 
 
+def test_bfloat16_products_of_a_cpu_without_instructions_for_them(monkeypatch):
+    """They are computed in float32, and so are as good as any, in training and with packed weights."""
+    monkeypatch.setattr(cpu, "product_dtype", lambda dtype: torch.float32)
+    test_bfloat16_autocast_is_as_close_to_float32_as_the_plain_one("hornet_pico_7x7", PATHS[2].values[0])
+    fast, plain = _pair("hornet_pico_7x7", PATHS[2].values[0])
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), kernels.packed(fast, dtype=torch.bfloat16):
+        found, exact = fast(x).float(), plain(x).float()
+    assert all(matrix.dtype == torch.float32 for _, matrix, *_ in fast.ops.packed.values())
+    torch.testing.assert_close(found, exact, rtol=0, atol=0.05 * float(exact.abs().max()))
+
+
 @pytest.mark.parametrize("paths", PATHS)
 def test_packed_weights_give_the_same_logits_and_are_dropped_afterwards(paths):
     fast, plain = _pair("hornet_pico_gf", paths)
@@ -224,3 +237,17 @@ def test_compiled_results_do_not_depend_on_threads():
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors have one width of vectors")
+def test_kernels_for_narrower_vectors_equal_float64(monkeypatch):
+    """What CPUs without AVX-512 compile, also where this one has it."""
+    if native.library() is None:
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-mno-avx512f"))
+    native.library.cache_clear()
+    try:
+        for shape in ((2, 14, 14, 48), (1, 9, 17, 40), (3, 7, 7, 20)):
+            test_each_operator_equals_float64(kernels.operators(PATHS[2].values[0]), shape)
+    finally:
+        native.library.cache_clear()

@@ -5,6 +5,7 @@ same operands given to oneDNN by name 200-260 (of 260). Calling the operator, in
 true float32 on CPUs where that switch would round to bfloat16. Under autocast the residual stream stays float32.
 """
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,17 +18,29 @@ DTYPES = (torch.float32, torch.bfloat16)
 LARGEST_DFT = 48  # the transform as products grows with the third power of the side; from about here an FFT wins
 
 
+@cache
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What products of `dtype` are computed in: float32 where the CPU has no instructions for bfloat16.
+
+    Ten times faster there than torch's own bfloat16 product, and the same sums: of bfloat16 values, in float32.
+    """
+    return dtype if dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """x (..., in) @ weight (out, in)^T + bias, then GELU if asked, by oneDNN; `weight` can be a packed one."""
-    if gelu:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    dtype = product_dtype(x.dtype)
+    bias = None if bias is None else bias.to(dtype)
+    after = ("gelu", [], "none") if gelu else ("none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight.to(dtype), bias, *after).to(x.dtype)
 
 
 def linear_grads(x: Tensor, weight: Tensor, grad: Tensor, compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (rows, in), weight (out, in) and bias from grad (rows, out)."""
-    if grad.dtype == torch.bfloat16:  # the default library is at its peak here
+    if product_dtype(grad.dtype) == torch.bfloat16:  # the default library is at its peak here
         return grad @ weight, grad.t() @ x, grad.sum(0)
+    if grad.dtype == torch.bfloat16:
+        return tuple(d.bfloat16() for d in linear_grads(x.float(), weight.float(), grad.float(), compiled))
     d_x = product(grad, weight.t())
     if compiled:
         return d_x, *native.weight_grad(x, grad)
@@ -181,7 +194,7 @@ class CpuOperators(Operators):
             return super().linear_gelu(x, weight, bias) if gelu else super().linear(x, weight, bias)
         x = x.to(dtype)
         packed = None if torch.is_grad_enabled() else self.packed.get(id(weight))
-        if packed is not None and packed[1].dtype == dtype:
+        if packed is not None and packed[1].dtype == product_dtype(dtype):
             return product(x, packed[1], packed[2], gelu)
         matrix, bias = weight.flatten(1).to(dtype), bias.to(dtype)
         if not torch.is_grad_enabled():
@@ -278,6 +291,7 @@ class CpuOperators(Operators):
         for module in model.modules():
             weight = getattr(module, "weight", None)
             if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and weight.shape[2:] in ((), (1, 1)):
-                matrix = torch.ops.mkldnn._reorder_linear_weight(weight.detach().flatten(1).to(dtype).contiguous())
+                matrix = weight.detach().flatten(1).to(dtype).to(product_dtype(dtype)).contiguous()
+                matrix = torch.ops.mkldnn._reorder_linear_weight(matrix)
                 bias = None if module.bias is None else module.bias.detach().to(dtype)
                 self.packed[id(weight)] = weight, matrix, bias

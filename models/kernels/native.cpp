@@ -1,7 +1,7 @@
 // Optional CPU kernels for HorNet, channels last: depthwise convolution, LayerNorm, GELU and the residual join,
 // forward and backward, for float32 and bfloat16 storage with float32 arithmetic.
 //
-// Every reduction has an order that does not depend on the number of threads. No intrinsics: GCC and Clang
+// Every reduction has an order that does not depend on the number of threads. Hardly an intrinsic: GCC and Clang
 // vector extensions become AVX-512, AVX2 or NEON by -march=native. `native.py` compiles, tests and calls it.
 #include <cmath>
 #include <cstdint>
@@ -11,12 +11,17 @@
 #include <immintrin.h>
 #endif
 
-typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t ivec __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t uvec __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t half_vec __attribute__((vector_size(32), aligned(2), may_alias));
+// Floats in a vector: as many as a register holds. Compilers take wider vectors apart, partly into single floats.
+#ifdef __AVX512F__
+constexpr int64_t L = 16;
+#else
+constexpr int64_t L = 8;
+#endif
+typedef float vec __attribute__((vector_size(4 * L), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * L), aligned(4), may_alias));
+typedef uint32_t uvec __attribute__((vector_size(4 * L), aligned(4), may_alias));
+typedef uint16_t half_vec __attribute__((vector_size(2 * L), aligned(2), may_alias));
 struct bf16 { uint16_t bits; };
-constexpr int64_t L = 16;  // floats in a vector
 
 static inline vec load(const float* p) { return *(const vec*)p; }
 static inline vec load(const bf16* p) { return (vec)(__builtin_convertvector(*(const half_vec*)p, uvec) << 16); }
@@ -42,15 +47,42 @@ template <class T> static inline void store(T* p, vec v, int64_t n) {
     store(t, v);
     memcpy(p, t, n * sizeof(T));
 }
+#ifdef __AVX512F__
 static inline float sum(vec v) {  // by halves: a chain of 16 additions was half of a short LayerNorm
     v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
     v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
     v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
     return v[0] + v[1];
 }
+static inline vec zip_low(vec a, vec b) {  // a0 b0 a1 b1 ... of the lower halves
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+static inline vec zip_high(vec a, vec b) {
+    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+static inline vec evens(vec a, vec b) {
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+static inline vec odds(vec a, vec b) {
+    return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+#else
+static inline float sum(vec v) {
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+    return v[0] + v[1];
+}
+static inline vec zip_low(vec a, vec b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+static inline vec zip_high(vec a, vec b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+static inline vec evens(vec a, vec b) { return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14); }
+static inline vec odds(vec a, vec b) { return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15); }
+#endif
+static inline vec* new_vectors(int64_t count) {
+    return (vec*)__builtin_assume_aligned(aligned_alloc(64, (count * sizeof(vec) + 63) / 64 * 64), 64);
+}
 
 // ---- depthwise convolution, stride 1, same padding --------------------------------------------------------
-// One (image, 16 channels) at a time goes through a zero-padded float32 plane that fits the L2 cache. A tile of
+// One (image, L channels) at a time goes through a zero-padded float32 plane that fits the L2 cache. A tile of
 // TX neighbouring outputs stays in registers while each input vector loaded serves up to K of them.
 
 struct Shape { int64_t images, height, width, channels; };
@@ -65,7 +97,7 @@ static void fill_plane(float* plane, const T* x, int64_t stride, Shape s, int64_
         memset(row, 0, P * L * sizeof(float));
         for (int64_t i = 0; i < s.width; i++) {
             const T* from = x + (y * s.width + i) * stride;
-            __builtin_prefetch(from + L, 0, 2);  // the next 16 channels, whose turn comes after this plane
+            __builtin_prefetch(from + L, 0, 2);  // the next channels, whose turn comes after this plane
             store(row + (P + i) * L, load(from, n));
         }
         memset(row + (P + s.width) * L, 0, (pitch - P - s.width) * L * sizeof(float));
@@ -133,7 +165,7 @@ static void correlate_plane(const float* xplane, const float* gplane, int64_t pi
 
 static inline int64_t padded_pitch(int64_t width, int K, int TX) { return (width + TX - 1) / TX * TX + K - 1; }
 static inline float* new_plane(int64_t height, int64_t pitch, int K) {
-    return (float*)__builtin_assume_aligned(aligned_alloc(64, (height + K - 1) * pitch * L * sizeof(float)), 64);
+    return (float*)new_vectors((height + K - 1) * pitch);
 }
 
 template <class T, int K, int TX>
@@ -183,7 +215,10 @@ static void depthwise_backward(const T* x, int64_t xs, const T* g, int64_t gs, c
         free(gplane);
     }
 }
-static inline bool tile_of_14(int64_t width) { return (width + 13) / 14 * 14 <= (width + 7) / 8 * 8; }
+// HorNet's maps are multiples of 7 wide. A tile's outputs and a row of weights stay in registers, of which AVX-512 has
+// 32 and AVX2 16.
+constexpr int SEVENS = L == 16 ? 14 : 7;
+static inline bool in_sevens(int64_t width) { return (width + SEVENS - 1) / SEVENS * SEVENS <= (width + 7) / 8 * 8; }
 
 // ---- LayerNorm over the last dimension: x and dx of type X, y and g of type Y ----------------------------------
 template <class X, class Y>
@@ -325,15 +360,30 @@ template <class T> static void gate_backward(const T* grad, const T* x, int64_t 
 }
 
 // ---- weight gradient of a Linear layer: dw (N, K) = g (M, N)^T x (M, K), db = column sums of g --------------------
-// Both operands have the summed dimension outermost, so that 8 broadcast values of g meet two vectors of x and no
+// Both operands have the summed dimension outermost, so that a few broadcast values of g meet two vectors of x and no
 // transposition is needed; oneDNN copies one first and falls to half its speed where M is large.
-constexpr int64_t PANEL = 2 * L, RUN = 256, STRIP = 8;  // floats of x, rows and columns of g in a register tile
+constexpr int64_t PANEL = 2 * L, RUN = 256, STRIP = L == 16 ? 8 : 6;  // floats of x, rows and columns of g in a register tile
 
 static void pack_x(const float* x, float* packed, int64_t rows, int64_t K, int64_t k0, int64_t panels) {
     for (int64_t m = 0; m < rows; m++)
         for (int64_t p = 0; p < panels; p++)
             for (int64_t v = 0, k = k0 + p * PANEL; v < 2; v++, k += L)
                 store(packed + (p * RUN + m) * PANEL + v * L, k < K ? load(x + m * K + k, K - k) : vec{});
+}
+
+static void pack_g(const float* g, float* packed, int64_t rows, int64_t N, int64_t columns) {
+    if (columns == STRIP)  // a fixed number of bytes is one or two moves, any other a call
+        for (int64_t m = 0; m < rows; m++) memcpy(packed + m * STRIP, g + m * N, STRIP * sizeof(float));
+    else
+        for (int64_t m = 0; m < rows; m++)
+            for (int64_t j = 0; j < STRIP; j++) packed[m * STRIP + j] = j < columns ? g[m * N + j] : 0;
+}
+
+static void add_rows(const float* packed, float* db, int64_t rows, int64_t columns) {
+    vec sums[4] = {};  // as many chains as hide the latency of an addition; lanes behind the strip are not used
+    for (int64_t m = 0; m < rows; m++) sums[m % 4] += load(packed + m * STRIP);
+    vec total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int64_t j = 0; j < columns; j++) db[j] += total[j];
 }
 
 static void weight_grad_strip(const float* x_panel, const float* g_strip, float* dw, int64_t rows, int64_t K,
@@ -363,8 +413,8 @@ extern "C" void weight_grad(const float* x, const float* g, float* dw, float* db
     memset(db, 0, N * sizeof(float));
 #pragma omp parallel num_threads(threads)
     {
-        float* packed = (float*)aligned_alloc(64, BLOCK * RUN * PANEL * sizeof(float));
-        alignas(64) float g_strip[RUN * STRIP];
+        float* packed = (float*)new_vectors(BLOCK * RUN * 2);
+        alignas(64) float g_strip[RUN * STRIP + L] = {};
         for (int64_t m0 = 0; m0 < M; m0 += RUN)
             for (int64_t p0 = 0; p0 < panels; p0 += BLOCK) {
                 int64_t rows = M - m0 < RUN ? M - m0 : RUN, count = panels - p0 < BLOCK ? panels - p0 : BLOCK;
@@ -372,14 +422,8 @@ extern "C" void weight_grad(const float* x, const float* g, float* dw, float* db
 #pragma omp for schedule(static) nowait
                 for (int64_t s = 0; s < strips; s++) {
                     int64_t n0 = s * STRIP, columns = N - n0 < STRIP ? N - n0 : STRIP;
-                    float sums[STRIP] = {};
-                    for (int64_t m = 0; m < rows; m++)
-                        for (int64_t j = 0; j < STRIP; j++) {
-                            float v = j < columns ? g[(m0 + m) * N + n0 + j] : 0;
-                            g_strip[m * STRIP + j] = v;
-                            sums[j] += v;
-                        }
-                    for (int64_t j = 0; j < columns && p0 == 0; j++) db[n0 + j] += sums[j];
+                    pack_g(g + m0 * N + n0, g_strip, rows, N, columns);
+                    if (p0 == 0) add_rows(g_strip, db + n0, rows, columns);
                     for (int64_t p = 0; p < count; p++)
                         weight_grad_strip(packed + p * RUN * PANEL, g_strip, dw + n0 * K, rows, K, (p0 + p) * PANEL,
                                           columns);
@@ -390,7 +434,7 @@ extern "C" void weight_grad(const float* x, const float* g, float* dw, float* db
 }
 
 // ---- global-local filter: depthwise 3x3 on the first half of the channels, Fourier filter on the second -----------
-// The 2-D real DFT of 16 channels is two small matrix products in the L1 cache. `tables` holds, orthonormal, row
+// The 2-D real DFT of L channels is two small matrix products in the L1 cache. `tables` holds, orthonormal, row
 // cosines and sines (k, w), the same with the inverse's doubled inner frequencies, and column cosines and sines
 // (h, h). `filter` is (h, k, 2, C): real and imaginary parts. Output channels alternate: local 0, global 0, ...
 struct Dft {
@@ -481,7 +525,7 @@ struct Scratch {  // vectors for one job: a padded local plane, two planes, two 
     vec *plane, *other, *re, *im, *gr, *gi, *work;
     Scratch(int64_t h, int64_t w, int64_t k, int64_t pitch) {
         int64_t pad = (h + 2) * pitch, area = h * w, spectrum = h * k;
-        memory = (vec*)aligned_alloc(64, (2 * pad + 2 * area + 6 * spectrum) * sizeof(vec));
+        memory = new_vectors(2 * pad + 2 * area + 6 * spectrum);
         padded[0] = (float*)memory, padded[1] = (float*)(memory + pad);
         plane = memory + 2 * pad, other = plane + area, re = other + area, im = re + spectrum;
         gr = im + spectrum, gi = gr + spectrum, work = gi + spectrum;
@@ -489,15 +533,14 @@ struct Scratch {  // vectors for one job: a padded local plane, two planes, two 
     ~Scratch() { free(memory); }
 };
 template <class T> static inline void store_pair(T* out, vec a, vec b, int64_t n) {
-    vec lo = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    vec hi = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    vec lo = zip_low(a, b), hi = zip_high(a, b);
     store(out, lo, 2 * n);
     if (2 * n > L) store(out + L, hi, 2 * n - L);
 }
 template <class T> static inline void load_pair(const T* in, vec& a, vec& b, int64_t n) {
     vec lo = load(in, 2 * n), hi = 2 * n > L ? load(in + L, 2 * n - L) : vec{};
-    a = __builtin_shufflevector(lo, hi, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    b = __builtin_shufflevector(lo, hi, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    a = evens(lo, hi);
+    b = odds(lo, hi);
 }
 
 // x and out (images, h, w, 2 C) contiguous; taps (9, C)
@@ -571,9 +614,9 @@ template <class T> static void global_local_backward(const T* x, const T* g, con
 
 // ---- C entry points -----------------------------------------------------------------------------------------------
 #define BY_SHAPE(F, T, ...)                                                                       \
-    if (kernel == 7 && tile_of_14(s.width)) F<T, 7, 14>(__VA_ARGS__);                             \
+    if (kernel == 7 && in_sevens(s.width)) F<T, 7, SEVENS>(__VA_ARGS__);                             \
     else if (kernel == 7) F<T, 7, 8>(__VA_ARGS__);                                                \
-    else if (tile_of_14(s.width)) F<T, 3, 14>(__VA_ARGS__);                                       \
+    else if (in_sevens(s.width)) F<T, 3, SEVENS>(__VA_ARGS__);                                       \
     else F<T, 3, 8>(__VA_ARGS__)
 
 #define ONE_TYPE(NAME, T)                                                                                       \

@@ -12,6 +12,7 @@ from torch import nn
 import models
 from models import kernels
 from models.complexity import count
+from models.kernels.cpu import product_dtype
 from optim.ema import Ema
 from optim.update import Update, UpdateConfig
 from tools.bench.reference import PlainUpdate, plain_model
@@ -57,10 +58,11 @@ def _trio(name: str, drop_path: float = 0.0) -> tuple[nn.Module, nn.Module, nn.M
 
 
 def _finish(found: list[Row], flops: float, clock: str, differences: dict[str, float]) -> list[Row]:
-    peaks = {"float32": peak_flops(F32, clock), "bfloat16": peak_flops(BF16, clock)}
+    limits = {dtype: product_dtype(dtype) for dtype in (F32, BF16)}
+    peaks = {dtype: peak_flops(dtype, clock) for dtype in set(limits.values())}
     for row in found:
-        kind = "bfloat16" if "bf16" in row.case else "float32"
-        row.limit, row.share = kind, flops / (row.median / 1e3) / peaks[kind]
+        limit = limits[BF16 if "bf16" in row.case else F32]
+        row.limit, row.share = str(limit).removeprefix("torch."), flops / (row.median / 1e3) / peaks[limit]
         row.difference = differences.get(row.case)
     return found
 
