@@ -59,6 +59,13 @@ def test_killed_and_resumed(pictures, undisturbed, tmp_path, workers, kills):
     assert_equal_bits(undisturbed, result(folder))
 
 
+def test_deterministic_algorithms_alone_are_enough_for_all_of_training(pictures, undisturbed, tmp_path):
+    """The switch is for GPUs; on a CPU it shows that no operator is left without such an algorithm."""
+    folder = tmp_path / "run"
+    assert attempt(pictures, folder, deterministic="true") == 0
+    assert_equal_bits(undisturbed, result(folder))
+
+
 @pytest.mark.slow
 def test_updates_that_were_not_applied_are_still_counted_after_a_stop(pictures, tmp_path):
     poison = dict(phase="forward", update=UPDATES + 1, do="infinite_input")
