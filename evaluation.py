@@ -122,7 +122,7 @@ def find_sources(resolved: Resolved) -> list[str]:
                 raise UserError(f"--resume {name} looks in the run folder: give --output_dir.")
             found.append(str(folder.resolve(name).path))
         else:
-            found.append(_local(name))
+            found.append(local_file(name))
     named = "flag" in (resolved.origins[name] for name in ("pretrained", "finetune") if getattr(options, name))
     best = folder.best() if folder and not found and not named else None
     if best is not None:
@@ -130,14 +130,15 @@ def find_sources(resolved: Resolved) -> list[str]:
     if options.pretrained and (named or not found):
         found.append(str(fetch_published(options.model)))
     if options.finetune and (named or not found):
-        found.append(_local(options.finetune))
+        found.append(local_file(options.finetune))
     if not found:
         raise UserError("--eval true has nothing to evaluate: give --resume CHECKPOINT, --pretrained true, or the "
                         "--output_dir of a run with a best checkpoint.")
     return found
 
 
-def _local(name: str) -> str:
+def local_file(name: str) -> str:
+    """The path of a checkpoint given as a path or an address; downloads the latter."""
     return str(fetch_url(name)) if name.startswith(("http://", "https://")) else name
 
 

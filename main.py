@@ -6,6 +6,7 @@
 """
 import os
 import sys
+import warnings
 
 from common.errors import UserError
 from common.log import logger, setup_logging
@@ -26,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(rank)
     # C++ traces of a lost peer would stand around the sentence that says what happened.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # training says it in one line
     try:
         parse(argv)  # before PyTorch is imported, so that --help and a typing error answer at once
         return _run(argv)

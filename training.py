@@ -17,14 +17,15 @@ import models  # noqa: F401  registers the architectures with timm
 from common.errors import UserError
 from common.keys import key
 from common.log import logger
+from common.safe_load import safe_torch_load
 from datasets.build import Data, build_data, eval_loader, train_loader
 from datasets.check import check_sample
 from datasets.prepare import EvalPrepare, TrainPrepare
 from datasets.samplers import GlobalBatchSampler
-from evaluation import amp_dtype, evaluate_checkpoints
+from evaluation import amp_dtype, evaluate_checkpoints, local_file
 from launch import ExitCode
 from launch.preemption import StopRequest
-from models.download import fetch_published, fetch_url
+from models.download import fetch_published
 from models.kernels import accelerate, code_paths, packed, use_code_paths
 from models.weights import load_for_model
 from optim.build import build_optimizer, load_optimizer_state
@@ -38,7 +39,7 @@ from run.checks import BatchPlan
 from run.folder import DONE, FAILED, PREEMPTED, RunFolder
 from run.life import Fixed, Parts, Services, TrainingRun
 from run.options import Resolved, plan_batch, validate_after_index
-from run.preflight import start_warnings
+from run.preflight import cpus_per_process, start_warnings
 from run.state import BEST, BEST_EMA, check_resumable, check_same_run, finished
 from run.tracker import Plan, Tracker, WandbRun
 from scoring import strange_weights
@@ -109,9 +110,8 @@ def find_checkpoint(resolved: Resolved, folder: RunFolder | None) -> Loaded | No
             raise UserError(f"--auto_resume false, but {folder.path} holds the checkpoints of an earlier run; choose "
                             "another --output_dir.")
         return None
-    if asked.startswith(("http://", "https://")):
-        asked = str(fetch_url(asked))
-    loaded = (checkpoints or Checkpoints(".")).resolve("" if own and asked not in ("latest", "best") else asked)
+    asked = "" if own and asked not in ("latest", "best") else local_file(asked)
+    loaded = (checkpoints or Checkpoints(".")).resolve(asked)
     if loaded is None:
         return None
     check_resumable(loaded.state, loaded.path)
@@ -138,12 +138,21 @@ def plan_run(resolved: Resolved, process: Any, state: dict | None, data: Data | 
     """Index the pictures (unless `data` are given) and derive the batch; `state` is that of a run to go on with."""
     options = resolved.options
     if data is None:
+        if not state:
+            _check_start(options, process)
         data = process.local_first(lambda: build_data(
             options, train=True, evaluate=not options.disable_eval, rank_zero=process.local_rank == 0,
             class_names=state["classes"] if state else None))
     plan = plan_batch(resolved, process.world_size, state["global_batch"] if state else None)
     updates = validate_after_index(options, plan, len(data.train), data.num_classes)
     return Planned(data, plan, plan.apply(options), updates)
+
+
+def _check_start(options: Any, process: Any) -> None:
+    """Refuse what would otherwise be found only when all pictures have been indexed, minutes later."""
+    build_optimizer(torch.nn.Linear(1, 1), replace(options, layer_decay=1.0))  # its name, and the packages it needs
+    if options.finetune:
+        process.on_rank_zero(lambda: bool(safe_torch_load(local_file(options.finetune))))
 
 
 def build_run(resolved: Resolved, process: Any, loaded: Loaded | None, services: Services, planned: Planned) -> TrainingRun:
@@ -197,13 +206,10 @@ def load_start_weights(model: torch.nn.Module, options: Any, data: Data, process
 
     Raises UserError when they keep their head and yet know next to nothing about the pictures.
     """
-    source = options.finetune
-    if options.pretrained:
-        source = process.on_rank_zero(lambda: str(fetch_published(options.model)))
-    elif source.startswith(("http://", "https://")):
-        source = process.on_rank_zero(lambda: str(fetch_url(source)))
-    if not source:
+    if not options.pretrained and not options.finetune:
         return
+    source = process.on_rank_zero(lambda: str(fetch_published(options.model)) if options.pretrained
+                                  else local_file(options.finetune))
     report = load_for_model(model, source, model_key=options.model_key, prefix=options.model_prefix, weights=options.weights,
                             allow_partial=options.allow_partial, class_names=data.class_names, new_head=True)
     if "head.weight" in report.missing or options.allow_partial:
@@ -243,8 +249,7 @@ def _set_numerics(options: Any, state: dict | None) -> None:
 def _tracker(resolved: Resolved, process: Any, services: Services, fixed: Fixed, model: torch.nn.Module) -> Tracker:
     options, main = resolved.options, process.is_main
     size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cpus = max(1, cpus // process.local_world_size)
+    cpus = cpus_per_process(process.local_world_size)
     wandb = WandbRun(options.project, options.exp_name, fixed.args, options.wandb_ckpt) if options.enable_wandb and main else None
     tracker = Tracker(options.output_dir if main and options.output_dir else None,
                       Plan(fixed.epochs, fixed.updates_per_epoch, size, options.num_workers, cpus),
@@ -284,6 +289,10 @@ def _tell(run: TrainingRun, options: Any, checkpoints: Checkpoints | None) -> No
         warning = half_life_warning(options.model_ema_decay, run.fixed.epochs * run.fixed.updates_per_epoch)
         if warning:
             logger.warning(warning)
+    cpus = run.to.tracker.plan.cpus
+    if options.num_workers > cpus:
+        logger.info("--num_workers %d is more than the %d CPU%s of this process; more than these load nothing faster.",
+                    options.num_workers, cpus, "s" * (cpus > 1))
     if checkpoints is not None:
         logger.info(checkpoints.disk_estimate(run.state(), run.fixed.epochs))
     elif run.process.is_main:

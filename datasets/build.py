@@ -109,6 +109,9 @@ def _check_classes(train: FolderReader | ShardReader, allow_empty: bool) -> None
     root = show(_source(train))
     if train.classes == [""]:
         raise UserError(f"{root} holds pictures but no class folders; sort them into one folder per class.")
+    if {"train", "val"} <= set(train.classes):
+        raise UserError(f"{root} holds train/ and val/, which are no classes; with --data_set image_folder --data_path is the "
+                        f"train folder itself: give --data_path {root}/train --eval_data_path {root}/val, or --data_set IMNET.")
     empty = np.flatnonzero(np.bincount(train.labels, minlength=len(train.classes)) == 0)
     if len(empty) and not allow_empty:
         raise UserError(f"{len(empty)} class folders in {root} hold no picture, such as "

@@ -103,6 +103,9 @@ def test_image_folder_takes_the_train_folder_itself(tmp_path):
     with pytest.raises(UserError, match="--eval_data_path"):
         _data(train, data_set="image_folder")
     assert _data(train, data_set="image_folder", evaluate=False).val is None
+    _tree(tmp_path / "both" / "train", ["a", "b"]), _tree(tmp_path / "both" / "val", ["a", "b"])
+    with pytest.raises(UserError, match="train/ and val/, which are no classes; .* --data_path .*both/train"):
+        _data(tmp_path / "both", data_set="image_folder", evaluate=False)
 
 
 def test_pictures_without_class_folders_or_classes_without_pictures_are_errors_in_training(tmp_path):

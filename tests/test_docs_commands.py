@@ -167,7 +167,9 @@ def test_the_published_launcher_trains_and_evaluates(checkout):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={port}", "main.py",
                "--config", "recipes/quickstart.yaml", "--device", "cpu", "--output_dir", "runs/two"]
-    said = real_run([*command, "--epochs", "3"], checkout, 240)
+    workers = len(os.sched_getaffinity(0)) + 1
+    said = real_run([*command, "--epochs", "3", "--num_workers", str(workers)], checkout, 240)
+    assert f"--num_workers {workers} is more than the" in said and "UserWarning" not in said
     assert "64 pictures per update = 32 per forward pass x 1 forward pass x 2 processes" in said
     assert "epoch 3/3 done" in said and "local_rank" not in said
     assert "of 360 pictures right" in real_run([*command, "--eval", "true", "--resume", "best"], checkout, 120)

@@ -1,4 +1,6 @@
 """Mistakes on the command line and in recipes: one sentence, exit code 2."""
+import os
+
 from tests.faults.kit import Row, check, table
 
 
@@ -40,7 +42,11 @@ def recorded(place):
     Row("global batch that nothing divides", "--global_batch 12", 2,
         ("nearest: --global_batch 8 or --global_batch 16",)),
     Row("classes fewer than the folders", "--nb_classes 1", 2, ("--nb_classes 1 does not fit the 2 class folders",)),
-    Row("unknown optimizer", "--opt adamww", 2, ("--opt adamww", "did you mean adamw")),
+    # Both before the pictures are indexed, which takes minutes.
+    Row("unknown optimizer", "--opt adamww", 2, ("--opt adamww", "did you mean adamw"), unsaid=("train: ",)),
+    Row("a start that is not there", "--finetune nothere.pth", 2, ("No checkpoint at nothere.pth",), unsaid=("train: ",)),
+    Row("more loader processes than CPUs", f"--num_workers {len(os.sched_getaffinity(0)) + 1}", 0,
+        ("of this process; more than these load nothing faster.",)),
     Row("unknown augmentation", "--aa autoaugment", 2, ("--aa autoaugment is out of range", "rand-m9-mstd0.5-inc1")),
     Row("two checkpoints to train from", "--resume a b", 2, ("--resume takes one checkpoint in training",)),
     Row("two starts", "--pretrained true --finetune x", 2, ("both name the weights to start from",)),
