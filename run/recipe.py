@@ -83,7 +83,9 @@ def _scalar(text: str, element: type, label: str, accepts: Any) -> Any:
             if word.lower() not in _TRUE | _FALSE:
                 raise ValueError
             return word.lower() in _TRUE
-        return text if element is str else element(word)
+        if element is str:  # the shell leaves the tilde alone in --name=~/folder, and so does YAML
+            return os.path.expanduser(text) if text.startswith("~/") else text
+        return element(word)
     except ValueError:
         wanted = _accepted(element, accepts, False)
         raise UserError(f"{label} {quote(text)} is not accepted; it takes {wanted}.") from None

@@ -96,6 +96,12 @@ def test_yaml_values_are_converted_as_flags_are(tmp_path):
     assert (o.exp_name, o.epochs) == ("010", 30)
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    o = parse([*write(tmp_path, "output_dir: ~/run\nlog_dir: ~\n"), "--finetune=~/x.pth", "--exp_name", "~run"]).options
+    assert (o.output_dir, o.finetune, o.log_dir, o.exp_name) == ("/home/me/run", "/home/me/x.pth", None, "~run")
+
+
 @pytest.mark.parametrize("text, words", [
     ("lr: 1\nlr: 2", ["'lr' is given twice", "line 2"]),
     ("learning_rate: 1", ["unknown key 'learning_rate'"]),
