@@ -27,6 +27,7 @@ from launch import ExitCode
 from launch.preemption import StopRequest
 from models.download import fetch_published
 from models.kernels import accelerate, code_paths, packed, use_code_paths
+from models.kernels.compile import compile_model
 from models.weights import load_for_model
 from optim.build import build_optimizer, load_optimizer_state
 from optim.ema import Ema, half_life_warning
@@ -167,8 +168,8 @@ def build_run(resolved: Resolved, process: Any, loaded: Loaded | None, services:
     accelerate(model, paths)
     ema = Ema(model, options.model_ema_decay, "cpu" if options.model_ema_force_cpu else None) if options.model_ema else None
     optimizer = build_optimizer(model, options)
-    wrapped = process.wrap(torch.compile(model) if options.compile else model)
     dtype = amp_dtype(options)
+    wrapped = process.wrap(_compiled(model, options, dtype, process) if options.compile else model)
     config = UpdateConfig(plan.update_freq, options.clip_grad, options.clip_by, options.clip_mode, dtype == torch.float16)
     update = Update(wrapped, optimizer, build_schedule(options, updates), config, ema, process)
     policy = NonfinitePolicy(options.on_nonfinite)
@@ -218,6 +219,13 @@ def load_start_weights(model: torch.nn.Module, options: Any, data: Data, process
     strange = strange_weights(model, report.source_key, data, options, evaluation)
     if strange:
         raise UserError(f"{strange[:-1]}; --allow_partial true trains on from them all the same.")
+
+
+def _compiled(model: torch.nn.Module, options: Any, dtype: torch.dtype | None, process: Any) -> torch.nn.Module:
+    """The model for `--compile true`: compiled on all ranks or on none."""
+    logger.info("Compiling the model, which takes minutes ...")
+    return compile_model(model.train(), (options.batch_size, 3, options.input_size, options.input_size), dtype,
+                         lambda mine: bool(process.all_reduce_(torch.tensor([int(mine)]), "min").item()))
 
 
 @cache

@@ -172,7 +172,7 @@ class Options:
 
     use_amp: bool = _speed(False, "mixed precision", common=True)
     amp_dtype: str = _speed("bf16", "number format of mixed precision", one_of("bf16", "fp16"))
-    compile: bool = _speed(False, "use torch.compile")
+    compile: bool = _speed(False, "use torch.compile, after one batch has shown that it computes the same")
     fast_math: bool = _speed(False, "allow TF32 and other shortcuts that change results by rounding")
     deterministic: bool = _speed(False, "only deterministic algorithms on GPUs: bit-equal reruns, slower")
     model_ema_force_cpu: bool = _speed(False, "keep the moving average in main memory")

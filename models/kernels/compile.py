@@ -1,0 +1,74 @@
+"""`--compile`: torch.compile around a HorNet, used only after it has agreed with eager PyTorch on a batch.
+
+Inside a graph the Fourier filter is computed as matrix products: Inductor has open bugs that give wrong values around
+FFTs (pytorch#143719, #181625), and at HorNet's sizes the products are the faster form anyway.
+"""
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from common.log import logger
+from models.export import MatrixDft
+
+_ROUNDING = 1e-3  # relative distance of a tensor that float32 sums in another order explain, tenfold
+
+
+class GraphOperators(MatrixDft):
+    """Plain PyTorch without an FFT, the filter in float32 whatever autocast says."""
+
+    def global_filter(self, x: Tensor, weight: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().global_filter(x, weight)
+
+
+def compile_model(model: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype | None,
+                  agree: Callable[[bool], bool]) -> nn.Module:
+    """`model`, a HorNet in training mode, compiled for batches of `shape` under autocast to `dtype` (None: none).
+
+    One batch of noise goes through both, forward and backward, which also does the compiling. Returns the model itself,
+    as it was and with one warning, when it cannot be compiled here, when its logits or gradients are further from eager
+    float32 than rounding in `dtype` explains, or when `agree` says so: it gets this process' own success and
+    answers that of all. Parameters, gradients and their names are the model's own either way.
+    """
+    before = model.ops
+    exact = _logits_and_gradients(model, model, shape, None)
+    eager = exact if dtype is None else _logits_and_gradients(model, model, shape, dtype)
+    model.set_operators(GraphOperators())
+    compiled = torch.compile(model)
+    try:
+        trouble = _furthest(model, _logits_and_gradients(compiled, model, shape, dtype), eager, exact)
+    except Exception as error:  # Whatever a compiler raises: a missing one, an unsupported device, its own bugs.
+        trouble = " ".join([f"{type(error).__name__}:", *str(error).split("\n")[:2]])
+    if agree(not trouble):
+        return compiled
+    logger.warning("--compile is not used, training goes on without it: %s", trouble or "another process has failed")
+    model.set_operators(before)
+    return model
+
+
+def _logits_and_gradients(call: nn.Module, model: nn.Module, shape: tuple[int, ...],
+                          dtype: torch.dtype | None) -> list[Tensor]:
+    """Of one fixed batch, in float32 on the model's device."""
+    device, draw = next(model.parameters()).device, torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=draw).to(device)
+    # Nothing is dropped, so that every layer shows.
+    drops = (torch.ones(shape[0], model.num_drop_draws, device=device),) if model.num_drop_draws else ()
+    with nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype):
+        logits = call(x, *drops).float()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [logits.detach(), *torch.autograd.grad(logits.square().mean(), parameters)]
+
+
+def _furthest(model: nn.Module, found: list[Tensor], eager: list[Tensor], exact: list[Tensor]) -> str:
+    """A sentence about the tensor that is further from `exact` than eager's own rounding allows; "" when none is."""
+    names = ["the logits", *(f"the gradient of {name}" for name, p in model.named_parameters() if p.requires_grad)]
+    worst, sentence = _ROUNDING, ""
+    for name, ours, theirs, true in zip(names, found, eager, exact):
+        scale = true.norm() + torch.finfo(torch.float32).tiny
+        distance, allowed = float((ours - true).norm() / scale), 3 * float((theirs - true).norm() / scale)
+        if not distance - allowed <= worst:  # also when it is not a number
+            worst = distance - allowed
+            sentence = f"{name} differs from eager PyTorch by {distance:.1e} of its size"
+    return sentence
