@@ -65,8 +65,8 @@ def test_onnx_and_torch_files_agree_with_the_model(name, tmp_path):
 def checkpoint(tmp_path_factory):
     model = lively("hornet_pico_gf", 3)
     path = tmp_path_factory.mktemp("model") / "checkpoint-best.pth"
-    torch.save({"format": 2, "model": model.state_dict(), "classes": ["ant", "bee", "猫"], "input_size": 64,
-                "args": {"model": "hornet_pico_gf"}}, path)
+    torch.save({"format": 2, "model": model.state_dict(), "classes": ["ant", "bee", "猫"],
+                "args": {"model": "hornet_pico_gf", "input_size": 64}}, path)
     return path, model
 
 

@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "checkpoint-best.pth"
     ema = {k: v + 0.05 * torch.randn_like(v) for k, v in model.state_dict().items()}
     torch.save({"format": 2, "model": model.state_dict(), "model_ema": ema, "scored": "model", "classes": CLASSES,
-                "input_size": 64, "crop_pct": 0.9, "args": {"model": "hornet_pico_gf"}}, path)
+                "args": {"model": "hornet_pico_gf", "input_size": 64, "crop_pct": 0.9}}, path)
     return path, model.eval()
 
 

@@ -37,7 +37,7 @@ def whole_run(folder, seed=0, lr="0.004"):
     (folder / "config.yaml").write_text(f"model: 'hornet_tiny_7x7'  # flag\nlr: {lr}  # flag\nepochs: 300  # default\n")
     (folder / "environment.json").write_text(json.dumps({"torch": "2.15.0", "world_size": 8}))
     (folder / "status.json").write_text(json.dumps({"state": "DONE"}))
-    (folder / "events.jsonl").write_text(json.dumps({"time": "2026-01-01 00:00:00", "kind": "nonfinite"}) + "\n")
+    (folder / "events.jsonl").write_text(json.dumps({"time": "2026-01-01 00:00:00", "kind": "save_failed"}) + "\n")
     attempts = [{"attempt": 1, "started": "10:00", "from_update": 0},
                 {"attempt": 1, "state": "PREEMPTED", "update": 99},
                 {"attempt": 2, "started": "11:00", "from_update": 99}, {"attempt": 2, "state": "DONE", "update": 300}]
@@ -86,7 +86,7 @@ def check(path):
 def test_a_whole_run_gives_one_page_with_every_section(tmp_path):
     folder, predictions = whole_run(tmp_path / "run <1>")
     html = check(write_report([folder]))
-    for text in ("run &lt;1&gt;", "DONE", "59.80 %", "epoch 299", "nonfinite", "2 attempts", "PREEMPTED", "2.15.0",
+    for text in ("run &lt;1&gt;", "DONE", "59.80 %", "epoch 299", "1 × save failed", "2 attempts", "PREEMPTED", "2.15.0",
                  "tench", "naïve &lt;b&gt;&amp;", "猫", "Most confident mistakes",
                  f"{predictions.counts().hits1}</td>"):
         assert text in html, text
@@ -138,6 +138,15 @@ def test_two_runs_side_by_side(tmp_path):
     html = check(write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "two.html"))
     assert "Side by side" in html and "McNemar p" in html and "a: EMA" in html and "b: EMA" in html
     assert re.search(r"<td>lr</td><td>0.004</td><td>0.002</td>", html)
+
+
+def test_the_differences_of_the_figures_are_those_of_the_values(tmp_path):
+    """Not of what was rounded for the page: 51.388 - 79.444 is -28.06, and 51.39 - 79.44 would be -28.05."""
+    for name, accuracy, seconds in (("a", 100 * 286 / 360, 7000.0), ("b", 100 * 185 / 360, 7300.0)):
+        write_log(tmp_path / name, [log_row(0, test_acc1=accuracy, seconds=seconds)])
+    html = check(write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "two.html"))
+    assert "<td class=n>-28.06 points</td>" in html
+    assert "<td class=n>117 min</td><td class=n>2.0 h</td><td class=n></td>" in html  # other units: no difference
 
 
 def test_two_runs_without_predictions_say_so(tmp_path):

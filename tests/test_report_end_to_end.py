@@ -35,7 +35,7 @@ def world(tmp_path_factory):
     torch.save({"model": state}, folder / "authors.pth")
     torch.save({"state_dict": to_openmmlab(state)}, folder / "openmmlab.pth")
     torch.save({"format": 2, "model": state, "model_ema": {k: v * 1.05 for k, v in state.items()}, "scored": "model",
-                "classes": classes, "input_size": 64,
+                "classes": classes,
                 "args": {"model": "hornet_pico_gf", "input_size": 64}}, folder / "ours.pth")
     return folder
 

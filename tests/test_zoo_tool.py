@@ -80,6 +80,24 @@ def test_the_weights_that_scored_are_converted_with_their_class_names(files, tmp
     assert equal(safe_torch_load(tmp_path / "raw.pth")["model"], state)
 
 
+@pytest.mark.parametrize("names", ["authors", "openmmlab"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_converted_run_sees_the_same_pictures(names, suffix, tmp_path):
+    """The crop, the size, the normalisation and the lack of a layer scale are the run's, not the defaults."""
+    args = {"model": "hornet_pico_7x7", "input_size": 96, "crop_pct": 1.0, "imagenet_default_mean_and_std": False,
+            "layer_scale_init_value": 0.0, "lr": 0.1}
+    model = timm.create_model("hornet_pico_7x7", num_classes=2, layer_scale_init_value=0)
+    torch.save({"format": 2, "model": model.state_dict(), "classes": ["a", "b"], "args": args}, tmp_path / "run.pth")
+    out = tmp_path / f"converted{suffix}"
+    assert main(["convert", str(tmp_path / "run.pth"), "--out", str(out), "--names", names]) == 0
+    before, after = (vars(load_trained(resume=str(path))) for path in (tmp_path / "run.pth", out))
+    kept = ("name", "classes", "input_size", "crop_pct", "mean", "std")
+    assert [after[key] for key in kept] == [before[key] for key in kept] and after["crop_pct"] == 1.0
+    x = torch.randn(1, 3, 96, 96)
+    assert torch.equal(before["model"](x), after["model"](x))
+    assert safe_torch_load(out)["format"] == 2 and "lr" not in safe_torch_load(out)["args"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TEN)
 def test_all_published_architectures_round_trip(name, tmp_path):
@@ -144,6 +162,17 @@ def test_get_downloads_checks_and_prints_the_path(server, tmp_path, monkeypatch,
     assert capsys.readouterr().out.strip() == str(tmp_path / name)
     (server / name).unlink()  # the second time nothing is asked of the server
     assert main(["--folder", str(tmp_path), "get", "hornet_tiny_7x7", "--source", "openmmlab"]) == 0
+
+
+def test_get_the_authors_file_which_has_no_published_hash(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(zoo, "AUTHORS_URL", zoo.OPENMMLAB_URL)  # the server of this test
+    entry = replace(zoo.PUBLISHED["hornet_tiny_7x7"], authors_id="authors.pth")
+    monkeypatch.setitem(zoo.PUBLISHED, "hornet_tiny_7x7", entry)
+    argv, path = ["--folder", str(tmp_path), "get", "hornet_tiny_7x7", "--source", "authors"], tmp_path / "hornet_tiny_7x7.pth"
+    assert main(argv) == 0 and capsys.readouterr().out.strip() == str(path)
+    assert path.read_bytes() == (server / "authors.pth").read_bytes()
+    path.write_bytes((server / "openmmlab.pth").read_bytes())  # what came first is remembered
+    assert main(argv) == 2 and "has changed since its first use" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, part", [

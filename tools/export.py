@@ -28,7 +28,7 @@ def settings(trained: Trained, softmax: bool) -> dict[str, str]:
     """What a user of the file has to know, as texts: ONNX keeps no other values."""
     values = {"model": trained.name, "classes": trained.classes, "input_size": trained.input_size,
               "crop_pct": trained.crop_pct or (1.0 if trained.input_size >= 384 else 0.875),
-              "mean": trained.mean, "std": trained.std, "interpolation": trained.interpolation,
+              "mean": trained.mean, "std": trained.std, "interpolation": "bicubic",
               "output": "probabilities" if softmax else "logits"}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
 
@@ -79,7 +79,8 @@ def arguments() -> argparse.ArgumentParser:
     add("kind", choices=["onnx", "torch"], help="onnx: for ONNX Runtime and others; torch: torch.export, .pt2")
     add("--resume", help="checkpoint file or https address (default: the published weights of --model)")
     add("--model", help="name of the model; needed only where the checkpoint does not say it")
-    add("--weights", default="auto", choices=["auto", "model", "ema"], help="which weights of the checkpoint")
+    add("--weights", default="auto", choices=["auto", "model", "ema"],
+        help="which weights of the checkpoint; auto: those that it says were best (default)")
     add("--out", help="file to write (default: MODEL.onnx or MODEL.pt2 here)")
     add("--softmax", action="store_true", help="let the file give probabilities instead of logits")
     add("--input_size", type=int, help="side in pixels that the file is compared at (default: the checkpoint's)")

@@ -30,7 +30,6 @@ class Trained:
     classes: list[str]
     input_size: int
     crop_pct: float | None
-    interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -45,7 +44,7 @@ class Trained:
 
     @property
     def _crop(self) -> Callable[[Image.Image], np.ndarray]:
-        return eval_transform(self.input_size, self.crop_pct, self.interpolation)
+        return eval_transform(self.input_size, self.crop_pct)
 
 
 def load_trained(model: str | None = None, resume: str | None = None, weights: str = "auto",
@@ -77,10 +76,8 @@ def load_trained(model: str | None = None, resume: str | None = None, weights: s
 def _with_settings(net: nn.Module, name: str, source: str, checkpoint: dict, args: dict[str, Any],
                    input_size: int | None) -> Trained:
     classes = checkpoint.get("classes") or default_classes(net.num_classes)
-    size = input_size or checkpoint.get("input_size") or args.get("input_size") or default_input_size(name)
+    size = input_size or args.get("input_size") or default_input_size(name)
     if not isinstance(size, int) or size < 32:
         raise UserError(f"input size {size!r} is not accepted: a whole number of pixels from 32 on is needed.")
     mean, std = mean_std(args.get("imagenet_default_mean_and_std", True) is not False)
-    return Trained(net, name, source, list(classes), size, checkpoint.get("crop_pct") or args.get("crop_pct"),
-                   checkpoint.get("interpolation") or "bicubic", tuple(checkpoint.get("mean") or mean),
-                   tuple(checkpoint.get("std") or std))
+    return Trained(net, name, source, list(classes), size, args.get("crop_pct"), tuple(mean), tuple(std))

@@ -118,7 +118,8 @@ def arguments() -> argparse.ArgumentParser:
     add("paths", nargs="+", metavar="PATH", help="picture files, and folders to search for pictures")
     add("--resume", help="checkpoint file or https address (default: the published weights of --model)")
     add("--model", help="name of the model; needed only where the checkpoint does not say it")
-    add("--weights", default="auto", choices=["auto", "model", "ema"], help="which weights of the checkpoint")
+    add("--weights", default="auto", choices=["auto", "model", "ema"],
+        help="which weights of the checkpoint; auto: those that it says were best (default)")
     add("--topk", type=int, default=5, help="classes per picture (default 5)")
     add("--out", default="text", metavar="FORMAT", help="csv or json on standard output, or a file name ending in "
         ".csv or .json (default: lines of text)")

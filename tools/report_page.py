@@ -217,7 +217,7 @@ def _incidents(run: Run) -> str:
 
 
 def _kind(event: dict) -> str:
-    return str(event.get("kind") or event.get("state") or "event")
+    return str(event.get("kind") or event.get("state") or "event").replace("_", " ")
 
 
 def _records(records: list[dict]) -> str:
@@ -226,7 +226,7 @@ def _records(records: list[dict]) -> str:
         when = record.get("time") or record.get("started") or ""
         shown = ("time", "started", "kind", "state", "message", "command")
         rest = [f"{k} {_text(v)}" for k, v in record.items() if k not in shown and v not in (None, "", [], False)]
-        rows.append([str(when), _kind(record), "; ".join(filter(None, [str(record.get("message") or ""), *rest]))])
+        rows.append([when, _kind(record), f"{record.get('message') or ''} {'; '.join(rest)}".strip()])
     return table(["when", "what", "details"], rows)
 
 
@@ -313,10 +313,10 @@ def _config(runs: list[Run], recipe_differences: list[dict]) -> str:
                                          else "<p>The two configurations are equal.</p>")
     for run, differs in zip(runs, recipe_differences):
         chosen = [k for k in run.config if run.origins.get(k) != "default" or k in differs]
-        name = f"{escape(run.name)}: " if len(runs) == 2 else ""
-        html += f"<h3>{name}given by flag or recipe{f'; {len(differs)} differ from the published recipe' * bool(differs)}</h3>"
+        name = f"{escape(run.name)} · " if len(runs) == 2 else ""
+        html += f"<h3>{name}Given by flag or recipe{f'; {len(differs)} differ from the published recipe' * bool(differs)}</h3>"
         html += _options(run, chosen, differs)
-        html += (f"<details><summary>{name}all {len(run.config)} options</summary>"
+        html += (f"<details><summary>{name}All {len(run.config)} options</summary>"
                  f"{_options(run, list(run.config), differs)}</details>")
     return html
 

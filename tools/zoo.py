@@ -18,7 +18,9 @@ from models.weights import identify, published_names, select_weights, to_openmml
 from models.zoo import PUBLISHED, published_files
 from tools.command import run_command
 
-ABOUT = ("classes", "input_size", "crop_pct", "mean", "std", "interpolation")  # kept beside converted weights
+# Kept beside converted weights: without them a file would be evaluated with other pictures than its run was.
+ABOUT, ABOUT_ARGS = ("format", "classes"), ("model", "input_size", "crop_pct", "imagenet_default_mean_and_std",
+                                            "layer_scale_init_value")
 
 
 def list_models(args: argparse.Namespace) -> int:
@@ -74,30 +76,30 @@ def _verify(path: Path, known: dict) -> str:
     return f"ok: {looks}, {len(state)} tensors{f' under {key}' if key else ''}, sha256 {digest[:8]}…, {checked}"
 
 
-def convert(args: argparse.Namespace) -> int:
+def convert(given: argparse.Namespace) -> int:
     """Write the weights of a file under the published names, or OpenMMLab's, as .pth or .safetensors."""
-    source, out = Path(args.file), Path(args.out)
+    source, out = Path(given.file), Path(given.out)
     if out.suffix not in (".pth", ".safetensors"):
         raise UserError(f"--out {out} must end in .pth or .safetensors.")
     if out.exists() and out.samefile(source):
         raise UserError(f"--out {out} is the file that is converted; name another.")
     checkpoint = safe_torch_load(source)
-    state, key = select_weights(checkpoint, source.name, weights=args.weights, where=str(source))
+    state, key = select_weights(checkpoint, source.name, weights=given.weights, where=str(source))
     state = published_names(state)
-    if args.names == "openmmlab":
+    if given.names == "openmmlab":
         state = to_openmmlab(state)
     out.parent.mkdir(parents=True, exist_ok=True)
     about = {name: checkpoint[name] for name in ABOUT if checkpoint.get(name)}
-    if isinstance(checkpoint.get("args"), dict) and "model" in checkpoint["args"]:
-        about["args"] = {"model": checkpoint["args"]["model"]}
+    if isinstance(args := checkpoint.get("args"), dict):
+        about["args"] = {name: args[name] for name in ABOUT_ARGS if isinstance(args.get(name), (str, int, float))}
     if out.suffix == ".safetensors":
         save_safetensors(out, state, about or None)
     else:
         state = {name: value.clone() for name, value in state.items()}  # a view would bring its whole storage along
-        entry = "state_dict" if args.names == "openmmlab" else "model"
+        entry = "state_dict" if given.names == "openmmlab" else "model"
         atomic_write(out, lambda file: torch.save({entry: state, **about}, file))
     logger.info("wrote %s: %d tensors%s, names as in %s files", out, len(state), f" from '{key}'" if key else "",
-                "OpenMMLab's" if args.names == "openmmlab" else "the authors'")
+                "OpenMMLab's" if given.names == "openmmlab" else "the authors'")
     return 0
 
 
@@ -109,7 +111,8 @@ def arguments() -> argparse.ArgumentParser:
     commands.add_parser("list", help="what is published and what lies here").set_defaults(work=list_models)
     one = commands.add_parser("get", help="download files, check them, print their paths")
     one.add_argument("models", nargs="+", metavar="MODEL", help="such as hornet_tiny_7x7")
-    one.add_argument("--source", default="auto", choices=["auto", "openmmlab", "authors"], help="where from")
+    one.add_argument("--source", default="auto", choices=["auto", "openmmlab", "authors"],
+                     help="where from; auto: whichever can be had (default)")
     one.set_defaults(work=get)
     one = commands.add_parser("verify", help="check files against published hashes and architectures")
     one.add_argument("files", nargs="+", metavar="FILE")
@@ -117,8 +120,10 @@ def arguments() -> argparse.ArgumentParser:
     one = commands.add_parser("convert", help="between the authors' and OpenMMLab's names, .pth and .safetensors")
     one.add_argument("file", metavar="FILE", help="checkpoint to read, in either naming")
     one.add_argument("--out", required=True, help="file to write, ending in .pth or .safetensors")
-    one.add_argument("--names", default="authors", choices=["authors", "openmmlab"], help="names of the tensors")
-    one.add_argument("--weights", default="auto", choices=["auto", "model", "ema"], help="which weights to take")
+    one.add_argument("--names", default="authors", choices=["authors", "openmmlab"],
+                     help="names of the tensors to write (default authors)")
+    one.add_argument("--weights", default="auto", choices=["auto", "model", "ema"],
+                     help="which weights to take; auto: those that the file says were best (default)")
     one.set_defaults(work=convert)
     return parser
 
