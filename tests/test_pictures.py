@@ -21,17 +21,17 @@ from datasets.samplers import GlobalBatchSampler
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 
 
-def _bytes(picture: Image.Image, kind: str, **arguments) -> bytes:
+def encoded(picture: Image.Image, kind: str, **arguments) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, kind, **arguments)
     return buffer.getvalue()
 
 
 def _jpeg() -> bytes:
-    return _bytes(Image.fromarray(PIXELS), "JPEG")
+    return encoded(Image.fromarray(PIXELS), "JPEG")
 
 
-def _bomb() -> bytes:
+def bomb() -> bytes:
     """A PNG that says 30000 x 30000."""
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -41,8 +41,8 @@ def _bomb() -> bytes:
 
 
 BAD = {"empty": lambda: b"", "truncated": lambda: _jpeg()[:-900], "two bytes short": lambda: _jpeg()[:-2],
-       "text": lambda: b"<html>404 not found</html>", "bomb": _bomb, "EPS": lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n" * 30,
-       "header only": lambda: _jpeg()[:20], "broken PNG": lambda: _bytes(Image.fromarray(PIXELS), "PNG")[:300]}
+       "text": lambda: b"<html>404 not found</html>", "bomb": bomb, "EPS": lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n" * 30,
+       "header only": lambda: _jpeg()[:20], "broken PNG": lambda: encoded(Image.fromarray(PIXELS), "PNG")[:300]}
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -59,12 +59,12 @@ def test_odd_but_readable_pictures_are_what_convert_rgb_makes_of_them():
     exif = Image.Exif()
     exif[0x0112] = 6
     odd = {
-        "png named jpeg": _bytes(rgb, "PNG"), "gray": _bytes(rgb.convert("L"), "JPEG"),
-        "cmyk": _bytes(rgb.convert("CMYK"), "JPEG"), "palette": _bytes(palette, "PNG", transparency=bytes(range(16))),
-        "16 bit": _bytes(Image.fromarray(PIXELS[:, :, 0].astype(np.uint16) * 257), "PNG"),
-        "rgba": _bytes(rgb.convert("RGBA"), "PNG"), "one bit": _bytes(rgb.convert("1"), "PNG"),
-        "rotated by EXIF": _bytes(rgb, "JPEG", exif=exif),
-        "EXIF nonsense": _bytes(rgb, "JPEG", exif=b"Exif\0\0" + b"\xff" * 50)}
+        "png named jpeg": encoded(rgb, "PNG"), "gray": encoded(rgb.convert("L"), "JPEG"),
+        "cmyk": encoded(rgb.convert("CMYK"), "JPEG"), "palette": encoded(palette, "PNG", transparency=bytes(range(16))),
+        "16 bit": encoded(Image.fromarray(PIXELS[:, :, 0].astype(np.uint16) * 257), "PNG"),
+        "rgba": encoded(rgb.convert("RGBA"), "PNG"), "one bit": encoded(rgb.convert("1"), "PNG"),
+        "rotated by EXIF": encoded(rgb, "JPEG", exif=exif),
+        "EXIF nonsense": encoded(rgb, "JPEG", exif=b"Exif\0\0" + b"\xff" * 50)}
     for kind, data in odd.items():
         picture = decode(io.BytesIO(data))
         assert picture.mode == "RGB" and picture.size == (64, 48), kind

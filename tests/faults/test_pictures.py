@@ -1,33 +1,16 @@
 """Pictures that cannot be read or are not what their names say, from the folder to the last line."""
-import io
 import json
 import os
-import struct
-import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.faults.kit import Place, Row, check, jpeg, table
+from tests.test_pictures import bomb, encoded
 
 TRAINED = "--resume {trained}/checkpoint-0.pth --output_dir {here}/out"
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 44, 3), dtype=np.uint8)
-
-
-def encoded(picture: Image.Image, kind: str, **arguments) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **arguments)
-    return buffer.getvalue()
-
-
-def bomb() -> bytes:
-    """A PNG that says 30000 x 30000."""
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND",
-        b"")
 
 
 def with_picture(data: bytes | None, part: str = "val"):
@@ -39,16 +22,14 @@ def with_picture(data: bytes | None, part: str = "val"):
     return prepare
 
 
-BAD = {"empty": (b"", "no JPEG, PNG"), "cut short": (jpeg(1)[:-400], "truncated"), "a web page": (b"<html>404</html>",
-        "no JPEG"),
-       "a bomb of 900 million pixels": (bomb(), "DecompressionBomb"), "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n" * 9,
-       "no JPEG"),
-       "a loop of links": (None, "symbolic links")}
+BAD = {"empty": (b"", "no JPEG, PNG"), "cut short": (jpeg(1)[:-400], "truncated"),
+       "a web page": (b"<html>404</html>", "no JPEG"), "a bomb of 900 million pixels": (bomb(), "DecompressionBomb"),
+       "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n" * 9, "no JPEG"), "a loop of links": (None, "symbolic links")}
 
 
-@table([Row(f"{name} in evaluation", TRAINED, 2, ("Picture {data}/val/cat/2.JPEG cannot be read", reason,
-        "--allow_bad_images true"),
-            with_picture(data), base="eval") for name, (data, reason) in BAD.items()])
+@table([Row(f"{name} in evaluation", TRAINED, 2,
+            ("Picture {data}/val/cat/2.JPEG cannot be read", reason, "--allow_bad_images true"), with_picture(data),
+            base="eval") for name, (data, reason) in BAD.items()])
 def test_a_bad_picture_ends_an_evaluation(row, place, capfd):
     check(row, place, capfd)
 
@@ -59,16 +40,14 @@ def counted(place):
 
 
 @table([Row(f"{name} allowed", f"{TRAINED} --allow_bad_images true", 0, (" of 8 pictures right",),
-        with_picture(BAD[name][0]),
-            counted, base="eval") for name in ("empty", "a loop of links")])
+            with_picture(BAD[name][0]), counted, base="eval") for name in ("empty", "a loop of links")])
 def test_a_bad_picture_allowed_stays_in_the_denominator(row, place, capfd):
     check(row, place, capfd)
 
 
 @table([Row(f"{name} in training", "", 0, ("unreadable picture {data}/train/cat/2.JPEG", "replaced by another"),
             with_picture(BAD[name][0], "train")) for name in ("cut short", "a bomb of 900 million pixels")]
-       + [Row("nothing but bad pictures", "", 2,
-        ("pictures in a row are unreadable", "check the disk and the data path"),
+       + [Row("nothing but bad pictures", "", 2, ("pictures in a row are unreadable", "check the disk and the data path"),
               lambda place: [p.write_bytes(b"") for p in (place.data / "train").rglob("*.JPEG")])])
 def test_training_replaces_bad_pictures(row, place, capfd):
     check(row, place, capfd)
@@ -76,14 +55,12 @@ def test_training_replaces_bad_pictures(row, place, capfd):
 
 def odd() -> dict[str, bytes]:
     rgb = Image.fromarray(PIXELS)
-    palette = rgb.quantize(16)
+    deep = Image.fromarray(PIXELS[:, :, 0].astype(np.uint16) * 257)
     return {"a PNG named JPEG": encoded(rgb, "PNG"), "CMYK": encoded(rgb.convert("CMYK"), "JPEG"),
-            "gray": encoded(rgb.convert("L"), "JPEG"), "16 bit": encoded(Image.fromarray(PIXELS[:, :,
-            0].astype(np.uint16) * 257), "PNG"),
-            "a palette with transparency": encoded(palette, "PNG", transparency=bytes(range(16))),
-            "EXIF nonsense": encoded(rgb, "JPEG", exif=b"Exif\0\0" + b"\xff" * 50), "one pixel": encoded(rgb.crop((0,
-            0, 1, 1)), "PNG"),
-            "a thin strip": encoded(rgb.resize((900, 2)), "JPEG")}
+            "gray": encoded(rgb.convert("L"), "JPEG"), "16 bit": encoded(deep, "PNG"),
+            "a palette with transparency": encoded(rgb.quantize(16), "PNG", transparency=bytes(range(16))),
+            "EXIF nonsense": encoded(rgb, "JPEG", exif=b"Exif\0\0" + b"\xff" * 50),
+            "one pixel": encoded(rgb.crop((0, 0, 1, 1)), "PNG"), "a thin strip": encoded(rgb.resize((900, 2)), "JPEG")}
 
 
 @pytest.mark.parametrize("part, row", [
