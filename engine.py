@@ -19,6 +19,10 @@ class Observer:
     def on_phase(self, phase: str, update: int) -> None:
         """A heartbeat: "data", "forward", "backward", "step" or "evaluation" begins."""
 
+    def leaves_evaluation(self) -> bool:
+        """Asked before each batch of an evaluation. True, on any rank, ends it on all, without results."""
+        return False
+
     def after_update(self, update: int, stats: Any) -> bool:
         """Global update `update` is done (`stats`: tensors on the device). True, on all ranks, stops here."""
         return False
@@ -108,7 +112,6 @@ class _Meter:
         """Bring the sums to the host; `over_ranks` sums them over the processes first."""
         progress, process = self.progress, self.training.process
         self._read_window()
-        several = process is not None and process.world_size > 1
         loss, norm, applied, hits, labelled = self.over_ranks()[:5] if over_ranks else self.sums.tolist()
         progress.loss, progress.grad_norm = (loss / applied, norm / applied) if applied else (float("nan"),) * 2
         progress.class_acc = 100 * hits / labelled if labelled else None
@@ -117,7 +120,7 @@ class _Meter:
         progress.weight_decay = max(g["weight_decay"] for g in groups)
         progress.loss_scale = self.training.update.scaler.scale.item()
         progress.seconds = time.perf_counter() - self.start
-        progress.images_per_second = self.pictures * (process.world_size if several else 1) / progress.seconds
+        progress.images_per_second = self.pictures * (1 if process is None else process.world_size) / progress.seconds
         progress.data_wait = self.waited / progress.seconds
         return progress
 
@@ -304,20 +307,22 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(models: Sequence[tuple[str, nn.Module]], loader: Any, evaluation: Evaluation,
-             update: int = 0) -> list[EvalResult]:
+def evaluate(models: Sequence[tuple[str, nn.Module]], loader: Any, evaluation: Evaluation, update: int = 0) -> list[EvalResult]:
     """Score several (name, unwrapped model) in one pass over the pictures; the same results on every rank.
 
     Each rank passes its own share of the pictures, possibly none: nothing is padded, hits are integers, and the
-    models talk to no other rank. Raises RuntimeError when not exactly `expected` pictures were seen.
+    models talk to no other rank. No results at all when the observer of any rank has left the evaluation. Raises
+    RuntimeError when not exactly `expected` pictures were seen.
     """
     start, modes = time.perf_counter(), [model.training for _, model in models]
-    tallies = [_Tally(evaluation) for _ in models]
+    tallies, left = [_Tally(evaluation) for _ in models], False
     with nullcontext() if evaluation.tf32 else true_float32():
         for _, model in models:
             model.eval()
         for batch in loader:
             evaluation.observer.on_phase("evaluation", update)
+            if left := evaluation.observer.leaves_evaluation():
+                break
             images, targets = evaluation.prepare(batch)
             for (_, model), tally in zip(models, tallies):
                 with _autocast(evaluation.device, evaluation.autocast_dtype):
@@ -325,6 +330,9 @@ def evaluate(models: Sequence[tuple[str, nn.Module]], loader: Any, evaluation: E
                 tally.add(_full(logits), targets, batch.indices)
     for (_, model), mode in zip(models, modes):
         model.train(mode)
+    leavers = torch.tensor(int(left))
+    if leavers if evaluation.process is None else evaluation.process.all_reduce_(leavers, "max"):
+        return []
     results = [tally.result(name) for (name, _), tally in zip(models, tallies)]
     for result in results:
         result.seconds = time.perf_counter() - start
@@ -364,8 +372,7 @@ class _Tally:
         if process is not None and process.world_size > 1:
             process.all_reduce_(self.counts, "sum")
             process.all_reduce_(loss, "sum")
-        hits1, hits5, images, bad, nonfinite = self.counts.tolist()
-        return EvalResult(name, hits1, hits5, images, bad, nonfinite, loss.item(), outputs=self._gather())
+        return EvalResult(name, *self.counts.tolist(), loss.item(), outputs=self._gather())
 
     def _gather(self) -> Outputs | None:
         if not self.evaluation.outputs:
@@ -382,8 +389,7 @@ class _Tally:
 def true_float32() -> Iterator[None]:
     """Products and convolutions of float32 tensors in float32 (no TF32, no bf16), the settings restored afterwards."""
     backends = torch.backends
-    places = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul,
-              backends.mkldnn.conv]
+    places = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul, backends.mkldnn.conv]
     before = [place.fp32_precision for place in places]
     try:
         for place in places:

@@ -270,7 +270,8 @@ def _tracker(resolved: Resolved, process: Any, services: Services, fixed: Fixed,
 
 
 def _evaluator(run: TrainingRun, data: Data, model: torch.nn.Module, ema: Ema | None, process: Any):
-    """`evaluate(update)` for the end of each epoch: the weights and, if asked for, their average in one pass."""
+    """`evaluate(update)` for the end of each epoch: the weights and, if asked for, their average in one pass; it gives
+    None when the run was asked to stop meanwhile."""
     options = run.options
     evaluation = engine.Evaluation(EvalPrepare(options, process.device), process.device, expected=len(data.val),
                                    observer=run, process=process)
@@ -278,10 +279,12 @@ def _evaluator(run: TrainingRun, data: Data, model: torch.nn.Module, ema: Ema | 
     loader = eval_loader(data, options, process.rank, process.world_size)
     run.loaders.append(loader)
 
-    def evaluate(update: int) -> dict:
+    def evaluate(update: int) -> dict | None:
         found = {}
         with packed(*(network for _, network in named)):
             results = engine.evaluate(named, loader, evaluation, update)
+        if not results:
+            return None
         for result in results:
             found |= {f"test_loss{result.name}": result.loss, f"test_acc1{result.name}": result.acc1,
                       f"test_acc5{result.name}": result.acc5}

@@ -71,6 +71,18 @@ class StopRequest:
         self.reason = self.reason or "another process was asked to stop"
         return True
 
+    def heard(self, process: Process) -> bool:
+        """Whether any process has been asked to stop, as far as this one knows. It tells the others and waits for none.
+
+        For work that processes leave at different points, such as an evaluation of unequal shares.
+        """
+        if process.store is not None:
+            if self.requested:
+                process.store.set("stop", "")
+            elif process.store.check(["stop"]):
+                self.request("another process was asked to stop")
+        return self.requested
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
             # A forked loader worker. Schedulers signal every process of a job; a worker that ended now would take the

@@ -113,6 +113,10 @@ class TrainingRun:
         """Tell the watchdog."""
         self.to.watchdog.phase(phase, update)
 
+    def leaves_evaluation(self) -> bool:
+        """Whether the run was asked to stop: the evaluation is made when it goes on."""
+        return self.to.stop.heard(self.process)
+
     def after_update(self, update: int, stats: Any) -> bool:
         """Agree with the other ranks whether to save or to stop at this boundary."""
         self.update = update + 1
@@ -143,11 +147,11 @@ class TrainingRun:
 
     # ------------------------------------------------------------------------------------------ the run itself
 
-    def fit(self, train_one_epoch: Callable, evaluate: Callable[[int], dict] | None) -> str:
+    def fit(self, train_one_epoch: Callable, evaluate: Callable[[int], dict | None] | None) -> str:
         """Train to the last epoch; returns "done" or "stopped" (saved, can go on).
 
         `train_one_epoch(training, epoch, first_update, sums)` is the engine's; `evaluate(update)` gives log.txt's
-        `test_…` entries. Raises UserError when non-finite numbers end the run.
+        `test_…` entries, or None when it was left for a stop. Raises UserError when non-finite numbers end the run.
         """
         per_epoch = self.fixed.updates_per_epoch
         self._compare_pictures()
@@ -167,7 +171,11 @@ class TrainingRun:
                 self._save_within_epoch(wait=True)
                 return "stopped"
             if self.update == (self.epoch + 1) * per_epoch:
-                stops = self._finish_epoch(progress, evaluate, started)
+                tests = {} if evaluate is None else evaluate(self.update)
+                if tests is None:
+                    self._save_within_epoch(wait=True)
+                    return "stopped"
+                stops = self._finish_epoch(progress, tests, started)
                 if stops and self.epoch < self.fixed.epochs:
                     return "stopped"
             else:
@@ -184,10 +192,9 @@ class TrainingRun:
                                      "checkpoint was saved: the run goes on with them, but not as an undisturbed one would; "
                                      "restore the data set to have that.", update=self.update, pictures=now, before=before)
 
-    def _finish_epoch(self, progress: Any, evaluate: Callable[[int], dict] | None, started: float) -> bool:
-        """Evaluate, log and save; the epoch counts as finished from then on. True when the run was asked to stop."""
-        epoch, tests = self.epoch, {} if evaluate is None else evaluate(self.update)
-        self.epoch = epoch + 1
+    def _finish_epoch(self, progress: Any, tests: dict, started: float) -> bool:
+        """Log and save; the epoch counts as finished from then on. True when the run was asked to stop."""
+        epoch, self.epoch = self.epoch, self.epoch + 1
         files = self.best.update(epoch, tests.get("test_acc1"), tests.get("test_acc1_ema"))
         # Asked once: a signal that comes after this is seen at the next update, when it can be saved again.
         stops = self.to.stop.agreed(self.process)

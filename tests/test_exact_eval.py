@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine import Evaluation, evaluate, true_float32
+from engine import Evaluation, Observer, evaluate, true_float32
 from training_kit import CLASSES, Alone, Toy, batch, in_processes
 
 COUNT = 23
@@ -110,3 +110,22 @@ def test_reduced_precision_is_asked_for():
     for dtype in (None, torch.bfloat16):
         evaluate([("a", Spy())], pictures(Alone())[:1], Evaluation(prepare, torch.device("cpu"), autocast_dtype=dtype))
     assert seen == [torch.float32, torch.bfloat16]
+
+
+def _left(process, count):
+    """What an evaluation gives that rank 1 leaves before its second batch, and the batches this rank saw."""
+    class Leaver(Observer):
+        batches = 0
+
+        def leaves_evaluation(self):
+            self.batches += 1
+            return process.rank == 1 and self.batches == 2
+
+    observer = Leaver()
+    evaluation = Evaluation(prepare, torch.device("cpu"), process=process, expected=count, observer=observer)
+    return evaluate([("a", Toy(1))], pictures(process, count), evaluation), observer.batches
+
+
+def test_an_evaluation_that_one_rank_leaves_has_no_result_on_any(tmp_path):
+    (first, batches), (second, few) = in_processes(_left, 2, tmp_path, COUNT)
+    assert first == second == [] and few == 2 < batches

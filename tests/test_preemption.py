@@ -6,8 +6,10 @@ import time
 import types
 
 import pytest
+import torch
 
-from launch.distributed import start
+from launch.distributed import Process, start
+from launch.places import Place
 from launch.preemption import StopRequest, job_end_time, time_left
 from tests.launch_kit import TOY, Rank, alive, environment, expected_value, finish, start_ranks, start_torchrun, wait_for
 
@@ -97,3 +99,13 @@ def test_stop_signals_to_torchrun_lose_nothing(tmp_path, target, number):
         [(code, output)] = finish([start_torchrun(2, TOY, tmp_path, 60)])
         assert code == 0, output
     assert json.loads((tmp_path / "state.json").read_text())["value"] == expected_value(60, 2)
+
+
+def test_one_process_hears_of_anothers_request_without_waiting_for_it():
+    store = torch.distributed.HashStore()
+    one, other = (Process(Place(rank=rank, world_size=2), torch.device("cpu"), store=store) for rank in range(2))
+    asked, unaware = StopRequest(), StopRequest()
+    assert not asked.heard(one) and not unaware.heard(other)
+    asked.request("SIGUSR2")
+    assert asked.heard(one) and unaware.heard(other)
+    assert "another process" in unaware.reason

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.launch_kit import wait_for
-from tests.survival_kit import arguments, assert_gone, codes, descendants, now, start, write_pictures
+from tests.survival_kit import UPDATES, arguments, assert_gone, codes, descendants, now, start, write_pictures
 
 BRIEF = [("SIGUSR2", "one"), ("SIGTERM", "all")]
 
@@ -37,3 +37,15 @@ def test_a_signal_saves_and_ends_at_one_update(tmp_path, name, target):
     assert torch.load(newest, weights_only=True)["update"] == update
     assert [line["update"] for line in map(json.loads, (folder / "attempts.jsonl").read_text().splitlines())
             if "update" in line] == [update]
+
+
+def test_a_signal_to_one_rank_ends_an_evaluation_on_all(tmp_path):
+    """It is left at the next batch, saved, and made when the run goes on: not once it has gone through all pictures."""
+    folder, pictures = tmp_path / "run", write_pictures(tmp_path / "pictures")
+    argv = arguments(pictures, folder, update_freq=1)
+    at = dict(rank=1, phase="evaluation", update=UPDATES, do="SIGUSR1")
+    ranks = start(argv, tmp_path / "console", 2, at=[at], now=str(tmp_path))
+    assert codes(ranks, 60) == [75, 75], ranks[0].text()
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["update"], status["epoch"]) == ("PREEMPTED", UPDATES, 0)
+    assert (folder / f"checkpoint-e0u{UPDATES}.pth").exists() and not (folder / "log.txt").read_text()
