@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.log import logger
 from common.safe_load import safe_torch_load
 from datasets.build import Data, build_data, eval_loader
-from datasets.labels import imagenet_synsets
+from common.synsets import imagenet_synsets
 from datasets.prepare import EvalPrepare
 from datasets.subsets import Subset, real_labels, recognise_folder
 from datasets.transforms import DEFAULT_CROP_PCT, WARP_FROM, mean_std
@@ -258,6 +258,7 @@ def _write(results: list[dict], found: list, options: Any, data: Data, source: s
     try:
         if options.report:
             write_report_files(options.report, _predictions(found[0], data), class_titles(data.class_names))
+            write_eval_json(Path(options.report) / "eval.json", results)
     except OSError as error:
         logger.warning("The report's files were not written in %s: %s", options.report, error.strerror)
         written = False

@@ -7,6 +7,7 @@ from torch.utils.data import BatchSampler
 
 from common.errors import UserError
 from common.log import logger
+from common.synsets import imagenet_synsets
 from datasets import labels as label_maps
 from datasets.cifar import read_cifar
 from datasets.loader import PictureDataset, PictureLoader, Reader, make_loader
@@ -134,7 +135,7 @@ def _flat(reader: FolderReader, val_labels: str | None) -> FolderReader:
 def _dataset(options, reader: Reader, names: list[str], part: str, notes: list[str]) -> PictureDataset:
     training = part == "train"
     places = label_maps.map_folders(
-        reader.classes, names, partial=set(names) >= set(label_maps.imagenet_synsets()),
+        reader.classes, names, partial=set(names) >= set(imagenet_synsets()),
         allow_mismatch=options.allow_class_mismatch, what=f"the {part} data ({show(_source(reader))})")
     targets = places[reader.labels]
     left_out = int((targets < 0).sum())
@@ -142,7 +143,7 @@ def _dataset(options, reader: Reader, names: list[str], part: str, notes: list[s
         notes.append(f"{part}: {left_out} pictures of folders without a class are left out")
     found = len(np.unique(targets[targets >= 0]))
     notes.append(f"{part}: {len(targets) - left_out} pictures in {found} of {len(names)} classes")
-    if not training and tuple(names) == label_maps.imagenet_synsets() and len(targets) != 50_000:
+    if not training and tuple(names) == imagenet_synsets() and len(targets) != 50_000:
         notes.append(f"val: {len(targets)} pictures, the ImageNet validation set has 50000")
     size = options.input_size
     if training:

@@ -1,13 +1,12 @@
 """From folder names to logit positions: ImageNet's own order, the 22k order, one's own classes, flat val folders."""
 import csv
-import importlib.resources
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from common.errors import UserError
+from common.synsets import imagenet_synsets, published_22k_synsets
 from datasets.pictures import show
 
 
@@ -17,25 +16,6 @@ class ClassMap:
 
     names: list[str]
     notes: list[str] = field(default_factory=list)
-
-
-def _timm_list(name: str) -> list[str]:
-    return (importlib.resources.files("timm.data") / "_info" / name).read_text().split()
-
-
-@lru_cache(maxsize=None)
-def imagenet_synsets() -> tuple[str, ...]:
-    """The 1000 synsets of ImageNet-1k in the order of its labels (timm's list)."""
-    return tuple(_timm_list("imagenet_synsets.txt"))
-
-
-@lru_cache(maxsize=None)
-def published_22k_synsets() -> tuple[str, ...]:
-    """The 10,459 classes of the published 22k heads: timm's 10,450 of the MIIL winter-21 list, then the nine
-    ImageNet-1k synsets missing from it."""
-    listed = _timm_list("imagenet21k_miil_w21_synsets.txt")
-    known = set(listed)
-    return tuple(listed + [synset for synset in imagenet_synsets() if synset not in known])
 
 
 def classes_of(folders: list[str], nb_classes: int | None, *, imagenet_layout: bool, allow_mismatch: bool = False,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePath
 
-from datasets.labels import imagenet_synsets
+from common.synsets import imagenet_synsets
 
 _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.", re.IGNORECASE)
 _INFO = importlib.resources.files("timm.data") / "_info"

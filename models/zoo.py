@@ -3,9 +3,9 @@
 Figures: "HorNet", NeurIPS 2022, arXiv:2207.14284 (parameters, FLOPs, recipes); top-1 and top-5 with two decimals
 as measured by OpenMMLab on the authors' weights, `authors_top1` as printed in the authors' README.
 """
-import pkgutil
 from dataclasses import dataclass
-from functools import cache
+
+from common.synsets import imagenet_synsets, published_22k_synsets
 
 AUTHORS_URL = "https://cloud.tsinghua.edu.cn/f/{}/?dl=1"
 OPENMMLAB_URL = "https://download.openmmlab.com/mmclassification/v0/hornet/{}"
@@ -80,10 +80,6 @@ PUBLISHED = {
         201_806_824, 101.8e9, 384, 10459, "", authors_id="9253bd0d50c84ab1b71e"),
 }
 
-# The ImageNet-1k synsets that timm's 10,450-class list leaves out, in ImageNet-1k order: rows 10450 to 10458.
-_MISSING_FIRST, _MISSING_LAST = "n02085782", "n04399382"
-_TIMM_LISTS = {1000: "imagenet_synsets.txt", 10450: "imagenet21k_miil_w21_synsets.txt"}
-
 
 def published_files(name: str) -> list[PublishedFile]:
     """The files of `name`, the one with a published hash first; [] for none."""
@@ -99,25 +95,11 @@ def published_files(name: str) -> list[PublishedFile]:
     return files
 
 
-@cache
 def synsets(classes: int) -> tuple[str, ...] | None:
-    """WordNet synsets in the order of the published heads with 1000 or 10,459 rows; None for other heads.
-
-    The large order is timm's `imagenet21k_miil_w21_synsets.txt`, then the ImageNet-1k synsets missing from it.
-    """
-    if classes == 10459:
-        large = _timm_list(10450)
-        missing = sorted(set(_timm_list(1000)) - set(large), key=_timm_list(1000).index)
-        if len(missing) != 9 or (missing[0], missing[-1]) != (_MISSING_FIRST, _MISSING_LAST):
-            raise RuntimeError("timm's class lists have changed: the 10,459 classes cannot be put in published order")
-        return large + tuple(missing)
-    return _timm_list(1000) if classes == 1000 else None
+    """WordNet synsets in the order of the published heads with 1000 or 10,459 rows; None for other heads."""
+    return {1000: imagenet_synsets, 10459: published_22k_synsets}.get(classes, lambda: None)()
 
 
 def default_classes(classes: int) -> list[str]:
     """Names for the classes of a head where its file has none: the published head's synsets, else numbers."""
     return list(synsets(classes) or map(str, range(classes)))
-
-
-def _timm_list(classes: int) -> tuple[str, ...]:
-    return tuple(pkgutil.get_data("timm.data", f"_info/{_TIMM_LISTS[classes]}").decode().split())

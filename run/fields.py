@@ -163,7 +163,7 @@ class Options:
 
     crop_pct: float | None = _eval(None, "input_size / resized short side; none: 0.875 below 384 pixels, no crop from "
                                    "384 on", PART)
-    check: bool = _eval(False, "end with 0 only if the published accuracy is reached (PASS), else with 1")
+    check: bool = _eval(False, "end with 0 only if the (first) checkpoint reaches the published accuracy (PASS), else with 1")
     explain_difference: bool = _eval(False, "list each setting that departs from the published protocol")
     report: str | None = _eval(None, "folder for per-class results, confusions and predictions of an evaluation")
     disable_eval: bool = _eval(False, "train without evaluating")

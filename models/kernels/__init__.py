@@ -26,7 +26,7 @@ PLAIN_PATHS = {"linear": "default", "kernels": "plain", "allocator": "default"}
 def code_paths(device: torch.device | str) -> dict[str, str]:
     """The paths for `device` as a plain dictionary.
 
-    "linear": "onednn" on AMD CPUs, where it doubles torch's default; "kernels": "compiled" where a C++ compiler
+    "linear": "onednn" on AMD CPUs with AVX-512, where it doubles torch's default; "kernels": "compiled" where a C++ compiler
     is; "allocator": "keep" with the GNU C library (freed memory is kept: returning it costs a tenth of the time).
     """
     if torch.device(device).type != "cpu":
@@ -96,12 +96,12 @@ def keep_freed_memory(keep: bool) -> None:
 
 
 def _onednn_helps() -> bool:
-    """AMD: torch's default library (MKL) leaves out its fast code there. Elsewhere both are near the peak."""
+    """AMD with AVX-512: torch's default library (MKL) leaves out its fast code there. Elsewhere both are near the peak."""
     try:
         info = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
-    return torch.backends.mkldnn.is_available() and "AuthenticAMD" in info and " avx2 " in info
+    return torch.backends.mkldnn.is_available() and "AuthenticAMD" in info and " avx512f " in info
 
 
 @cache

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -27,22 +28,26 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """x (..., in) @ weight (out, in)^T + bias, then GELU if asked, by oneDNN; `weight` can be a packed one."""
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False, onednn: bool = True) -> Tensor:
+    """x (..., in) @ weight (out, in)^T + bias, then GELU if asked, by oneDNN, for which `weight` can be a packed one,
+    or by torch's default library."""
     dtype = product_dtype(x.dtype)
-    bias = None if bias is None else bias.to(dtype)
-    after = ("gelu", [], "none") if gelu else ("none", [], "")
-    return torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight.to(dtype), bias, *after).to(x.dtype)
+    given = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if onednn:
+        out = torch.ops.mkldnn._linear_pointwise(*given, *(("gelu", [], "none") if gelu else ("none", [], "")))
+    else:
+        out = F.gelu(F.linear(*given)) if gelu else F.linear(*given)
+    return out.to(x.dtype)
 
 
-def linear_grads(x: Tensor, weight: Tensor, grad: Tensor, compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
+def linear_grads(x: Tensor, weight: Tensor, grad: Tensor, ops: "CpuOperators") -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (rows, in), weight (out, in) and bias from grad (rows, out)."""
-    if product_dtype(grad.dtype) == torch.bfloat16:  # the default library is at its peak here
+    if grad.dtype != product_dtype(grad.dtype):
+        return tuple(d.to(grad.dtype) for d in linear_grads(x.float(), weight.float(), grad.float(), ops))
+    if grad.dtype == torch.bfloat16 or not ops.onednn:  # the default library is at its peak here
         return grad @ weight, grad.t() @ x, grad.sum(0)
-    if grad.dtype == torch.bfloat16:
-        return tuple(d.bfloat16() for d in linear_grads(x.float(), weight.float(), grad.float(), compiled))
     d_x = product(grad, weight.t())
-    if compiled:
+    if ops.compiled:
         return d_x, *native.weight_grad(x, grad)
     if grad.shape[1] > x.shape[1]:  # oneDNN copies its first operand: let it be the narrow one
         return d_x, product(x.t(), grad.t()).t().contiguous(), grad.sum(0)
@@ -51,11 +56,11 @@ def linear_grads(x: Tensor, weight: Tensor, grad: Tensor, compiled: bool) -> tup
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, compiled: bool) -> Tensor:
-        hidden = product(x, weight, bias)
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, ops: "CpuOperators") -> Tensor:
+        hidden = product(x, weight, bias, onednn=ops.onednn)
         out = native.gelu(hidden, with_slope=True) if gelu else hidden
         ctx.save_for_backward(x, weight, hidden if gelu else None)  # GELU's slope by now
-        ctx.compiled = compiled
+        ctx.ops = ops
         return out
 
     @staticmethod
@@ -63,7 +68,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight, slope = ctx.saved_tensors
         grad = grad.contiguous() if slope is None else grad * slope
-        d_x, d_weight, d_bias = linear_grads(x.flatten(0, -2), weight, grad.flatten(0, -2), ctx.compiled)
+        d_x, d_weight, d_bias = linear_grads(x.flatten(0, -2), weight, grad.flatten(0, -2), ctx.ops)
         return d_x.view(x.shape), d_weight, d_bias, None, None
 
 
@@ -71,15 +76,16 @@ class _Recursion(torch.autograd.Function):
     """Operators.recursion in one piece: the gates' gradients are written side by side and need no concatenation."""
 
     @staticmethod
-    def forward(ctx, p: Tensor, q: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx, ops: "CpuOperators", p: Tensor, q: Tensor, *parameters: Tensor) -> Tensor:
         hidden, states, start = p, [], 0
         for weight, bias in zip((None, *parameters[::2]), (None, *parameters[1::2])):
             if weight is not None:
-                hidden = product(states[-1], weight, bias)
+                hidden = product(states[-1], weight, bias, onednn=ops.onednn)
                 states.append(hidden)
             states.append(native.gate(hidden, q[..., start:start + hidden.shape[-1]]))
             start += hidden.shape[-1]
         ctx.save_for_backward(p, q, *parameters[::2], *states[:-1])
+        ctx.ops = ops
         return states[-1]
 
     @staticmethod
@@ -96,9 +102,9 @@ class _Recursion(torch.autograd.Function):
             grad, end = native.gate_backward(grad, hidden, q[..., gate], d_q[..., gate]), gate.start
             if k:
                 x = states[2 * k - 2]
-                d_x, *both = linear_grads(x.flatten(0, -2), weights[k - 1], grad.flatten(0, -2), compiled=True)
+                d_x, *both = linear_grads(x.flatten(0, -2), weights[k - 1], grad.flatten(0, -2), ctx.ops)
                 grad, grads = d_x.view(x.shape), both + grads
-        return grad, d_q, *grads
+        return None, grad, d_q, *grads
 
 
 class _Depthwise(torch.autograd.Function):
@@ -172,7 +178,7 @@ class CpuOperators(Operators):
     """The operators of a model on a CPU; whatever a kernel does not take falls back to plain PyTorch.
 
     Args:
-        onednn: float32 matrix products by oneDNN (bfloat16 ones need no help outside `packed`).
+        onednn: matrix products by oneDNN, else by torch's default library.
         compiled: use the kernels of `native.py`.
         packed: what is made of weights once per evaluation: id(weight) -> (weight, its matrix in oneDNN's own
             layout, bias) by `pack`, the rest by `_prepared`.
@@ -190,7 +196,7 @@ class CpuOperators(Operators):
 
     def _linear(self, x, weight, bias, gelu):
         dtype = _compute_dtype(x)
-        if not self.onednn or bias is None or dtype not in DTYPES or not _ready(x, weight, bias):
+        if bias is None or dtype not in DTYPES or not _ready(x, weight, bias):
             return super().linear_gelu(x, weight, bias) if gelu else super().linear(x, weight, bias)
         x = x.to(dtype)
         packed = None if torch.is_grad_enabled() else self.packed.get(id(weight))
@@ -198,10 +204,10 @@ class CpuOperators(Operators):
             return product(x, packed[1], packed[2], gelu)
         matrix, bias = weight.flatten(1).to(dtype), bias.to(dtype)
         if not torch.is_grad_enabled():
-            return product(x, matrix, bias, gelu)
+            return product(x, matrix, bias, gelu, self.onednn)
         if gelu and not self.compiled:
-            return torch.nn.functional.gelu(_Linear.apply(x, matrix, bias, False, False))
-        return _Linear.apply(x, matrix, bias, gelu, self.compiled)
+            return F.gelu(_Linear.apply(x, matrix, bias, False, self))
+        return _Linear.apply(x, matrix, bias, gelu, self)
 
     def layer_norm(self, x, weight, bias, eps):
         dtype = _compute_dtype(x)
@@ -244,10 +250,10 @@ class CpuOperators(Operators):
 
     def recursion(self, p, q, projections):
         dtype, given = _compute_dtype(q), [t for pair in projections for t in pair]
-        if (not self.onednn or not self.compiled or not torch.is_grad_enabled() or dtype not in DTYPES
-                or None in given or not _ready(p, q, *given)):
+        if (not self.compiled or not torch.is_grad_enabled() or dtype not in DTYPES or None in given
+                or not _ready(p, q, *given)):
             return super().recursion(p, q, projections)
-        return _Recursion.apply(p.to(dtype), q.to(dtype), *(t.flatten(1).to(dtype) if t.ndim > 1 else t.to(dtype)
+        return _Recursion.apply(self, p.to(dtype), q.to(dtype), *(t.flatten(1).to(dtype) if t.ndim > 1 else t.to(dtype)
                                                             for t in given))
 
     def gate(self, x, gate):
@@ -278,8 +284,7 @@ class CpuOperators(Operators):
     def patch_conv(self, x, weight, bias):
         """In training as a matrix product over the patches; only the convolution's backward is slow."""
         size, (batch, height, width, channels) = weight.shape[2], x.shape
-        if (not self.onednn or not torch.is_grad_enabled() or height % size or width % size
-                or not _ready(x, weight)):
+        if not torch.is_grad_enabled() or height % size or width % size or not _ready(x, weight):
             return super().patch_conv(x, weight, bias)
         x = x.reshape(batch, height // size, size, width // size, size, channels).transpose(2, 3)
         return self.linear(x.flatten(3), weight.permute(0, 2, 3, 1).flatten(1), bias)

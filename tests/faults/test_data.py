@@ -10,7 +10,7 @@ import timm
 import torch
 
 import models  # noqa: F401
-from datasets.labels import imagenet_synsets, published_22k_synsets
+from common.synsets import imagenet_synsets, published_22k_synsets
 from tests.faults.kit import EVAL, MODEL, Place, Row, check, command, fill_folder, start, table
 
 TRAINED = "--resume {trained}/checkpoint-0.pth"
