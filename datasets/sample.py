@@ -22,7 +22,7 @@ def ensure_sample(folder: str | os.PathLike) -> None:
     The files go to a temporary folder beside it, which is then renamed: `folder` is whole or not there.
     Raises UserError when `folder` holds something else.
     """
-    folder = Path(folder).absolute()
+    given, folder = folder, Path(folder).absolute()
     if _complete(folder):
         return
     try:
@@ -31,6 +31,7 @@ def ensure_sample(folder: str | os.PathLike) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not _complete(folder):
                 _write(folder)
+                logger.info("wrote the sample data, %d + %d handwritten digits, to %s", TRAIN_PICTURES, VAL_PICTURES, given)
     except OSError as error:
         raise UserError(f"The sample data cannot be written to {folder} ({error.strerror or error}); "
                         "name a folder you may write to with --data_path.") from error
@@ -51,7 +52,6 @@ def _write(folder: Path) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    logger.info("wrote the sample data, %d + %d handwritten digits, to %s", TRAIN_PICTURES, VAL_PICTURES, folder)
 
 
 def write_digits(folder: Path) -> None:

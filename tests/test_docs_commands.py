@@ -162,7 +162,7 @@ def test_long_commands_start_on_two_processes(command, pictures, checkpoint, che
 
 @pytest.mark.slow
 def test_the_published_launcher_trains_and_evaluates(checkout):
-    """Two processes of the launcher that passes --local-rank, three epochs of the quickstart's 36."""
+    """Two processes of the launcher that passes --local-rank, three epochs of the quickstart's 30."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={port}", "main.py",
