@@ -76,9 +76,7 @@ def _run(argv: list[str]) -> int:
         for notice in resolved.notices:
             logger.info(notice)
         # The watchdog prints an error's sentence or traceback once, last, when there are several processes.
-        # Only a training records its heartbeat: an evaluation may go on beside one in the same folder.
-        records = options.output_dir if options.output_dir and not (options.dry_run or options.eval) else None
-        with Watchdog(process, records, options.hang_timeout) as watchdog:
+        with Watchdog(process, hang_timeout=options.hang_timeout) as watchdog:
             if options.dry_run:
                 return check(resolved, process, watchdog)
             if options.eval:

@@ -54,6 +54,7 @@ def train(resolved: Resolved, process: Any, watchdog: Any) -> int:
     checkpoints = Checkpoints(folder.path, keep=options.save_ckpt_num) if folder and options.save_ckpt else None
     try:
         loaded = process.on_rank_zero(lambda: _open_folder(resolved, folder))
+        watchdog.record_in(options.output_dir)  # not before: a refused start must not touch the owner's records
         if loaded is not None and finished(loaded.state, options.epochs):
             logger.info("This run has finished its %d epoch%s (%s); --epochs takes more. Evaluating it instead.",
                         options.epochs, "s" * (options.epochs > 1), loaded.path)

@@ -81,7 +81,7 @@ class Watchdog:
 
     def __init__(self, process: "Process", folder: str | Path | None = None, hang_timeout: float = 180.0) -> None:
         self.process, self.hang_timeout = process, float(hang_timeout)
-        self.folder = Path(folder) if folder else None
+        self.record_in(folder)
         self.beat = Beat(process.rank, process.node_name, os.getpid())
         self._since = time.monotonic()
         self._first_update: int | None = None
@@ -94,6 +94,10 @@ class Watchdog:
         self._parent = os.getppid()
         self._asked = float("inf")  # when the store was asked what it hasn't answered yet
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    def record_in(self, folder: str | Path | None) -> None:
+        """Write to `folder` from now on."""
+        self.folder = Path(folder) if folder else None
 
     def phase(self, name: str, update: int = -1) -> None:
         """Say what this rank does now: start, data, forward, backward, step, evaluation or saving, and at which update.

@@ -119,9 +119,8 @@ class RunFolder:
 
     def _remove_unused(self) -> None:
         try:
-            if self._made and set(os.listdir(self.path)) <= {"owner.json", "progress.json"}:
-                for path in self.path.iterdir():
-                    path.unlink()
+            if self._made and os.listdir(self.path) == ["owner.json"]:
+                (self.path / "owner.json").unlink()
                 self.path.rmdir()
         except OSError:
             pass  # gone, read-only, or filled by somebody else meanwhile: it stays as it is

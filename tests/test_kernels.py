@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from parity_fill import PARITY, parity_input, parity_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import models  # noqa: F401 - registers the models with timm
 from models import kernels
@@ -144,6 +145,22 @@ def test_bfloat16_products_of_a_cpu_without_instructions_for_them(monkeypatch):
         found, exact = fast(x).float(), plain(x).float()
     assert all(matrix.dtype == torch.float32 for _, matrix, *_ in fast.ops.packed.values())
     torch.testing.assert_close(found, exact, rtol=0, atol=0.05 * float(exact.abs().max()))
+
+
+def test_autocast_leaves_products_in_the_type_chosen_for_them(monkeypatch):
+    monkeypatch.setattr(cpu, "product_dtype", lambda dtype: torch.float32)
+    seen = set()
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            if function in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
+                seen.update(argument.dtype for argument in arguments)
+            return function(*arguments, **(keywords or {}))
+
+    x, weight, bias = torch.randn(6, 8).bfloat16(), torch.randn(5, 8).bfloat16(), torch.randn(5).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16), Watching():
+        assert cpu.product(x, weight, bias, onednn=False).dtype == torch.bfloat16
+    assert seen == {torch.float32}
 
 
 @pytest.mark.parametrize("paths", PATHS)

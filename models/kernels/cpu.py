@@ -36,7 +36,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = 
     if onednn:
         out = torch.ops.mkldnn._linear_pointwise(*given, *(("gelu", [], "none") if gelu else ("none", [], "")))
     else:
-        out = F.gelu(F.linear(*given)) if gelu else F.linear(*given)
+        with torch.autocast("cpu", enabled=False):  # which would make bfloat16 of float32 again
+            out = F.gelu(F.linear(*given)) if gelu else F.linear(*given)
     return out.to(x.dtype)
 
 

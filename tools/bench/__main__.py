@@ -31,6 +31,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--clock", choices=timing.CLOCKS, default="wall",
                         help="wall time, or this process' CPU time on a machine shared with others")
+    parser.add_argument("--only", nargs="+", default=(), metavar="CASE", choices=cases.CASES,
+                        help="with model and train: these cases beside the reference (default all; bfloat16 without "
+                             f"instructions for it takes minutes): {', '.join(cases.CASES)}")
     parser.add_argument("--out", default="bench.json", help="where the JSON goes (default bench.json)")
     parser.add_argument("--plot", metavar="SVG", help="with family: draw published accuracy against measured speed")
     return parser
@@ -73,7 +76,7 @@ def _family_table(found: list[dict]) -> str:
 
 def _work(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
-    setting = cases.Setting(args.batch, args.repeats, args.clock, args.size)
+    setting = cases.Setting(args.batch, args.repeats, args.clock, args.size, tuple(args.only))
     result: dict = {"command": " ".join(["python -m tools.bench", *sys.argv[1:]]), "machine": timing.machine(),
                     "clock": args.clock}
     found: list[timing.Row] = []

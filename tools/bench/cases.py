@@ -19,12 +19,13 @@ from tools.bench.reference import PlainUpdate, plain_model
 from tools.bench.timing import Row, interleave, peak_bandwidth, peak_flops, rows
 
 F32, BF16 = torch.float32, torch.bfloat16
+CASES = ("reference bf16", "plain", "plain bf16", "fast", "fast bf16")
 
 
 @dataclass
 class Setting:
     """How to measure; `clock` "cpu" counts only this process' time, for a machine shared with others. `only` names
-    the cases to run beside the reference, all if empty."""
+    those of CASES to run beside the reference, all if empty."""
 
     batch: int = 8
     repeats: int = 9
