@@ -15,8 +15,8 @@ import models  # noqa: F401  registers the architectures with timm
 from common.errors import UserError
 from common.log import logger
 from common.safe_load import safe_torch_load
-from datasets.build import Data, build_data, eval_loader
 from common.synsets import imagenet_synsets
+from datasets.build import Data, build_data, eval_loader
 from datasets.prepare import EvalPrepare
 from datasets.subsets import Subset, real_labels, recognise_folder
 from datasets.transforms import DEFAULT_CROP_PCT, WARP_FROM, mean_std
