@@ -1,9 +1,6 @@
 """A training run from its options: folder → checkpoint → data → batch → model → optimizer → restore → epochs → report."""
 import os
-import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -35,7 +32,7 @@ from optim.finite import FiniteWatch, NonfinitePolicy
 from optim.losses import build_loss
 from optim.schedule import build_schedule
 from optim.update import Update, UpdateConfig
-from run.checkpoint import Checkpoints, Loaded
+from run.checkpoint import Checkpoints, Loaded, undisturbed
 from run.checks import BatchPlan
 from run.folder import DONE, FAILED, PREEMPTED, RunFolder
 from run.life import Fixed, Parts, Services, TrainingRun
@@ -54,13 +51,13 @@ def train(resolved: Resolved, process: Any, watchdog: Any) -> int:
     checkpoints = Checkpoints(folder.path, keep=options.save_ckpt_num) if folder and options.save_ckpt else None
     try:
         loaded = process.on_rank_zero(lambda: _open_folder(resolved, folder))
-        watchdog.record_in(options.output_dir)  # not before: a refused start must not touch the owner's records
         if loaded is not None and finished(loaded.state, options.epochs):
             logger.info("This run has finished its %d epoch%s (%s); --epochs takes more. Evaluating it instead.",
                         options.epochs, "s" * (options.epochs > 1), loaded.path)
             return _evaluate_finished(resolved, loaded, process, watchdog)
         with StopRequest(options.stop_before_end) as stop:
             planned = plan_run(resolved, process, loaded.state if loaded else None)
+            watchdog.record_in(options.output_dir)  # not before: a start that is refused leaves nothing in the folder
             for note in planned.notes:
                 logger.info(note)
             sample = check_sample(planned.data.train, 8) if process.is_main else None
@@ -332,7 +329,7 @@ def _live(run: TrainingRun, folder: RunFolder | None, loaded: Loaded | None) -> 
         cause = f"{type(error).__name__}: {error}"
         raise
     finally:
-        with _undisturbed():
+        with undisturbed():
             for sentence in checkpoints.close() if checkpoints is not None else ():
                 tracker.incident("save_failed", sentence, say=False, update=run.update)
             if folder is not None:
@@ -353,17 +350,6 @@ def _live(run: TrainingRun, folder: RunFolder | None, loaded: Loaded | None) -> 
     if folder is not None:
         _write_page(folder)
     return ExitCode.DONE
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Without PyTorch's handler of SIGCHLD, which raises: loader processes often die by twos, and the second one's
-    death must not cut short what is written down about the first."""
-    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL if previous is None else previous)
 
 
 def requeued() -> bool:

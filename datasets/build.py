@@ -92,7 +92,7 @@ def _readers(options, train: bool, evaluate: bool, write: bool) -> tuple[Reader 
     train_reader = val_reader = None
     if train:
         train_reader = _pictures_in(train_root, arguments)
-        _check_classes(train_reader, options.allow_class_mismatch)
+        _check_classes(train_reader, options.allow_class_mismatch, options.data_set == "image_folder")
     if evaluate:
         val_reader = _pictures_in(val_root, arguments)
         if val_reader.classes == [""]:
@@ -106,11 +106,11 @@ def _pictures_in(root: str, arguments: dict) -> FolderReader | ShardReader:
     return ShardReader(root, **arguments) if shards_in(root) else FolderReader(index_folder(root, **arguments))
 
 
-def _check_classes(train: FolderReader | ShardReader, allow_empty: bool) -> None:
+def _check_classes(train: FolderReader | ShardReader, allow_empty: bool, image_folder: bool) -> None:
     root = show(_source(train))
     if train.classes == [""]:
         raise UserError(f"{root} holds pictures but no class folders; sort them into one folder per class.")
-    if {"train", "val"} <= set(train.classes):
+    if image_folder and {"train", "val"} <= set(train.classes):
         raise UserError(f"{root} holds train/ and val/, which are no classes; with --data_set image_folder --data_path is the "
                         f"train folder itself: give --data_path {root}/train --eval_data_path {root}/val, or --data_set IMNET.")
     empty = np.flatnonzero(np.bincount(train.labels, minlength=len(train.classes)) == 0)

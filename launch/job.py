@@ -22,7 +22,9 @@ from common.log import logger, setup_logging
 from launch import ExitCode
 from launch.processes import end_now
 
-HOLD = 90.0  # seconds a requeued task waits for Slurm to end it; an exit would make the job "failed" or "completed"
+# Seconds a requeued task waits for Slurm to end it; an exit would make the job "failed" or "completed". Longer than the
+# task that decides may need to reach a busy controller.
+HOLD = 480.0
 PAUSE = 10.0  # seconds until Slurm's controller, which may be busy or restarting, is asked again
 
 
@@ -150,6 +152,8 @@ class Task:
                 break
             except subprocess.SubprocessError as error:
                 logger.error("scontrol requeue failed: %s", error)
+                if self._state() not in ("RUNNING", "PREEMPTED", "UNKNOWN"):
+                    break  # it was heard all the same
                 if last:
                     self.record("not requeued", reason=f"scontrol requeue failed: {error}")
                     return
@@ -165,6 +169,9 @@ class Task:
             os.close(os.open(self.folder / f"decision-{self.id}-{self.attempt}", os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return False
+        except OSError as error:  # such as a full disk, which must not cost the job its requeue
+            logger.error("the decision was not written: %s", error)
+            return self.rank == 0
         return True
 
     def _hold(self) -> None:

@@ -7,9 +7,11 @@ import math
 import os
 import re
 import shutil
+import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,22 @@ def load(path: str | os.PathLike) -> Loaded:
     return Loaded(path, upgrade(safe_torch_load(path), path))
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Without PyTorch's handler of SIGCHLD, which raises in the middle of any line when a loader process has died.
+
+    The death is told by the loader when the next batch is asked for. Nothing changes outside the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if previous is None else previous)
+
+
 class Checkpoints:
     """The checkpoints of one run folder. Rank 0 saves; any number of others may read.
 
@@ -116,12 +134,13 @@ class Checkpoints:
         started = time.monotonic()
         self._join()
         work = (epoch, update), dict(best or {})
-        try:
-            thread = threading.Thread(target=self._write_all, args=(snapshot(state), *work), name="saving")
-            thread.start()
-            self._thread = thread
-        except (MemoryError, RuntimeError) as error:  # no memory for the copy, or no thread to be had
-            self._fail(f"The state of epoch {epoch}", error, state_bytes(state))
+        with undisturbed():
+            try:
+                thread = threading.Thread(target=self._write_all, args=(snapshot(state), *work), name="saving")
+                thread.start()
+                self._thread = thread
+            except (MemoryError, RuntimeError) as error:  # no memory for the copy, or no thread to be had
+                self._fail(f"The state of epoch {epoch}", error, state_bytes(state))
         if wait or not self.background:
             self._join()
         self.last_saved = time.monotonic()

@@ -83,7 +83,7 @@ class Options:
     data_set: str = _data("IMNET", "layout of the data: IMNET (train/ and val/ with one folder per class), "
                           "image_folder (data_path is the train folder itself), CIFAR (CIFAR-100), SAMPLE (digits)",
                           one_of("IMNET", "image_folder", "CIFAR", "SAMPLE"), common=True)
-    data_path: str = _data("", "folder of the data set", common=True)
+    data_path: str = _data("", "folder of the data set: class folders or .tar files", common=True)
     eval_data_path: str | None = _data(None, "folder of the evaluation pictures when it is not data_path/val")
     nb_classes: int | None = _data(None, "number of classes; none: 1000 for folders named by ImageNet's synsets, "
                                    "100 for CIFAR, otherwise the number of folders", at_least(1))
@@ -98,7 +98,8 @@ class Options:
     num_workers: int = _data(10, "loader processes per training process", at_least(0, 512), common=True)
     pin_mem: bool = _data(True, "keep batches in page-locked memory on the way to a GPU")
 
-    model: str = _model("hornet_tiny_gf", "name of the architecture", common=True)
+    model: str = _model("hornet_tiny_gf", "hornet_tiny, _small, _base or _large with _7x7 or _gf, hornet_base_gf_img384, "
+                        "hornet_large_gf_img384; hornet_nano_7x7 or _gf for small pictures", common=True)
     pretrained: bool = _model(False, "start from, or evaluate, the published weights of the model", common=True)
     finetune: str = _model("", "checkpoint (path or https URL) to start training from, with a new head where needed",
                            common=True)
@@ -161,8 +162,8 @@ class Options:
     mixup_mode: str = _augment("batch", "one choice and ratio per group (batch), pair or picture (elem)",
                                one_of("batch", "pair", "elem"))
 
-    crop_pct: float | None = _eval(None, "input_size / resized short side; none: 0.875 below 384 pixels, no crop from "
-                                   "384 on", PART)
+    crop_pct: float | None = _eval(None, "input_size / resized short side, below 384 pixels (none: 0.875); from 384 on "
+                                   "pictures are evaluated whole", PART)
     check: bool = _eval(False, "end with 0 only if the (first) checkpoint reaches the published accuracy (PASS), else with 1")
     explain_difference: bool = _eval(False, "list each setting that departs from the published protocol")
     report: str | None = _eval(None, "folder for per-class results, confusions and predictions of an evaluation")
@@ -172,8 +173,9 @@ class Options:
 
     use_amp: bool = _speed(False, "mixed precision", common=True)
     amp_dtype: str = _speed("bf16", "number format of mixed precision", one_of("bf16", "fp16"))
-    compile: bool = _speed(False, "use torch.compile, after one batch has shown that it computes the same")
-    fast_math: bool = _speed(False, "allow TF32 and other shortcuts that change results by rounding")
+    compile: bool = _speed(False, "use torch.compile once one batch has agreed with eager PyTorch; for GPUs: on a CPU "
+                           "it takes the place of the kernels built here")
+    fast_math: bool = _speed(False, "allow TF32 in products and convolutions on NVIDIA GPUs: faster, with other last digits")
     deterministic: bool = _speed(False, "only deterministic algorithms on GPUs: bit-equal reruns, slower")
     model_ema_force_cpu: bool = _speed(False, "keep the moving average in main memory")
 
@@ -184,12 +186,13 @@ class Options:
     save_ckpt_freq: int = _run(1, "epochs between checkpoints", at_least(1))
     save_ckpt_num: int = _run(3, "checkpoints to keep beside the best and every 50th", at_least(1))
     save_every_minutes: float = _run(15.0, "minutes between checkpoints within an epoch; 0: none", NOT_NEGATIVE)
-    on_nonfinite: str = _run("skip", "what follows an infinite or undefined loss or gradient",
+    on_nonfinite: str = _run("skip", "after an infinite or undefined loss or gradient: skip leaves the update out and "
+                            "goes back to the last checkpoint after three in a row, rollback goes back at once, stop ends the run",
                              one_of("stop", "skip", "rollback"))
     seed: int = _run(0, "seed of every random draw", at_least(0, 2 ** 63 - 1))
 
-    hang_timeout: float = _process(180.0, "seconds without progress until the run ends and names who waits for whom; "
-                                   "0: never", NOT_NEGATIVE)
+    hang_timeout: float = _process(180.0, "seconds without progress until the run ends and names who waits for whom (ten "
+                                   "times that at start-up, three times for the first update and for saving); 0: never", NOT_NEGATIVE)
     rendezvous_timeout: float = _process(180.0, "seconds to wait for all processes at the start", POSITIVE)
     stop_before_end: float = _process(120.0, "seconds before the job's time limit at which to save and stop",
                                       NOT_NEGATIVE)
@@ -198,7 +201,7 @@ class Options:
     world_size: int = _process(1, "published flag", at_least(1), no_effect="the launcher sets the number of processes")
     dist_on_itp: bool = _process(False, "published flag", no_effect="the launcher is recognised by itself")
 
-    print_freq: int = _log(10, "updates between console lines", at_least(1))
+    print_freq: int = _log(10, "updates between lines of figures (console or progress bar, TensorBoard)", at_least(1))
     log_dir: str | None = _log(None, "folder for TensorBoard; none: tensorboard/ in output_dir")
     enable_wandb: bool = _log(False, "log to Weights & Biases (pip install wandb)")
     project: str = _log("hornet", "project name there")

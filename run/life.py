@@ -173,6 +173,7 @@ class TrainingRun:
             if self.update == (self.epoch + 1) * per_epoch:
                 tests = {} if evaluate is None else evaluate(self.update)
                 if tests is None:
+                    self.to.stop.request("another process was asked to stop")  # unless this one has a reason of its own
                     self._save_within_epoch(wait=True)
                     return "stopped"
                 stops = self._finish_epoch(progress, tests, started)

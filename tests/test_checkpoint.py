@@ -4,6 +4,7 @@ import math
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import time
 from collections import OrderedDict
@@ -385,3 +386,24 @@ def test_no_memory_for_the_copy_is_said(tmp_path):
     checkpoints.save(Huge(), epoch=1)
     (failure,) = checkpoints.close()
     assert "out of memory" in failure and "newest one saved is checkpoint-0.pth" in failure
+
+
+def test_a_loader_process_that_dies_in_the_midst_of_a_save_does_not_cost_it(tmp_path):
+    """PyTorch's handler of SIGCHLD raises wherever the program is; a save begun must be finished and waited for."""
+    def report(number, frame):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    class Dying(dict):
+        def items(self):
+            os.kill(os.getpid(), signal.SIGCHLD)
+            return super().items()
+
+    checkpoints, before = Checkpoints(tmp_path), signal.signal(signal.SIGCHLD, report)
+    try:
+        checkpoints.save(Dying(state(3)), epoch=3)
+        with pytest.raises(RuntimeError, match="DataLoader"):  # the handler is in its place again
+            os.kill(os.getpid(), signal.SIGCHLD)
+            time.sleep(1)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert checkpoints.close() == [] and checkpoints.newest_valid().path.name == "checkpoint-3.pth"

@@ -44,7 +44,8 @@ def test_a_killed_rank_ends_the_other_which_names_it(pictures, tmp_path, phase, 
     # A rank that is killed while the others have no need of it is missed by them when they next do.
     assert f"rank {rank} (" in last_line(survivor.text()) and "gone" in last_line(survivor.text()), survivor.text()
     cause = json.loads((tmp_path / "run" / "failure.json").read_text())
-    assert f"rank {rank} (" in cause["cause"] and cause["time"] - killed < 10
+    # Noticed within 10 s; it is written down when the others have had 8 s to name a cause of their own.
+    assert f"rank {rank} (" in cause["cause"] and cause["time"] - killed < 18
 
 
 @pytest.mark.slow

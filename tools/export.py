@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,11 +46,9 @@ def check_pictures(trained: Trained, given: list[str]) -> Tensor:
 
 def compare(trained: Trained, exported: Callable[[Tensor], Tensor], pictures: Tensor, softmax: bool) -> float:
     """Largest difference from the model over a batch, single pictures, and two other sizes. Raises UserError."""
-    side, found = max(trained.input_size, SMALLEST_SIDE), []
+    side, found = trained.input_size, []
     other = torch.nn.functional.interpolate(pictures[:2], (side + 32, side + 64))
     for images in (pictures, pictures[:1], other, other[:1].transpose(2, 3).contiguous()):
-        if min(images.shape[2:]) < SMALLEST_SIDE:
-            continue
         with torch.inference_mode():
             wanted = trained.model(images).softmax(-1) if softmax else trained.model(images)
         difference = (exported(images) - wanted).abs().max().item()
@@ -91,6 +90,10 @@ def arguments() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     trained = load_trained(args.model, args.resume, args.weights, args.input_size)
+    if trained.input_size < SMALLEST_SIDE:
+        logger.info("%s works on pictures of %d pixels, exported files on %d and more: the file says %d.", trained.name,
+                    trained.input_size, SMALLEST_SIDE, SMALLEST_SIDE)
+        trained = replace(trained, input_size=SMALLEST_SIDE)
     pictures = check_pictures(trained, args.pictures)
     out = Path(args.out or f"{trained.name}.{'onnx' if args.kind == 'onnx' else 'pt2'}")
     exported = export(trained, args.kind, out, args.softmax)

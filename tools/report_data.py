@@ -58,7 +58,8 @@ def read_run(path: str | Path) -> Run:
     run = Run(folder.resolve().name, folder)
     rows = read_json_lines(log_file)
     if log_file.is_file():
-        run.unread_lines = sum(bool(line.strip()) for line in log_file.read_bytes().split(b"\n")) - len(rows)
+        lines = sum(bool(line.strip()) for line in log_file.read_bytes().split(b"\n"))
+        run.unread_lines = max(0, lines - len(rows))
     epochs = {row["epoch"]: row for row in rows if isinstance(row.get("epoch"), int)}  # a repeated epoch: the last one
     run.log = [epochs[epoch] for epoch in sorted(epochs)]
     if path.is_dir():

@@ -3,8 +3,8 @@
 Inside a graph the Fourier filter is computed as matrix products: Inductor has open bugs that give wrong values around
 FFTs (pytorch#143719, #181625), and at HorNet's sizes the products are the faster form anyway.
 """
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +32,15 @@ def compile_model(model: nn.Module, shape: tuple[int, int, int, int], dtype: tor
     float32 than rounding in `dtype` explains, or when `agree` says so: it gets this process' own success and
     answers that of all. Parameters, gradients and their names are the model's own either way.
     """
-    before = model.ops
-    exact = _logits_and_gradients(model, model, shape, None)
-    eager = exact if dtype is None else _logits_and_gradients(model, model, shape, dtype)
-    model.set_operators(GraphOperators())
-    compiled = torch.compile(model)
+    before, trouble = model.ops, ""
     try:
+        with _true_float32():
+            exact = _logits_and_gradients(model, model, shape, None)
+        eager = _logits_and_gradients(model, model, shape, dtype)
+        model.set_operators(GraphOperators())
+        compiled = torch.compile(model)
         trouble = _furthest(model, _logits_and_gradients(compiled, model, shape, dtype), eager, exact)
-    except Exception as error:  # Whatever a compiler raises: a missing one, an unsupported device, its own bugs.
+    except Exception as error:  # Whatever a compiler raises, its own bugs included, and too little memory to compare.
         trouble = " ".join([f"{type(error).__name__}:", *str(error).split("\n")[:2]])
     if agree(not trouble):
         return compiled
@@ -48,9 +49,23 @@ def compile_model(model: nn.Module, shape: tuple[int, int, int, int], dtype: tor
     return model
 
 
+@contextmanager
+def _true_float32() -> Iterator[None]:
+    """Products without TF32, said in the one of PyTorch's two ways that torch.compile can read."""
+    places = torch.backends.cuda.matmul, torch.backends.cudnn
+    allowed = [place.allow_tf32 for place in places]
+    try:
+        for place in places:
+            place.allow_tf32 = False
+        yield
+    finally:
+        for place, before in zip(places, allowed):
+            place.allow_tf32 = before
+
+
 def _logits_and_gradients(call: nn.Module, model: nn.Module, shape: tuple[int, ...],
                           dtype: torch.dtype | None) -> list[Tensor]:
-    """Of one fixed batch, in float32 on the model's device."""
+    """Of one fixed batch, in float32, kept in main memory."""
     device, draw = next(model.parameters()).device, torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=draw).to(device)
     # Nothing is dropped, so that every layer shows.
@@ -58,7 +73,7 @@ def _logits_and_gradients(call: nn.Module, model: nn.Module, shape: tuple[int, .
     with nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype):
         logits = call(x, *drops).float()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return [logits.detach(), *torch.autograd.grad(logits.square().mean(), parameters)]
+    return [tensor.detach().cpu() for tensor in (logits, *torch.autograd.grad(logits.square().mean(), parameters))]
 
 
 def _furthest(model: nn.Module, found: list[Tensor], eager: list[Tensor], exact: list[Tensor]) -> str:

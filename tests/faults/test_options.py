@@ -1,6 +1,5 @@
 """Mistakes on the command line and in recipes: one sentence, exit code 2."""
-import os
-
+from run.preflight import cpus_per_process
 from tests.faults.kit import Row, check, table
 
 
@@ -45,7 +44,7 @@ def recorded(place):
     # Both before the pictures are indexed, which takes minutes.
     Row("unknown optimizer", "--opt adamww", 2, ("--opt adamww", "did you mean adamw"), unsaid=("train: ",)),
     Row("a start that is not there", "--finetune nothere.pth", 2, ("No checkpoint at nothere.pth",), unsaid=("train: ",)),
-    Row("more loader processes than CPUs", f"--num_workers {len(os.sched_getaffinity(0)) + 1}", 0,
+    Row("more loader processes than CPUs", f"--num_workers {cpus_per_process(1) + 1}", 0,
         ("of this process; more than these load nothing faster.",)),
     Row("unknown augmentation", "--aa autoaugment", 2, ("--aa autoaugment is out of range", "rand-m9-mstd0.5-inc1")),
     Row("two checkpoints to train from", "--resume a b", 2, ("--resume takes one checkpoint in training",)),
