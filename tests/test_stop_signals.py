@@ -48,4 +48,5 @@ def test_a_signal_to_one_rank_ends_an_evaluation_on_all(tmp_path):
     assert codes(ranks, 60) == [75, 75], ranks[0].text()
     status = json.loads((folder / "status.json").read_text())
     assert (status["state"], status["update"], status["epoch"]) == ("PREEMPTED", UPDATES, 0)
+    assert status["cause"] in ("SIGUSR1", "another process was asked to stop")
     assert (folder / f"checkpoint-e0u{UPDATES}.pth").exists() and not (folder / "log.txt").read_text()

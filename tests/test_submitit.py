@@ -205,6 +205,10 @@ def test_a_second_job_in_the_same_folder_has_its_own_attempts(program):
     assert "attempt  2 of" in run_with_submitit.status(program / "again")
 
 
+def whats(folder: Path) -> list[str]:
+    return [json.loads(line)["what"] for line in (folder / "job.jsonl").read_text().splitlines()]
+
+
 class _Environment:
     """What a task asks submitit for, as rank `rank` of a local job."""
 
@@ -223,21 +227,27 @@ def test_one_task_decides_for_all_when_a_rank_fails_while_another_is_told_to_sto
     decisions = [lambda: failed.after_failure(1), stopped.after_stop]
     for decide in decisions if first == "the failed rank" else reversed(decisions):
         decide()
-    records = [json.loads(line)["what"] for line in (tmp_path / "job.jsonl").read_text().splitlines()]
-    assert records == (["failed", "requeued"] if first == "the failed rank" else ["requeued"])
+    assert whats(tmp_path) == (["failed", "requeued"] if first == "the failed rank" else ["requeued"])
     assert requeues == ([1] if first == "the failed rank" else [0])
-
-
-def whats(folder: Path) -> list[str]:
-    return [json.loads(line)["what"] for line in (folder / "job.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("failures, expected", [(2, ["requeued"]), (9, ["requeued", "not requeued"])])
 def test_a_controller_that_does_not_answer_is_asked_again(tmp_path, monkeypatch, failures, expected):
     """A busy or restarting slurmctld must not cost a preempted job its requeue."""
-    (tmp_path / "squeue").write_text("#!/bin/sh\nexit 1\n")
-    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\n"
-                                       f"[ $(wc -l < {tmp_path}/asked) -gt {failures} ]\n")
+    stop_under_slurm(tmp_path, monkeypatch, "exit 1", f"[ $(wc -l < {tmp_path}/asked) -gt {failures} ]")
+    assert (tmp_path / "asked").read_text().splitlines() == ["requeue 7"] * min(failures + 1, 4)
+    assert whats(tmp_path) == expected
+
+
+def test_a_request_that_was_heard_although_it_failed_is_not_made_twice(tmp_path, monkeypatch):
+    stop_under_slurm(tmp_path, monkeypatch, f"[ -e {tmp_path}/asked ] && echo PENDING || echo RUNNING", "exit 1")
+    assert (tmp_path / "asked").read_text().splitlines() == ["requeue 7"] and whats(tmp_path) == ["requeued"]
+
+
+def stop_under_slurm(tmp_path: Path, monkeypatch, squeue: str, scontrol: str) -> None:
+    """A preempted task on a Slurm whose programs do as these shell lines say; requests are kept in `asked`."""
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\n{squeue}\n")
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\n{scontrol}\n")
     for name in ("squeue", "scontrol"):
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -246,8 +256,6 @@ def test_a_controller_that_does_not_answer_is_asked_again(tmp_path, monkeypatch,
     monkeypatch.setattr(job_module, "PAUSE", 0)
     monkeypatch.setattr(job_module, "HOLD", 0)
     Task(Job([], ".", ".", str(tmp_path), str(tmp_path), max_requeue=3), SlurmJobEnvironment()).after_stop()
-    assert (tmp_path / "asked").read_text().splitlines() == ["requeue 7"] * min(failures + 1, 4)
-    assert whats(tmp_path) == expected
 
 
 @pytest.mark.parametrize("code, cause", [(-signal.SIGKILL, "rank 1 was killed by SIGKILL (out of memory?)"),
@@ -279,3 +287,8 @@ def test_a_job_that_cannot_record_it_is_requeued_all_the_same(tmp_path):
     requeues: list[int] = []
     Task(Job([], ".", ".", str(tmp_path), str(tmp_path), max_requeue=3), _Environment(0, requeues)).after_stop()
     assert requeues == [0]
+
+
+def test_rank_zero_decides_where_the_decision_cannot_be_written(tmp_path):
+    job = Job([], ".", ".", str(tmp_path / "gone"), str(tmp_path), max_requeue=3)
+    assert [Task(job, _Environment(rank, []))._decides() for rank in (0, 1)] == [True, False]
