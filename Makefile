@@ -32,7 +32,7 @@ soak: .venv/installed
 	HORNET_SOAK=1 $(PYTEST) -m slow tests/soak
 
 bench: .venv/installed
-	$(PY) -m tools.bench all
+	$(PY) -m benchmarks all
 
 clean:
 	rm -rf build .pytest_cache .hypothesis

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.keys import uniforms
+from common.random import uniforms
 
 
 class Observer:

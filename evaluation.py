@@ -17,21 +17,21 @@ from common.log import logger
 from common.safe_load import safe_torch_load
 from common.synsets import imagenet_synsets
 from datasets.build import Data, build_data, eval_loader
-from datasets.prepare import EvalPrepare
+from datasets.device import EvalPrepare
 from datasets.subsets import Subset, real_labels, recognise_folder
 from datasets.transforms import DEFAULT_CROP_PCT, WARP_FROM, mean_std
 from launch import ExitCode
 from models import MODEL_NAMES
 from models.download import cache_folder, fetch_published, fetch_url
 from models.inspect import class_titles
-from models.kernels import accelerate, code_paths, packed
+from native.paths import accelerate, code_paths, packed
 from models.weights import load_for_model
 from models.zoo import PUBLISHED
 from run.checkpoint import Checkpoints
-from run.metrics import Predictions, multi_label_accuracy
-from run.options import Resolved
-from run.recipe import convert, quote
-from run.results import Protocol, results_from, summary_line, write_eval_json, write_report_files
+from report.metrics import Predictions, multi_label_accuracy
+from config.parse import Resolved
+from config.recipe import convert, quote
+from report.results import Protocol, results_from, summary_line, write_eval_json, write_report_files
 from scoring import SAMPLED, strange_weights
 
 # What a checkpoint of ours knows about its own network and pictures, taken unless a flag or recipe says otherwise.
@@ -83,7 +83,7 @@ def evaluate_checkpoints(resolved: Resolved, process: Any, watchdog: Any) -> int
         written = _write(results, found, options, data, prepared.source)
         _say(results, options)
     passed = results[0].get("verdict") == "PASS" or not options.check
-    return ExitCode.DONE if passed and written else ExitCode.ERROR
+    return ExitCode.DONE if passed and written else ExitCode.FAILED
 
 
 def prepare_evaluation(resolved: Resolved, process: Any, observer: engine.Observer) -> Prepared:

@@ -10,7 +10,7 @@ import warnings
 
 from common.errors import UserError
 from common.log import logger, setup_logging
-from run.options import parse
+from config.parse import parse
 
 # Of torchrun, submitit's local executor, srun and mpirun.
 RANK_VARIABLES = ("RANK", "SUBMITIT_LOCAL_GLOBALID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
@@ -60,10 +60,10 @@ def _in_words(error: RuntimeError) -> str | None:
 
 def _run(argv: list[str]) -> int:
     from evaluation import evaluate_checkpoints
-    from launch.distributed import start
+    from launch.process import start
     from launch.watchdog import Watchdog
     from models import MODEL_NAMES
-    from preflight import check
+    from dryrun import check
     from training import train
 
     resolved = parse(argv, MODEL_NAMES)

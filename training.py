@@ -12,19 +12,19 @@ import torch
 import engine
 import models  # noqa: F401  registers the architectures with timm
 from common.errors import UserError
-from common.keys import key
+from common.random import key
 from common.log import logger
 from common.safe_load import safe_torch_load
 from datasets.build import Data, build_data, eval_loader, train_loader
 from datasets.check import check_sample
-from datasets.prepare import EvalPrepare, TrainPrepare
-from datasets.samplers import GlobalBatchSampler
+from datasets.device import EvalPrepare, TrainPrepare
+from datasets.sampler import GlobalBatchSampler
 from evaluation import amp_dtype, evaluate_checkpoints, local_file
 from launch import ExitCode
-from launch.preemption import StopRequest
+from launch.stop import StopRequest
 from models.download import fetch_published
-from models.kernels import accelerate, code_paths, packed, use_code_paths
-from models.kernels.compile import compile_model
+from native.paths import accelerate, code_paths, packed, use_code_paths
+from models.compile import compile_model
 from models.weights import load_for_model
 from optim.build import build_optimizer, load_optimizer_state
 from optim.ema import Ema, half_life_warning
@@ -33,13 +33,13 @@ from optim.losses import build_loss
 from optim.schedule import build_schedule
 from optim.update import Update, UpdateConfig
 from run.checkpoint import Checkpoints, Loaded, undisturbed
-from run.checks import BatchPlan
+from config.rules import BatchPlan
 from run.folder import DONE, FAILED, PREEMPTED, RunFolder
 from run.life import Fixed, Parts, Services, TrainingRun
-from run.options import Resolved, plan_batch, validate_after_index
+from config.parse import Resolved, plan_batch, validate_after_index
 from run.preflight import cpus_per_process, start_warnings
 from run.state import BEST, BEST_EMA, check_resumable, check_same_run, finished
-from run.tracker import Plan, Tracker, WandbRun
+from run.log import Plan, Tracker, WandbRun
 from scoring import strange_weights
 from tools.report import write_report
 
@@ -342,11 +342,11 @@ def _live(run: TrainingRun, folder: RunFolder | None, loaded: Loaded | None) -> 
         # Not a warning, which every rank would give: all stop at the same update.
         logger.info("Stopped at update %d (%s); the same command goes on from %s.", run.update, cause,
                     "the newest checkpoint that was saved" if unsaved else "there")
-        return ExitCode.STOPPED
+        return ExitCode.PAUSED
     if unsaved:
         logger.error("The run was trained to the end, but its last checkpoint could not be saved: make room in %s and "
                      "start the same command again, which goes on from the newest one there.", options.output_dir)
-        return ExitCode.ERROR
+        return ExitCode.FAILED
     if folder is not None:
         _write_page(folder)
     return ExitCode.DONE

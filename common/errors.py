@@ -1,8 +1,12 @@
-"""Errors that are meant for the person at the terminal."""
+"""The one exception that is a sentence for the person at the terminal."""
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: one sentence with the value, what is accepted, and the fix.
+    """What the user can fix: one sentence with the value, what is accepted and the fix.
 
-    `main.py` and every tool print the sentence without a traceback and end with exit code 2.
+    `code` names the kind of mistake (`unknown_flag`, `unreadable_image`) for tests and scripts; the sentence may change.
     """
+
+    def __init__(self, sentence: str, code: str = "usage"):
+        super().__init__(sentence)
+        self.code = code

@@ -10,11 +10,11 @@ from common.log import logger
 from common.synsets import imagenet_synsets
 from datasets import labels as label_maps
 from datasets.cifar import read_cifar
-from datasets.loader import PictureDataset, PictureLoader, Reader, make_loader
-from datasets.pictures import show
+from datasets.dataset import PictureDataset, PictureLoader, Reader, make_loader
+from datasets.images import show
 from datasets.readers import FolderReader, class_folders, index_folder
 from datasets.sample import ensure_sample
-from datasets.samplers import ExactEvalSampler, GlobalBatchSampler
+from datasets.sampler import ExactEvalSampler, GlobalBatchSampler
 from datasets.shards import ShardReader, shards_in
 from datasets.transforms import Erasing, eval_transform, train_transform
 

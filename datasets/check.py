@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from common.keys import numpy_generator
-from datasets.loader import PictureDataset
-from datasets.pictures import BadPicture, show
+from common.random import numpy_generator
+from datasets.dataset import PictureDataset
+from datasets.images import BadPicture, show
 
 
 @dataclass

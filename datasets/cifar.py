@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 
 from common.errors import UserError
-from datasets.pictures import show
+from datasets.images import show
 from datasets.readers import ArrayReader
 
 _FILES = {  # classes: folder, train files, test files, names file, key of the names, key of the labels

@@ -7,7 +7,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.synsets import imagenet_synsets, published_22k_synsets
-from datasets.pictures import show
+from datasets.images import show
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from timm.data.mixup import Mixup, cutmix_bbox_and_lam
 
 from common.errors import UserError
-from common.keys import key, seeded
+from common.random import key, seeded
 
 GROUP = 64
 _PER_UNIT = {"batch": GROUP, "pair": 2, "elem": 1}

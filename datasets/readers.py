@@ -15,7 +15,7 @@ from PIL import Image
 from common.errors import UserError
 from common.files import atomic_write
 from common.log import logger
-from datasets.pictures import EXTENSIONS, decode_path, from_array, read_path, show
+from datasets.images import EXTENSIONS, decode_path, from_array, read_path, show
 
 _CACHE_FORMAT = 1
 _RACY_SECONDS = 2.0

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from common.errors import UserError
-from datasets.pictures import EXTENSIONS, BadPicture, decode, show
+from datasets.images import EXTENSIONS, BadPicture, decode, show
 from datasets.readers import Strings, cache_path, save_arrays
 
 _FORMAT = 1

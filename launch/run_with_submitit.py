@@ -27,7 +27,7 @@ from common.errors import UserError
 from common.files import read_json, write_json
 from common.log import logger, setup_logging
 from launch import ExitCode
-from launch.job import Job, job_records
+from launch.slurm import Job, job_records
 from launch.processes import alive
 
 ROOT = Path(__file__).resolve().parent.parent

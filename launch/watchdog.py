@@ -25,7 +25,7 @@ from common.log import logger
 from launch.processes import alive, end_now
 
 if TYPE_CHECKING:
-    from launch.distributed import Process
+    from launch.process import Process
 
 BEAT_EVERY = 1.0
 SILENT_AFTER = 4.0  # seconds without a heartbeat after which a rank whose peers lost it counts as gone

@@ -21,7 +21,7 @@ import torch
 from common.errors import UserError
 from common.log import logger
 from run.folder import RunFolder, environment
-from run.tracker import duration, remedy
+from run.log import duration, remedy
 
 _CLOCKS_APART = 2.0  # seconds; file times and logs of several nodes cannot be compared beyond
 _WAIT_SHARE = 0.10

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from common.errors import UserError
-from run.fields import Options
+from config.options import Options
 
 FORMAT = 2
 BEST, BEST_EMA = "checkpoint-best.pth", "checkpoint-best-ema.pth"

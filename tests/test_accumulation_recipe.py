@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 import models  # noqa: F401  (registers the networks)
 from data_options import data_options
 from datasets.build import build_data, train_loader
-from datasets.prepare import TrainPrepare
-from datasets.samplers import GlobalBatchSampler
+from datasets.device import TrainPrepare
+from datasets.sampler import GlobalBatchSampler
 from engine import Training, train_one_epoch
 from optim.build import build_optimizer
 from optim.ema import Ema

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 import engine
-from launch.distributed import start as start_process
-from launch.preemption import StopRequest
+from launch.process import start as start_process
+from launch.stop import StopRequest
 from models import MODEL_NAMES
 from run.life import Services
-from run.options import parse
+from config.parse import parse
 from tests.launch_kit import environment
 from tests.survival_kit import FORKS, arguments, codes, places, result, start, write_pictures
 from training import build_run, plan_run

@@ -8,10 +8,10 @@ import pytest
 import torch
 from parity_fill import PARITY, parity_input, parity_tensor
 
-from models.kernels.cpu import product_dtype
-from tools.bench import __main__ as bench
-from tools.bench import cases, timing
-from tools.bench.reference import plain_model
+from native.operators import product_dtype
+from benchmarks import __main__ as bench
+from benchmarks import cases, timing
+from benchmarks.reference import plain_model
 
 RECORD = Path(__file__).parent.parent / "BENCHMARKS.md"
 

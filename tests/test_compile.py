@@ -8,7 +8,7 @@ import torch
 
 import models  # noqa: F401 - registers the models with timm
 from models.gnconv import PLAIN
-from models.kernels import compile as compiling
+from models import compile as compiling
 
 SHAPE = (4, 3, 64, 64)
 

@@ -16,8 +16,8 @@ from common.errors import UserError
 from data_options import data_options
 from datasets.build import build_data, eval_loader, train_loader
 from datasets.cifar import read_arrays
-from datasets.prepare import EvalPrepare, TrainPrepare
-from datasets.samplers import GlobalBatchSampler
+from datasets.device import EvalPrepare, TrainPrepare
+from datasets.sampler import GlobalBatchSampler
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from common.errors import UserError
-from launch.distributed import choose_device, group_timeout, name_this_start, refuse_shared_devices, start
+from launch.process import choose_device, group_timeout, name_this_start, refuse_shared_devices, start
 from launch.places import Place
 from tests.launch_kit import PROGRAMS, TOY, expected_value, finish, start_ranks, start_torchrun, wait_for
 
 COLLECTIVES = """
 import types, torch, sys
-from launch.distributed import start
+from launch.process import start
 with start(types.SimpleNamespace(device="cpu", hang_timeout=60)) as process:
     rank, size = process.rank, process.world_size
     assert process.all_reduce_(torch.tensor([rank + 1.0])).item() == size * (size + 1) / 2
@@ -88,7 +88,7 @@ def test_what_an_earlier_start_left_in_the_store_is_not_believed():
 
 
 def test_missing_ranks_are_named():
-    program = ("import types; from launch.distributed import start; from common.errors import UserError\n"
+    program = ("import types; from launch.process import start; from common.errors import UserError\n"
                "try: start(types.SimpleNamespace(device='cpu', rendezvous_timeout=3))\n"
                "except UserError as error: print(error)")
     outputs = [output for _, output in finish(start_ranks(4, "-c", program, absent=(1, 3)))]
@@ -98,7 +98,7 @@ def test_missing_ranks_are_named():
 
 
 def test_a_missing_rank_0_is_named():
-    program = ("import types; from launch.distributed import start; from common.errors import UserError\n"
+    program = ("import types; from launch.process import start; from common.errors import UserError\n"
                "try: start(types.SimpleNamespace(device='cpu', rendezvous_timeout=2))\n"
                "except UserError as error: print(error)")
     [(code, output)] = finish(start_ranks(2, "-c", program, absent=(0,)))

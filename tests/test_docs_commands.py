@@ -15,7 +15,7 @@ from PIL import Image
 
 import models
 from datasets.build import build_data
-from run.options import parse, plan_batch, validate_after_index
+from config.parse import parse, plan_batch, validate_after_index
 from tests.docs import ROOT, commands, parse_block
 
 COMMANDS = commands()

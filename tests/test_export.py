@@ -9,8 +9,8 @@ from PIL import Image
 
 import models  # noqa: F401  (registers the models with timm)
 from common.errors import UserError
-from datasets.pictures import decode_path
-from datasets.prepare import Normalise
+from datasets.images import decode_path
+from datasets.device import Normalise
 from datasets.transforms import mean_std
 from models.export import MatrixDft, export_onnx, exported_program, onnx_function
 from models.gnconv import PLAIN

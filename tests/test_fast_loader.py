@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data.auto_augment import NAME_TO_OP, rand_augment_ops
 
-from common.keys import seeded
+from common.random import seeded
 from common.log import logger
-from datasets import fast
-from datasets.loader import PictureDataset
+from native import jpeg as fast
+from datasets.dataset import PictureDataset
 from datasets.readers import FolderReader, index_folder
 from datasets.transforms import Erasing, eval_transform, train_transform
 

@@ -5,15 +5,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {"common", "models", "datasets", "optim", "launch", "run", "tools", "engine", "main", "training", "evaluation",
-         "preflight", "scoring", "tests"}
+ROOMS = {"common", "config", "models", "datasets", "optim", "launch", "run", "report", "native", "tools", "benchmarks", "engine",
+         "main", "training", "evaluation", "dryrun", "scoring", "tests"}
 MAY_KNOW = {
     "common": set(),
-    "models": {"common"},
-    "datasets": {"common"},
+    "config": {"common"},
+    "models": {"common", "native"},
+    "datasets": {"common", "native"},
     "optim": {"common"},
     "launch": {"common"},
-    "run": {"common"},
+    "run": {"common", "config"},
     "engine": {"common"},
 }
 

@@ -10,9 +10,9 @@ from parity_fill import PARITY, parity_input, parity_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models  # noqa: F401 - registers the models with timm
-from models import kernels
+from native import paths as kernels
 from models.gnconv import PLAIN, Operators
-from models.kernels import cpu, native
+from native import kernels as native, operators as cpu
 
 PATHS = [pytest.param(dict(linear="onednn", kernels="plain", allocator="default"), id="onednn"),
          pytest.param(dict(linear="default", kernels="compiled", allocator="default"), id="compiled"),

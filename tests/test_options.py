@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from run.options import Options, help_text, parse, plan_batch, validate_after_index
+from config.parse import Options, help_text, parse, plan_batch, validate_after_index
 
 ROOT = Path(__file__).parent.parent
 MODELS = ("hornet_tiny_7x7", "hornet_tiny_gf", "hornet_small_7x7", "hornet_nano_7x7")
@@ -206,7 +206,7 @@ def test_to_dict_is_plain():
 
 
 def test_options_do_not_import_torch():
-    code = "import sys, run.options; assert 'torch' not in sys.modules and 'timm' not in sys.modules"
+    code = "import sys, config.parse; assert 'torch' not in sys.modules and 'timm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 

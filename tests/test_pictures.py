@@ -14,9 +14,9 @@ from common.errors import UserError
 from data_options import data_options
 from datasets.build import build_data, eval_loader, train_loader
 from datasets.check import check_sample
-from datasets.pictures import BadPicture, decode, decode_path
-from datasets.prepare import EvalPrepare
-from datasets.samplers import GlobalBatchSampler
+from datasets.images import BadPicture, decode, decode_path
+from datasets.device import EvalPrepare
+from datasets.sampler import GlobalBatchSampler
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 

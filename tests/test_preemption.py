@@ -8,9 +8,9 @@ import types
 import pytest
 import torch
 
-from launch.distributed import Process, start
+from launch.process import Process, start
 from launch.places import Place
-from launch.preemption import StopRequest, job_end_time, time_left
+from launch.stop import StopRequest, job_end_time, time_left
 from tests.launch_kit import TOY, Rank, alive, environment, expected_value, finish, start_ranks, start_torchrun, wait_for
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import models  # noqa: F401  registers the architectures
-import preflight
+import dryrun
 from common.errors import UserError
 from datasets.check import SampleCheck, spread_over_classes
 from main import main
@@ -303,6 +303,6 @@ def test_a_restore_that_leaves_something_out_is_found(two_classes, run, monkeypa
 
 
 def test_a_disk_that_is_too_small_is_a_problem(two_classes, tmp_path, run, monkeypatch):
-    monkeypatch.setattr(preflight, "free_space", lambda folder: 10 ** 6)
+    monkeypatch.setattr(dryrun, "free_space", lambda folder: 10 ** 6)
     code, said = run(two_classes, *TRAIN, "--output_dir", str(tmp_path / "run"), "--dry_run", "true")
     assert code == 2 and "1.0 MB can be had" in said.splitlines()[-1] and "--save_ckpt_num" in said, said

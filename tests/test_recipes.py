@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from run.options import Options, parse
-from run.recipe import read
+from config.parse import Options, parse
+from config.recipe import read
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 DATA = ["--data_path", "/data"]

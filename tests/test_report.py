@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from common.errors import UserError
-from run.metrics import Predictions
-from run.results import Protocol, results_from, write_eval_json, write_predictions
+from report.metrics import Predictions
+from report.results import Protocol, results_from, write_eval_json, write_predictions
 from tools.report import main, write_report
-from tools.report_svg import number, ticks
+from report.svg import number, ticks
 
 CLASSES = ["n01440764", "naïve <b>&", "猫"]
 

@@ -11,7 +11,7 @@ import models  # noqa: F401  (registers the models with timm)
 from datasets.sample import ensure_sample
 from main import main as evaluate
 from models.weights import to_openmmlab
-from run.results import read_predictions
+from report.results import read_predictions
 from tools.predict import main as predict
 from tools.report import main as report
 from tools.report import write_report

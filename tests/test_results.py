@@ -11,9 +11,9 @@ import torch
 import engine
 from common.errors import UserError
 from evaluation import _predictions
-from run.metrics import (Predictions, calibration_error, compare, confusion_pairs, mcnemar, metrics,
+from report.metrics import (Predictions, calibration_error, compare, confusion_pairs, mcnemar, metrics,
                          multi_label_accuracy, per_class_accuracy)
-from run.results import (Protocol, per_class_csv, read_predictions, results_from, write_eval_json, write_predictions,
+from report.results import (Protocol, per_class_csv, read_predictions, results_from, write_eval_json, write_predictions,
                          write_report_files)
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox"]

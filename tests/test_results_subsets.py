@@ -16,8 +16,8 @@ from datasets.labels import imagenet_synsets
 from datasets.subsets import real_labels, recognise
 from datasets.transforms import eval_transform
 from main import main
-from run.metrics import multi_label_accuracy
-from run.results import read_predictions
+from report.metrics import multi_label_accuracy
+from report.results import read_predictions
 
 SYNSETS = imagenet_synsets()
 

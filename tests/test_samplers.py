@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from datasets.samplers import ExactEvalSampler, GlobalBatchSampler, epoch_order
+from datasets.sampler import ExactEvalSampler, GlobalBatchSampler, epoch_order
 
 
 def _global_batches(pictures, global_batch, world, freq, epoch=3, start=0):

@@ -5,7 +5,7 @@ import torch
 
 from models.zoo import PUBLISHED
 from run.checkpoint import Checkpoints
-from run.fields import Options
+from config.options import Options
 
 LARGEST = 4 * 4 * max(entry.params for entry in PUBLISHED.values())  # weights, average and two moments in float32
 

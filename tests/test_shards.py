@@ -9,7 +9,7 @@ from PIL import Image
 
 from common.errors import UserError
 from datasets.build import build_data, eval_loader
-from datasets.pictures import BadPicture
+from datasets.images import BadPicture
 from datasets.shards import ShardReader
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from submitit.slurm.slurm import SlurmJobEnvironment
 
-from launch import ExitCode, job as job_module, run_with_submitit
-from launch.job import Job, Task
+from launch import ExitCode, run_with_submitit
+from launch import slurm as job_module
+from launch.slurm import Job, Task
 from launch.run_with_submitit import flag, main, snapshot, snapshot_folder, with_output_dir, without_flag
 from tests.launch_kit import alive, environment, expected_value, wait_for, write_toy_program
 
@@ -276,7 +277,7 @@ def test_a_signal_before_main_has_started_is_passed_on(tmp_path):
     try:
         task = Task(Job([], str(tmp_path), str(tmp_path), str(tmp_path), str(tmp_path), 3), _Environment(0, []))
         task.signalled = "SIGUSR2"
-        assert task.run_main() == ExitCode.STOPPED
+        assert task.run_main() == ExitCode.PAUSED
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from common.log import logger
-from run.tracker import Plan, Tracker, WandbRun, duration
+from run.log import Plan, Tracker, WandbRun, duration
 
 
 def at(epoch=0, done=10, updates=10, **more):

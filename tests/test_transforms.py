@@ -9,10 +9,10 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision import transforms as tv
 
-from common.keys import key, seeded
+from common.random import key, seeded
 from data_options import data_options
-from datasets.prepare import EvalPrepare, Normalise, TrainPrepare
-from datasets.loader import Batch
+from datasets.device import EvalPrepare, Normalise, TrainPrepare
+from datasets.dataset import Batch
 from datasets.transforms import Erasing, eval_transform, mean_std, train_transform
 from parity_fill import PARITY, parity_image
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 
 from models import zoo
-from run.metrics import Counts
-from run.results import Protocol, explain_difference, results_from, summary_line, verdict
+from report.metrics import Counts
+from report.results import Protocol, explain_difference, results_from, summary_line, verdict
 
 PROTOCOL = Protocol(model="hornet_tiny_7x7", num_classes=1000, input_size=224)
 PUBLISHED = zoo.PUBLISHED["hornet_tiny_7x7"]

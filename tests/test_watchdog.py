@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from launch.distributed import Process
+from launch.process import Process
 from launch.places import Place
 from launch.watchdog import Beat, Watchdog
 from tests.launch_kit import TOY, alive, finish, start_ranks, start_torchrun, wait_for

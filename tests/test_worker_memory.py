@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from data_options import data_options
-from datasets.loader import PictureDataset, make_loader
+from datasets.dataset import PictureDataset, make_loader
 from datasets.readers import FolderIndex, FolderReader, Strings
-from datasets.samplers import epoch_order
+from datasets.sampler import epoch_order
 from datasets.transforms import Erasing, train_transform
 
 ENTRIES, FILES, EVERY = 1_000_000, 10, 400

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from common.keys import key, uniforms
+from common.random import key, uniforms
 from engine import Training
 from optim.build import build_optimizer
 from optim.ema import Ema
@@ -63,7 +63,7 @@ class Alone:
 
 
 class Gloo(Alone):
-    """One of several gloo processes, as `launch.distributed.Process` is to the engine."""
+    """One of several gloo processes, as `launch.process.Process` is to the engine."""
 
     def __init__(self, rank, world_size):
         self.rank, self.world_size = rank, world_size

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.log import logger
-from datasets.pictures import decode_path, from_array
+from datasets.images import decode_path, from_array
 from models.export import SMALLEST_SIDE, export_onnx, exported_program, onnx_function
 from tools.command import run_command
 from tools.loading import Trained, load_trained

@@ -13,7 +13,7 @@ from torch import nn
 import models
 from common.errors import UserError
 from common.safe_load import safe_torch_load
-from datasets.prepare import Normalise
+from datasets.device import Normalise
 from datasets.transforms import eval_transform, mean_std
 from models.download import fetch_published, fetch_url
 from models.hornet import input_size as default_input_size

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.log import logger
-from datasets.pictures import EXTENSIONS, BadPicture, decode_path, show
-from launch.distributed import choose_device
+from datasets.images import EXTENSIONS, BadPicture, decode_path, show
+from launch.process import choose_device
 from models.inspect import Prediction, heatmap, overlay, predict
 from tools.command import run_command
 from tools.loading import Trained, load_trained

@@ -10,8 +10,8 @@ from common.errors import UserError
 from common.files import write_text
 from common.log import logger
 from tools.command import run_command
-from tools.report_data import read_run, recipe_difference
-from tools.report_page import page
+from report.data import read_run, recipe_difference
+from report.page import page
 
 
 def write_report(folders: list[str | Path], out: str | Path | None = None) -> Path:

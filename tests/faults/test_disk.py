@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import torch
 
-from run.tracker import Tracker
+from run.log import Tracker
 from tests.faults.kit import Row, check
 
 FURTHER = "--model_ema true --model_ema_eval true --output_dir {run} --save_ckpt_num 1 --epochs"

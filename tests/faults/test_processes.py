@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from run.tracker import Tracker
+from run.log import Tracker
 from tests.faults.kit import Row, check
 
 

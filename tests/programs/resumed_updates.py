@@ -3,7 +3,7 @@ import types
 
 import torch
 
-from launch.distributed import start
+from launch.process import start
 
 
 def make():

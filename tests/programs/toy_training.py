@@ -16,8 +16,8 @@ import torch
 from common.errors import UserError
 from common.log import setup_logging
 from launch import ExitCode
-from launch.distributed import start
-from launch.preemption import StopRequest
+from launch.process import start
+from launch.stop import StopRequest
 from launch.watchdog import Watchdog
 
 
@@ -57,7 +57,7 @@ def train(process, watchdog, stop, folder: Path, updates: int, given: dict) -> i
             if process.is_main:
                 state_file.write_text(json.dumps(state))
             (folder / f"stopped{process.rank}").write_text(str(update + 1))
-            return ExitCode.STOPPED
+            return ExitCode.PAUSED
     if process.is_main:
         state_file.write_text(json.dumps(state))
         (folder / "DONE").write_text("")

@@ -115,7 +115,7 @@ def test_srun_without_submitit_and_plain_python_inside_an_allocation(cluster, tm
 
 
 def test_the_time_limit_of_a_job_is_known(cluster, tmp_path):
-    code = "import os, time; from launch.preemption import job_end_time; print(job_end_time(os.environ) - time.time())"
+    code = "import os, time; from launch.stop import job_end_time; print(job_end_time(os.environ) - time.time())"
     srun = ["srun", "-n1", "--time=7", sys.executable, "-c", code]
     answer = subprocess.run(srun, capture_output=True, text=True, timeout=300)
     assert 300 < float(answer.stdout) <= 420, answer.stderr

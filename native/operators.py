@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.gnconv import Operators, resize_filter
-from models.kernels import native
+from native import kernels as native
 
 DTYPES = (torch.float32, torch.bfloat16)
 LARGEST_DFT = 48  # the transform as products grows with the third power of the side; from about here an FFT wins

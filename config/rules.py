@@ -3,7 +3,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from common.errors import UserError
-from run.fields import Options
+from config.options import Options
 
 _PUBLISHED_BATCH = 4096
 
@@ -118,7 +118,7 @@ class BatchPlan:
 def plan_batch(resolved: Any, world_size: int, checkpoint_batch: int | None = None) -> BatchPlan:
     """Derive the accumulation for `world_size` processes, and scale the learning rate if asked to.
 
-    Args: resolved: `run.options.Resolved`. checkpoint_batch: the global batch of the run that is resumed; it wins
+    Args: resolved: `config.parse.Resolved`. checkpoint_batch: the global batch of the run that is resumed; it wins
     over batch_size x update_freq x processes, so that a run goes on unchanged on another number of processes.
     Raises: UserError when nothing divides, or `--global_batch` asks for another than the checkpoint's.
     """

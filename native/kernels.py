@@ -1,4 +1,4 @@
-"""Compile, load and call `native.cpp`: CPU kernels that PyTorch lacks or has only in a slow form.
+"""Compile, load and call `kernels.cpp`: CPU kernels that PyTorch lacks or has only in a slow form.
 
 Built with the system's C++ compiler on first use (about 3 s). Without a compiler everything runs in plain PyTorch.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.compiled import load_compiled
+from native.build import load_compiled
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti",
          "-fopenmp")
@@ -20,7 +20,7 @@ CHUNKS = 64  # runs of rows whose LayerNorm gradients are summed apart: fixed, s
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None (told once) where they cannot be built."""
-    return load_compiled(Path(__file__).with_name("native.cpp"), FLAGS, "CPU kernels")
+    return load_compiled(Path(__file__).with_name("kernels.cpp"), FLAGS, "CPU kernels")
 
 
 def _call(name: str, *args) -> None:
@@ -113,7 +113,7 @@ def weight_grad(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _dft_tables(height: int, width: int) -> Tensor:
-    """The cosines and sines that `native.cpp` describes, computed in float64."""
+    """The cosines and sines that `kernels.cpp` describes, computed in float64."""
     def angles(rows: int, size: int) -> Tensor:
         product = torch.arange(rows)[:, None] * torch.arange(size) % size
         return product.double() * (2 * torch.pi / size)

@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from common.errors import UserError
-from run import checks
-from run.fields import Options
-from run.recipe import FIELDS, Recipe, convert, kind, published_recipe, quote, read, suggest
+from config import rules as checks
+from config.options import Options
+from config.recipe import FIELDS, Recipe, convert, kind, published_recipe, quote, read, suggest
 
 __all__ = ["Options", "Resolved", "parse", "help_text", "validate_after_index", "plan_batch"]
 validate_after_index, plan_batch = checks.validate_after_index, checks.plan_batch

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datasets.pictures import BadPicture, decode_path
+from datasets.images import BadPicture, decode_path
 from models.inspect import class_titles
-from run.metrics import compare, confusion_pairs
-from run.results import summary_line
-from tools.report_data import Run
-from tools.report_svg import Line, heat_map, line_chart
+from report.metrics import compare, confusion_pairs
+from report.results import summary_line
+from report.data import Run
+from report.svg import Line, heat_map, line_chart
 
 COLORS = ("#2457c5", "#d6540c", "#16803c")
 MOST_EVENTS, MOST_CLASSES, MOST_THUMBNAILS, THUMBNAIL_SIDE = 60, 24, 24, 112

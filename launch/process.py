@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import UserError
-from common.keys import key
+from common.random import key
 from common.log import logger
 from launch.places import Place, find_place
 from launch.processes import end_with_launcher

@@ -5,7 +5,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from common.errors import UserError
-from common.keys import numpy_generator
+from common.random import numpy_generator
 
 Item = tuple[int, int, int]  # (epoch, index in the data set, global position within the epoch)
 

@@ -18,10 +18,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from common.errors import UserError
-from common.keys import key, reseed, seeded
+from common.random import key, reseed, seeded
 from common.log import logger
-from datasets.fast import NeedsPillow, available, picture_of
-from datasets.pictures import BadPicture, show
+from native.jpeg import NeedsPillow, available, picture_of
+from datasets.images import BadPicture, show
 from datasets.transforms import Erasing
 
 UNREADABLE_TARGET = -100

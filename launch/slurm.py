@@ -49,7 +49,7 @@ class Job:
         if code == ExitCode.DONE:
             task.record("done")
             return 0
-        if code == ExitCode.STOPPED:
+        if code == ExitCode.PAUSED:
             task.after_stop()
         elif code != ExitCode.USAGE:
             task.after_failure(code)
@@ -92,7 +92,7 @@ class Task:
                     end_now(1)
             time.sleep(0.2)
         if self.signalled and code < 0:
-            return ExitCode.STOPPED
+            return ExitCode.PAUSED
         return code
 
     def after_stop(self) -> None:

@@ -3,8 +3,8 @@ import torch
 from torchvision import transforms
 
 from common.errors import UserError
-from common.keys import key
-from datasets.loader import Batch
+from common.random import key
+from datasets.dataset import Batch
 from datasets.mixup import build_mixup
 from datasets.transforms import mean_std
 

@@ -8,7 +8,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from common.errors import UserError
-from run.fields import Options, finite
+from config.options import Options, finite
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 FIELDS = {f.name: f for f in fields(Options)}

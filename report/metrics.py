@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common.errors import UserError
-from common.keys import numpy_generator
+from common.random import numpy_generator
 
 
 @dataclass(frozen=True)

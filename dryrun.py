@@ -12,19 +12,19 @@ import torch
 import engine
 from common.errors import UserError
 from datasets.check import SampleCheck, check_sample
-from datasets.prepare import EvalPrepare
+from datasets.device import EvalPrepare
 from evaluation import prepare_evaluation
 from launch import ExitCode
 from optim.ema import half_life_warning
 from run.checkpoint import Checkpoints, Loaded
 from run.folder import RunFolder
 from run.life import Services, TrainingRun
-from run.options import Resolved
+from config.parse import Resolved
 from run.preflight import (Pace, Report, check_writable, cpus_per_process, digest, first_difference, free_space,
                            low_score, memory_words, peak_memory, plural, process_problems, recipe_hours,
                            shared_memory_needed, shared_memory_problem, size_words, trial_folder)
 from run.state import finished, snapshot, state_bytes
-from run.tracker import duration
+from run.log import duration
 from scoring import SAMPLED, score_pictures
 from training import Planned, build_model, build_run, code_version, find_checkpoint, plan_run
 

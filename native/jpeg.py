@@ -1,4 +1,4 @@
-"""JPEGs through `native.cpp`: pictures that remember crop and resize until pixels are wanted, then decode only those.
+"""JPEGs through `jpeg.cpp`: pictures that remember crop and resize until pixels are wanted, then decode only those.
 
 `picture_of(data)` gives a picture that timm's and torchvision's transforms take like any other; what it does not do
 itself is Pillow's. The pixels are Pillow's own bit for bit, which a self-test makes sure of in each process; where it
@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.compiled import load_compiled
+from native.build import load_compiled
 from common.log import logger
-from datasets.pictures import FORMATS
+from datasets.images import FORMATS
 
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-ldl")
 _LARGEST = 64_000_000  # pixels; Pillow decides about larger ones (its limit against decompression bombs)
@@ -49,7 +49,7 @@ def _library() -> ctypes.CDLL | None:
     if path is None or sys.byteorder != "little":
         return None
     version = "80" if ".so.8" in path else "62"
-    library = load_compiled(Path(__file__).with_name("native.cpp"), (f"-DJPEG_LIB_VERSION={version}", *_FLAGS),
+    library = load_compiled(Path(__file__).with_name("jpeg.cpp"), (f"-DJPEG_LIB_VERSION={version}", *_FLAGS),
                             "Compiled loading")
     if library is None or library.use_libjpeg(os.fsencode(path)):
         return None

@@ -54,7 +54,7 @@ def operators(paths: dict[str, str]) -> Operators:
     onednn, compiled = paths.get("linear") == "onednn", paths.get("kernels") == "compiled"
     if not onednn and not compiled:
         return PLAIN
-    from models.kernels.cpu import CpuOperators
+    from native.operators import CpuOperators
     return CpuOperators(onednn, compiled)
 
 
@@ -107,7 +107,7 @@ def _onednn_helps() -> bool:
 @cache
 def _agrees(name: str) -> bool:
     """Whether a path works here and equals the plain one in float32, outputs and gradients."""
-    from models.kernels import cpu, native
+    from native import kernels as native, operators as cpu
     if name == "kernels" and native.library() is None:
         return False
     ops = cpu.CpuOperators(onednn=name == "linear" or _onednn_helps(), compiled=name == "kernels")

@@ -15,13 +15,13 @@ from timm.data import create_transform
 from torchvision.datasets import ImageFolder
 
 from datasets import readers
-from datasets.loader import PictureDataset
-from datasets.prepare import EvalPrepare, TrainPrepare
+from datasets.dataset import PictureDataset
+from datasets.device import EvalPrepare, TrainPrepare
 from datasets.readers import FolderIndex, FolderReader, Strings, index_folder
-from datasets.samplers import GlobalBatchSampler
+from datasets.sampler import GlobalBatchSampler
 from datasets.transforms import Erasing, eval_transform, train_transform
-from run.options import Options
-from tools.bench.timing import CLOCKS, Row, interleave, rows
+from config.parse import Options
+from benchmarks.timing import CLOCKS, Row, interleave, rows
 
 IMAGENET = 1_281_167
 PRIVATE = re.compile(r"Private_Dirty:\s+(\d+) kB")

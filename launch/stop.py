@@ -10,7 +10,7 @@ from typing import Mapping
 import torch
 
 from common.log import logger
-from launch.distributed import Process
+from launch.process import Process
 
 STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 import models
-from models import kernels
+from native import paths as kernels
 from models.complexity import count
-from models.kernels.cpu import product_dtype
+from native.operators import product_dtype
 from optim.ema import Ema
 from optim.update import Update, UpdateConfig
-from tools.bench.reference import PlainUpdate, plain_model
-from tools.bench.timing import Row, interleave, peak_bandwidth, peak_flops, rows
+from benchmarks.reference import PlainUpdate, plain_model
+from benchmarks.timing import Row, interleave, peak_bandwidth, peak_flops, rows
 
 F32, BF16 = torch.float32, torch.bfloat16
 CASES = ("reference bf16", "plain", "plain bf16", "fast", "fast bf16")

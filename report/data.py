@@ -7,11 +7,11 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import read_json, read_json_lines
 from run.folder import RunFolder
-from run.metrics import Predictions, metrics
-from run.options import Options, Resolved
-from run.recipe import published_recipe
-from run.recipe import read as read_recipe
-from run.results import read_predictions
+from report.metrics import Predictions, metrics
+from config.parse import Options, Resolved
+from config.recipe import published_recipe
+from config.recipe import read as read_recipe
+from report.results import read_predictions
 
 
 @dataclass

@@ -11,7 +11,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import atomic_write, write_json, write_text
-from run.metrics import Counts, Predictions, confusion_pairs, metrics, sampling_interval
+from report.metrics import Counts, Predictions, confusion_pairs, metrics, sampling_interval
 
 IMAGENET_VAL_PICTURES = 50_000
 PASS_LIMIT_FLOAT32, PASS_LIMIT_REDUCED, CLOSE_LIMIT = 0.05, 0.15, 0.30  # points of top-1

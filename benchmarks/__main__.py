@@ -1,4 +1,4 @@
-"""`python -m tools.bench {model,train,optim,data,family,all}`: a table of medians and ratios, and JSON beside it."""
+"""`python -m benchmarks {model,train,optim,data,family,all}`: a table of medians and ratios, and JSON beside it."""
 import argparse
 import json
 import multiprocessing
@@ -13,15 +13,15 @@ from common.log import logger
 from models.complexity import count
 from models.hornet import input_size
 from models.zoo import PUBLISHED
-from tools.bench import cases, data, timing
-from tools.bench.plot import accuracy_speed
+from benchmarks import cases, data, timing
+from benchmarks.plot import accuracy_speed
 from tools.command import run_command
 
 WORKS = ("model", "train", "optim", "data", "family", "all")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, allow_abbrev=False)
     parser.add_argument("work", choices=WORKS, help="what to measure; family: a row for each published model")
     parser.add_argument("--models", nargs="+", default=["hornet_tiny_7x7", "hornet_tiny_gf"], metavar="MODEL",
                         choices=models.MODEL_NAMES, help="architectures (family always takes the ten published ones)")
@@ -77,7 +77,7 @@ def _family_table(found: list[dict]) -> str:
 def _work(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     setting = cases.Setting(args.batch, args.repeats, args.clock, args.size, tuple(args.only))
-    result: dict = {"command": " ".join(["python -m tools.bench", *sys.argv[1:]]), "machine": timing.machine(),
+    result: dict = {"command": " ".join(["python -m benchmarks", *sys.argv[1:]]), "machine": timing.machine(),
                     "clock": args.clock}
     found: list[timing.Row] = []
     for work, measure in (("model", cases.evaluation), ("train", cases.training), ("optim", cases.optimizer)):

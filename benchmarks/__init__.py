@@ -1,0 +1,1 @@
+"""`python -m benchmarks`: the product against the plain formulation, in one process, interleaved."""

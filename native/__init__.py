@@ -1,0 +1,1 @@
+"""Optional fast paths for CPUs."""
