@@ -66,7 +66,7 @@ def test_a_training_is_tried_and_leaves_no_trace(two_classes, tmp_path, run):
                      "--output_dir", str(above / "mine"), "--dry_run", "true")
     assert code == 0, said
     assert list(above.iterdir()) == []
-    for words in ("train: 10 pictures in 2 of 2 classes", "2 updates of 4 pictures", "restored bit for bit", "img/s",
+    for words in ("train: 10 images in 2 of 2 classes", "2 updates of 4 pictures", "restored bit for bit", "img/s",
                   "% of the time;", "3 epochs would take", "checkpoints take", "the averaged weights will lag behind",
                   "All is well"):
         assert words in " ".join(said.split())  # long lines are broken
