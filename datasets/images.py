@@ -6,6 +6,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
+from common.text import printable as show  # noqa: F401  the name that the other modules still import
+
 # Named formats keep Pillow's other plug-ins (EPS starts Ghostscript) out of reach of a data folder.
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -16,12 +18,6 @@ _PROCESS_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 class BadImage(Exception):
     """An image that cannot be read; the message is the reason without its path."""
-
-
-def show(path: str) -> str:
-    """`path` for a person, in one line: bytes that are not UTF-8 and control characters appear as escapes."""
-    text = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def decode(file: BinaryIO) -> Image.Image:

@@ -54,7 +54,7 @@ def fetch_url(url: str, folder: str | os.PathLike | None = None) -> Path:
     """Path of the file at any `url`; its name begins with a digest of the url, so that two never meet."""
     last = re.sub(r"[^\w.-]", "_", urllib.parse.unquote(urllib.parse.urlsplit(url).path).rstrip("/").rsplit("/", 1)[-1])
     name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{last or 'file.pth'}"
-    return fetch(PublishedFile("url", name, url), cache_folder(folder))
+    return fetch(PublishedFile("url", name, (url,)), cache_folder(folder))
 
 
 def fetch(file: PublishedFile, folder: Path) -> Path:
@@ -63,7 +63,7 @@ def fetch(file: PublishedFile, folder: Path) -> Path:
     A pin (`<name>.json` with sha256 and size) is written at the first use, also of a file placed by hand.
     """
     path = folder / file.name
-    _check_address(file.url)
+    _check_address(file.urls[0])
     try:
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def _check(file: PublishedFile, path: Path) -> None:
                             "and it is downloaded again.")
         return
     try:
-        write_json(pin_path, {"url": file.url, "sha256": digest, "size": size})
+        write_json(pin_path, {"url": file.urls[0], "sha256": digest, "size": size})
     except OSError as error:  # a folder shared for reading only is fine, the file is merely not pinned
         logger.info("%s is not pinned: %s", path, error.strerror or error)
 
@@ -111,7 +111,7 @@ class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
 def _download(file: PublishedFile, path: Path) -> None:
     """Into `.name.part`, going on after a cut connection, then in one step to `path`."""
     part = path.with_name(f".{path.name}.part")
-    logger.info("Downloading %s to %s", file.url, path)
+    logger.info("Downloading %s to %s", file.urls[0], path)
     reason = "no answer"
     for attempt in range(_TRIES):
         if attempt:
@@ -146,7 +146,7 @@ def _transfer(file: PublishedFile, part: Path) -> None:
     etag_path = part.with_suffix(".etag")
     etag = etag_path.read_text() if etag_path.exists() else ""
     have = part.stat().st_size if part.exists() and etag else 0
-    request = urllib.request.Request(file.url, headers={"User-Agent": "hornet"})
+    request = urllib.request.Request(file.urls[0], headers={"User-Agent": "hornet"})
     if have:
         request.add_header("Range", f"bytes={have}-")
         request.add_header("If-Range", etag)
@@ -172,5 +172,5 @@ def _transfer(file: PublishedFile, part: Path) -> None:
 
 
 def _by_hand(file: PublishedFile, path: Path, reason: str) -> str:
-    return (f"{file.name} could not be downloaded from {file.url} ({reason}); fetch it elsewhere and put it at {path}, "
+    return (f"{file.name} could not be downloaded from {file.urls[0]} ({reason}); fetch it elsewhere and put it at {path}, "
             f"or name the folder that holds it with {FOLDER_VARIABLE}.")
