@@ -77,10 +77,10 @@ def read_run(path: str | Path) -> Run:
                         code="missing_run")
     folder, log_file = (path, path / "log.txt") if path.is_dir() else (path.parent, path)
     rows = read_json_lines(log_file)
-    lines = len(log_file.read_bytes().split()) and sum(map(bool, map(bytes.strip, log_file.read_bytes().split(b"\n")))) \
-        if log_file.is_file() else 0
+    lines = log_file.read_bytes().split(b"\n") if log_file.exists() else []
     epochs = {row["epoch"]: row for row in rows if isinstance(row.get("epoch"), int)}  # a repeated epoch: the last one
-    run = Run(folder.resolve().name, folder, [epochs[epoch] for epoch in sorted(epochs)], max(0, lines - len(rows)),
+    run = Run(name=folder.resolve().name, folder=folder, log=[epochs[epoch] for epoch in sorted(epochs)],
+              unread_lines=sum(bool(line.strip()) for line in lines) - len(rows),
               **(_records(folder) if path.is_dir() else {}))
     if not run.log and not run.evaluation:
         raise UserError(f"{path} has neither a log.txt with epochs, an eval.json nor a predictions.npz: is it the "
@@ -89,7 +89,6 @@ def read_run(path: str | Path) -> Run:
 
 
 def _records(folder: Path) -> dict:
-    found = {name: _json(folder / f"{name}.json") for name in ("status", "environment", "data")}
     evaluation, predictions, error = _json(folder / "eval.json"), None, ""
     if (folder / "predictions.npz").is_file():
         try:
@@ -101,13 +100,14 @@ def _records(folder: Path) -> dict:
         evaluation = {"acc1": counts.acc1, "acc5": counts.acc5, "loss": counts.loss, "hits1": counts.hits1,
                       "images": counts.images, **metrics(predictions, len(predictions.classes))}
     try:
-        text = (folder / "config.yaml").read_text("utf-8", "replace")
-        config, origins = read(str(folder / "config.yaml")).values, dict(re.findall(r"(?m)^(\w+):.*  # (\w+)$", text))
+        config = dict(read(str(folder / "config.yaml")).values)
+        origins = dict(re.findall(r"(?m)^(\w+):.*  # (\w+)$", (folder / "config.yaml").read_text("utf-8", "replace")))
     except (OSError, UserError):
         config, origins = {}, {}
-    return {**found, "events": read_json_lines(folder / "events.jsonl"), "attempts": RunFolder(folder).attempts(),
-            "evaluation": evaluation, "predictions": predictions, "predictions_error": error, "config": dict(config),
-            "origins": origins}
+    return {"events": read_json_lines(folder / "events.jsonl"), "attempts": RunFolder(folder).attempts(),
+            "evaluation": evaluation, "predictions": predictions, "predictions_error": error,
+            "config": config, "origins": origins,
+            **{name: _json(folder / f"{name}.json") for name in ("status", "environment", "data")}}
 
 
 def _json(path: Path) -> dict:
@@ -146,22 +146,20 @@ def headline(run: Run) -> dict[str, Figure]:
             found[f"last {label}"] = Figure(scores[-1], 2, "%")
     if run.evaluation.get("acc1") is not None:
         found["evaluated top-1"] = Figure(run.evaluation["acc1"], 2, "%", f"{run.evaluation.get('images', '?')} images")
-    for key, label, decimals in (("train_loss", "last training loss", 4), ("n_parameters", "parameters", 0)):
-        if values := run.finite(key):
-            found[label] = Figure(values[-1], decimals)
     for part in ("train", "val"):
         if part in run.data:
             found[f"{part} images"] = Figure(run.data[part]["images"], note=f"{len(run.data['classes'])} classes")
     if run.log:
         found["epochs"] = Figure(len(run.log), note=f"planned {run.config['epochs']}" if "epochs" in run.config else "")
-    for key, label, factor, decimals, unit in (("train_images_per_second", "images per second", 1, 0, ""),
-                                               ("train_data_wait", "waiting for data", 100, 1, "%")):
+    for key, label, factor, decimals, unit in (
+            ("train_loss", "last training loss", None, 4, ""), ("n_parameters", "parameters", None, 0, ""),
+            ("train_images_per_second", "images per second", 1, 0, ""), ("train_data_wait", "waiting for data", 100, 1, "%")):
         if values := run.finite(key):
-            found[label] = Figure(factor * median(values), decimals, unit, "median of the epochs")
-    if values := run.finite("seconds"):
-        seconds = sum(values)
-        found["time"] = (Figure(seconds, 0, "s") if seconds < 120 else Figure(seconds / 60, 0, "min") if seconds < 7200
-                         else Figure(seconds / 3600, 1, "h"))
+            found[label] = (Figure(values[-1], decimals, unit) if factor is None else
+                            Figure(factor * median(values), decimals, unit, "median of the epochs"))
+    if seconds := sum(run.finite("seconds")):
+        divisor, decimals, unit = (1, 0, "s") if seconds < 120 else (60, 0, "min") if seconds < 7200 else (3600, 1, "h")
+        found["time"] = Figure(seconds / divisor, decimals, unit)
     return found
 
 
@@ -184,44 +182,48 @@ def charts(runs: list[Run]) -> list[tuple[str, str]]:
         lines = []
         for r, run in enumerate(runs):
             for k, (key, label, style) in enumerate(keys):
-                if key == "train_min_lr" and run.values(key) == run.values("train_lr") or not run.finite(key):
-                    continue  # without layer decay both lines are one
-                name = label if len(runs) == 1 else f"{run.name}: {label}"
-                lines.append((name, [row["epoch"] + 1 for row in run.log], [v * factor for v in run.values(key)], style,
-                              COLORS[r if len(runs) > 1 else k]))
+                if run.finite(key) and (key != "train_min_lr" or run.values(key) != run.values("train_lr")):
+                    name = label if len(runs) == 1 else f"{_short(run.name)}: {label}"
+                    lines.append((run, [v * factor for v in run.values(key)],
+                                  {"label": name, "linestyle": style, "color": COLORS[r if len(runs) > 1 else k]}))
         if lines:
             drawn.append((title, _draw(title, y_label, from_zero, lines)))
     return drawn
 
 
-def _draw(title: str, y_label: str, from_zero: bool, lines: list[tuple]) -> str:
+def _short(name: str) -> str:
+    """A run's name for a legend; a dollar sign would begin a formula there."""
+    name = printable(name).replace("$", r"\$")
+    return name if len(name) <= 18 else name[:17] + "…"
+
+
+def _draw(title: str, y_label: str, from_zero: bool, lines: list[tuple[Run, list[float], dict]]) -> str:
     import matplotlib
     from matplotlib.figure import Figure as Canvas  # without pyplot, which keeps every figure and looks for a screen
     from matplotlib.ticker import MaxNLocator
 
+    epochs = {row["epoch"] + 1 for run, _, _ in lines for row in run.log}
     # The salt makes the names inside the SVG the same each time, and different between the charts of one page.
     settings = {"svg.hashsalt": title, "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 9,
                 "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e9ef",
-                "axes.edgecolor": "#9aa3b1", "axes.formatter.useoffset": False, "legend.frameon": False}
+                "axes.edgecolor": "#9aa3b1", "axes.formatter.useoffset": False, "legend.frameon": False,
+                "lines.linewidth": 1.6, "lines.markersize": 3.5, "lines.marker": "o" if len(epochs) <= 40 else "None"}
     with matplotlib.rc_context(settings):
         canvas = Canvas(figsize=(5.6, 3.2), layout="constrained")
         axes = canvas.subplots()
-        epochs = max(len(x) for _, x, _, _, _ in lines)
-        for name, x, y, style, color in lines:
-            axes.plot(x, y, style, color=color, label=printable(name).replace("$", r"\$"), linewidth=1.6,
-                      marker="o" if epochs <= 40 else "", markersize=3.5)
+        for run, values, looks in lines:
+            axes.plot([row["epoch"] + 1 for row in run.log], values, **looks)
         axes.set(xlabel="epoch", ylabel=y_label)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-        if epochs == 1:
-            axes.set(xlim=(lines[0][1][0] - 1, lines[0][1][0] + 1), xticks=[lines[0][1][0]])
-        if from_zero or epochs == 1:
-            axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if not from_zero else 0)
-        canvas.legend(loc="outside upper left", ncols=3)
-        text = io.StringIO()
-        canvas.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    svg = text.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>|<title>.*?</title>", "", svg[svg.index("<svg"):], flags=re.DOTALL)
-    return re.sub(r'<g id="[^"]*">', "<g>", svg)  # every chart has the same ones
+        if len(epochs) == 1:
+            axes.set(xlim=(min(epochs) - 1, min(epochs) + 1), xticks=[min(epochs)])
+        if from_zero or len(epochs) == 1:
+            axes.set_ylim(bottom=0)
+        canvas.legend(loc="outside upper left", ncols=3 if len({id(run) for run, _, _ in lines}) == 1 else 2)
+        svg = io.StringIO()
+        canvas.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    text = re.sub(r".*?(<svg.*?)<metadata>.*?</metadata>", r"\1", svg.getvalue(), count=1, flags=re.DOTALL)
+    return re.sub(r'<g id="[^"]*">', "<g>", text)  # every chart has the same ones
 
 
 # ---------------------------------------------------------------------------------------------- tables of the sections
@@ -322,16 +324,12 @@ def text(value: object) -> str:
     return words if len(words) <= 200 else words[:199] + "…"
 
 
-def environment(run: Run) -> dict:
-    """environment.json on one level."""
-    return {name: value for key, entry in run.environment.items()
-            for name, value in (entry.items() if isinstance(entry, dict) else [(key, entry)])}
-
-
 # ------------------------------------------------------------------------------------------------------------ the page
 
 def paired_test(runs: list[Run]) -> str:
-    """McNemar's test in one sentence, or what it lacks."""
+    """McNemar's test of two runs in one sentence, or what it lacks; "" for one run."""
+    if len(runs) < 2:
+        return ""
     first, second = (run.predictions for run in runs)
     if first is None or second is None:
         return ("No paired test (McNemar, bootstrap): both folders need a predictions.npz, which "
@@ -355,9 +353,9 @@ def write_report(folders: list[str | Path], out: str | Path | None = None) -> Pa
     world = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
                         lstrip_blocks=True, undefined=StrictUndefined, extensions=["jinja2.ext.do"])
     world.filters["text"] = text
-    names = (headline, best_checkpoint, unreadable_files, incidents, class_rows, mistakes, environment, summary_line)
+    names = (headline, best_checkpoint, unreadable_files, incidents, class_rows, mistakes, summary_line)
     html = world.get_template("page.html").render(
-        {f.__name__: f for f in names}, runs=runs, charts=charts(runs), paired=paired_test(runs) if len(runs) > 1 else "",
+        {f.__name__: f for f in names}, runs=runs, charts=charts(runs), paired=paired_test(runs),
         most=MOST_EVENTS, most_classes=MOST_CLASSES, most_files=MOST_FILES)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Names with bytes that are not text are shown with a question mark: the page has to be valid UTF-8.
