@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tests.data.parity.fill import parity_image
-from tests.launch_kit import FORKS, environment
-from tests.survival_kit import places
+from tests.kits.fill import parity_image
+from tests.kits.processes import FORKS, environment
+from tests.kits.runs import places
 
 SECONDS = 120
 
