@@ -53,7 +53,7 @@ def build_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer
         module = get_optimizer_class(bare, bind_defaults=False).__module__
         raise UserError(f"--opt {options.opt} needs a package that is not installed ({module}: {error}).",
                         code="missing_package") from error
-    optimizer.register_load_state_dict_pre_hook(_fitting)
+    getattr(optimizer, "_base_optimizer", optimizer).register_load_state_dict_pre_hook(_fitting)  # inside Lookahead
     return optimizer
 
 

@@ -12,15 +12,14 @@ import models  # noqa: F401  (registers the networks)
 from datasets.build import build_data, train_loader
 from datasets.device import TrainPrepare
 from datasets.sampler import GlobalBatchSampler
-from engine import Training, train_one_epoch
-from optim.build import build_optimizer
+from engine import Loop
+from optim.build import build_loss, build_optimizer
 from optim.ema import Ema
 from optim.finite import FiniteWatch, NonfinitePolicy
-from optim.losses import build_loss
 from optim.schedule import build_schedule
 from optim.update import Update, UpdateConfig
 from tests.kits.options import data_options
-from tests.kits.toy import Alone, in_processes, options
+from tests.kits.toy import Alone, ToyTask, in_processes, options, train
 
 GLOBAL_BATCH, EPOCHS = 32, 1
 
@@ -52,17 +51,19 @@ def run(process, folder, update_freq, mixup=0.8):
     model.double()
     wrapped = model if process.world_size == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
     prepare = TrainPrepare(given, 3, "cpu")
-
     def in_double(batch):
         images, targets = prepare(batch)
         return images.double(), targets.double() if targets.is_floating_point() else targets
 
     update = Update(wrapped, build_optimizer(model, values), build_schedule(values, sampler.updates_per_epoch),
-                    UpdateConfig(update_freq, 0.5), Ema(model, 0.9), process)
-    training = Training(wrapped, model, update, build_loss(values), train_loader(data, given, sampler), sampler,
-                        in_double, FiniteWatch(NonfinitePolicy()), 3, sampler.updates_per_epoch, update_freq,
-                        process=process)
-    progress = [train_one_epoch(training, epoch) for epoch in range(EPOCHS)][-1]
+                    UpdateConfig(update_freq, 0.5), ema=Ema(model, 0.9),
+                    agree=lambda flags: process.all_reduce_(flags, "min"))
+    task = ToyTask(torch.float64, seed=3)
+    task.prepare, task.criterion = in_double, build_loss(values)
+    loop = Loop(model=wrapped, plain=model, task=task, update=update, loader=train_loader(data, given, sampler),
+                sampler=sampler, watch=FiniteWatch(NonfinitePolicy()), process=process,
+                updates_per_epoch=sampler.updates_per_epoch)
+    progress = [train(loop, epoch) for epoch in range(EPOCHS)][-1]
     return dict(weights=model.state_dict(), ema=update.ema.state_dict(), lr=progress.lr, decay=progress.weight_decay,
                 updates=progress.next_update)
 
