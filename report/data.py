@@ -8,9 +8,8 @@ from common.errors import UserError
 from common.files import read_json, read_json_lines
 from run.folder import RunFolder
 from report.metrics import Predictions, metrics
-from config.parse import Options, Resolved
-from config.recipe import published_recipe
-from config.recipe import read as read_recipe
+from config.options import Options
+from config.parse import Resolved, published_recipe, read_recipe
 from report.results import read_predictions
 
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 import models
 from datasets.build import build_data
-from config.parse import parse, plan_batch, validate_after_index
+from config.parse import parse
+from config.rules import plan_batch, validate_after_index
 from tests.docs import ROOT, commands, parse_block
 
 COMMANDS = commands()
