@@ -151,8 +151,8 @@ def _flags(argv: list[str]) -> dict[str, list[str]]:
         raise UserError(f"--{name} needs a value; {OPTIONS[name].help}." if name in OPTIONS else f"{error}.",
                         code="missing_value") from None
     if others:
-        position = argv.index(others[0])
-        raise _unexpected(others[0], argv[position - 1] if position else "")
+        before = [word for word, after in zip(argv, argv[1:]) if after == others[0]]
+        raise _unexpected(others[0], before)
     return {name: text if isinstance(text, list) else [text] for name, text in vars(found).items()}
 
 
@@ -191,15 +191,15 @@ def help_text(everything: bool = False) -> str:
             + f"{more}\nSwitches take true or false; the flag alone means true.\n")
 
 
-def _unexpected(token: str, before: str) -> UserError:
-    """The sentence for a word that is neither a known flag nor the value of one."""
+def _unexpected(token: str, before: list[str]) -> UserError:
+    """The sentence for a word that is neither a known flag nor the value of one; `before`: what stands before it."""
     name = token.lstrip("-\u2013\u2014\u2212").partition("=")[0]
     if token.startswith("--"):
         hint = did_you_mean(name.replace("-", "_"), OPTIONS, "--{}") or "; `--help all` lists every flag."
         part = name and any(flag.startswith(name) for flag in OPTIONS)
         short = " (flags are not abbreviated)" if part else ""
         return UserError(f"unknown flag --{name[:60]}{short}{hint}", code="unknown_flag")
-    joined = _joined(before) or _joined(token)
+    joined = next(filter(None, map(_joined, [*before, token])), None)
     if joined is None and token[:1] in ("-", "\u2013", "\u2014", "\u2212"):
         hint = did_you_mean(name, OPTIONS, "--{}") or "; write --name value."
         return UserError(f"{quote(token)} does not begin with two hyphens as flags do{hint}",
