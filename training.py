@@ -19,10 +19,10 @@ from datasets.build import Data, build_data, eval_loader, train_loader
 from datasets.check import check_sample
 from datasets.device import EvalPrepare, TrainPrepare
 from datasets.sampler import GlobalBatchSampler
-from evaluation import amp_dtype, evaluate_checkpoints, local_file
+from evaluation import amp_dtype, evaluate_checkpoints, strange_weights
 from launch import ExitCode
 from launch.stop import StopRequest
-from models.download import fetch_published
+from models.download import fetch_published, local_file
 from native.paths import accelerate, code_paths, packed, use_code_paths
 from models.compile import compile_model
 from models.weights import load_for_model
@@ -40,7 +40,7 @@ from config.parse import Resolved
 from run.preflight import cpus_per_process, start_warnings
 from run.state import BEST, BEST_EMA, check_resumable, check_same_run, finished
 from run.log import Tracker, WandbRun
-from scoring import strange_weights
+
 from report.page import write_report
 
 
