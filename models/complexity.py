@@ -3,9 +3,7 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
-from models.gnconv import Operators
+from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True)
@@ -19,31 +17,12 @@ class Complexity:
     flops: int
 
 
-class _CountingOperators(Operators):
-    def __init__(self):
-        self.flops = 0
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._counted(super().linear(x, weight, bias), weight)
-
-    def depthwise(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:
-        return self._counted(super().depthwise(x, weight, bias, scale), weight)
-
-    def patch_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._counted(super().patch_conv(x, weight, bias), weight)
-
-    def _counted(self, out: Tensor, weight: Tensor) -> Tensor:
-        self.flops += out.numel() * weight[0].numel()
-        return out
-
-
 def count(model: torch.nn.Module, input_size: int | tuple[int, int]) -> Complexity:
     """Complexity of a HorNet for one picture of `input_size` (a side, or height and width) in pixels."""
     height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
     params = sum(p.numel() for p in model.parameters())
     with torch.no_grad():
         model = copy.deepcopy(model).eval().to("meta")
-        ops = _CountingOperators()
-        model.set_operators(ops)
-        model(torch.empty(1, model.in_chans, height, width, device="meta"))
-    return Complexity(params, ops.flops + model.num_features * model.num_classes)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, model.in_chans, height, width, device="meta"))
+    return Complexity(params, counter.get_total_flops() // 2)

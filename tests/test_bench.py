@@ -8,7 +8,7 @@ import pytest
 import torch
 from parity_fill import PARITY, parity_input, parity_tensor
 
-from native.operators import product_dtype
+from native.runner import product_dtype
 from benchmarks import __main__ as bench
 from benchmarks import cases, timing
 from benchmarks.reference import plain_model
