@@ -22,7 +22,7 @@ from datasets.subsets import Subset, real_labels, recognise_folder
 from datasets.transforms import DEFAULT_CROP_PCT, WARP_FROM, mean_std
 from launch import ExitCode
 from models import MODEL_NAMES
-from models.download import cache_folder, fetch_published, fetch_url
+from models.download import cache_folder, fetch_published, local_file
 from models.inspect import class_titles
 import native
 from models.weights import load_for_model
@@ -30,7 +30,8 @@ from models.zoo import PUBLISHED
 from run.checkpoint import Checkpoints
 from report.metrics import Predictions, multi_label_accuracy
 from config.parse import Resolved
-from config.recipe import convert, quote
+from config.options import OPTIONS
+from common.text import quote
 from report.results import Protocol, results_from, summary_line, write_eval_json, write_report_files
 from scoring import SAMPLED, strange_weights
 
@@ -137,11 +138,6 @@ def find_sources(resolved: Resolved) -> list[str]:
     return found
 
 
-def local_file(name: str) -> str:
-    """The path of a checkpoint given as a path or an address; downloads the latter."""
-    return str(fetch_url(name)) if name.startswith(("http://", "https://")) else name
-
-
 def with_checkpoint_settings(resolved: Resolved, checkpoint: dict) -> Any:
     """The options with the checkpoint's own network and picture settings where neither flag nor recipe names them."""
     args = checkpoint.get("args") or {}
@@ -149,7 +145,7 @@ def with_checkpoint_settings(resolved: Resolved, checkpoint: dict) -> Any:
     if checkpoint.get("format"):
         for name in _FROM_CHECKPOINT:
             if resolved.origins.get(name) == "default" and name in args and args[name] != getattr(resolved.options, name):
-                own[name] = convert(name, [str(args[name])], f"the checkpoint's {name}")
+                own[name] = OPTIONS[name].convert([str(args[name])], f"the checkpoint's {name}")
     if own.get("model", MODEL_NAMES[0]) not in MODEL_NAMES:
         raise UserError(f"the checkpoint's model {quote(own['model'])} is not known here; if its weights are those of "
                         f"another model, name it with --model: {', '.join(MODEL_NAMES)}.")

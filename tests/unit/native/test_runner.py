@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from parity_fill import PARITY, parity_input, parity_tensor
+from tests.kits.fill import PARITY, parity_input, parity_tensor
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

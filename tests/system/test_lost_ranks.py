@@ -1,0 +1,69 @@
+"""A real run of two processes, one of which is killed, stopped or fails: the other ends, and says why last."""
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from tests.kits.processes import wait_for
+from tests.kits.runs import UPDATES, arguments, assert_gone, descendants, now, start
+
+PHASES = {"data": UPDATES + 2, "forward": UPDATES + 2, "backward": UPDATES + 2, "evaluation": UPDATES, "saving": UPDATES}
+BRIEF = [("backward", 1), ("data", 0)]
+
+
+def last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]
+
+
+def disturbed(images, tmp_path, phase, rank, what, **changes):
+    """Both ranks and the moment at which `rank` was disturbed, by its last heartbeat."""
+    at = dict(rank=rank, phase=phase, update=PHASES[phase], do=what)
+    argv = arguments(images, tmp_path / "run", update_freq=1, num_workers=1, **changes)
+    ranks = start(argv, tmp_path / "console", 2, at=[at], now=str(tmp_path))
+    wait_for(lambda: now(tmp_path, rank)[:2] == (phase, PHASES[phase]), 120)
+    return ranks, time.monotonic()
+
+
+@pytest.mark.parametrize("phase, rank", [
+    *BRIEF, *(pytest.param(p, r, marks=pytest.mark.slow) for p in PHASES for r in (0, 1) if (p, r) not in BRIEF)])
+def test_a_killed_rank_ends_the_other_which_names_it(images, tmp_path, phase, rank):
+    ranks, began = disturbed(images, tmp_path, phase, rank, "SIGKILL")
+    killed = time.time() - (time.monotonic() - began)
+    workers = [pid for each in ranks for pid in descendants(each.pid)]
+    survivor = ranks[1 - rank]
+    assert survivor.end(60) == 1 and ranks[rank].end(1) == -signal.SIGKILL
+    assert time.monotonic() - began < 30
+    assert_gone(workers)
+    # A rank that is killed while the others have no need of it is missed by them when they next do.
+    assert f"rank {rank} (" in last_line(survivor.text()) and "gone" in last_line(survivor.text()), survivor.text()
+    cause = json.loads((tmp_path / "run" / "failure.json").read_text())
+    # Noticed within 10 s; it is written down when the others have had 8 s to name a cause of their own.
+    assert f"rank {rank} (" in cause["cause"] and cause["time"] - killed < 18
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES)
+def test_an_exception_on_one_rank_ends_both_and_stands_last(images, tmp_path, phase):
+    ranks, began = disturbed(images, tmp_path, phase, 1, "raise")
+    assert [rank.end(60) for rank in ranks] == [1, 1]
+    assert time.monotonic() - began < 30
+    assert last_line(ranks[1].text()) == "ArithmeticError: one divided by nothing"
+    assert last_line(ranks[0].text()).endswith("ends because of rank 1.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase, rank", [("forward", 1), ("evaluation", 0), ("saving", 1)])
+def test_a_stopped_rank_is_named_within_the_limit(images, tmp_path, phase, rank):
+    limit = 6
+    ranks, began = disturbed(images, tmp_path, phase, rank, "SIGSTOP", hang_timeout=limit)
+    try:
+        survivor = ranks[1 - rank]
+        assert survivor.end(90) == 1
+        patience = limit * (3 if phase == "saving" else 1)
+        assert time.monotonic() - began < 2.5 + patience + 10  # it stops 2.5 s after the phase began
+        assert f"rank {rank} (" in last_line(survivor.text()), survivor.text()
+    finally:
+        os.kill(ranks[rank].pid, signal.SIGCONT)
+        ranks[rank].kill()

@@ -1,0 +1,249 @@
+"""Weights come in: both namings, wrappers, EMA, 22k heads, other sizes, and clear refusals."""
+import argparse
+import json
+import logging
+from contextlib import contextmanager
+
+import pytest
+import timm
+import torch
+
+import models  # noqa: F401  registers the models
+from common.errors import UserError
+from models.weights import (
+    fit_to_model,
+    from_openmmlab,
+    identify,
+    load_for_model,
+    select_weights,
+    to_openmmlab,
+)
+from models.zoo import synsets
+from tests.kits.fill import PARITY, parity_tensor
+
+STATE_DICTS = json.loads((PARITY / "state_dicts.json").read_text())
+
+
+def make(name="hornet_pico_gf", num_classes=10, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return timm.create_model(name, num_classes=num_classes, **kwargs)
+
+
+def weights_of(model, seed=0):
+    return {key: torch.from_numpy(parity_tensor(key, tuple(value.shape), seed))
+            for key, value in model.state_dict().items()}
+
+
+def saved(tmp_path, content, name="file.pth"):
+    torch.save(content, tmp_path / name)
+    return tmp_path / name
+
+
+@contextmanager
+def refused(code, *named):
+    """One sentence with `code` that names each of `named`."""
+    with pytest.raises(UserError) as error:
+        yield
+    assert error.value.code == code and all(word in str(error.value) for word in named), error.value
+
+
+def same(model, state):
+    return all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", STATE_DICTS)
+def test_namings_convert_both_ways_bit_for_bit(name):
+    """On tensors that hold their own number, so that a swapped pair would show."""
+    state = {key: torch.full((1,) * len(shape), i).expand(shape) for i, (key, shape) in enumerate(STATE_DICTS[name])}
+    there = to_openmmlab(state)
+    back = from_openmmlab(there)
+    assert list(back) == list(state) and all(back[key] is state[key] for key in state)
+    assert len(there) == len(state) and not set(there) & set(state)
+    assert {"backbone.downsample_layers.0.0.weight", "backbone.norm3.weight", "head.fc.bias",
+            "backbone.stages.2.17.gamma1.weight", "backbone.stages.0.0.gnconv.projs.0.weight",
+            "backbone.stages.0.0.norm1.weight"} <= set(there)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda s: {"model": s}, lambda s: {"module": s}, lambda s: s, lambda s: {"state_dict": to_openmmlab(s)},
+    lambda s: {"model": {"module." + k: v for k, v in s.items()}},
+    lambda s: {"model": {"module._orig_mod." + k: v for k, v in s.items()}},
+    lambda s: {"model": s, "optimizer": {"state": {}}, "epoch": 3, "args": argparse.Namespace(lr=1.0), "scaler": {}},
+])
+def test_every_kind_of_file_loads_to_the_same_values(tmp_path, wrap):
+    state = weights_of(make())
+    model = make(seed=1)
+    report = load_for_model(model, saved(tmp_path, wrap(state)))
+    assert same(model, state)
+    assert (report.loaded, report.missing, report.unexpected) == (len(state), (), ())
+
+
+def test_safetensors_load(tmp_path):
+    from safetensors.torch import save_file
+    state = weights_of(make())
+    save_file(state, tmp_path / "a.safetensors")
+    model = make(seed=1)
+    load_for_model(model, tmp_path / "a.safetensors")
+    assert same(model, state)
+
+
+@pytest.mark.parametrize("entries,file_name,options,expected", [
+    (("model", "model_ema"), "a.pth", {}, "model"),
+    (("model", "model_ema"), "a.pth", dict(weights="ema"), "model_ema"),
+    (("model", "model_ema"), "checkpoint-best-ema.pth", {}, "model_ema"),
+    (("model", "model_ema"), "checkpoint-best-ema.pth", dict(weights="model"), "model"),
+    (("model", "model_ema"), "checkpoint-best-ema.pth", dict(model_key="model"), "model"),
+    (("model",), "checkpoint-best-ema.pth", {}, "model"),
+    (("model", "module"), "a.pth", dict(model_key="module"), "module"),
+    (("model_ema",), "a.pth", {}, "model_ema"),
+    (("teacher", "model"), "a.pth", dict(model_key="student|teacher"), "teacher"),
+])
+def test_which_weights_are_taken(entries, file_name, options, expected):
+    checkpoint = {key: {"w": torch.zeros(1)} for key in entries} | {"epoch": 1}
+    assert select_weights(checkpoint, file_name, **options)[1] == expected
+
+
+def test_the_files_own_word_on_what_scored_wins():
+    states = {"model": {"w": torch.zeros(1)}, "model_ema": {"w": torch.ones(1)}}
+    assert select_weights({**states, "scored": "model_ema"}, "a.pth")[1] == "model_ema"
+    assert select_weights({**states, "scored": "model"}, "checkpoint-best-ema.pth")[1] == "model"
+
+
+@pytest.mark.parametrize("checkpoint,options,named", [
+    ({"model": {"w": torch.zeros(1)}}, dict(weights="ema"), "model_ema"), ({"epoch": 1}, {}, "epoch"),
+    ({"model": {"w": torch.zeros(1)}}, dict(model_key="net"), "net"), ([1], {}, "list"), ({}, {}, "a.pth"),
+])
+def test_no_weights_is_one_sentence(checkpoint, options, named):
+    with refused("missing_weights", named):
+        select_weights(checkpoint, "a.pth", **options)
+    with refused("invalid_value", "best"):
+        select_weights({}, "a.pth", weights="best")
+
+
+def test_prefix_is_removed(tmp_path):
+    state = weights_of(make())
+    model = make(seed=1)
+    load_for_model(model, saved(tmp_path, {"model": {"encoder." + k: v for k, v in state.items()}}), prefix="encoder.")
+    assert same(model, state)
+
+
+@pytest.mark.parametrize("class_names", [None, "1k", "few"])
+def test_22k_head_gives_the_rows_of_the_wanted_classes(tmp_path, class_names):
+    source = make(num_classes=10459)
+    state = weights_of(source)
+    wanted = list(synsets(1000))[::-40] if class_names == "few" else list(synsets(1000))
+    model = make(num_classes=len(wanted), seed=1)
+    load_for_model(model, saved(tmp_path, {"model": state}), class_names=class_names and wanted)
+    rows = [synsets(10459).index(name) for name in wanted]
+    assert torch.equal(model.head.weight, state["head.weight"][rows])
+    assert torch.equal(model.head.bias, state["head.bias"][rows])
+
+
+def test_classes_are_matched_by_name(tmp_path):
+    state = weights_of(make(num_classes=3))
+    path = saved(tmp_path, {"model": state, "classes": ["cat", "dog", "owl"]})
+    model = make(num_classes=3, seed=1)
+    load_for_model(model, path, class_names=["owl", "cat", "dog"])
+    assert torch.equal(model.head.bias, state["head.bias"][[2, 0, 1]])
+    with refused("other_classes", "eel"):
+        load_for_model(model, path, class_names=["cat", "dog", "eel"])
+    fresh = make(num_classes=3, seed=1).head.weight
+    model = make(num_classes=3, seed=1)
+    load_for_model(model, path, class_names=["cat", "dog", "eel"], new_head=True)
+    assert torch.equal(model.head.weight, fresh) and torch.equal(model.norm.weight, state["norm.weight"])
+
+
+def test_another_head_is_an_error_unless_a_new_one_is_wanted(tmp_path):
+    path = saved(tmp_path, {"model": weights_of(make(num_classes=7))})
+    with refused("other_classes", "--nb_classes 7", "10", "--finetune"):
+        load_for_model(make(), path)
+    report = load_for_model(make(), path, new_head=True)
+    assert report.missing == ("head.weight", "head.bias") and not report.unexpected
+    features = make(num_classes=0)
+    assert not load_for_model(features, path).missing
+
+
+def test_a_headless_file_is_an_error_unless_allowed(tmp_path):
+    path = saved(tmp_path, {"model": {k: v for k, v in weights_of(make()).items() if not k.startswith("head.")}})
+    with refused("other_classes", "10", "--allow_partial"):
+        load_for_model(make(), path)
+    assert load_for_model(make(), path, allow_partial=True).missing == ("head.weight", "head.bias")
+
+
+def test_filters_are_resized_to_the_models_grid():
+    small, large = (timm.create_model("hornet_base_gf" + tail, num_classes=0, depths=(1, 1, 1, 1), width=8)
+                    for tail in ("", "_img384"))
+    state = weights_of(small)
+    fitted = fit_to_model(state, large)
+    key = "stages.2.0.gnconv.dwconv.complex_weight"
+    assert fitted[key].shape[1:] == (24, 13, 2) and state[key].shape[1:] == (14, 8, 2)
+    for corner in ((0, 0), (-1, 0), (0, -1), (-1, -1)):
+        torch.testing.assert_close(fitted[key][:, *corner], state[key][:, *corner])
+    # at 384 the large model then computes what the small one does by resizing on the fly
+    small.load_state_dict(state), large.load_state_dict({k: v for k, v in fitted.items() if "head" not in k})
+    x = torch.randn(1, 3, 384, 384)
+    with torch.no_grad():
+        torch.testing.assert_close(large.eval()(x), small.eval()(x), atol=1e-5, rtol=1e-5)
+
+
+def test_another_model_is_named(tmp_path):
+    path = saved(tmp_path, {"model": weights_of(make("hornet_nano_7x7"))})
+    with refused("other_model", "hornet_nano_7x7", "missing", "--allow_partial true"):
+        load_for_model(make(), path)
+    other = saved(tmp_path, {"model": {"conv1.weight": torch.zeros(3)}}, "other.pth")
+    with refused("other_model", "loaded 0"):
+        load_for_model(make(), other)
+    assert load_for_model(make(), other, allow_partial=True).unexpected == ("conv1.weight",)
+
+
+def test_the_limit_is_95_percent_of_tensors(tmp_path, caplog):
+    state = weights_of(make(num_classes=0))
+    model, keys = make(num_classes=0), list(state)
+    few = len(keys) // 20
+    path = saved(tmp_path, {"model": {key: state[key] for key in keys[few:]}})
+    with caplog.at_level(logging.INFO, logger="hornet"):
+        report = load_for_model(model, path)
+    assert len(report.missing) == few
+    assert f"loaded {len(keys) - few}, missing {few} (downsample_layers.0.0.weight" in caplog.text
+    path = saved(tmp_path, {"model": {key: state[key] for key in keys[few + 1:]}})
+    with refused("other_model"):
+        load_for_model(model, path)
+
+
+@pytest.mark.parametrize("content", [b"hello, I am text", b"", b"PK\x03\x04 cut short"])
+def test_unreadable_files_are_one_sentence(tmp_path, content):
+    path = tmp_path / "a.pth"
+    path.write_bytes(content)
+    with pytest.raises(UserError):
+        load_for_model(make(), path)
+    with pytest.raises(UserError):
+        load_for_model(make(), tmp_path)
+    with refused("not_https", "http://example.org/a.pth"):
+        load_for_model(make(), "http://example.org/a.pth")
+
+
+def test_dtype_and_device_of_the_model_stay(tmp_path):
+    path = saved(tmp_path, {"model": {k: v.half() for k, v in weights_of(make()).items()}})
+    model = make()
+    load_for_model(model, path)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", STATE_DICTS)
+def test_state_dicts_are_recognised(name):
+    assert identify({key: torch.empty(shape, device="meta") for key, shape in STATE_DICTS[name]}) == name
+
+
+def test_pretrained_from_a_folder_without_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
+    reference = make("hornet_tiny_7x7", num_classes=1000)
+    state = weights_of(reference)
+    saved(tmp_path, {"model": state}, "hornet_tiny_7x7.pth")
+    assert same(timm.create_model("hornet_tiny_7x7", pretrained=True, cache_dir=tmp_path), state)
+    monkeypatch.setenv("HORNET_CACHE", str(tmp_path))
+    own = timm.create_model("hornet_tiny_7x7", pretrained=True, num_classes=5, in_chans=1)
+    assert own.head.weight.shape == (5, 512) and own.head.weight.std() < 0.03  # new
+    torch.testing.assert_close(own.downsample_layers[0][0].weight,
+                               state["downsample_layers.0.0.weight"].sum(1, keepdim=True))
+    features = timm.create_model("hornet_tiny_7x7", pretrained=True, features_only=True)
+    assert torch.equal(features.model.stages[3][1].gamma2, state["stages.3.1.gamma2"])
