@@ -13,6 +13,7 @@ import engine
 import models  # noqa: F401  registers the architectures with timm
 from common.errors import UserError
 from common.random import key
+from common.ledger import restarts
 from common.log import logger
 from common.safe_load import safe_torch_load
 from datasets.build import Data, build_data, eval_loader, train_loader
@@ -354,7 +355,7 @@ def _live(run: TrainingRun, folder: RunFolder | None, loaded: Loaded | None) -> 
 
 def requeued() -> bool:
     """Whether a scheduler, not a person, has started this attempt."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    return restarts() > 0
 
 
 def _write_page(folder: RunFolder) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from launch.processes import alive
+from launch.stop import alive
 from tests.kits.processes import FORKS, environment, wait_for
 from tests.kits.programs import hooked_main
 
