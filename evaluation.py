@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 import engine
 import models  # noqa: F401  registers the architectures with timm
+import native
 from common.errors import UserError
 from common.log import logger
 from common.outcome import ExitCode
@@ -33,7 +34,6 @@ from models.download import cache_folder, fetch_published, local_file
 from models.inspect import class_titles
 from models.weights import load_for_model
 from models.zoo import PUBLISHED
-from native.paths import accelerate, code_paths, packed
 from report.metrics import Counts, Predictions, multi_label_accuracy
 from report.page import write_report
 from report.results import Protocol, results_from, summary_line, write_eval_json, write_report_files
@@ -90,7 +90,7 @@ def evaluate_checkpoints(resolved: Resolved, process: Process, watchdog: Watchdo
     # None leaves the bar out where nobody watches a terminal.
     watched = tqdm(loader, "evaluation", unit="batch", leave=False, disable=None if process.is_main else True)
     try:
-        with packed(*(c.network for c in candidates), dtype=prepared.evaluation.autocast_dtype):
+        with native.packed(*(c.network for c in candidates), dtype=prepared.evaluation.autocast_dtype):
             found = engine.evaluate([(c.weights, c.network) for c in candidates], watched, prepared.evaluation)
     finally:
         loader.close()
@@ -214,7 +214,7 @@ def load_candidates(path: str, options: Options, class_names: list[str], device:
         report = load_for_model(network, path, model_key=options.model_key, prefix=options.model_prefix,
                                 weights=weights, allow_partial=options.allow_partial, class_names=class_names)
         network = network.to(device).eval()
-        accelerate(network, code_paths(device))
+        native.attach(network)
         found.append(Candidate(path, "model_ema" if report.source_key == "model_ema" else "model", network))
     return found
 
