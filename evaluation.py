@@ -24,7 +24,7 @@ from launch import ExitCode
 from models import MODEL_NAMES
 from models.download import cache_folder, fetch_published, local_file
 from models.inspect import class_titles
-from native.paths import accelerate, code_paths, packed
+import native
 from models.weights import load_for_model
 from models.zoo import PUBLISHED
 from run.checkpoint import Checkpoints
@@ -74,7 +74,7 @@ def evaluate_checkpoints(resolved: Resolved, process: Any, watchdog: Any) -> int
     # None leaves the bar out where nobody watches a terminal.
     watched = tqdm(loader, "evaluation", unit="batch", leave=False, disable=None if process.is_main else True)
     try:
-        with packed(*(c.network for c in candidates), dtype=evaluation.autocast_dtype):
+        with native.packed(*(c.network for c in candidates), dtype=evaluation.autocast_dtype):
             found = engine.evaluate([(c.weights, c.network) for c in candidates], watched, evaluation)
     finally:
         loader.close()
@@ -185,7 +185,7 @@ def load_candidates(path: str, options: Any, class_names: list[str], device: tor
                                 allow_partial=options.allow_partial, class_names=class_names)
         entry = "model_ema" if report.source_key == "model_ema" else "model"
         network = network.to(device).eval()
-        accelerate(network, code_paths(device))
+        native.attach(network)
         found.append(Candidate(path, entry, network))
     return found
 

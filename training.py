@@ -13,6 +13,7 @@ import engine
 import models  # noqa: F401  registers the architectures with timm
 from common.errors import UserError
 from common.random import key
+from common.ledger import restarts
 from common.log import logger
 from common.safe_load import safe_torch_load
 from datasets.build import Data, build_data, eval_loader, train_loader
@@ -23,7 +24,7 @@ from evaluation import amp_dtype, evaluate_checkpoints, local_file
 from launch import ExitCode
 from launch.stop import StopRequest
 from models.download import fetch_published
-from native.paths import accelerate, code_paths, packed, use_code_paths
+import native
 from models.compile import compile_model
 from models.weights import load_for_model
 from optim.build import build_optimizer, load_optimizer_state
@@ -164,8 +165,7 @@ def build_run(resolved: Resolved, process: Any, loaded: Loaded | None, services:
     model = build_model(options, data.num_classes).to(process.device)
     if not state:
         load_start_weights(model, options, data, process)
-    paths = use_code_paths(state["code_paths"], process.device) if state and state["code_paths"] else code_paths(process.device)
-    accelerate(model, paths)
+    paths = native.attach(model, state["code_paths"] if state else None)
     ema = Ema(model, options.model_ema_decay, "cpu" if options.model_ema_force_cpu else None) if options.model_ema else None
     optimizer = build_optimizer(model, options)
     dtype = amp_dtype(options)
@@ -293,7 +293,7 @@ def _evaluator(run: TrainingRun, data: Data, model: torch.nn.Module, ema: Ema | 
 
     def evaluate(update: int) -> dict | None:
         found = {}
-        with packed(*(network for _, network in named)):
+        with native.packed(*(network for _, network in named)):
             results = engine.evaluate(named, loader, evaluation, update)
         if not results:
             return None
@@ -368,7 +368,7 @@ def _live(run: TrainingRun, folder: RunFolder | None, loaded: Loaded | None) -> 
 
 def requeued() -> bool:
     """Whether a scheduler, not a person, has started this attempt."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    return restarts() > 0
 
 
 def _write_page(folder: RunFolder) -> None:

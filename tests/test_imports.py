@@ -10,7 +10,7 @@ ROOMS = {"common", "config", "models", "datasets", "optim", "launch", "run", "re
 MAY_KNOW = {
     "common": set(),
     "config": {"common"},
-    "models": {"common", "native"},
+    "models": {"common", "config"},
     "datasets": {"common", "native"},
     "optim": {"common"},
     "launch": {"common"},
