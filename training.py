@@ -12,44 +12,42 @@ import torch
 
 import engine
 import models  # noqa: F401  registers the architectures with timm
+import native
 from common.errors import UserError
 from common.files import read_json_lines
+from common.ledger import restarts
 from common.log import logger
 from common.outcome import ExitCode, Outcome
 from common.random import key
 from common.safe_load import safe_torch_load
 from common.text import plural, printable
 from config.options import Options
-from config.parse import Resolved, plan_batch, validate_after_index
-from config.rules import BatchPlan
+from config.parse import Resolved
+from config.rules import BatchPlan, plan_batch, resumed_schedule_notice, small_data_notice, validate_after_index
 from datasets.build import Data, build_data, eval_loader, train_loader
 from datasets.check import check_sample
 from datasets.dataset import Batch, ImageLoader
 from datasets.device import EvalPrepare, TrainPrepare
 from datasets.sampler import GlobalBatchSampler
-from evaluation import amp_dtype, evaluate_checkpoints, local_file
+from evaluation import amp_dtype, evaluate_checkpoints, strange_weights
 from launch.process import Process
 from launch.stop import StopRequest
 from launch.watchdog import Watchdog
 from models.compile import compile_model
-from models.download import fetch_published
+from models.download import fetch_published, local_file
 from models.weights import load_for_model
-from native.paths import accelerate, code_paths, packed, use_code_paths
 from optim.build import build_loss, build_optimizer
 from optim.ema import Ema, half_life_warning
 from optim.finite import FiniteWatch, NonfinitePolicy
 from optim.schedule import build_schedule
 from optim.update import Update, UpdateConfig, UpdateStats
+from report.page import write_report
 from run.checkpoint import Checkpoints, Loaded, file_name
-from run.folder import DONE, FAILED, PREEMPTED, RunFolder
-from run.log import Plan, Tracker, WandbRun
+from run.folder import RunFolder
+from run.log import Tracker, WandbRun
 from run.preflight import cpus_per_process, start_warnings
 from run.state import (BEST, BEST_EMA, Best, DataIdentity, Environment, Part, Position, State, check_resumable,
                        check_same_run, collect, finished, restore)
-from scoring import strange_weights
-from tools.report import write_report
-
-_WORDS = {Outcome.DONE: DONE, Outcome.PAUSED: PREEMPTED, Outcome.FAILED: FAILED}
 
 
 class Classification:
@@ -76,7 +74,7 @@ class Classification:
     def evaluate(self, networks: Sequence[tuple[str, torch.nn.Module]], observer: engine.Observer,
                  update: int) -> engine.Figures | None:
         """All networks in one pass, in true float32 whatever they are trained in."""
-        with packed(*(network for _, network in networks)):
+        with native.packed(*(network for _, network in networks)):
             results = engine.evaluate(networks, self.loaders[0], replace(self.evaluation, observer=observer), update)
         for result in results:
             if result.nonfinite:
@@ -105,11 +103,9 @@ class Trainer(engine.Observer):
         self.folder, self.checkpoints = folder, checkpoints
         _set_numerics(options)
         self.model = build_model(options, data.num_classes).to(process.device)
-        saved_paths = (state or {}).get("code_paths")
-        paths = use_code_paths(saved_paths, process.device) if saved_paths else code_paths(process.device)
         if state is None:
             load_start_weights(self.model, options, data, process)
-        accelerate(self.model, paths)
+        paths = native.attach(self.model, (state or {}).get("code_paths"))
         self.ema = Ema(self.model, options.model_ema_decay, "cpu" if options.model_ema_force_cpu else None) \
             if options.model_ema else None
         self.task = Classification(options, data, process, getattr(self.model, "num_drop_draws", 0))
@@ -198,7 +194,7 @@ class Trainer(engine.Observer):
             self.checkpoints.save(self.state_dict(), epoch=at.begun if begun else at.epoch,
                                   update=at.update if begun else None, best=best, wait=wait)
             for sentence in self.checkpoints.failures():
-                self.on_incident("save_failed", sentence, say=False, update=at.update)
+                self.on_incident("save_failed", sentence, log=False, update=at.update)
 
     def roll_back(self) -> None:
         """Take the weights of the last good checkpoint and continue with the next data, not with the same."""
@@ -258,10 +254,10 @@ class Trainer(engine.Observer):
         self.on_incident("nonfinite", f"Update {record['update']} was not applied: its loss or gradient was not "
                          f"finite{module}; next: {record['action']}.", rank=rank, **records[rank])
 
-    def on_incident(self, kind: str, sentence: str, say: bool = True, **more: object) -> None:
+    def on_incident(self, kind: str, sentence: str, log: bool = True, **more: object) -> None:
         """Log something out of the ordinary and keep it in events.jsonl."""
         if self.process.is_main:
-            self.tracker.incident(kind, sentence, say=say, **more)
+            self.tracker.incident(kind, sentence, log=log, **more)
 
     # --------------------------------------------------------------------------------------------------- details
 
@@ -352,6 +348,8 @@ def plan_run(resolved: Resolved, process: Process, state: State | None, data: Da
             class_names=state.get("classes")))
     batch = plan_batch(resolved, process.world_size, state.get("global_batch"))
     updates = validate_after_index(options, batch, len(data.train), data.num_classes)
+    small = None if state else small_data_notice(options, batch, len(data.train))
+    batch = replace(batch, notices=(*batch.notices, small)) if small else batch
     return Planned(data=data, batch=batch, options=batch.apply(options), updates_per_epoch=updates,
                    args=resolved.to_dict(), config=resolved.to_yaml())
 
@@ -425,12 +423,12 @@ def _set_numerics(options: Options) -> None:
 def _tracker(planned: Planned, process: Process, folder: str, model: torch.nn.Module) -> Tracker:
     options, main = planned.options, process.is_main
     size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    plan = Plan(options.epochs, planned.updates_per_epoch, size, options.num_workers,
-                cpus_per_process(process.local_world_size))
     wandb = WandbRun(options.project, options.exp_name, planned.args, options.wandb_ckpt) \
         if options.enable_wandb and main else None
-    return Tracker(folder if main and folder else None, plan, options.log_dir if main else None, wandb,
-                   None if main else False)
+    return Tracker(folder if main and folder else None, epochs=options.epochs,
+                   updates_per_epoch=planned.updates_per_epoch, n_parameters=size, num_workers=options.num_workers,
+                   cpus=cpus_per_process(process.local_world_size), log_dir=options.log_dir if main else None,
+                   wandb=wandb, terminal=None if main else False)
 
 
 # --------------------------------------------------------------------------------------------------- the command
@@ -514,23 +512,35 @@ def find_checkpoint(resolved: Resolved, folder: RunFolder | None) -> Loaded | No
     return loaded
 
 
+def _schedule_notice(trainer: Trainer, state: State) -> str | None:
+    """What another `--epochs` than the checkpoint's does to the learning rate."""
+    options, at = trainer.options, trainer.position
+    earlier = (state["args"] or {}).get("epochs", options.epochs)
+    now, then = (build_schedule(replace(options, epochs=epochs), at.updates_per_epoch).lr(at.update)
+                 for epochs in (options.epochs, earlier))
+    return resumed_schedule_notice(epochs=options.epochs, earlier_epochs=earlier, lr=now, earlier_lr=then)
+
+
 def _introduce(trainer: Trainer, planned: Planned, loaded: Loaded | None) -> None:
     """What a person should know at the start, and the files that describe the run."""
     options, process, tracker = trainer.options, trainer.process, trainer.tracker
     if loaded is not None:
         logger.info("Resuming at epoch %d, update %d from %s", trainer.position.begun + 1, trainer.position.update,
                     loaded.path)
+        notice = _schedule_notice(trainer, loaded.state)
+        if notice and process.is_main:
+            logger.warning(notice)
     if not process.is_main:
         return
-    tracker.write_setup(planned.config, world_size=process.world_size, device=str(process.device),
+    tracker.write_setup(planned.config, planned.data.describe(), world_size=process.world_size, device=str(process.device),
                         backend=process.backend, code_paths=trainer.parts["environment"].code_paths,
                         version=code_version(), global_batch=trainer.data.global_batch)
     lags = options.model_ema and half_life_warning(options.model_ema_decay, options.epochs * planned.updates_per_epoch)
     if lags:
         logger.warning(lags)
-    if options.num_workers > tracker.plan.cpus:
+    if options.num_workers > tracker.cpus:
         logger.info("--num_workers %d is more than the %s of this process; more than these load nothing faster.",
-                    options.num_workers, plural(tracker.plan.cpus, "CPU"))
+                    options.num_workers, plural(tracker.cpus, "CPU"))
     if trainer.checkpoints is not None:
         logger.info(trainer.checkpoints.disk_estimate(trainer.state_dict(), options.epochs))
     else:
@@ -541,7 +551,7 @@ def _fit(trainer: Trainer, folder: RunFolder | None, loaded: Loaded | None) -> E
     """Train to the end, with the run folder's records around it."""
     options, checkpoints, tracker, at = trainer.options, trainer.checkpoints, trainer.tracker, trainer.position
     if folder is not None:
-        tracker.go_on(at.begun)
+        tracker.resume(at.begun)
         folder.begin(update=at.update, epoch=at.begun, resume=options.resume[0] if options.resume else "",
                      automatic=requeued())
     if checkpoints is not None:
@@ -559,9 +569,9 @@ def _fit(trainer: Trainer, folder: RunFolder | None, loaded: Loaded | None) -> E
         raise
     finally:
         for sentence in checkpoints.close() if checkpoints is not None else ():
-            trainer.on_incident("save_failed", sentence, say=False, update=at.update)
+            trainer.on_incident("save_failed", sentence, log=False, update=at.update)
         if folder is not None:
-            folder.end(_WORDS[outcome], update=at.update, epoch=at.begun, cause=cause)
+            folder.end(outcome, update=at.update, epoch=at.begun, cause=cause)
         if checkpoints is not None and outcome is Outcome.DONE:
             for path in (checkpoints.folder / BEST, checkpoints.folder / BEST_EMA, *checkpoints.numbered()[-1:]):
                 tracker.log_checkpoint(path)
@@ -582,7 +592,7 @@ def _fit(trainer: Trainer, folder: RunFolder | None, loaded: Loaded | None) -> E
 
 def requeued() -> bool:
     """Whether a scheduler, not a person, has started this attempt."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    return restarts() > 0
 
 
 def _write_page(folder: RunFolder) -> None:
