@@ -60,7 +60,9 @@ class Classification:
         self.criterion = build_loss(options)
         self.evaluation = engine.Evaluation(EvalPrepare(options, process.device), process.device, process=process,
                                             expected=len(data.val) if data.val else None)
-        self.loaders = [eval_loader(data, options, process.rank, process.world_size)] if data.val else []
+        # An unreadable image must not end a training of days: it counts as incorrect, and is reported.
+        lenient = replace(options, allow_bad_images=True)
+        self.loaders = [eval_loader(data, lenient, process.rank, process.world_size)] if data.val else []
 
     def losses(self, model: torch.nn.Module, batch: Batch, update: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Mean loss of a micro-batch, and its top-1 hits where nothing is mixed."""
