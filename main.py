@@ -1,7 +1,7 @@
 """Train or evaluate HorNet: options → processes → train | evaluate.
 
     python main.py --config recipes/quickstart.yaml
-    torchrun --nproc_per_node=8 main.py --config recipes/hornet_tiny_7x7.yaml --data_path IMAGENET --output_dir RUN
+    torchrun --nproc_per_node=8 main.py --config recipes/hornet_tiny_7x7.yaml --output_dir RUN
     python main.py --eval true --model hornet_tiny_7x7 --resume checkpoint.pth --data_path IMAGENET
 """
 import os

@@ -28,23 +28,23 @@ class Failure(UserError):
     exit_code = ExitCode.FAILED
 
 
-# What a machine lacks: code, words of the errors in which Python and PyTorch report it, sentence. The first wins.
+# What a machine lacks: code, words of the errors in which Python and PyTorch report it, sentence. First wins.
 _LACKS = (
     ("open_files", ("Too many open files", "items of ancdata"),
      "too few file descriptors: raise the limit (`ulimit -n 4096`) or lower --num_workers"),
     ("processes", ("can't start new thread", "Resource temporarily unavailable"),
-     "no more threads or processes can be started: raise the limit (`ulimit -u`, or the container's limit of pids), "
-     "or lower --num_workers"),
+     "no more threads or processes can be started: raise the limit (`ulimit -u`, or the container's limit of "
+     "pids), or lower --num_workers"),
     ("shared_memory", ("unable to allocate shared memory", "shared memory object", "</torch_", "Bus error"),
-     "the shared memory in /dev/shm is full or too small: give the container more (docker run --shm-size=8g), or "
-     "lower --num_workers"),
+     "the shared memory in /dev/shm is full or too small: give the container more (docker run "
+     "--shm-size=8g), or lower --num_workers"),
     ("disk_full", ("No space left on device", "Disk quota exceeded"),
      "a disk is full, that of --output_dir, the temporary folder or /dev/shm: free some space"),
     ("loader_killed", ("DataLoader worker (pid",),
      "a loader process was killed, mostly for lack of memory: lower --num_workers or free memory"),
     ("device_memory", ("CUDA out of memory", "XPU out of memory", "MPS backend out of memory"),
-     "the device has too little memory: lower --batch_size and raise --update_freq by the same factor, or use "
-     "--grad_checkpointing true"),
+     "the device has too little memory: lower --batch_size and raise --update_freq by the same factor, or "
+     "use --grad_checkpointing true"),
     ("memory", ("can't allocate memory", "Cannot allocate memory", "MemoryError"),
      "the machine has too little memory: lower --batch_size or --num_workers"),
 )
@@ -60,8 +60,9 @@ def lacks_in_words() -> Iterator[None]:
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         for code, words, sentence in _LACKS:
-            if any(word in text for word in words):
-                detail = next(line for line in reversed(text.splitlines()) if any(word in line for word in words))
-                raise Failure(f"{sentence}; a training is resumed by the same command ({detail.strip()[:200]}).",
+            found = [line for line in text.splitlines() if any(word in line for word in words)]
+            if found:
+                raise Failure(f"{sentence}; a training is resumed by the same command "
+                              f"({found[-1].strip()[:120]}).",
                               code=code) from error
         raise

@@ -1,7 +1,8 @@
 """`attempts.jsonl` and `status.json`: the one ledger of a run, which training, watchdog and launcher keep.
 
-`status.json` tells how the run stands where exit codes cannot (launchers turn any code into 1). `attempts.jsonl`
-has a line for the beginning and the end of each attempt; a beginning without an end is an attempt that was killed.
+`status.json` tells how the run stands where exit codes cannot (launchers turn any code into 1).
+`attempts.jsonl` has a line for the beginning and the end of each attempt; a beginning without an end is an
+attempt that was killed.
 """
 import os
 import socket
@@ -21,7 +22,7 @@ Record = dict[str, Any]
 
 
 class Ledger:
-    """The ledger in the folder `path`. Writing raises nothing: the log says what a disk refuses, the run continues.
+    """The ledger in the folder `path`. Writing raises nothing: what a disk refuses is logged, the run continues.
 
     `attempt` is the number of the attempt this object has begun, 0 before.
     """
@@ -38,7 +39,8 @@ class Ledger:
                      restarts=restarts(), command=sys.argv, **more)
         self._write_status(RUNNING, update=update, epoch=epoch, pid=pid)
 
-    def end(self, outcome: Outcome, *, update: int, epoch: int | None = None, cause: str = "", **more: object) -> None:
+    def end(self, outcome: Outcome, *, update: int, epoch: int | None = None, cause: str = "",
+            **more: object) -> None:
         """End the attempt in both files; a failure whose rank is known already keeps its first cause."""
         if outcome == Outcome.FAILED and "rank" not in more and "rank" in self.newest():
             return
@@ -65,11 +67,11 @@ class Ledger:
         self._append(**more)
 
     def attempts(self) -> list[Record]:
-        """One dict per attempt, oldest first: what its lines say, later ones over earlier ones, and its `state`."""
+        """One dict per attempt, oldest first: its lines, later ones over earlier ones, and its `state`."""
         found: dict[int, Record] = {}
         try:
             lines = read_json_lines(self.path / "attempts.jsonl")
-        except OSError:
+        except UserError:
             return []
         for line in lines:
             if isinstance(line.get("attempt"), int):
@@ -95,8 +97,8 @@ class Ledger:
                     lambda path: append_json_line(path, {"attempt": self.attempt, **line}))
 
     def _write_status(self, state: str, **more: object) -> None:
-        status = {"state": state, "cause": "", "attempt": self.attempt, "time": now(), "host": socket.gethostname(),
-                  "job": job_id(), **more}
+        status = {"state": state, "cause": "", "attempt": self.attempt, "time": now(),
+                  "host": socket.gethostname(), "job": job_id(), **more}
         status = {name: value for name, value in status.items() if value is not None}
         self._guard("status.json", lambda path: write_json(path, status))
 
