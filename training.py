@@ -20,11 +20,11 @@ from datasets.build import Data, build_data, eval_loader, train_loader
 from datasets.check import check_sample
 from datasets.device import EvalPrepare, TrainPrepare
 from datasets.sampler import GlobalBatchSampler
-from evaluation import amp_dtype, evaluate_checkpoints, local_file
+from evaluation import amp_dtype, evaluate_checkpoints, strange_weights
 from launch import ExitCode
 from launch.stop import StopRequest
-from models.download import fetch_published
-from native.paths import accelerate, code_paths, packed, use_code_paths
+from models.download import fetch_published, local_file
+import native
 from models.compile import compile_model
 from models.weights import load_for_model
 from optim.build import build_optimizer, load_optimizer_state
@@ -41,7 +41,7 @@ from config.parse import Resolved
 from run.preflight import cpus_per_process, start_warnings
 from run.state import BEST, BEST_EMA, check_resumable, check_same_run, finished
 from run.log import Tracker, WandbRun
-from scoring import strange_weights
+
 from report.page import write_report
 
 
@@ -165,8 +165,7 @@ def build_run(resolved: Resolved, process: Any, loaded: Loaded | None, services:
     model = build_model(options, data.num_classes).to(process.device)
     if not state:
         load_start_weights(model, options, data, process)
-    paths = use_code_paths(state["code_paths"], process.device) if state and state["code_paths"] else code_paths(process.device)
-    accelerate(model, paths)
+    paths = native.attach(model, state["code_paths"] if state else None)
     ema = Ema(model, options.model_ema_decay, "cpu" if options.model_ema_force_cpu else None) if options.model_ema else None
     optimizer = build_optimizer(model, options)
     dtype = amp_dtype(options)
@@ -294,7 +293,7 @@ def _evaluator(run: TrainingRun, data: Data, model: torch.nn.Module, ema: Ema | 
 
     def evaluate(update: int) -> dict | None:
         found = {}
-        with packed(*(network for _, network in named)):
+        with native.packed(*(network for _, network in named)):
             results = engine.evaluate(named, loader, evaluation, update)
         if not results:
             return None
