@@ -5,6 +5,7 @@
     python main.py --eval true --model hornet_tiny_7x7 --resume checkpoint.pth --data_path IMAGENET
 """
 import os
+import resource
 import sys
 import warnings
 
@@ -55,6 +56,7 @@ def _run(resolved: Resolved) -> int:
     if options.print_config:
         sys.stdout.write(resolved.describe() + "\n")
         return ExitCode.DONE
+    _allow_open_files(options.num_workers)
     with start(options.device, options.rendezvous_timeout) as process:
         setup_logging(process.rank)
         for notice in resolved.notices:
@@ -63,6 +65,21 @@ def _run(resolved: Resolved) -> int:
         with Watchdog(process, hang_timeout=options.hang_timeout) as watchdog, lacks_in_words():
             work = check if options.dry_run else evaluate_checkpoints if options.eval else train
             return work(resolved, process, watchdog)
+
+
+def _allow_open_files(workers: int) -> None:
+    """Raise this process' own limit of open files, up to the system's, to what its loader processes need.
+
+    Beyond it they would fail at any later time with any of a dozen errors, hence the UserError (`open_files`).
+    """
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 32 + 12 * workers  # measured: 26 and 10 per loader process, training's and evaluation's together
+    if limit < needed <= most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
+    elif limit < needed:
+        raise UserError(f"--num_workers {workers} needs {needed} open files, and this process may open {most}: raise "
+                        f"the limit (ulimit -n 4096) or use --num_workers {max(0, (most - 32) // 12)}.",
+                        code="open_files")
 
 
 if __name__ == "__main__":

@@ -56,13 +56,16 @@ def test_help_and_print_config_need_no_data_and_leave_nothing(tmp_path, capfd):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_few_file_descriptors_are_one_sentence(tmp_path):
-    def limit():
-        resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
-    ended = start(*"--config recipes/quickstart.yaml --epochs 1 --warmup_epochs 0 --num_workers 2 --output_dir".split(),
-                  str(tmp_path / "run"), limit=limit, environment={"OMP_NUM_THREADS": "1"})
-    assert ended.returncode == 1
-    assert "ulimit -n" in ended.stderr.strip().splitlines()[-1]
+@pytest.mark.parametrize("limit, most, workers, code", [(32, 32, 2, 2), (32, 32, 0, None), (32, 1024, 2, None)])
+def test_the_limit_of_open_files_is_raised_or_named(limit, most, workers, code, tmp_path):
+    argv = ["--config", "recipes/quickstart.yaml", "--dry_run", "--num_workers", str(workers), "--input_size", "32",
+            "--model", "hornet_pico_gf", "--batch_size", "8", "--output_dir", str(tmp_path / "run")]
+    ended = start(*argv, limit=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most)),
+                  environment={"OMP_NUM_THREADS": "1"})
+    if code:
+        refused(ended, code, "--num_workers 2", "32", "ulimit -n", "--num_workers 0")
+    else:
+        assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
 
 
 class OutOfMemoryError(RuntimeError):
