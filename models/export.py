@@ -15,6 +15,7 @@ from common.errors import UserError
 from models.gnconv import PLAIN, Operators
 
 ONNX_OPSET = 18
+TOLERANCE = 1e-4  # of outputs in float32
 SMALLEST_SIDE = 64  # below it the last feature map is one pixel wide, which torch.export treats as another program
 
 
@@ -117,11 +118,29 @@ def export_onnx(program: torch.export.ExportedProgram, path: str | Path, metadat
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError("ONNX export needs the packages onnx, onnxscript and onnxruntime: "
-                        "pip install onnx onnxscript onnxruntime") from error
+                        "pip install onnx onnxscript onnxruntime", code="missing_package") from error
     converted = torch.onnx.export(program, dynamo=True, opset_version=ONNX_OPSET, input_names=["images"],
-                                  output_names=["output"], external_data=False, verbose=False)
+                                  output_names=["output"], external_data=False, verbose=False,
+                                  dynamic_shapes={"images": {0: "batch", 2: "height", 3: "width"}})
     converted.model.metadata_props.update(metadata)
     converted.save(str(path), external_data=False)
+
+
+def check_exported(model: nn.Module, exported: Callable[[Tensor], Tensor], images: Tensor, softmax: bool) -> float:
+    """Largest difference of an exported function from the model over a batch, single images, and two other sizes,
+    relative to the largest output where that is above 1. Raises UserError (`export_differs`) above `TOLERANCE`."""
+    height, width = images.shape[2:]
+    other = F.interpolate(images[:2], (height + 32, width + 64))
+    found = []
+    for batch in (images, images[:1], other, other[:1].transpose(2, 3).contiguous()):
+        with torch.inference_mode():
+            wanted = model(batch).softmax(-1) if softmax else model(batch)
+        found.append((exported(batch) - wanted).abs().max().item() / max(1.0, wanted.abs().max().item()))
+    if not all(difference <= TOLERANCE for difference in found):  # true for not-a-number, too
+        raise UserError(f"the exported model differs from the model by {max(found):.1e}, more than {TOLERANCE:.0e}: "
+                        "the file is not to be used; report this with the versions of torch and onnxruntime.",
+                        code="export_differs")
+    return max(found)
 
 
 def onnx_function(path: str | Path) -> Callable[[Tensor], Tensor]:
@@ -129,7 +148,8 @@ def onnx_function(path: str | Path) -> Callable[[Tensor], Tensor]:
     try:
         import onnxruntime
     except ImportError as error:
-        raise UserError("checking an ONNX file needs onnxruntime: pip install onnxruntime") from error
+        raise UserError("checking an ONNX file needs onnxruntime: pip install onnxruntime",
+                        code="missing_package") from error
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> Tensor:
