@@ -33,10 +33,10 @@ from optim.losses import build_loss
 from optim.schedule import build_schedule
 from optim.update import Update, UpdateConfig
 from run.checkpoint import Checkpoints, Loaded, undisturbed
-from config.rules import BatchPlan
+from config.rules import BatchPlan, plan_batch, resumed_schedule_notice, small_data_notice, validate_after_index
 from run.folder import DONE, FAILED, PREEMPTED, RunFolder
 from run.life import Fixed, Parts, Services, TrainingRun
-from config.parse import Resolved, plan_batch, validate_after_index
+from config.parse import Resolved
 from run.preflight import cpus_per_process, start_warnings
 from run.state import BEST, BEST_EMA, check_resumable, check_same_run, finished
 from run.log import Plan, Tracker, WandbRun
@@ -144,6 +144,8 @@ def plan_run(resolved: Resolved, process: Any, state: dict | None, data: Data | 
             class_names=state["classes"] if state else None))
     plan = plan_batch(resolved, process.world_size, state["global_batch"] if state else None)
     updates = validate_after_index(options, plan, len(data.train), data.num_classes)
+    small = None if state else small_data_notice(options, plan, len(data.train))
+    plan = replace(plan, notices=(*plan.notices, small)) if small else plan
     return Planned(data, plan, plan.apply(options), updates)
 
 
@@ -178,6 +180,7 @@ def build_run(resolved: Resolved, process: Any, loaded: Loaded | None, services:
     run = TrainingRun(options, process, parts, fixed, services)
     if state:
         run.restore(state)
+        _warn_of_schedule(options, state, updates, run.update)
         logger.info("Going on at epoch %d, update %d from %s", run.epoch + 1, run.update, loaded.path)
     sampler = GlobalBatchSampler(len(data.train), plan.global_batch, plan.batch_size, plan.update_freq, process.rank,
                                  process.world_size, options.seed)
@@ -188,6 +191,16 @@ def build_run(resolved: Resolved, process: Any, loaded: Loaded | None, services:
         plan.update_freq, dtype, options.print_freq, run, process, data.train.path)
     run.evaluate = None if options.disable_eval else _evaluator(run, data, model, ema, process)
     return run
+
+
+def _warn_of_schedule(options: Any, state: dict, updates_per_epoch: int, update: int) -> None:
+    """Say when another `--epochs` than the checkpoint's moves the learning rate."""
+    epochs = state["args"].get("epochs", options.epochs)
+    earlier = build_schedule(replace(options, epochs=epochs), updates_per_epoch).lr(update)
+    notice = resumed_schedule_notice(epochs=options.epochs, earlier_epochs=epochs, earlier_lr=earlier,
+                                     lr=build_schedule(options, updates_per_epoch).lr(update))
+    if notice:
+        logger.warning(notice)
 
 
 def build_model(options: Any, num_classes: int) -> torch.nn.Module:

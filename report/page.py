@@ -21,7 +21,8 @@ from common.files import read_json, read_json_lines, write_text
 from common.text import printable
 from config.options import Options
 from config.parse import Resolved
-from config.recipe import published_recipe, read
+from config.parse import published_recipe
+from config.parse import read_recipe as read
 from datasets.images import BadImage, decode_path
 from models.inspect import class_titles
 from report.metrics import Predictions, compare, confusion_pairs, metrics

@@ -7,19 +7,8 @@ import time
 
 import pytest
 
-from tests.kits.processes import PROGRAMS, finish, start_torchrun
-from tests.kits.runs import (
-    EPOCHS,
-    UPDATES,
-    arguments,
-    assert_equal_bits,
-    assert_gone,
-    codes,
-    descendants,
-    now,
-    result,
-    start,
-)
+from tests.kits.processes import PROGRAMS, assert_gone, codes, descendants, finish, start_torchrun
+from tests.kits.runs import EPOCHS, UPDATES, arguments, assert_equal_bits, now, result, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 MOMENTS = 20 if os.environ.get("HORNET_SOAK") else 3

@@ -11,8 +11,8 @@ from launch.stop import StopRequest
 from models import MODEL_NAMES
 from run.life import Services
 from tests.kits.images import write_images
-from tests.kits.processes import environment
-from tests.kits.runs import FORKS, arguments, codes, places, result, start
+from tests.kits.processes import FORKS, codes, environment, places
+from tests.kits.runs import arguments, result, start
 from training import build_run, plan_run
 
 GLOBAL_BATCH, UPDATES, ACCUMULATIONS = 32, 3, (1, 2, 4)

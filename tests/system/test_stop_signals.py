@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from tests.kits.processes import wait_for
-from tests.kits.runs import UPDATES, arguments, assert_gone, codes, descendants, now, start
+from tests.kits.processes import assert_gone, codes, descendants, wait_for
+from tests.kits.runs import UPDATES, arguments, now, start
 
 BRIEF = [("SIGUSR2", "one"), ("SIGTERM", "all")]
 
