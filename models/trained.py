@@ -7,23 +7,17 @@
 """
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import timm
 import torch
-from timm.data.constants import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_INCEPTION_MEAN,
-    IMAGENET_INCEPTION_STD,
-)
 
 from common.errors import UserError
 from common.files import read_json
 from common.safe_load import safe_torch_load
 from common.text import plain
-from config.options import ImageSettings
+from config.options import OPTIONS, ImageSettings
 from models.download import fetch_published, local_file
 from models.hornet import HorNet
 from models.inspect import Transform, image_transform
@@ -78,7 +72,9 @@ def load(source: str | os.PathLike, *, model: str | None = None, weights: str = 
     name = model or (args.get("model") if args.get("model") in MODEL_NAMES else identify(state))
     if name is None:
         raise UserError(f"{path} does not say which model it holds; name it with --model.", code="unknown_model")
-    settings = ImageSettings.from_args({"input_size": VARIANTS[name].input_size, **args}, input_size=input_size)
+    settings = ImageSettings.from_args({"input_size": VARIANTS[name].input_size, **args})
+    if input_size is not None:
+        settings = replace(settings, input_size=OPTIONS["input_size"].convert([str(input_size)], "--input_size"))
     count = len(state["head.weight"]) if "head.weight" in state else 1000
     classes = list(about.get("classes") or default_classes(count))
     net = timm.create_model(name, num_classes=count, layer_scale_init_value=settings.layer_scale_init_value)
@@ -115,9 +111,8 @@ def _locate(source: str | os.PathLike) -> Path:
 
 def _note(net: HorNet, settings: ImageSettings, classes: list[str]) -> None:
     """Write settings and classes where timm looks for them."""
-    default, size = settings.imagenet_default_mean_and_std, settings.input_size
+    size = settings.input_size
     net.pretrained_cfg.update(
         input_size=(net.in_chans, size, size), crop_pct=settings.eval_crop_pct or 1.0, num_classes=len(classes),
         crop_mode="squash" if settings.whole else "center", interpolation="bicubic", label_names=tuple(classes),
-        mean=IMAGENET_DEFAULT_MEAN if default else IMAGENET_INCEPTION_MEAN,
-        std=IMAGENET_DEFAULT_STD if default else IMAGENET_INCEPTION_STD)
+        mean=settings.mean, std=settings.std)
