@@ -13,7 +13,7 @@ import engine
 from common.errors import UserError
 from datasets.check import SampleCheck, check_sample
 from datasets.device import EvalPrepare
-from evaluation import prepare_evaluation
+from evaluation import SAMPLED, low_score, prepare_evaluation, score_sample
 from launch import ExitCode
 from optim.ema import half_life_warning
 from run.checkpoint import Checkpoints, Loaded
@@ -21,11 +21,10 @@ from run.folder import RunFolder
 from run.life import Services, TrainingRun
 from config.parse import Resolved
 from run.preflight import (Pace, Report, check_writable, cpus_per_process, digest, first_difference, free_space,
-                           low_score, memory_words, peak_memory, plural, process_problems, recipe_hours,
+                           memory_words, peak_memory, plural, process_problems, recipe_hours,
                            shared_memory_needed, shared_memory_problem, size_words, trial_folder)
 from run.state import finished, snapshot, state_bytes
 from common.text import duration
-from scoring import SAMPLED, score_pictures
 from training import Planned, build_model, build_run, code_version, find_checkpoint, plan_run
 
 _UPDATES, _SECONDS = 8, 20.0
@@ -242,7 +241,7 @@ def _score_some(tried: Tried, networks: list, planned: Planned, process: Any, ob
     evaluation = engine.Evaluation(EvalPrepare(planned.options, process.device), process.device, observer=observer,
                                    process=process)
     count = max(1, int(1.5 * planned.options.batch_size)) * process.world_size
-    found = score_pictures(networks, planned.data, planned.options, evaluation, count)[0]
+    found = score_sample(networks, planned.data, planned.options, evaluation, count)[0]
     tried.evaluated = len(planned.data.val)
     tried.evaluation_rate = found.images / process.world_size / found.seconds
 
@@ -323,7 +322,7 @@ def _evaluation(resolved: Resolved, process: Any, observer: Trial, report: Repor
     few = options if quick else replace(options, batch_size=2)
     seconds = 0.0
     for candidate in candidates:
-        found = score_pictures([("", candidate.network)], data, few, prepared.evaluation,
+        found = score_sample([("", candidate.network)], data, few, prepared.evaluation,
                                SAMPLED if quick else 2 * process.world_size)[0]
         seconds += found.seconds * len(data.val) / found.images
         report.say("weights", f"{candidate.path} ({candidate.weights}): {found.hits1} of {found.images} sampled "

@@ -13,17 +13,18 @@ import engine
 import models  # noqa: F401  registers the architectures with timm
 from common.errors import UserError
 from common.random import key
+from common.ledger import restarts
 from common.log import logger
 from common.safe_load import safe_torch_load
 from datasets.build import Data, build_data, eval_loader, train_loader
 from datasets.check import check_sample
 from datasets.device import EvalPrepare, TrainPrepare
 from datasets.sampler import GlobalBatchSampler
-from evaluation import amp_dtype, evaluate_checkpoints, local_file
+from evaluation import amp_dtype, evaluate_checkpoints, strange_weights
 from launch import ExitCode
 from launch.stop import StopRequest
-from models.download import fetch_published
-from native.paths import accelerate, code_paths, packed, use_code_paths
+from models.download import fetch_published, local_file
+import native
 from models.compile import compile_model
 from models.weights import load_for_model
 from optim.build import build_optimizer, load_optimizer_state
@@ -39,9 +40,9 @@ from run.life import Fixed, Parts, Services, TrainingRun
 from config.parse import Resolved
 from run.preflight import cpus_per_process, start_warnings
 from run.state import BEST, BEST_EMA, check_resumable, check_same_run, finished
-from run.log import Plan, Tracker, WandbRun
-from scoring import strange_weights
-from tools.report import write_report
+from run.log import Tracker, WandbRun
+
+from report.page import write_report
 
 
 def train(resolved: Resolved, process: Any, watchdog: Any) -> int:
@@ -164,8 +165,7 @@ def build_run(resolved: Resolved, process: Any, loaded: Loaded | None, services:
     model = build_model(options, data.num_classes).to(process.device)
     if not state:
         load_start_weights(model, options, data, process)
-    paths = use_code_paths(state["code_paths"], process.device) if state and state["code_paths"] else code_paths(process.device)
-    accelerate(model, paths)
+    paths = native.attach(model, state["code_paths"] if state else None)
     ema = Ema(model, options.model_ema_decay, "cpu" if options.model_ema_force_cpu else None) if options.model_ema else None
     optimizer = build_optimizer(model, options)
     dtype = amp_dtype(options)
@@ -176,7 +176,7 @@ def build_run(resolved: Resolved, process: Any, loaded: Loaded | None, services:
     fixed = Fixed(resolved.to_dict(), options.seed, plan.global_batch, data.class_names, updates, options.epochs, paths,
                   code_version())
     parts = Parts(model, ema, optimizer, update.scaler, policy, load_optimizer_state)
-    services.tracker = _tracker(resolved, process, services, fixed, model)
+    services.tracker = _tracker(resolved, process, fixed, model, data)
     run = TrainingRun(options, process, parts, fixed, services)
     if state:
         run.restore(state)
@@ -265,16 +265,17 @@ def _set_numerics(options: Any, state: dict | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _tracker(resolved: Resolved, process: Any, services: Services, fixed: Fixed, model: torch.nn.Module) -> Tracker:
+def _tracker(resolved: Resolved, process: Any, fixed: Fixed, model: torch.nn.Module, data: Data) -> Tracker:
     options, main = resolved.options, process.is_main
     size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     cpus = cpus_per_process(process.local_world_size)
     wandb = WandbRun(options.project, options.exp_name, fixed.args, options.wandb_ckpt) if options.enable_wandb and main else None
-    tracker = Tracker(options.output_dir if main and options.output_dir else None,
-                      Plan(fixed.epochs, fixed.updates_per_epoch, size, options.num_workers, cpus),
-                      options.log_dir if main else None, wandb, None if main else False)
+    tracker = Tracker(options.output_dir if main and options.output_dir else None, epochs=fixed.epochs,
+                      updates_per_epoch=fixed.updates_per_epoch, n_parameters=size, num_workers=options.num_workers,
+                      cpus=cpus, log_dir=options.log_dir if main else None, wandb=wandb,
+                      terminal=None if main else False)
     if main:
-        tracker.write_setup(resolved.to_yaml(), world_size=process.world_size, device=str(process.device),
+        tracker.write_setup(resolved.to_yaml(), data.describe(), world_size=process.world_size, device=str(process.device),
                             backend=process.backend, code_paths=fixed.code_paths, version=fixed.version,
                             global_batch=fixed.global_batch)
     return tracker
@@ -292,7 +293,7 @@ def _evaluator(run: TrainingRun, data: Data, model: torch.nn.Module, ema: Ema | 
 
     def evaluate(update: int) -> dict | None:
         found = {}
-        with packed(*(network for _, network in named)):
+        with native.packed(*(network for _, network in named)):
             results = engine.evaluate(named, loader, evaluation, update)
         if not results:
             return None
@@ -311,7 +312,7 @@ def _tell(run: TrainingRun, options: Any, checkpoints: Checkpoints | None) -> No
         warning = half_life_warning(options.model_ema_decay, run.fixed.epochs * run.fixed.updates_per_epoch)
         if warning:
             logger.warning(warning)
-    cpus = run.to.tracker.plan.cpus
+    cpus = run.to.tracker.cpus
     if options.num_workers > cpus:
         logger.info("--num_workers %d is more than the %d CPU%s of this process; more than these load nothing faster.",
                     options.num_workers, cpus, "s" * (cpus > 1))
@@ -325,7 +326,7 @@ def _live(run: TrainingRun, folder: RunFolder | None, loaded: Loaded | None) -> 
     """Train to the end, with the run folder's records around it."""
     options, checkpoints, tracker = run.options, run.to.checkpoints, run.to.tracker
     if folder is not None:
-        tracker.go_on(run.epoch)
+        tracker.resume(run.epoch)
         folder.begin(update=run.update, epoch=run.epoch, resume=options.resume[0] if options.resume else "",
                      automatic=requeued())
     if checkpoints is not None:
@@ -344,7 +345,7 @@ def _live(run: TrainingRun, folder: RunFolder | None, loaded: Loaded | None) -> 
     finally:
         with undisturbed():
             for sentence in checkpoints.close() if checkpoints is not None else ():
-                tracker.incident("save_failed", sentence, say=False, update=run.update)
+                tracker.incident("save_failed", sentence, log=False, update=run.update)
             if folder is not None:
                 folder.end(state, update=run.update, epoch=run.epoch, cause=cause)
             if checkpoints is not None and state == DONE:
@@ -367,7 +368,7 @@ def _live(run: TrainingRun, folder: RunFolder | None, loaded: Loaded | None) -> 
 
 def requeued() -> bool:
     """Whether a scheduler, not a person, has started this attempt."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    return restarts() > 0
 
 
 def _write_page(folder: RunFolder) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import read_json, read_json_lines, write_text
+from common.ledger import Ledger
 from common.text import printable
 from config.options import Options
 from config.parse import Resolved
@@ -27,7 +28,6 @@ from datasets.images import BadImage, decode_path
 from models.inspect import class_titles
 from report.metrics import Predictions, compare, confusion_pairs, metrics
 from report.results import per_class, read_predictions, summary_line
-from run.folder import RunFolder
 
 COLORS = ("#2457c5", "#d6540c", "#16803c")
 MOST_EVENTS, MOST_CLASSES, MOST_FILES, MOST_IN_MATRIX, MOST_THUMBNAILS, THUMBNAIL_SIDE = 60, 1000, 500, 24, 24, 112
@@ -105,7 +105,7 @@ def _records(folder: Path) -> dict:
         origins = dict(re.findall(r"(?m)^(\w+):.*  # (\w+)$", (folder / "config.yaml").read_text("utf-8", "replace")))
     except (OSError, UserError):
         config, origins = {}, {}
-    return {"events": read_json_lines(folder / "events.jsonl"), "attempts": RunFolder(folder).attempts(),
+    return {"events": read_json_lines(folder / "events.jsonl"), "attempts": Ledger(folder).attempts(),
             "evaluation": evaluation, "predictions": predictions, "predictions_error": error,
             "config": config, "origins": origins,
             **{name: _json(folder / f"{name}.json") for name in ("status", "environment", "data")}}

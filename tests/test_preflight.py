@@ -24,7 +24,7 @@ from run.preflight import (
     Report,
     check_writable,
     first_difference,
-    low_score,
+
     process_problems,
     shared_memory_needed,
     shared_memory_problem,

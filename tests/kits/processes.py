@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from launch.processes import alive as alive
+from launch.stop import alive as alive
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAMS = Path(__file__).with_name("programs")
