@@ -1,7 +1,6 @@
 """`--compile`: torch.compile around a HorNet, used only after it has agreed with eager PyTorch on a batch.
 
-Inside a graph the Fourier filter is computed as matrix products: Inductor has open bugs that give wrong values around
-FFTs (pytorch#143719, #181625), and at HorNet's sizes the products are the faster form anyway.
+What is compiled is the plain network, with the Fourier filter as matrix products (models/dft.py says why).
 """
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,17 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from common.log import logger
-from models.export import MatrixDft
+from models.dft import use_matrix_filter
 
 _ROUNDING = 1e-3  # relative distance of a tensor that float32 sums in another order explain, tenfold
-
-
-class GraphOperators(MatrixDft):
-    """Plain PyTorch without an FFT, the filter in float32 whatever autocast says."""
-
-    def global_filter(self, x: Tensor, weight: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return super().global_filter(x, weight)
 
 
 def compile_model(model: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype | None,
@@ -32,12 +23,12 @@ def compile_model(model: nn.Module, shape: tuple[int, int, int, int], dtype: tor
     float32 than rounding in `dtype` explains, or when `agree` says so: it gets this process' own success and
     answers that of all. Parameters, gradients and their names are the model's own either way.
     """
-    before, trouble = model.ops, ""
+    trouble = ""
     try:
         with _true_float32():
             exact = _logits_and_gradients(model, model, shape, None)
         eager = _logits_and_gradients(model, model, shape, dtype)
-        model.set_operators(GraphOperators())
+        use_matrix_filter(model)
         compiled = torch.compile(model)
         trouble = _furthest(model, _logits_and_gradients(compiled, model, shape, dtype), eager, exact)
     except Exception as error:  # Whatever a compiler raises, its own bugs included, and too little memory to compare.
@@ -45,7 +36,7 @@ def compile_model(model: nn.Module, shape: tuple[int, int, int, int], dtype: tor
     if agree(not trouble):
         return compiled
     logger.warning("--compile is not used, training goes on without it: %s", trouble or "another process has failed")
-    model.set_operators(before)
+    use_matrix_filter(model, False)
     return model
 
 

@@ -17,6 +17,13 @@ from pathlib import Path
 
 from common.log import logger
 
+OFF = "HORNET_NATIVE"  # environment variable: 0 keeps everything in plain PyTorch and Pillow
+
+
+def switched_off() -> bool:
+    """Whether the user wants none of this package."""
+    return os.environ.get(OFF) == "0"
+
 
 def load_compiled(source: Path, flags: Sequence[str], purpose: str) -> ctypes.CDLL | None:
     """The library of `source`, built with `flags` (and -shared -fPIC), or None with one line in the log.

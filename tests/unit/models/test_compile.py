@@ -8,7 +8,8 @@ import torch
 
 import models  # noqa: F401 - registers the models with timm
 from models import compile as compiling
-from models.gnconv import PLAIN
+from models import dft
+from models.gnconv import GlobalLocalFilter
 
 SHAPE = (4, 3, 64, 64)
 
@@ -40,7 +41,7 @@ def test_the_whole_network_is_one_graph_without_an_fft(backend):
     model = network()
     compiled = compiling.compile_model(model, SHAPE, None, alone)
     assert compiled is not model and len(backend) == 1
-    assert "fft" not in backend[0].code and "autocast" in backend[0].code
+    assert "fft" not in backend[0].code
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in network().named_parameters()]
     x, draws = torch.randn(SHAPE), torch.rand(4, model.num_drop_draws)
     plain = network()
@@ -56,12 +57,12 @@ def test_mixed_precision_is_measured_by_its_own_rounding(backend):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_a_graph_that_computes_something_else_is_not_used(backend, monkeypatch, caplog, dtype):
     model = network()
-    right = compiling.GraphOperators.global_filter
-    monkeypatch.setattr(compiling.GraphOperators, "global_filter", lambda self, x, weight: 1.1 * right(self, x, weight))
+    correct = dft.matrix_filter
+    monkeypatch.setattr(dft, "matrix_filter", lambda x, weight: 1.1 * correct(x, weight))
     with caplog.at_level(logging.WARNING, "hornet"):
         assert compiling.compile_model(model, SHAPE, dtype, alone) is model
     assert "--compile is not used" in caplog.text and "differs from eager PyTorch" in caplog.text
-    assert all(module.ops is PLAIN for module in model.modules() if hasattr(module, "ops"))
+    assert all(module.fourier is None for module in model.modules() if isinstance(module, GlobalLocalFilter))
 
 
 def test_a_compiler_that_fails_is_told_in_one_line(monkeypatch, caplog):
