@@ -80,22 +80,19 @@ class GnConv(nn.Module):
         check_channels(x, self.dim)
         p, q = self.proj_in(x).split((self.dims[0], sum(self.dims)), dim=1)
         q = self.dwconv(q)
-        if computes_in_float16(self.proj_out):
-            return self._recurse_in_float32(p, q)
-        return self._recurse(p, q)
+        if not computes_in_float16(self.proj_out):
+            return self._recurse(p, q, call)
+        weight = next(self.proj_out.parameters())
+        with without_autocast(weight.device.type):
+            # A .half() module gives float16 back; under autocast the parameters are float32 and so is the output.
+            return self._recurse(p.float(), q.float(), call_in_float32).to(weight.dtype)
 
-    def _recurse(self, p: Tensor, q: Tensor, call: "Callable[[nn.Module, Tensor], Tensor]" = nn.Module.__call__) -> Tensor:
+    def _recurse(self, p: Tensor, q: Tensor, call: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
         q = q.split(self.dims, dim=1)
         p = gate(p, q[0], self.scale)
         for k, pw in enumerate(self.pws, start=1):
             p = gate(call(pw, p), q[k], self.scale)
         return call(self.proj_out, p)
-
-    def _recurse_in_float32(self, p: Tensor, q: Tensor) -> Tensor:
-        weight = next(self.proj_out.parameters())
-        with without_autocast(weight.device.type):
-            # A .half() module gives float16 back; under autocast the parameters are float32 and so is the output.
-            return self._recurse(p.float(), q.float(), call_in_float32).to(weight.dtype)
 
 
 class GlobalLocalFilter(nn.Module):
@@ -205,6 +202,11 @@ def computes_in_float16(module: nn.Module) -> bool:
     return weight.dtype == torch.float16 or (
         torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         and torch.get_autocast_dtype(device) == torch.float16)
+
+
+def call(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x)."""
+    return module(x)
 
 
 def call_in_float32(module: nn.Module, x: Tensor) -> Tensor:
