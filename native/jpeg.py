@@ -50,7 +50,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     version = "80" if ".so.8" in path else "62"
     library = load_compiled(Path(__file__).with_name("jpeg.cpp"), (f"-DJPEG_LIB_VERSION={version}", *_FLAGS),
-                            "Compiled loading")
+                            "JPEG decoder", "GAIN")
     if library is None or library.use_libjpeg(os.fsencode(path)):
         return None
     library.affine.restype = library.pack.restype = None

@@ -1,6 +1,6 @@
 """Compile, load and call `kernels.cpp`: CPU kernels that PyTorch lacks or has only in a slow form.
 
-Built with the system's C++ compiler on first use (about 3 s). Without a compiler everything runs in plain PyTorch.
+Built with the system's C++ compiler on first use. Without a compiler everything runs in plain PyTorch.
 """
 import ctypes
 from functools import cache
@@ -19,8 +19,8 @@ CHUNKS = 64  # runs of rows whose LayerNorm gradients are summed apart: fixed, s
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None (told once) where they cannot be built."""
-    return load_compiled(Path(__file__).with_name("kernels.cpp"), FLAGS, "CPU kernels")
+    """The compiled kernels, or None (with one line in the log) where they cannot be built."""
+    return load_compiled(Path(__file__).with_name("kernels.cpp"), FLAGS, "CPU kernels", "GAIN")
 
 
 def _call(name: str, *args) -> None:
