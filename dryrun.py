@@ -13,20 +13,19 @@ import engine
 from common.errors import UserError
 from datasets.check import SampleCheck, check_sample
 from datasets.device import EvalPrepare
-from evaluation import prepare_evaluation
+from evaluation import SAMPLED, low_score, prepare_evaluation, score_sample
 from launch import ExitCode
 from optim.ema import half_life_warning
-from run.checkpoint import Checkpoints, Loaded
+from run.checkpoint import Checkpoints, Loaded, snapshot, state_bytes
 from run.folder import RunFolder
-from run.life import Services, TrainingRun
 from config.parse import Resolved
 from run.preflight import (Pace, Report, check_writable, cpus_per_process, digest, first_difference, free_space,
-                           low_score, memory_words, peak_memory, plural, process_problems, recipe_hours,
+                           memory_words, peak_memory, plural, process_problems, recipe_hours,
                            shared_memory_needed, shared_memory_problem, size_words, trial_folder)
-from run.state import finished, snapshot, state_bytes
+from run.state import finished
 from common.text import duration
-from scoring import SAMPLED, score_pictures
-from training import Planned, build_model, build_run, code_version, find_checkpoint, plan_run
+from launch.stop import StopRequest
+from training import Planned, Trainer, build_model, code_version, find_checkpoint, plan_run
 
 _UPDATES, _SECONDS = 8, 20.0
 # On a CPU, networks above the first size are tried with one small update, and above the second not at all.
@@ -88,7 +87,7 @@ class Trial(engine.Observer):
         elif phase == "forward":
             self.waits[-1] += time.perf_counter() - self._asked
 
-    def after_update(self, update: int, stats: Any) -> bool:
+    def after_update(self, update: int, stats: Any, sums: Any) -> bool:
         """Enough updates, or enough time, on any rank."""
         self.losses.append(stats.loss.item())  # waits for the device, so that the time is that of the whole update
         self.ends.append(time.perf_counter())
@@ -117,7 +116,7 @@ def _training(resolved: Resolved, process: Any, observer: Trial, report: Report)
     loaded = process.on_rank_zero(lambda: _checkpoint_to_go_on_from(resolved, report))
     planned = plan_run(resolved, process, loaded.state if loaded else None)
     report.say("data", *planned.data.notes)
-    report.say("batch", planned.plan.equation, *planned.plan.notices)
+    report.say("batch", planned.batch.equation, *planned.batch.notices)
     sample = _pictures(report, process, {"train": planned.data.train, "val": planned.data.val}, options)
     _shared_memory(report, process, options)
     with torch.device("meta"):
@@ -194,31 +193,30 @@ def _try_updates(resolved: Resolved, process: Any, observer: Trial, report: Repo
     options, main = resolved.options, process.is_main
     with trial_folder(options.output_dir) if main else nullcontext("") as folder:
         checkpoints = Checkpoints(folder, background=False) if main else None
-        aside = replace(resolved, options=replace(options, output_dir=folder, log_dir=None, enable_wandb=False))
-        services = Services(checkpoints, None, None, observer.watchdog, folder, process.on_rank_zero)
-        run = build_run(aside, process, loaded, services, planned)
+        aside = replace(planned, options=replace(planned.options, log_dir=None, enable_wandb=False))
+        run = Trainer(aside, process, stop=StopRequest(), watchdog=observer.watchdog, checkpoints=checkpoints,
+                      state=loaded.state if loaded else None)
         try:
-            run.training.observer = observer
             observer.start = time.perf_counter()
-            first = run.update - run.epoch * planned.updates_per_epoch
-            progress = engine.train_one_epoch(run.training, run.epoch, first, run.sums)
-            run.update, run.epoch = progress.next_update, progress.next_update // planned.updates_per_epoch
+            at = run.position
+            progress = engine.train_one_epoch(run.loop, observer, epoch=at.begun, first_update=at.update_in_epoch,
+                                              sums=at.sums)
+            at.update, at.epoch, at.sums = progress.next_update, progress.next_update // planned.updates_per_epoch - 1, None
             _say_updates(report, planned, observer, progress)
             _same_weights(report, run, process)
-            tried = Tried(state_bytes(run.state()), memory=process.all_gather_object(peak_memory(process.device)))
+            tried = Tried(state_bytes(run.state_dict()), memory=process.all_gather_object(peak_memory(process.device)))
             if not options.disable_eval:
-                networks = [("", run.parts.model)] + ([("_ema", run.parts.ema.module)] if run.parts.ema else [])
+                networks = [("", run.model)] + ([("_ema", run.ema.module)] if run.ema else [])
                 _score_some(tried, networks[:1 + options.model_ema_eval], planned, process, observer)
-            observer.on_phase("saving", run.update)
+            observer.on_phase("saving", at.update)
             process.on_rank_zero(lambda: _save_and_reload(report, run, checkpoints))
         finally:
             run.close()
-            services.tracker.close()
     return tried
 
 
-def _same_weights(report: Report, run: TrainingRun, process: Any) -> None:
-    sums = process.all_gather_object(digest(run.parts.model)) if process.world_size > 1 else [""]
+def _same_weights(report: Report, run: Trainer, process: Any) -> None:
+    sums = process.all_gather_object(digest(run.model)) if process.world_size > 1 else [""]
     strange = [rank for rank, value in enumerate(sums) if value != sums[0]]
     if strange:
         report.problem("updates", f"the weights of ranks {strange} differ from those of rank 0 after the same updates: "
@@ -228,7 +226,7 @@ def _same_weights(report: Report, run: TrainingRun, process: Any) -> None:
 def _say_updates(report: Report, planned: Planned, observer: Trial, progress: engine.Progress) -> None:
     losses = " to ".join(f"{loss:.4g}" for loss in observer.losses[:1] + observer.losses[1:][-1:])
     count = len(observer.ends)
-    report.say("updates", f"{plural(count, 'update')} of {planned.plan.global_batch} pictures: loss {losses}, "
+    report.say("updates", f"{plural(count, 'update')} of {planned.batch.global_batch} pictures: loss {losses}, "
                f"gradient norm {progress.grad_norm:.3g}, lr {progress.lr:.3g}")
     if observer.nonfinite:
         record = observer.nonfinite[0]
@@ -242,15 +240,15 @@ def _score_some(tried: Tried, networks: list, planned: Planned, process: Any, ob
     evaluation = engine.Evaluation(EvalPrepare(planned.options, process.device), process.device, observer=observer,
                                    process=process)
     count = max(1, int(1.5 * planned.options.batch_size)) * process.world_size
-    found = score_pictures(networks, planned.data, planned.options, evaluation, count)[0]
+    found = score_sample(networks, planned.data, planned.options, evaluation, count)[0]
     tried.evaluated = len(planned.data.val)
     tried.evaluation_rate = found.images / process.world_size / found.seconds
 
 
-def _save_and_reload(report: Report, run: TrainingRun, checkpoints: Checkpoints) -> None:
+def _save_and_reload(report: Report, run: Trainer, checkpoints: Checkpoints) -> None:
     """Save, read the file, spoil the weights and restore them: all must come back bit for bit."""
-    before, started = snapshot(run.state()), time.perf_counter()
-    checkpoints.save(before, epoch=run.epoch, update=run.update, wait=True)
+    before, started = snapshot(run.state_dict()), time.perf_counter()
+    checkpoints.save(before, epoch=run.position.begun, update=run.position.update, wait=True)
     saved = time.perf_counter() - started
     failures = checkpoints.failures()
     if failures:
@@ -260,12 +258,12 @@ def _save_and_reload(report: Report, run: TrainingRun, checkpoints: Checkpoints)
     difference = first_difference(before, {name: loaded.state[name] for name in before})
     if difference is None:
         with torch.no_grad():
-            for part in filter(None, (run.parts.model, run.parts.ema)):
+            for part in filter(None, (run.model, run.ema)):
                 for tensor in part.state_dict().values():
                     tensor.zero_()
-            run.parts.optimizer.state.clear()
-        run.restore(loaded.state)
-        difference = first_difference(before, snapshot(run.state()))
+            run.loop.update.optimizer.state.clear()
+        run.load_state_dict(loaded.state)
+        difference = first_difference(before, snapshot(run.state_dict()))
     if difference:
         report.problem("save, reload", f"{difference} differs after saving and loading: please report this.")
     else:
@@ -279,7 +277,7 @@ def _speed(report: Report, planned: Planned, tried: Planned, found: Tried, obser
     options, world, on_cpu = planned.options, process.world_size, process.device.type == "cpu"
     peak, total = max(found.memory, key=lambda memory: memory[0])
     report.say("memory", memory_words(peak, total, on_cpu))
-    compute, waited = observer.pace(tried.plan.batch_size * tried.plan.update_freq)
+    compute, waited = observer.pace(tried.batch.batch_size * tried.batch.update_freq)
     slowest = process.all_reduce_(torch.tensor([compute, -waited], dtype=torch.float64), "min").tolist()
     cpus, could_use_amp = cpus_per_process(process.local_world_size), not on_cpu and not options.use_amp
     pace = Pace(slowest[0], sample.seconds, options.num_workers, cpus, -slowest[1], options.update_freq,
@@ -288,7 +286,7 @@ def _speed(report: Report, planned: Planned, tried: Planned, found: Tried, obser
     report.say("speed", f"{roughly}{pace.rate * world:,.1f} img/s, the network alone {pace.compute * world:,.1f}")
     report.say("data waiting", f"{100 * pace.waiting:.0f} % of the time; {pace.advice()}")
     evaluation_rate = found.evaluation_rate and found.evaluation_rate * world
-    pictures = planned.updates_per_epoch * planned.plan.global_batch
+    pictures = planned.updates_per_epoch * planned.batch.global_batch
     hours = recipe_hours(pace.rate * world, pictures, evaluation_rate, found.evaluated, options.epochs)
     report.say("whole recipe", roughly + hours)
     warning = half_life_warning(options.model_ema_decay, options.epochs * planned.updates_per_epoch)
@@ -323,7 +321,7 @@ def _evaluation(resolved: Resolved, process: Any, observer: Trial, report: Repor
     few = options if quick else replace(options, batch_size=2)
     seconds = 0.0
     for candidate in candidates:
-        found = score_pictures([("", candidate.network)], data, few, prepared.evaluation,
+        found = score_sample([("", candidate.network)], data, few, prepared.evaluation,
                                SAMPLED if quick else 2 * process.world_size)[0]
         seconds += found.seconds * len(data.val) / found.images
         report.say("weights", f"{candidate.path} ({candidate.weights}): {found.hits1} of {found.images} sampled "

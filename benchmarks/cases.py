@@ -152,7 +152,7 @@ def optimizer(name: str, setting: Setting) -> list[Row]:
     gradients = [torch.randn_like(p) * 1e-3 for p in one.parameters()]
     plain = PlainUpdate(one, copy.deepcopy(one))
     adamw = torch.optim.AdamW(other.parameters(), lr=4e-3, weight_decay=0.05, fused=True)
-    update = Update(other, adamw, _Constant(), UpdateConfig(clip_grad=1.0), Ema(other, 0.9999))
+    update = Update(other, adamw, _Constant(), UpdateConfig(clip_grad=1.0), ema=Ema(other, 0.9999))
 
     def give(model: nn.Module) -> None:
         for parameter, gradient in zip(model.parameters(), gradients):

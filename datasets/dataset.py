@@ -5,9 +5,10 @@ import gc
 import os
 import signal
 import sys
+import threading
 import time
 import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Callable, Iterator, NamedTuple, Protocol, runtime_checkable
 
@@ -164,6 +165,30 @@ class ImageDataset(Dataset):
             raise RuntimeError(f"transforming {show(self.path(index))} failed: {error}") from error
 
 
+_torch_handler: Callable | None = None
+
+
+@contextmanager
+def worker_deaths_noticed() -> Iterator[None]:
+    """While a batch is awaited, the death of a worker is an error at once; elsewhere it waits for the next batch.
+
+    PyTorch's handler of SIGCHLD stays in place for good and raises in the middle of any line: of a save, of the error
+    handling itself. So it is kept aside and only used here.
+    """
+    global _torch_handler
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    try:
+        if _torch_handler is not None:
+            signal.signal(signal.SIGCHLD, _torch_handler)
+            _torch_handler(signal.SIGCHLD, None)  # those that died before
+        yield
+    finally:
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        _torch_handler = handler if callable(handler) else _torch_handler
+
+
 class ImageLoader(DataLoader):
     """A DataLoader that names unreadable images: `bad_images` maps the dataset index to the times it was met; with
     `refuse_bad` (evaluation) the first one is a UserError, raised in the main process so that it is one sentence."""
@@ -189,7 +214,13 @@ class ImageLoader(DataLoader):
                 # A thread of the process group that is just letting go of a tensor holds a lock of the interpreter, and
                 # a worker forked meanwhile waits for it for ever (CPython 3.11): let those threads come to rest.
                 time.sleep(0.2)
-            for batch in super().__iter__():
+            with worker_deaths_noticed():
+                batches = super().__iter__()
+            while True:
+                with worker_deaths_noticed():
+                    batch = next(batches, None)
+                if batch is None:
+                    return
                 if batch.bad.any():
                     self._note(batch.indices[batch.bad].tolist())
                 yield batch

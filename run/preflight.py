@@ -284,23 +284,6 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
-LOW_SCORE, ENOUGH_PICTURES, ENOUGH_CLASSES = 0.02, 100, 100
-
-
-def low_score(hits: int, pictures: int, classes: int, weights: str = "model") -> str | None:
-    """A sentence when trained weights score below 2 % where even a poor network scores more; None otherwise.
-
-    Nothing is said on less than 100 classes (chance is above 1 %) or 100 pictures.
-    """
-    if classes < ENOUGH_CLASSES or pictures < ENOUGH_PICTURES or hits >= LOW_SCORE * pictures:
-        return None
-    other = "model" if weights == "model_ema" else "ema"
-    return (f"the loaded weights name only {hits} of {pictures} pictures rightly ({100 * hits / pictures:.1f} %, "
-            f"chance is {100 / classes:.2g} %), though their head has these {classes} classes; likely causes: another "
-            "order of the classes than the data's folders have, another normalisation "
-            f"(--imagenet_default_mean_and_std), or the wrong entry of the file (try --weights {other}).")
-
-
 def digest(model: torch.nn.Module) -> str:
     """A hash of a network's weights, to compare them between processes."""
     found = hashlib.blake2b(digest_size=12)

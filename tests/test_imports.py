@@ -6,7 +6,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = {"common", "config", "models", "datasets", "optim", "launch", "run", "report", "native", "tools", "benchmarks", "engine",
-         "main", "training", "evaluation", "dryrun", "scoring", "tests"}
+         "main", "training", "evaluation", "dryrun", "tests"}
 MAY_KNOW = {
     "common": set(),
     "config": {"common"},

@@ -18,13 +18,12 @@ from common.errors import UserError
 from datasets.check import SampleCheck, spread_over_classes
 from main import main
 from run.checkpoint import Checkpoints
-from run.life import TrainingRun
 from run.preflight import (
     Pace,
     Report,
     check_writable,
     first_difference,
-    low_score,
+
     process_problems,
     shared_memory_needed,
     shared_memory_problem,
@@ -34,6 +33,7 @@ from run.preflight import (
 )
 from tests.kits.docs import ROOT
 from tests.kits.processes import environment
+from training import Trainer
 
 QUICK = ["--model", "hornet_pico_7x7", "--input_size", "32", "--num_workers", "0", "--device", "cpu"]
 
@@ -308,7 +308,7 @@ def test_what_a_killed_dry_run_left_is_swept_by_a_training(killed_trial):
 
 
 def test_a_restore_that_leaves_something_out_is_found(two_classes, run, monkeypatch):
-    monkeypatch.setattr(TrainingRun, "_restore_weights", lambda self, state: None)
+    monkeypatch.setattr(Trainer, "_restore", lambda self, state, parts: None)
     code, said = run(two_classes, *TRAIN, "--dry_run", "true")
     assert code == 2 and "differs after saving and loading" in said.splitlines()[-1], said
 

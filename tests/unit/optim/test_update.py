@@ -5,10 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from optim.build import build_optimizer
+from optim.build import build_loss, build_optimizer
 from optim.ema import Ema
 from optim.groups import param_groups
-from optim.losses import build_loss
 from optim.schedule import build_schedule
 from optim.update import Update, UpdateConfig
 from tests.kits.toy import CLASSES, SIZE, Toy, options
@@ -22,7 +21,7 @@ def batches(updates, update_freq):
 
 def ours(config, data, **changes):
     model, values = Toy(), options(warmup_steps=-1, **changes)
-    update = Update(model, build_optimizer(model, values), build_schedule(values, len(data)), config, Ema(model, 0.9))
+    update = Update(model, build_optimizer(model, values), build_schedule(values, len(data)), config, ema=Ema(model, 0.9))
     norms = []
     for number, micro_batches in enumerate(data):
         for micro, (images, targets) in enumerate(micro_batches):
