@@ -1,8 +1,10 @@
-"""Build a C++ file with the system's compiler on first use and load it; None, with one line, where that cannot be done.
+"""Build a C++ file with the system's compiler on first use and load it; None, with one line, where that
+cannot be done.
 
-The library lies in the user's cache folder under a name made of source, compiler, flags and CPU type, so it is built
-once per kind of machine (a home folder can be shared by several): the first process builds while others wait for its
-lock. Beside it lies its SHA-256, without which it is not loaded but built again: a library is code that is executed.
+The library lies in the user's cache folder under a name made of source, compiler, flags and CPU type, so it
+is built once per kind of machine (a home folder can be shared by several): the first process builds while
+others wait for its lock. Beside it lies its SHA-256, without which it is not loaded but built again: a
+library is code that is executed.
 """
 import ctypes
 import fcntl
@@ -34,7 +36,8 @@ def load_compiled(source: Path, flags: Sequence[str], part: str, gain: str) -> c
     """
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
     if compiler is None:
-        logger.info("%s: no C++ compiler, so plain code gives the same results; the Debian package g++ %s.", part, gain)
+        logger.info("%s: no C++ compiler, so plain code does the same; the Debian package g++ %s.",
+                    part, gain)
         return None
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
@@ -50,10 +53,10 @@ def load_compiled(source: Path, flags: Sequence[str], part: str, gain: str) -> c
     except (OSError, subprocess.SubprocessError) as error:
         detail = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace").strip()
         if "jpeglib.h" in detail:
-            logger.info("%s: jpeglib.h is missing, so plain code gives the same results; the Debian package libjpeg-dev "
-                        "%s.", part, gain)
+            logger.info("%s: jpeglib.h is missing, so plain code does the same; the Debian package "
+                        "libjpeg-dev %s.", part, gain)
         else:
-            logger.info("%s: not built, so plain code gives the same results: %s", part, detail[:300].splitlines()[:1])
+            logger.info("%s: not built, so plain code does the same: %s", part, detail[:300].splitlines()[:1])
         return None
 
 
@@ -93,7 +96,8 @@ def cache_folder() -> Path:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hornet" / "native"
         base.mkdir(parents=True, exist_ok=True, mode=0o700)
         info = base.stat()
-        if info.st_uid == os.getuid() and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and os.access(base, os.W_OK):
+        private = info.st_uid == os.getuid() and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if private and os.access(base, os.W_OK):
             return base
     except (OSError, RuntimeError):
         pass

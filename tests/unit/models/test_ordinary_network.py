@@ -1,6 +1,8 @@
-"""HorNet is an ordinary PyTorch network: hooks fire, adapters train, tracers, counters and quantisers find their layers.
+"""HorNet is an ordinary PyTorch network: hooks fire, adapters train, tracers, counters and quantisers find
+their layers.
 
-With the fast CPU paths attached, as training and evaluation attach them: they step aside where somebody looks.
+With the fast CPU paths attached, as training and evaluation attach them: they step aside where somebody
+looks.
 """
 import numpy as np
 import pytest
@@ -174,7 +176,8 @@ def test_grad_cam_explains_it():
 
 
 def test_counters_find_the_operations():
-    """thop counts norms too, fvcore every addcmul and fft as something it does not know: both stay near ours."""
+    """thop counts norms too, fvcore every addcmul and fft as something it does not know: both stay near ours.
+    """
     import fvcore.nn
     import thop
     model, x = network("hornet_nano_7x7"), torch.randn(1, 3, 64, 64)
