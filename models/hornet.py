@@ -294,10 +294,12 @@ def _create(name: str, pretrained: bool = False, **kwargs) -> HorNet:
         if value != only:
             raise ValueError(f"{key} {value!r}: HorNet has no such form, only {accepted} is accepted")
     changes = {f.name: kwargs.pop(f.name) for f in fields(HorNetConfig) if f.name in kwargs}
-    if pretrained and not (kwargs.get("pretrained_cfg_overlay") or {}).get("file"):
+    overlay, cache_dir = dict(kwargs.get("pretrained_cfg_overlay") or {}), kwargs.pop("cache_dir", None)
+    if pretrained:
         from models.download import fetch_published
-        path = fetch_published(name, kwargs.pop("cache_dir", None))
-        kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), "file": str(path)}
+        overlay["file"] = str(overlay.get("file") or fetch_published(name, cache_dir))
+        # Else timm reads a named file itself: without OpenMMLab's names, and the average instead of what scored.
+        kwargs["pretrained_cfg_overlay"] = overlay | {"custom_load": True}
     return build_model_with_cfg(
         HorNet, name, pretrained, model_cfg=replace(CONFIGS[name], **changes),
         feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"), **kwargs)
