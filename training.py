@@ -45,7 +45,7 @@ from report.page import write_report
 from run.checkpoint import Checkpoints, Loaded, file_name
 from run.folder import RunFolder
 from run.log import Tracker, WandbRun
-from run.preflight import cpus_per_process, start_warnings
+from run.start import cpus_per_process, start_warnings
 from run.state import (BEST, BEST_EMA, Best, DataIdentity, Environment, Part, Position, State, check_resumable,
                        check_same_run, collect, finished, restore)
 
@@ -60,9 +60,7 @@ class Classification:
         self.criterion = build_loss(options)
         self.evaluation = engine.Evaluation(EvalPrepare(options, process.device), process.device, process=process,
                                             expected=len(data.val) if data.val else None)
-        # An unreadable image must not end a training of days: it counts as incorrect, and is reported.
-        lenient = replace(options, allow_bad_images=True)
-        self.loaders = [eval_loader(data, lenient, process.rank, process.world_size)] if data.val else []
+        self.loaders = [eval_loader(data, options, process.rank, process.world_size)] if data.val else []
 
     def losses(self, model: torch.nn.Module, batch: Batch, update: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Mean loss of a micro-batch, and its top-1 hits where nothing is mixed."""

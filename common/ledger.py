@@ -2,12 +2,14 @@
 
 `status.json` tells how the run stands where exit codes cannot (launchers turn any code into 1). `attempts.jsonl`
 has a line for the beginning and the end of each attempt; a beginning without an end is an attempt that was killed.
+`progress.json` tells every ten seconds how far it is, and at the end how far it came.
 """
 import os
 import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,14 @@ class Ledger:
             return
         self._append(ended=now(), state=outcome.value, update=update, epoch=epoch, cause=cause, **more)
         self._write_status(outcome.value, update=update, epoch=epoch, cause=cause, **more)
+        self._write_progress(outcome.value, update=update, phase="ended")
+
+    def progress(self, *, pid: int, **more: object) -> None:
+        """progress.json while rank 0's process `pid` works, unless it has ended its attempt: then `end` has written
+        the last one."""
+        newest = self.newest()
+        if newest.get("pid") != pid or newest["state"] == RUNNING:
+            self._write_progress(RUNNING, job=job_id(), **more)
 
     def fail(self, cause: str, *, pid: int, update: int, **where: object) -> None:
         """Record the first cause of the failure of the attempt of rank 0's process `pid`, begun or not.
@@ -69,7 +79,7 @@ class Ledger:
         found: dict[int, Record] = {}
         try:
             lines = read_json_lines(self.path / "attempts.jsonl")
-        except OSError:
+        except UserError:
             return []
         for line in lines:
             if isinstance(line.get("attempt"), int):
@@ -99,6 +109,11 @@ class Ledger:
                   "job": job_id(), **more}
         status = {name: value for name, value in status.items() if value is not None}
         self._guard("status.json", lambda path: write_json(path, status))
+
+    def _write_progress(self, state: str, **more: object) -> None:
+        path = self.path / "progress.json"
+        with suppress(OSError, UserError, TypeError):  # a full disk is the checkpoints' business to report
+            write_json(path, (read_json(path) if path.is_file() else {}) | {"state": state, "time": time.time(), **more})
 
     def _guard(self, name: str, write: Callable[[Path], object]) -> None:
         try:

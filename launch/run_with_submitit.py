@@ -294,7 +294,7 @@ def progress(output_dir: Path, job_id: str) -> list[str]:
     except (OSError, ValueError):
         return []
     ago = time.time() - found["time"]
-    return [f"update   {found['update']} ({found['phase']}, {ago:.0f} s ago, {found['world_size']} processes)"
+    return [f"update   {found['update']} ({found['phase']}, {ago:.0f} s ago, {found.get('world_size', 1)} processes)"
             ] if found.get("job") == job_id else []
 
 

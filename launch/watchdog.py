@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
-from common.files import write_json
-from common.ledger import Ledger, job_id
+from common.ledger import Ledger
 from common.log import logger
 from common.outcome import ExitCode
 from launch.stop import alive, end_now
@@ -332,9 +331,8 @@ class Watchdog:
         if self.folder is None or not self.process.is_main or time.monotonic() - self._written < 10:
             return
         self._written, beat = time.monotonic(), self.beat
-        with suppress(OSError):  # a full disk is the checkpoints' business to report
-            write_json(self.folder / "progress.json", dict(
-                update=beat.update, phase=beat.phase, world_size=self.process.world_size, time=time.time(), job=job_id()))
+        Ledger(self.folder).progress(pid=self._main_pid, update=beat.update, phase=beat.phase,
+                                     world_size=self.process.world_size)
 
     def _stacks(self, rank: int | str) -> str:
         return str(self.folder / f"stacks-rank{rank}.txt") if self.folder else "above"
