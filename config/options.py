@@ -223,6 +223,9 @@ class Option:
         """
         if any("\0" in text for text in texts):
             raise UserError(f"{label} holds a NUL character; remove it.", code="invalid_value")
+        if self.element is str and any(map(_too_long, texts)):
+            raise UserError(f"{label} {quote(' '.join(texts))} is longer than the names of files can be (255 "
+                            "bytes); shorten it.", code="invalid_value")
         empty = _NONE | ({""} if self.several else set())
         if (self.optional or self.several) and len(texts) == 1 and texts[0].strip().lower() in empty:
             value: Value = None if self.optional else ()
@@ -263,6 +266,12 @@ class Option:
 def _finite(value: Value) -> bool:
     values = value if isinstance(value, tuple) else (value,)
     return all(not isinstance(v, float) or math.isfinite(v) for v in values)
+
+
+def _too_long(text: str) -> bool:
+    """No file system takes it as a path; it would fail at any of a hundred places."""
+    longest = max(len(part.encode(errors="replace")) for part in text.split("/"))
+    return "://" not in text and (longest > 255 or len(text) > 4000)
 
 
 def _table() -> dict[str, Option]:
