@@ -34,13 +34,13 @@ from launch.stop import StopRequest, alive
 from launch.watchdog import Watchdog
 from optim.ema import half_life_warning
 from optim.update import UpdateStats
-from run.checkpoint import Checkpoints, Loaded, snapshot, state_bytes
+from run.checkpoint import Checkpoints, Loaded, find_checkpoint, snapshot, state_bytes
 from run.folder import RunFolder
 from run.log import remedy
 from run.start import (cpus_per_process, existing_folder, free_space, process_problems, shared_memory_needed,
                        shared_memory_problem)
 from run.state import finished
-from training import Planned, Trainer, build_model, code_version, find_checkpoint, plan_run
+from training import Planned, Trainer, build_model, plan_run
 
 _UPDATES, _SECONDS, _WAIT_SHARE = 8, 20.0, 0.10
 # On a CPU, networks above the first size are tried with one small update, and above the second not at all.
@@ -149,7 +149,7 @@ class DryRun:
 
     def processes(self) -> None:
         """Whether the processes agree and add up."""
-        process, started, problems = self.process, time.perf_counter(), process_problems(self.process, code_version())
+        process, started, problems = self.process, time.perf_counter(), process_problems(self.process)
         nodes = len(set(process.all_gather_object(process.node_name)))
         if problems:
             self.table.row("processes", *problems, problem=True)

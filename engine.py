@@ -1,4 +1,5 @@
-"""The two loops: one epoch of training and one exact evaluation. No files, no options; what they need is passed in."""
+"""The two loops: one epoch of training and one exact evaluation. No files, no options; what they need is
+passed in."""
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,7 +26,8 @@ _AFTER = {"skip": Outcome.DONE, "rollback": Outcome.ROLLED_BACK, "stop": Outcome
 
 
 class Observer:
-    """What a run wants to know while the loops go on; every call comes on every rank. This one wants nothing."""
+    """What a run wants to know while the loops go on; every call comes on every rank. This one wants
+    nothing."""
 
     def on_phase(self, phase: str, update: int) -> None:
         """A heartbeat: "data", "forward", "backward", "step" or "evaluation" begins."""
@@ -37,7 +39,8 @@ class Observer:
     def after_update(self, update: int, stats: UpdateStats, sums: SumsOverRanks) -> bool:
         """Global update `update` is done (`stats`: tensors on the device). True, on all ranks, stops here.
 
-        `sums()` gives the sums of the epoch so far over all ranks, for a checkpoint; then every rank must call it.
+        `sums()` gives the sums of the epoch so far over all ranks, for a checkpoint; then every rank must
+        call it.
         """
         return False
 
@@ -54,30 +57,34 @@ class Observer:
 class Task(Protocol):
     """What a run learns: how a batch becomes a loss, and what an evaluation measures.
 
-    `score` names the figure by which one epoch is better than another; that of the moving average ends in `_ema`.
-    `loaders` are those of its evaluation: the run reports what they could not read, and closes them.
+    `score` names the figure by which one epoch is better than another; that of the moving average ends in
+    `_ema`. `loaders` are those of its evaluation: the run reports what they could not read, and closes them.
     """
     score: str
     loaders: list[ImageLoader]
 
     def losses(self, model: nn.Module, batch: Batch, update: int) -> tuple[Tensor, Tensor | None]:
-        """Of one micro-batch: its mean loss (0-dim, float32) and its top-1 hits (0-dim; None without hard labels).
+        """Of one micro-batch: its mean loss (0-dim, float32) and its top-1 hits (0-dim; None without hard
+        labels).
 
-        All random draws are keyed by `update` and the images' global positions, so that a replay gives the same.
+        All random draws are keyed by `update` and the images' global positions, so that a replay gives the
+        same.
         """
         ...
 
     def evaluate(self, networks: Sequence[tuple[str, nn.Module]], observer: Observer, update: int) -> Figures | None:
-        """The `test_…` figures of (suffix, network) pairs on every rank; None when an observer left the evaluation."""
+        """The `test_…` figures of (suffix, network) pairs on every rank; None when an observer left the
+        evaluation."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """What the training loop works with. `model` may be wrapped (DDP, compiled); `plain` is the network inside it.
+    """What the training loop works with. `model` may be wrapped (DDP, compiled); `plain` is the network
+    inside it.
 
-    `loader` yields batches in the order of `sampler` (`set_start(epoch, update)`). `path_of(index)` names images in
-    reports.
+    `loader` yields batches in the order of `sampler` (`set_start(epoch, update)`). `path_of(index)` names
+    images in reports.
     """
     model: nn.Module
     plain: nn.Module
@@ -94,12 +101,14 @@ class Loop:
 
 @dataclass
 class Progress:
-    """Host values of an epoch so far: means over its applied updates, of this rank, at the end over all ranks.
+    """Host values of an epoch so far: means over its applied updates, of this rank, at the end over all
+    ranks.
 
-    `recent_loss` is the mean since the last report, `class_acc` top-1 in percent where labels are hard, `data_wait`
-    the share of the time spent waiting for the loader. `next_update` is the first global update not done.
-    `outcome`: DONE when the epoch is complete, PAUSED when the observer asked to stop before, ROLLED_BACK or FAILED
-    when the non-finite updates demand it. `sums` are those over all ranks at the end, to continue from.
+    `recent_loss` is the mean since the last report, `class_acc` top-1 in percent where labels are hard,
+    `data_wait` the share of the time spent waiting for the loader. `next_update` is the first global update
+    not done. `outcome`: DONE when the epoch is complete, PAUSED when the observer asked to stop before,
+    ROLLED_BACK or FAILED when the non-finite updates demand it. `sums` are those over all ranks at the end,
+    to continue from.
     """
     epoch: int
     first_update: int
@@ -126,8 +135,8 @@ class _Meter:
     def __init__(self, loop: Loop, epoch: int, first_update: int, sums: Sums | None):
         self.loop, self.progress = loop, Progress(epoch, first_update, first_update)
         self.start, self.waited, self.images = time.perf_counter(), 0.0, 0
-        # Loss and gradient norm per image, images in applied updates, hits, hard-labelled images. By images, so that
-        # an epoch begun on two processes and ended on one weighs its updates alike.
+        # Loss and gradient norm per image, images in applied updates, hits, hard-labelled images. By images,
+        # so that an epoch begun on two processes and ended on one weighs its updates alike.
         self.sums = np.zeros(5) if sums is None else np.array(sums[:5], dtype=np.float64)
         self.progress.nonfinite = 0 if sums is None else int(sums[5])
         self.window: list[Tensor] = []
@@ -187,7 +196,8 @@ def train_one_epoch(loop: Loop, observer: Observer, *, epoch: int, first_update:
     meter = _Meter(loop, epoch, base + first_update, sums)
     progress, batches = meter.progress, iter(loop.loader)
     if first_update == loop.updates_per_epoch:
-        # Stopped between the last update and the evaluation: the epoch's line still has that update's settings.
+        # Stopped between the last update and the evaluation: the epoch's line still has that update's
+        # settings.
         loop.update.schedule.apply(loop.update.optimizer, end - 1)
     for number in range(base + first_update, end):
         held, stats = _train_one_update(loop, observer, batches, meter, number)
@@ -286,8 +296,8 @@ class Outputs:
 
 @dataclass
 class EvalResult:
-    """Sums over all images of all ranks. `bad` images could not be read and count as incorrect; `nonfinite` ones
-    gave logits that are not numbers and count as incorrect too."""
+    """Sums over all images of all ranks. `bad` images could not be read and count as incorrect; `nonfinite`
+    ones gave logits that are not numbers and count as incorrect too."""
     name: str
     hits1: int
     hits5: int
@@ -316,10 +326,12 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How to evaluate. `prepare(batch)` gives images and int64 targets on the device, -100 for unreadable images.
+    """How to evaluate. `prepare(batch)` gives images and int64 targets on the device, -100 for unreadable
+    images.
 
-    `columns` restricts the logits to these classes (targets then count within them). `outputs` keeps per-image
-    results. `expected` images are insisted on. float32 is true float32 unless `tf32` or an `autocast_dtype`.
+    `columns` restricts the logits to these classes (targets then count within them). `outputs` keeps
+    per-image results. `expected` images are insisted on. float32 is true float32 unless `tf32` or an
+    `autocast_dtype`.
     """
     prepare: Callable[[Batch], tuple[Tensor, Tensor]]
     device: torch.device
@@ -338,8 +350,8 @@ def evaluate(models: Sequence[tuple[str, nn.Module]], loader: Iterable[Batch], e
     """Score several (name, unwrapped model) in one pass over the images; the same results on every rank.
 
     Each rank passes its own share of the images, possibly none: nothing is padded, hits are integers, and the
-    models wait for no other rank. No results at all when the observer of any rank has left the evaluation. Raises
-    RuntimeError when not exactly `expected` images were seen.
+    models wait for no other rank. No results at all when the observer of any rank has left the evaluation.
+    Raises RuntimeError when not exactly `expected` images were seen.
     """
     start, modes = time.perf_counter(), [model.training for _, model in models]
     tallies, left = [_Tally(evaluation) for _ in models], False
@@ -412,7 +424,8 @@ class _Tally:
 
 @contextmanager
 def true_float32() -> Iterator[None]:
-    """Products and convolutions of float32 tensors in float32 (no TF32, no bf16), the settings restored afterwards."""
+    """Products and convolutions of float32 tensors in float32 (no TF32, no bf16), the settings restored
+    afterwards."""
     backends = torch.backends
     settings = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul,
                 backends.mkldnn.conv]

@@ -20,9 +20,10 @@ from optim.schedule import Schedule
 class UpdateConfig:
     """How gradients become an update.
 
-    `clip_grad` limits by `clip_by`: total norm, absolute `value`, or the ratio to the weights (`agc`, the head left
-    out as in the NFNets paper). `clip_mode` "step" clips once per update; "official" as the authors' fp32 loop,
-    after every micro-batch and not at all for limits up to 0.1. `loss_scaling` is for fp16 gradients.
+    `clip_grad` limits by `clip_by`: total norm, absolute `value`, or the ratio to the weights (`agc`, the
+    head left out as in the NFNets paper). `clip_mode` "step" clips once per update; "official" as the
+    authors' fp32 loop, after every micro-batch and not at all for limits up to 0.1. `loss_scaling` is for
+    fp16 gradients.
     """
     update_freq: int = 1
     clip_grad: float | None = None
@@ -34,9 +35,9 @@ class UpdateConfig:
 class UpdateStats(NamedTuple):
     """What an update did, as 0-dim float32 tensors on the device; reading one waits for the device.
 
-    `loss` is this rank's mean over the update's micro-batches, `grad_norm` the norm before clipping (after it in
-    the official mode), `finite` is 1.0 when the update was applied, `loss_finite` when the loss was finite on
-    every rank, `loss_scale` the factor in use during the update. `values` holds the five in one tensor.
+    `loss` is this rank's mean over the update's micro-batches, `grad_norm` the norm before clipping (after it
+    in the official mode), `finite` is 1.0 when the update was applied, `loss_finite` when the loss was finite
+    on every rank, `loss_scale` the factor in use during the update. `values` holds the five in one tensor.
     """
     loss: torch.Tensor
     grad_norm: torch.Tensor
@@ -49,8 +50,8 @@ class UpdateStats(NamedTuple):
 class LossScale:
     """Dynamic loss scale as torch's GradScaler keeps it, in device tensors and with its state dict.
 
-    It is separate because GradScaler reads its flag on the host for optimizers without a fused kernel, and does
-    not know whether another rank overflowed.
+    It is separate because GradScaler reads its flag on the host for optimizers without a fused kernel, and
+    does not know whether another rank overflowed.
     """
 
     def __init__(self, device: torch.device, enabled: bool, initial: float = 65536.0, interval: int = 2000):
@@ -84,7 +85,8 @@ class LossScale:
 
 
 def _clips_after(config: UpdateConfig) -> str:
-    """Clip after every "micro_batch", once per "update", or "never". The authors' fp16 loop clips once per update."""
+    """Clip after every "micro_batch", once per "update", or "never". The authors' fp16 loop clips once per
+    update."""
     if config.clip_grad is None:
         return "never"
     if config.clip_mode == "step" or config.loss_scaling:
@@ -113,21 +115,23 @@ class Update:
         self._agc_parameters = [p for name, p in named if ".head." not in f".{name}"]
         device = self.parameters[0].device
         self.scaler = LossScale(device, config.loss_scaling)
-        # torch's fused optimizers divide by a device scalar and obey a device flag within their one pass over the
-        # tensors. Their CPU kernel reads that scalar as float32, hence not for weights of other precision.
+        # torch's fused optimizers divide by a device scalar and obey a device flag within their one pass over
+        # the tensors. Their CPU kernel reads that scalar as float32, hence not for weights of other
+        # precision.
         self._fused = (getattr(optimizer, "_step_supports_amp_scaling", False)
                        and all(p.dtype == torch.float32 for p in self.parameters))
-        # Reading the flag on the CPU waits for nothing and saves work. Optimizers without a fused kernel know no
-        # flag: there the host has to read it, which waits for an accelerator.
+        # Reading the flag on the CPU waits for nothing and saves work. Optimizers without a fused kernel know
+        # no flag: there the host has to read it, which waits for an accelerator.
         self.host_reads = device.type == "cpu" or not self._fused
         self._clips_after = _clips_after(config)
         self._loss = torch.zeros((), device=device)
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """Forward and backward of one micro-batch belong inside; gradients are reduced over ranks at the `last`."""
-        # What no_sync() sets, so that one code path serves both cases. Clipping the accumulated gradient after
-        # every micro-batch means the reduced one, so that mode reduces each time, as the authors do.
+        """Forward and backward of one micro-batch belong inside; gradients are reduced over ranks at the
+        `last`."""
+        # What no_sync() sets, so that one code path serves both cases. Clipping the accumulated gradient
+        # after every micro-batch means the reduced one, so that mode reduces each time, as the authors do.
         if hasattr(self.model, "require_backward_grad_sync"):
             self.model.require_backward_grad_sync = last or self._clips_after == "micro_batch"
         yield

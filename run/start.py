@@ -1,7 +1,9 @@
 """What every training looks at before it starts: processes that agree, shared memory, a few images, disk space."""
 import os
 import shutil
+import subprocess
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,21 +17,32 @@ from run.folder import environment
 _CLOCKS_APART = 2.0  # seconds; file times and logs of several nodes cannot be compared beyond
 
 
-def start_warnings(options: Options, process: Process, code_version: str, sample: SampleCheck | None) -> list[str]:
+def start_warnings(options: Options, process: Process, sample: SampleCheck | None) -> list[str]:
     """Sentences about what is wrong, none when all is well; every rank must call it. `sample`: None but on rank 0."""
     memory = process.all_gather_object(shared_memory_problem(options, process.local_world_size))
     found = [] if sample is None else sample.sentences()[1:]
     if sample is not None and 2 * len(sample.tiny) <= sample.looked:  # a few small images are in every data set
         found = [sentence for sentence in found if sentence.startswith("unreadable")]
-    return found + [sentence for sentence in memory if sentence][:1] + process_problems(process, code_version)
+    return found + [sentence for sentence in memory if sentence][:1] + process_problems(process)
 
 
-def process_problems(process: Process, code_version: str) -> list[str]:
+@cache
+def code_version() -> str:
+    """The commit of this code, with a + for local changes; "unknown" outside a git checkout."""
+    command = ["git", "describe", "--always", "--dirty=+"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], text=True, capture_output=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def process_problems(process: Process) -> list[str]:
     """Sentences about versions that differ, clocks that differ, and an all-reduce that gives another sum."""
     if process.world_size == 1:
         return []
     found = environment()
-    mine = {"code": code_version, "python": found["python"], "cuda": found["cuda"], **found["packages"]}
+    mine = {"code": code_version(), "python": found["python"], "cuda": found["cuda"], **found["packages"]}
     process.barrier()
     nodes, clocks, versions = zip(*process.all_gather_object((process.node_name, time.time(), mine)))
     problems = []
