@@ -95,6 +95,7 @@ class Options:
     allow_class_mismatch: bool = _data(False, "accept a val folder with classes missing or added")
     allow_bad_images: bool = _data(False, "evaluate although some pictures cannot be read (each counts as wrong)")
     reindex: bool = _data(False, "read the data folder anew instead of using the saved index")
+    exif_orientation: bool = _data(False, "turn each image as its EXIF entry says; the published models ignore it")
     index_cache: str | None = _data(None, "folder for the saved index of the pictures; none: the user's cache folder")
     imagenet_default_mean_and_std: bool = _data(True, "normalise with ImageNet's mean and deviation; "
                                                 "false: Inception's")
