@@ -7,9 +7,9 @@ from scipy.io import savemat
 from common.errors import UserError
 from common.log import setup_logging
 from common.synsets import imagenet_synsets, published_22k_synsets
-from data_options import data_options
 from datasets.build import build_data
 from datasets.labels import classes_of, map_folders
+from tests.kits.options import data_options
 
 
 def _tree(root, folders, pictures=2):

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from parity_fill import PARITY, parity_input, parity_tensor
 
 import models
 from models.complexity import count
 from models.hornet import CONFIGS
 from models.zoo import PUBLISHED, VARIANTS
+from tests.kits.fill import PARITY, parity_input, parity_tensor
 
 STATE_DICTS = json.loads((PARITY / "state_dicts.json").read_text())
 PARAMETERS = {

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from data_options import data_options
 from datasets.build import build_data, eval_loader, train_loader
 from datasets.check import check_sample
-from datasets.images import BadImage, decode, decode_path
 from datasets.device import EvalPrepare
+from datasets.images import BadImage, decode, decode_path
 from datasets.sampler import GlobalBatchSampler
+from tests.kits.options import data_options
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 

@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from common.errors import UserError
-from data_options import data_options
 from datasets.build import build_data
 from datasets.sample import ensure_sample
+from tests.kits.options import data_options
 
 
 def _digest(root):

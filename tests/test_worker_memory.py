@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_options import data_options
 from datasets.dataset import ImageDataset, make_loader
 from datasets.readers import FolderIndex, FolderReader, Strings
 from datasets.sampler import epoch_order
 from datasets.transforms import Erasing, train_transform
+from tests.kits.options import data_options
 
 ENTRIES, FILES, EVERY = 1_000_000, 10, 400
 

@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.safe_load import safe_torch_load
 from datasets.device import Normalise
 from datasets.transforms import eval_transform, mean_std
-from models.download import fetch_published, fetch_url
+from models.download import fetch_published, local_file
 from models.weights import identify, load_for_model, published_names, select_weights
 from models.zoo import VARIANTS, default_classes
 
@@ -58,7 +58,7 @@ def load_trained(model: str | None = None, resume: str | None = None, weights: s
         raise UserError(f"--model {model} is not known; known are {', '.join(models.MODEL_NAMES)}.")
     if resume is None:
         resume = str(fetch_published(model))
-    path = fetch_url(resume) if resume.startswith(("http://", "https://")) else Path(resume)
+    path = Path(local_file(resume))
     checkpoint = safe_torch_load(path)
     state = published_names(select_weights(checkpoint, path.name, weights=weights, where=str(path))[0])
     args = checkpoint.get("args") if isinstance(checkpoint.get("args"), dict) else {}

@@ -11,7 +11,7 @@ import torch
 
 import models  # noqa: F401
 from common.synsets import imagenet_synsets, published_22k_synsets
-from tests.faults.kit import EVAL, MODEL, Place, Row, check, command, fill_folder, start, table
+from tests.kits.faults import EVAL, MODEL, Place, Row, check, command, fill_folder, start, table
 
 TRAINED = "--resume {trained}/checkpoint-0.pth"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.faults.kit import Place, Row, check, jpeg, table
+from tests.kits.faults import Place, Row, check, jpeg, table
 from tests.test_pictures import bomb, encoded
 
 TRAINED = "--resume {trained}/checkpoint-0.pth --output_dir {here}/out"

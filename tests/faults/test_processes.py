@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from run.log import Tracker
-from tests.faults.kit import Row, check
+from tests.kits.faults import Row, check
 
 
 def after_epoch(monkeypatch, number: int, do) -> None:
