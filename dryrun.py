@@ -11,7 +11,7 @@ import torch
 
 import engine
 from common.errors import UserError
-from datasets.check import SampleCheck, check_sample
+from datasets.build import SampleCheck, check_sample
 from datasets.device import EvalPrepare
 from evaluation import prepare_evaluation
 from launch import ExitCode

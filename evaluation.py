@@ -35,7 +35,8 @@ from report.results import Protocol, results_from, summary_line, write_eval_json
 from scoring import SAMPLED, strange_weights
 
 # What a checkpoint of ours knows about its own network and pictures, taken unless a flag or recipe says otherwise.
-_FROM_CHECKPOINT = ("model", "input_size", "crop_pct", "imagenet_default_mean_and_std", "layer_scale_init_value")
+_FROM_CHECKPOINT = ("model", "input_size", "crop_pct", "imagenet_default_mean_and_std", "layer_scale_init_value",
+                    "exif_orientation")
 
 
 @dataclass
@@ -69,7 +70,7 @@ def evaluate_checkpoints(resolved: Resolved, process: Any, watchdog: Any) -> int
             strange = strange_weights(candidate.network, candidate.weights, data, options, evaluation)
             if strange and process.is_main:
                 logger.warning("%s: %s", candidate.path, strange)
-    loader = eval_loader(data, options, process.rank, process.world_size)
+    loader = eval_loader(data, options, process.rank, process.world_size, refuse_bad=not options.allow_bad_images)
     # None leaves the bar out where nobody watches a terminal.
     watched = tqdm(loader, "evaluation", unit="batch", leave=False, disable=None if process.is_main else True)
     try:

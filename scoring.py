@@ -7,8 +7,8 @@ import torch
 
 import engine
 from datasets.build import Data
-from datasets.check import spread_over_classes
 from datasets.dataset import make_loader
+from datasets.sampler import spread_over_classes
 from datasets.transforms import eval_transform
 from run.preflight import ENOUGH_CLASSES, low_score
 

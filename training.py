@@ -15,8 +15,7 @@ from common.errors import UserError
 from common.random import key
 from common.log import logger
 from common.safe_load import safe_torch_load
-from datasets.build import Data, build_data, eval_loader, train_loader
-from datasets.check import check_sample
+from datasets.build import Data, build_data, check_sample, eval_loader, train_loader
 from datasets.device import EvalPrepare, TrainPrepare
 from datasets.sampler import GlobalBatchSampler
 from evaluation import amp_dtype, evaluate_checkpoints, local_file

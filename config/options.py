@@ -221,12 +221,14 @@ class ImageSettings:
         input_size: height and width of the network's input in pixels.
         crop_pct: input_size / resized short side in evaluation, None: the default; no effect from 384 pixels on.
         imagenet_default_mean_and_std: normalise with ImageNet's mean and deviation, else Inception's 0.5.
+        exif_orientation: turn each image as its EXIF entry says.
         train_interpolation: of the random crop in training; evaluation is always bicubic.
         layer_scale_init_value: 0 means that the network has no layer scale at all.
     """
     input_size: int = 224
     crop_pct: float | None = None
     imagenet_default_mean_and_std: bool = True
+    exif_orientation: bool = False
     train_interpolation: str = "bicubic"
     layer_scale_init_value: float = 1e-6
 

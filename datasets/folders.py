@@ -64,7 +64,8 @@ def _scan(root: str) -> Index:
             walk.count_loose_files()
         for name in classes or [""]:
             walk.enter_class(name)
-        index = Index.of(root, classes or [""], walk.labels, walk.names, walk.folders, dict(walk.left_out))
+        index = Index.of(root, classes=classes or [""], labels=walk.labels, names=walk.names, seen=walk.folders,
+                         left_out=dict(walk.left_out))
     except OSError as error:
         raise UserError(f"{printable(os.fsdecode(error.filename or root))} cannot be read ({error.strerror}); check the "
                         "permissions of the data folder.", code="unreadable_data") from error

@@ -8,7 +8,7 @@ import io
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -101,6 +101,9 @@ class Strings:
     def __len__(self) -> int:
         return len(self.ends)
 
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
     def __getitem__(self, index: int) -> str:
         start = int(self.ends[index - 1]) if index else 0
         return os.fsdecode(self.blob[start:int(self.ends[index])].tobytes())
@@ -126,17 +129,18 @@ class Index:
     left_out: dict[str, int]
 
     @classmethod
-    def of(cls, root: str, classes: list[str], labels: list[int], names: list[str], seen: list[str],
-           left_out: dict[str, int], places: list[tuple[int, int, int]] | None = None) -> "Index":
+    def of(cls, root: str, *, classes: list[str], labels: list[int], names: list[str], seen: list[str],
+           left_out: dict[str, int], places: Sequence[tuple[int, int, int]] = ()) -> "Index":
         """From lists; raises OSError when something of `seen` has gone meanwhile."""
-        return cls(root, classes, np.array(labels, dtype=np.int32), Strings.of(names),
-                   np.array(places or [], dtype=np.int64).reshape(-1, 3), Strings.of(seen),
-                   np.array([_stamp(os.path.join(root, name)) for name in seen], dtype=np.int64), left_out)
+        return cls(root=root, classes=classes, labels=np.array(labels, dtype=np.int32), names=Strings.of(names),
+                   places=np.array(places, dtype=np.int64).reshape(-1, 3), seen=Strings.of(seen),
+                   stamps=_stamps(root, seen), left_out=left_out)
 
 
-def _stamp(path: str) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_mtime_ns, 0 if stat.S_ISDIR(status.st_mode) else status.st_size
+def _stamps(root: str, seen: Iterable[str]) -> np.ndarray:
+    found = [os.stat(os.path.join(root, name)) for name in seen]
+    return np.array([(status.st_mtime_ns, 0 if stat.S_ISDIR(status.st_mode) else status.st_size)
+                     for status in found], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -195,15 +199,15 @@ def _load(path: Path, root: str) -> Index | None:
         real, classes, names, seen, types = (
             Strings(data[name], data[f"{name}_ends"]) for name in ("root", "classes", "names", "seen", "types"))
         labels, places, stamps = data["labels"], data["places"], data["stamps"]
-        now = np.array([_stamp(os.path.join(root, seen[i])) for i in range(len(seen))], dtype=np.int64)
         holds = int(data["format"]) == _CACHE_FORMAT and real[0] == os.path.realpath(root) \
-            and stamps.dtype == np.int64 and np.array_equal(stamps, now) and len(names) == len(labels) > 0 \
+            and stamps.dtype == places.dtype == np.int64 and np.array_equal(stamps, _stamps(root, seen)) \
             and labels.dtype == np.int32 and labels.min() >= 0 and labels.max() < len(classes) \
-            and places.dtype == np.int64 and places.shape in ((0, 3), (len(labels), 3)) and len(places) in (0, len(labels))
-        if holds and len(places):
-            holds = places.min() >= 0 and (places[:, 1] + places[:, 2] <= stamps[places[:, 0], 1]).all()
-        left_out = {types[i]: int(count) for i, count in enumerate(data["counts"])}
+            and len(names) == len(labels) and places.shape in ((0, 3), (len(labels), 3)) \
+            and (places >= 0).all() and (places[:, 1] + places[:, 2] <= stamps[places[:, 0], 1]).all()
+        left_out = dict(zip(types, data["counts"].tolist(), strict=True))
     except Exception:  # Whatever a damaged file raises, scanning again is the answer.
         return None
-    return Index(root, [classes[i] for i in range(len(classes))], names, labels, places, seen, stamps,
-                 left_out) if holds else None
+    if not holds:
+        return None
+    return Index(root=root, classes=list(classes), labels=labels, names=names,
+                 places=places, seen=seen, stamps=stamps, left_out=left_out)

@@ -109,8 +109,8 @@ def _scan(root: str) -> Index:
         raise no_images(root, "its tar files")
     found.sort()
     classes, labels = np.unique(np.array([entry[0] for entry in found], dtype=object), return_inverse=True)
-    return Index.of(root, classes.tolist(), labels.tolist(), [entry[1] for entry in found], ["", *tars], dict(left_out),
-                    [entry[2:] for entry in found])
+    return Index.of(root, classes=classes.tolist(), labels=labels.tolist(), names=[entry[1] for entry in found],
+                    seen=["", *tars], left_out=dict(left_out), places=[entry[2:] for entry in found])
 
 
 class Member(NamedTuple):

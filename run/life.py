@@ -212,7 +212,7 @@ class TrainingRun:
     def _report_bad_pictures(self, epoch: int) -> None:
         """Count and name the pictures that could not be read in this epoch and were replaced."""
         bad = self.training.loader.bad_images
-        gathered = self.process.all_gather_object([self.training.path_of(index) for index in bad])
+        gathered = self.process.all_gather_object([self.training.path_of(index) for index, _ in bad])
         bad.clear()
         paths = sorted({path for part in gathered for path in part})
         if paths and self.process.rank == 0:

@@ -254,7 +254,7 @@ def _all_reduce_problems(process: Any) -> list[str]:
 def start_warnings(options: Any, process: Any, code_version: str, sample: Any) -> list[str]:
     """The short form for every start: sentences about what is wrong, none when all is well; every rank must call it.
 
-    sample: rank 0's `datasets.check.SampleCheck`, None on other ranks.
+    sample: rank 0's `datasets.build.SampleCheck`, None on other ranks.
     """
     memory = process.all_gather_object(shared_memory_problem(options, process.local_world_size))
     said = [] if sample is None else sample.sentences()[1:]

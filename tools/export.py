@@ -11,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from common.errors import UserError
 from common.log import logger
-from datasets.images import decode_path, from_array
+from datasets.images import decode_path
 from models.export import SMALLEST_SIDE, export_onnx, exported_program, onnx_function
 from tools.command import run_command
 from tools.loading import Trained, load_trained
@@ -40,7 +41,7 @@ def check_pictures(trained: Trained, given: list[str]) -> Tensor:
         pictures = [decode_path(path) for path in find_pictures(given)[:PICTURES]]
     else:
         from sklearn.datasets import load_digits
-        pictures = [from_array((digit * 15.9375).astype("uint8")) for digit in load_digits().images[:PICTURES]]
+        pictures = [Image.fromarray((digit * 15.9375).astype("uint8")).convert("RGB") for digit in load_digits().images[:PICTURES]]
     return torch.stack([trained.transform()(picture) for picture in pictures])
 
 

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.log import logger
-from datasets.images import EXTENSIONS, BadImage, decode_path, show
+from common.text import printable as show
+from datasets.images import BadImage, decode_path, extensions, is_image
 from launch.process import choose_device
 from models.inspect import Prediction, heatmap, overlay, predict
 from tools.command import run_command
@@ -48,13 +49,13 @@ def find_pictures(given: list[str]) -> list[str]:
     for path in given:
         if os.path.isdir(path):
             inside = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
-            found += sorted(name for name in inside if name.lower().endswith(EXTENSIONS))
+            found += sorted(name for name in inside if is_image(os.path.basename(name)))
         elif os.path.exists(path):
             found.append(path)
         else:
             raise UserError(f"{show(path)} does not exist; give picture files or folders of pictures.")
     if not found:
-        raise UserError(f"no pictures in {', '.join(map(show, given))}; files that end in {', '.join(EXTENSIONS)} "
+        raise UserError(f"no pictures in {', '.join(map(show, given))}; files that end in {', '.join(extensions())} "
                         "are looked for.")
     return found
 
