@@ -3,7 +3,8 @@ import sys
 import types
 
 import main
-from tests.kits.runs import arguments, write_images
+from tests.kits.images import write_images
+from tests.kits.runs import arguments
 
 
 class Recorder(types.ModuleType):

@@ -14,24 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from tests.kits.fill import parity_image
 from tests.kits.processes import FORKS, environment
 from tests.kits.runs import places
 
 SECONDS = 120
-
-
-def write_images(folder: Path, train: int, val: int) -> Path:
-    """Textured images of several sizes and modes in three classes, train/ and val/; always the same bits."""
-    for part, count, first in (("train", train, 0), ("val", val, 1000)):
-        for index in range(count):
-            pixels = parity_image(first + index, 34 + 5 * (index % 4), 30 + 7 * (index % 3))
-            path = folder / part / f"class{index % 3}" / f"{index:03}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).convert("L" if index % 7 == 3 else "RGB").save(path)
-    return folder
 
 
 def train(argv: list[str], work: Path, world_size: int = 1, stop_after: int | None = None) -> tuple[list[int], list[dict]]:

@@ -8,9 +8,7 @@ import time
 import uuid
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 from launch.processes import alive
 from tests.kits.processes import FORKS, environment, wait_for
@@ -25,17 +23,6 @@ OPTIONS = {
     "lr": 0.01, "warmup_epochs": 1, "weight_decay_end": 0.1, "clip_grad": 0.5, "drop_path": 0.3,
     "layer_scale_init_value": 0.5, "mixup": 0.8, "cutmix": 1.0, "reprob": 0.5, "aa": "rand-m9-mstd0.5-inc1",
     "model_ema": "true", "model_ema_eval": "true", "model_ema_decay": 0.9, "num_workers": 0, "print_freq": 2, "seed": 5}
-
-
-def write_images(folder: Path, train: int = TRAIN_IMAGES) -> Path:
-    """Pictures of noise in three classes, train/ and val/."""
-    rng = np.random.default_rng(0)
-    for part, count in (("train", train), ("val", VAL_IMAGES)):
-        for index in range(count):
-            path = folder / part / f"class{index % 3}" / f"{index:03}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(path)
-    return folder
 
 
 def arguments(data: Path, output: Path, **changes) -> list[str]:

@@ -28,7 +28,7 @@ GLOBAL_BATCH, EPOCHS = 32, 1
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """72 pictures of noise in 3 classes: two updates of 32, the rest is left over."""
-    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for index in range(72):
         path = root / f"class{index % 3}" / f"{index}.png"
         path.parent.mkdir(exist_ok=True)
