@@ -273,7 +273,7 @@ def _evaluator(run: TrainingRun, data: Data, model: torch.nn.Module, ema: Ema | 
     evaluation = engine.Evaluation(EvalPrepare(options, process.device), process.device, expected=len(data.val),
                                    observer=run, process=process)
     named = [("", model)] + ([("_ema", ema.module)] if ema is not None and options.model_ema_eval else [])
-    loader = eval_loader(data, options, process.rank, process.world_size)
+    loader = eval_loader(data, options, process.rank, process.world_size, refuse_bad=False)
     run.loaders.append(loader)
 
     def evaluate(update: int) -> dict | None:
@@ -282,6 +282,7 @@ def _evaluator(run: TrainingRun, data: Data, model: torch.nn.Module, ema: Ema | 
             results = engine.evaluate(named, loader, evaluation, update)
         if not results:
             return None
+        run.report_bad_images(loader, "it counts as incorrect", run.epoch)
         for result in results:
             found |= {f"test_loss{result.name}": result.loss, f"test_acc1{result.name}": result.acc1,
                       f"test_acc5{result.name}": result.acc5}
@@ -372,6 +373,6 @@ def _evaluate_finished(resolved: Resolved, loaded: Loaded, process: Any, watchdo
     folder = options.output_dir
     best = process.on_rank_zero(lambda: Checkpoints(folder).best() if folder else None)
     # Not what a fine-tuning began with, and in true float32 as after each epoch, whatever it was trained in.
-    options = replace(options, eval=True, resume=(str(best or loaded.path),), finetune="", pretrained=False, use_amp=False,
+    options = replace(options, eval=True, allow_bad_images=True, resume=(str(best or loaded.path),), finetune="", pretrained=False, use_amp=False,
                       fast_math=False)
     return evaluate_checkpoints(replace(resolved, options=options), process, watchdog)

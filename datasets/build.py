@@ -25,19 +25,23 @@ from datasets.transforms import Erasing, eval_transform, train_transform
 
 @dataclass(frozen=True)
 class Data:
-    """`train` and `val` (None when not asked for), the class names in logit order, notes for the console, and the
-    number of files of each type that were left out, by split."""
+    """`train` and `val` (None when not asked for), the class names in logit order, and notes for the console."""
 
     train: ImageDataset | None
     val: ImageDataset | None
     class_names: list[str]
-    notes: list[str]
-    left_out: dict[str, dict[str, int]]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def num_classes(self) -> int:
         """Number of logits the data wants."""
         return len(self.class_names)
+
+    def describe(self) -> dict[str, object]:
+        """Plain values for data.json in a run folder: classes, images per class and notes."""
+        return {"classes": self.class_names, "notes": self.notes} | {part: {
+            "images": len(dataset), "per_class": np.bincount(dataset.targets, minlength=self.num_classes).tolist(),
+            "left_out": dataset.reader.left_out} for part, dataset in (("train", self.train), ("val", self.val)) if dataset}
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,7 @@ def build_data(options: Options, *, train: bool, evaluate: bool, class_names: li
             imagenet_layout=options.data_set in ("IMNET", "SAMPLE"), allow_mismatch=options.allow_class_mismatch)
         names, notes = found.names, found.notes
     built = {split.part: _dataset(options, split, names, notes) for split in splits}
-    return Data(built.get("train"), built.get("val"), list(names), notes,
-                {split.part: split.reader.left_out for split in splits})
+    return Data(built.get("train"), built.get("val"), list(names), notes)
 
 
 def _train_split(options: Options, cache: IndexCache) -> _Split:

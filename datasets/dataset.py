@@ -3,6 +3,7 @@ import atexit
 import ctypes
 import gc
 import os
+import resource
 import signal
 import sys
 import time
@@ -169,8 +170,9 @@ class ImageLoader(DataLoader[Batch]):
                 if len(batch.unreadable):
                     self._keep(batch)
                 yield batch
-        except (RuntimeError, OSError) as error:
-            sentence = _shortage(str(error))
+        except Exception as error:
+            self.close()
+            sentence = _shortage(str(error)) if isinstance(error, (RuntimeError, OSError)) else None
             if sentence is None:
                 raise
             raise UserError(sentence, code="too_few_resources") from error
@@ -187,6 +189,17 @@ class ImageLoader(DataLoader[Batch]):
             if index not in self._known:
                 self._known.add(index)
                 self.bad_images.append((index, reason))
+
+
+def _need_descriptors(workers: int) -> None:
+    """Allow as many open files as the loader can need, six per batch on its way and some per worker, because a worker
+    that runs out of them ends in tracebacks; UserError where the hard limit forbids it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(os.listdir("/dev/fd")) + 16 * workers + 32
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise UserError(str(_shortage("Too many open files")), code="too_few_resources")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _shortage(text: str) -> str | None:
@@ -208,6 +221,8 @@ def make_loader(dataset: ImageDataset, options: Options, batches: Iterable, *, r
 
     Its own generator keeps the base seed that every iteration draws away from the default one.
     """
+    if options.num_workers:
+        _need_descriptors(options.num_workers)
     workers, method = options.num_workers, "fork" if sys.platform == "linux" else "spawn"
     # A forked worker is there in 0.05 s (spawned: 3 s) and shares the index; it never touches an accelerator.
     extra = {"persistent_workers": True, "timeout": _PATIENCE, "multiprocessing_context": method,

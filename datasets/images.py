@@ -110,7 +110,6 @@ def transformed(data: bytes, transform: Callable[[Image.Image], _T], *, exif_ori
     return transform(decode(data, exif_orientation))
 
 
-@cache
 def fast_jpeg() -> ModuleType | None:
     """The compiled JPEG reader, None where it is not available."""
     from native import jpeg

@@ -149,7 +149,7 @@ def members(path: str) -> Iterator[Member]:
                 block, start = os.pread(file.fileno(), _BLOCK, start), start + _BLOCK  # the map of holes goes on
             position = start + -(-length // _BLOCK) * _BLOCK
             if header.type not in _EXTENDED:
-                plain = header.isreg() and not header.issparse() and not sparse
+                plain = header.isreg() and header.type != tarfile.GNUTYPE_SPARSE and not sparse
                 if header.type != tarfile.DIRTYPE:
                     yield Member(name or header.name, start, length, plain)
                 name, size, sparse, in_a_row = None, None, False, 0

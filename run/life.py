@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from common.errors import UserError
+from common.text import printable
 from run.state import FORMAT, Best
 
 
@@ -200,7 +201,7 @@ class TrainingRun:
         # Asked once: a signal that comes after this is seen at the next update, when it can be saved again.
         stops = self.to.stop.agreed(self.process)
         ends = stops or self.epoch == self.fixed.epochs
-        self._report_bad_pictures(epoch)
+        self.report_bad_images(self.training.loader, "it is replaced by another", epoch)
         self.on_phase("saving", self.update)
         if self.process.rank == 0:
             self.to.tracker.end_epoch(progress, tests, seconds=time.time() - started)
@@ -209,16 +210,15 @@ class TrainingRun:
             self._say_failures()
         return stops
 
-    def _report_bad_pictures(self, epoch: int) -> None:
-        """Count and name the pictures that could not be read in this epoch and were replaced."""
-        bad = self.training.loader.bad_images
-        gathered = self.process.all_gather_object([self.training.path_of(index) for index, _ in bad])
-        bad.clear()
-        paths = sorted({path for part in gathered for path in part})
-        if paths and self.process.rank == 0:
-            self.to.tracker.incident("bad_pictures", f"{len(paths)} picture{'s' * (len(paths) > 1)} of epoch {epoch + 1} could "
-                                     f"not be read and {'were' if len(paths) > 1 else 'was'} replaced by others, such as "
-                                     f"{paths[0]}.", epoch=epoch, count=len(paths), pictures=paths[:1000])
+    def report_bad_images(self, loader: Any, what: str, epoch: int) -> None:
+        """One line and one event for the images that `loader` could not read since the last call, on any rank."""
+        gathered = self.process.all_gather_object([(loader.images.path(i), reason) for i, reason in loader.bad_images])
+        loader.bad_images.clear()
+        found = dict(sorted(image for part in gathered for image in part))
+        if found and self.process.rank == 0:
+            (path, reason), more = next(iter(found.items())), f" and {len(found) - 1} more" * (len(found) > 1)
+            self.to.tracker.incident("unreadable_image", f"Image {printable(path)} cannot be read ({reason}){more}; {what}.",
+                                     epoch=epoch, images=list(found), reasons=list(found.values()))
 
     def _save_within_epoch(self, wait: bool) -> None:
         self.on_phase("saving", self.update)

@@ -15,7 +15,8 @@ from PIL import Image
 import dryrun
 import models  # noqa: F401  registers the architectures
 from common.errors import UserError
-from datasets.check import SampleCheck, spread_over_classes
+from datasets.build import SampleCheck
+from datasets.sampler import spread_over_classes
 from main import main
 from run.checkpoint import Checkpoints
 from run.life import TrainingRun
