@@ -65,14 +65,14 @@ def shared_memory_problem(options: Options, local_world_size: int, folder: str =
     if needed <= free:
         return None
     fits = int(options.num_workers * free / needed)
-    return (f"{plural(options.num_workers, 'worker')} x {plural(local_world_size, 'process')} hold up to "
-            f"{file_size(needed)} of batches in shared memory, and {folder} has {file_size(free)} free: a "
-            f"bus error would kill the loader; use --num_workers {fits}, or give the container more (docker run "
+    return (f"{plural(options.num_workers, 'worker')} x {plural(local_world_size, 'process')} hold up "
+            f"to {file_size(needed)} of batches in shared memory, and {folder} has {file_size(free)} free: "
+            f"a bus error would kill the loader; use --num_workers {fits}, or give the container more (docker run "
             f"--shm-size={needed // 10 ** 9 + 1}g).")
 
 
 def shared_memory_needed(options: Options, local_world_size: int) -> int:
-    """Bytes: each worker has two batches ready and one in the making, uint8, 1.5 times as large in evaluation."""
+    """Bytes: each worker holds two uint8 batches and makes a third; those of evaluation are 1.5 times as large."""
     batch = int(1.5 * options.batch_size) * 3 * options.input_size ** 2
     return local_world_size * (3 * options.num_workers + 1) * batch
 
@@ -91,5 +91,5 @@ def existing_folder(path: str | os.PathLike) -> Path:
 
 def free_space(output_dir: str | os.PathLike) -> int:
     """Bytes that a run can have for its checkpoints in `output_dir`, including those of its own there."""
-    own = sum(path.stat().st_size for path in Path(output_dir).glob("*.pth"))
+    own = sum(path.stat().st_size for path in Path(output_dir).glob("*.pth") if path.is_file())
     return shutil.disk_usage(existing_folder(output_dir)).free + own
