@@ -16,14 +16,7 @@ from torchvision import transforms
 
 from config.options import ImageSettings, Options
 
-DEFAULT_CROP_PCT, WARP_FROM = ImageSettings.DEFAULT_CROP_PCT, ImageSettings.WHOLE_FROM
 Transform = Callable[[Image.Image], np.ndarray]
-
-
-def mean_std(imagenet_default: bool = True) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of pixels in 0..1: ImageNet's, or Inception's 0.5."""
-    settings = ImageSettings(imagenet_default_mean_and_std=imagenet_default)
-    return settings.mean, settings.std
 
 
 def train_transform(options: Options) -> Transform:

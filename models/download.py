@@ -43,10 +43,13 @@ def fetch_published(name: str, folder: str | os.PathLike | None = None, source: 
     folder, problems = cache_folder(folder), []
     for file in sorted(files, key=lambda file: not (folder / file.name).exists()):
         try:
-            return fetch(file, folder)
+            path = fetch(file, folder)
         except UserError as error:
             problems.append(str(error))
-            logger.warning("%s", error)
+        else:
+            if problems:
+                logger.warning("%s %s is taken instead.", " ".join(problems), path)
+            return path
     raise UserError(" ".join(problems), code="download_failed")
 
 

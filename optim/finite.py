@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from optim.update import UpdateStats
+
 
 @dataclass
 class NonfinitePolicy:
@@ -22,6 +24,15 @@ class NonfinitePolicy:
     row: int = 0
     skipped: int = 0
     rollbacks: int = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The counts so far."""
+        return {"row": self.row, "skipped": self.skipped, "rollbacks": self.rollbacks}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take over counts; none are left as they are."""
+        self.row, self.skipped, self.rollbacks = ({**self.state_dict(), **state}[name]
+                                                  for name in ("row", "skipped", "rollbacks"))
 
     def decide(self, finite: bool, overflow: bool = False) -> str:
         """"go", "skip", "rollback" or "stop" after an update that was `finite` or not.
@@ -63,8 +74,8 @@ class FiniteWatch:
         self.policy = policy
         self._pending: deque = deque()
 
-    def add(self, update: int, stats: Any, context: Any = None) -> Iterator[Incident]:
-        """File an update (`stats`: optim.update.UpdateStats); gives the incidents known by now."""
+    def add(self, update: int, stats: UpdateStats, context: object = None) -> Iterator[Incident]:
+        """File an update; gives the incidents known by now."""
         values, event = stats.values, None
         if values.device.type in ("cuda", "xpu"):
             event = torch.Event(values.device)
@@ -76,11 +87,6 @@ class FiniteWatch:
     def flush(self) -> Iterator[Incident]:
         """The incidents among all updates filed, waiting for the last."""
         return self._read(keep=0)
-
-    @staticmethod
-    def diagnose(model: nn.Module, forward: Callable[[], torch.Tensor]) -> dict:
-        """`optim.finite.diagnose`."""
-        return diagnose(model, forward)
 
     def _read(self, keep: int) -> Iterator[Incident]:
         while len(self._pending) > keep:

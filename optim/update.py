@@ -3,9 +3,10 @@
 Whether an update is finite is decided on the device and agreed by all ranks. An update that is not changes
 nothing on any of them: neither weights, optimizer state nor EMA.
 """
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from timm.utils.agc import adaptive_clip_grad
@@ -30,22 +31,19 @@ class UpdateConfig:
     loss_scaling: bool = False
 
 
-@dataclass(frozen=True)
-class UpdateStats:
-    """What an update did, as tensors on the device; reading one waits for the device.
+class UpdateStats(NamedTuple):
+    """What an update did, as 0-dim float32 tensors on the device; reading one waits for the device.
 
     `loss` is this rank's mean over the update's micro-batches, `grad_norm` the norm before clipping (after it in
     the official mode), `finite` is 1.0 when the update was applied, `loss_finite` when the loss was finite on
-    every rank, `loss_scale` the factor in use during the update. float32 in one tensor, `values`, in this order.
+    every rank, `loss_scale` the factor in use during the update. `values` holds the five in one tensor.
     """
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+    finite: torch.Tensor
+    loss_finite: torch.Tensor
+    loss_scale: torch.Tensor
     values: torch.Tensor
-
-    FIELDS = ("loss", "grad_norm", "finite", "loss_finite", "loss_scale")
-
-    def __getattr__(self, name: str) -> torch.Tensor:
-        if name not in UpdateStats.FIELDS:
-            raise AttributeError(name)
-        return self.values[UpdateStats.FIELDS.index(name)]
 
 
 class LossScale:
@@ -103,13 +101,13 @@ class Update:
         stats = update.step(k)
 
     `model` may be wrapped by DistributedDataParallel. `schedule` gives each global update's learning rate and
-    weight decay. `process` needs `world_size` and `all_reduce_(tensor, "min")`; None: alone.
+    weight decay. `agree(flags)` gives the elementwise minimum over all ranks; without it there is one rank.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, config: UpdateConfig,
-                 ema: Ema | None = None, process=None):
+                 *, ema: Ema | None = None, agree: Callable[[torch.Tensor], torch.Tensor] = lambda flags: flags):
         self.model, self.optimizer, self.schedule, self.config = model, optimizer, schedule, config
-        self.ema, self.process = ema, process
+        self.ema, self.agree = ema, agree
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
         self._agc_parameters = [p for name, p in named if ".head." not in f".{name}"]
@@ -149,9 +147,7 @@ class Update:
         grads = [p.grad for p in self.parameters if p.grad is not None]
         scale = self.scaler.scale.clone()
         norm = torch.nn.utils.get_total_norm(grads) / scale
-        flags = torch.stack([torch.isfinite(self._loss), torch.isfinite(norm)]).float()
-        if self.process is not None and self.process.world_size > 1:
-            self.process.all_reduce_(flags, "min")
+        flags = self.agree(torch.stack([torch.isfinite(self._loss), torch.isfinite(norm)]).float())
         finite = flags.min() > 0
         self._step(grads, scale, norm, finite)
         if self.ema is not None:
@@ -160,7 +156,7 @@ class Update:
         self.optimizer.zero_grad(set_to_none=True)
         values = torch.stack([self._loss, norm.float(), finite.float(), flags[0], scale])
         self._loss = torch.zeros_like(self._loss)
-        return UpdateStats(values)
+        return UpdateStats(*values, values)
 
     def _step(self, grads: list[torch.Tensor], scale: torch.Tensor, norm: torch.Tensor, finite: torch.Tensor) -> None:
         if self.host_reads and not finite.item():

@@ -10,7 +10,7 @@ import torch
 from benchmarks import __main__ as bench
 from benchmarks import cases, timing
 from benchmarks.reference import plain_model
-from native.operators import product_dtype
+from native.runner import product_dtype
 from tests.kits.fill import PARITY, parity_input, parity_tensor
 
 RECORD = Path(__file__).parent.parent / "BENCHMARKS.md"

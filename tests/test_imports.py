@@ -6,15 +6,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = {"common", "config", "models", "datasets", "optim", "launch", "run", "report", "native", "tools", "benchmarks", "engine",
-         "main", "training", "evaluation", "dryrun", "scoring", "tests"}
+         "main", "training", "evaluation", "dryrun", "tests"}
 MAY_KNOW = {
     "common": set(),
     "config": {"common"},
-    "models": {"common", "native"},
+    "models": {"common", "config"},
     "datasets": {"common", "native"},
     "optim": {"common"},
     "launch": {"common"},
-    "run": {"common", "config"},
+    "run": {"common", "config", "datasets", "launch", "engine"},
     "engine": {"common"},
 }
 

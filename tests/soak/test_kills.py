@@ -7,19 +7,9 @@ import time
 
 import pytest
 
-from tests.kits.processes import PROGRAMS, finish, start_torchrun
-from tests.kits.runs import (
-    EPOCHS,
-    UPDATES,
-    arguments,
-    assert_equal_bits,
-    assert_gone,
-    codes,
-    descendants,
-    now,
-    result,
-    start,
-)
+from common.outcome import Outcome
+from tests.kits.processes import PROGRAMS, assert_gone, codes, descendants, finish, start_torchrun
+from tests.kits.runs import EPOCHS, UPDATES, arguments, assert_equal_bits, now, result, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 MOMENTS = 20 if os.environ.get("HORNET_SOAK") else 3
@@ -69,7 +59,7 @@ def test_a_signal_at_any_moment_loses_nothing(images, undisturbed, tmp_path, num
     status = json.loads((folder / "status.json").read_text()) if (folder / "status.json").exists() else {}
     print(f"{name} to the {target} at {at}: exit code {code}, {status.get('state')} at update {status.get('update')}")
     if name != "SIGKILL" and at[1] >= 0:
-        assert status["state"] in ("PREEMPTED", "DONE"), output
+        assert Outcome(status["state"]) in (Outcome.PAUSED, Outcome.DONE), output
     if status.get("state") != "DONE":
         [(code, output)] = finish([launch(argv, tmp_path)], 180)
         assert code == 0, output

@@ -5,18 +5,8 @@ import time
 
 import pytest
 
-from tests.kits.runs import (
-    EPOCHS,
-    UPDATES,
-    arguments,
-    assert_equal_bits,
-    assert_gone,
-    codes,
-    descendants,
-    now,
-    result,
-    start,
-)
+from tests.kits.processes import assert_gone, codes, descendants
+from tests.kits.runs import EPOCHS, UPDATES, arguments, assert_equal_bits, now, result, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 KILLS = 30 if os.environ.get("HORNET_SOAK") else 4
@@ -37,12 +27,12 @@ def killed(argv, tmp_path, seconds) -> bool:
     """Start, and kill -9 after `seconds`; False when it was done, and well, before that."""
     (tmp_path / "now-0").unlink(missing_ok=True)
     [rank] = start(argv, tmp_path / "console", now=str(tmp_path))
-    rank.process.join(seconds)
-    workers, running = descendants(rank.pid), rank.process.is_alive()
+    rank.wait(seconds)
+    workers, running = descendants(rank.pid), rank.poll() is None
     rank.kill()
     assert_gone(workers)
-    assert running or rank.process.exitcode in (0, -9), rank.text()
-    return rank.process.exitcode != 0
+    assert running or rank.poll() in (0, -9), rank.text()
+    return rank.poll() != 0
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])

@@ -4,37 +4,28 @@ import os
 import pytest
 import torch
 
-import engine
+from common.outcome import Outcome
 from config.parse import parse
 from launch.process import start as start_process
 from launch.stop import StopRequest
+from launch.watchdog import Watchdog
 from models import MODEL_NAMES
-from run.life import Services
 from tests.kits.images import write_images
-from tests.kits.processes import environment
-from tests.kits.runs import FORKS, arguments, codes, places, result, start
-from training import build_run, plan_run
+from tests.kits.processes import FORKS, codes, environment, places
+from tests.kits.runs import arguments, result, start
+from training import Trainer, plan_run
 
 GLOBAL_BATCH, UPDATES, ACCUMULATIONS = 32, 3, (1, 2, 4)
 
 
-class Silent:
-    """Nobody watches and nothing is written."""
-
-    def __getattr__(self, name):
-        return lambda *args, **more: None
-
-
-class Recorder(engine.Observer):
+class Recorded(Trainer):
     """Notes the learning rates and weight decays of every update."""
+    schedule = ()
 
-    def __init__(self):
-        self.run, self.schedule = None, []
-
-    def after_update(self, update, stats):
-        groups = self.run.parts.optimizer.param_groups
-        self.schedule.append((update, [(group["lr"], group["weight_decay"]) for group in groups]))
-        return self.run.after_update(update, stats)
+    def after_update(self, update, stats, sums):
+        groups = self.loop.update.optimizer.param_groups
+        self.schedule = [*self.schedule, (update, [(group["lr"], group["weight_decay"]) for group in groups])]
+        return super().after_update(update, stats, sums)
 
 
 def train_in_double(data, accumulation: int, process) -> dict:
@@ -42,26 +33,23 @@ def train_in_double(data, accumulation: int, process) -> dict:
     size = GLOBAL_BATCH // accumulation // process.world_size
     argv = arguments(data, "", batch_size=size, update_freq=None, global_batch=GLOBAL_BATCH, epochs=1, warmup_epochs=0,
                      disable_eval="true", output_dir=None)
-    resolved = parse(argv, MODEL_NAMES)
-    planned = plan_run(resolved, process, None)
-    assert planned.plan.update_freq == accumulation and planned.updates_per_epoch == UPDATES
+    planned = plan_run(parse(argv, MODEL_NAMES), process, None)
+    assert planned.batch.update_freq == accumulation and planned.updates_per_epoch == UPDATES
     plain_wrap = type(process).wrap
     process.wrap = lambda model: plain_wrap(process, model.double())
     with StopRequest() as stop:
-        services = Services(None, None, stop, Silent(), "", process.on_rank_zero)
-        run = build_run(resolved, process, None, services, planned)
-        run.to.tracker = Silent()
-        run.parts.ema.module.double()
-        prepare, recorder = run.training.prepare, Recorder()
+        run = Recorded(planned, process, stop=stop, watchdog=Watchdog(process, hang_timeout=0))
+        run.ema.module.double()
+        prepare = run.task.prepare
 
         def in_double(batch):
             images, targets = prepare(batch)
             return images.double(), targets.double()
 
-        run.training.prepare, run.training.observer, recorder.run = in_double, recorder, run
-        assert run.fit(engine.train_one_epoch, None) == "done"
-    return {"model": run.parts.model.state_dict(), "model_ema": run.parts.ema.state_dict(),
-            "schedule": recorder.schedule, "update": run.update}
+        run.task.prepare = in_double
+        assert run.fit() is Outcome.DONE
+    state = run.state_dict()
+    return {"model": state["model"], "model_ema": state["model_ema"], "schedule": run.schedule, "update": state["update"]}
 
 
 def worker(data, folder, place: dict) -> None:

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from tests.kits.processes import wait_for
-from tests.kits.runs import UPDATES, arguments, assert_gone, descendants, now, start
+from tests.kits.processes import assert_gone, descendants, wait_for
+from tests.kits.runs import UPDATES, arguments, now, start
 
 PHASES = {"data": UPDATES + 2, "forward": UPDATES + 2, "backward": UPDATES + 2, "evaluation": UPDATES, "saving": UPDATES}
 BRIEF = [("backward", 1), ("data", 0)]

@@ -4,7 +4,8 @@ import json
 import pytest
 import torch
 
-from tests.kits.runs import UPDATES, arguments, assert_equal_bits, codes, result, start
+from tests.kits.processes import codes
+from tests.kits.runs import UPDATES, arguments, assert_equal_bits, result, start
 
 
 @pytest.mark.parametrize("what", ["infinite_input", pytest.param("infinite_loss", marks=pytest.mark.slow)])

@@ -1,7 +1,8 @@
 """A run that was stopped or killed, anywhere, ends with the bits of the run that nobody disturbed."""
 import pytest
 
-from tests.kits.runs import EPOCHS, UPDATES, arguments, assert_equal_bits, codes, result, start
+from tests.kits.processes import codes
+from tests.kits.runs import EPOCHS, UPDATES, arguments, assert_equal_bits, result, start
 
 EVERY_UPDATE = 1e-9
 

@@ -7,8 +7,9 @@ import time
 import pytest
 import torch
 
-from tests.kits.processes import wait_for
-from tests.kits.runs import UPDATES, arguments, assert_gone, codes, descendants, now, start
+from common.outcome import Outcome
+from tests.kits.processes import assert_gone, codes, descendants, wait_for
+from tests.kits.runs import UPDATES, arguments, now, start
 
 BRIEF = [("SIGUSR2", "one"), ("SIGTERM", "all")]
 
@@ -32,7 +33,7 @@ def test_a_signal_saves_and_ends_at_one_update(images, tmp_path, name, target):
     assert_gone(workers + [rank.pid for rank in ranks])
     status = json.loads((folder / "status.json").read_text())
     (last, update, _), (_, other, _) = now(tmp_path, 0), now(tmp_path, 1)
-    assert status["state"] == "PREEMPTED" and status["update"] == update == other and last == "saving"
+    assert Outcome(status["state"]) is Outcome.PAUSED and status["update"] == update == other and last == "saving"
     newest = max(folder.glob("checkpoint-*.pth"), key=lambda path: path.stat().st_mtime)
     assert torch.load(newest, weights_only=True)["update"] == update
     assert [line["update"] for line in map(json.loads, (folder / "attempts.jsonl").read_text().splitlines())
@@ -47,6 +48,6 @@ def test_a_signal_to_one_rank_ends_an_evaluation_on_all(images, tmp_path):
     ranks = start(argv, tmp_path / "console", 2, at=[at], now=str(tmp_path))
     assert codes(ranks, 60) == [75, 75], ranks[0].text()
     status = json.loads((folder / "status.json").read_text())
-    assert (status["state"], status["update"], status["epoch"]) == ("PREEMPTED", UPDATES, 0)
+    assert (Outcome(status["state"]), status["update"], status["epoch"]) == (Outcome.PAUSED, UPDATES, 0)
     assert status["cause"] in ("SIGUSR1", "another process was asked to stop")
     assert (folder / f"checkpoint-e0u{UPDATES}.pth").exists() and not (folder / "log.txt").read_text()

@@ -1,0 +1,219 @@
+"""The launcher: what it submits, where it refuses, and the same job through submitit's local executor."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.ledger import Ledger
+from launch import run_with_submitit
+from launch.run_with_submitit import flag, main, snapshot, snapshot_folder, status, with_output_dir, without_flag
+from tests.kits.processes import alive, environment, expected_value, wait_for, write_toy_program
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """A toy program in place of the repository, tmp_path as the current folder, and no launcher's variables."""
+    monkeypatch.setattr(run_with_submitit, "ROOT", write_toy_program(tmp_path / "program"))
+    monkeypatch.chdir(tmp_path)
+    clean = environment()
+    for name in set(os.environ) - set(clean):
+        monkeypatch.delenv(name)
+    for name in ("OMP_NUM_THREADS", "PYTHONPATH"):
+        monkeypatch.setenv(name, clean[name])
+    return tmp_path
+
+
+@pytest.fixture
+def fake_slurm(tmp_path, monkeypatch):
+    """Programs named sbatch and srun on the PATH, for what needs no cluster."""
+    for name in ("sbatch", "srun"):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+
+@pytest.fixture
+def no_slurm(monkeypatch, tmp_path):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+
+
+def test_dry_run_prints_the_script_and_submits_nothing(program, fake_slurm, capsys):
+    assert main(["--nodes", "4", "--ngpus", "8", "--timeout", "1.5", "--partition", "gpu", "--comment", "for a paper",
+                 "--job_name", "tiny", "--slurm", "account=vision", "--slurm", "mem=0", "--use_volta32",
+                 "--dry_run", "true", "--updates", "7"]) == 0
+    out, err = capsys.readouterr()
+    for line in ("--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=90", "--partition=gpu",
+                 "--job-name=tiny", "--comment='for a paper'", "--account=vision", "--mem=0", "--requeue",
+                 "--signal=USR2@120", "--cpus-per-task=10"):
+        assert f"#SBATCH {line}\n" in out
+    assert "export SRUN_CPUS_PER_TASK" in out and "main.py --updates 7 --output_dir" in out
+    assert "--use_volta32" in err and "has no effect" in err
+    assert not (program / "runs").exists() or not list((program / "runs").rglob("*.pkl"))
+
+
+def test_nothing_of_a_site_is_assumed(program, fake_slurm, capsys):
+    assert main(["--dry_run", "true"]) == 0
+    out, err = capsys.readouterr()
+    assert "--cluster auto: slurm, because sbatch is on the PATH" in err
+    for name in ("partition", "constraint", "account", "mem", "qos", "comment"):
+        assert f"--{name}" not in out
+
+
+def test_gpus_asked_for_in_the_sites_own_words_are_asked_for_once(program, fake_slurm, capsys):
+    main(["--slurm", "gres=gpu:a100:8", "--dry_run", "true"])
+    out = capsys.readouterr().out
+    assert "--gres=gpu:a100:8" in out and "--gpus-per-node" not in out
+
+
+def test_slurm_where_there_is_none_names_the_torchrun_line(program, no_slurm, capsys):
+    assert main(["--cluster", "slurm", "--nodes", "2", "--ngpus", "4", "--updates", "3"]) == 2
+    assert ("torchrun --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29500 --nproc_per_node=4 main.py "
+            "--updates 3") in capsys.readouterr().err
+    assert main(["--cluster", "slurm", "--ngpus", "4"]) == 2
+    assert "torchrun --nnodes=1 --nproc_per_node=4 main.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, sentence", [
+    (["--cluster", "local", "--nodes", "2"], "a local job has one node"),
+    (["status", "nowhere"], "nowhere holds no job.json"),
+    (["status"], "status takes one folder"),
+    (["--cluster", "local", "--no_such_flag", "1"], "no_such_flag"),
+    (["--nodes", "two"], "--nodes: 'two'"),
+    (["--nodes", "0"], "--nodes: '0'"),
+    (["--timeout", "nan"], "--timeout: 'nan'"),
+    (["--timeout", "0"], "--timeout: '0'"),
+    (["--max_requeue", "-1"], "--max_requeue: '-1'"),
+    (["--dry_run", "maybe"], "'maybe'"),
+    (["--cluster", "somewhere"], "choose from"),
+])
+def test_mistakes_are_one_sentence_and_exit_code_2(program, argv, sentence, capsys):
+    assert main(argv) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("typed, meant", [("partitoin", "partition"), ("job-dir", "job_dir"), ("node", "nodes"),
+                                          ("cpu_per_task", "cpus_per_task"), ("batchsize", "batch_size"),
+                                          ("updatefreq", "update_freq")])
+def test_a_misspelt_flag_is_suggested_from_the_launchers_and_mains(typed, meant, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--cluster", "local", "--config", "c.yaml", f"--{typed}", "1"]) == 2
+    assert f"unknown flag --{typed}; did you mean --{meant}?" in capsys.readouterr().err
+
+
+def test_the_code_of_a_job_lies_beside_its_folder():
+    for folder, code in (("/a/runs/%j", "/a/runs/code"), ("/a/runs/hornet_%j", "/a/runs/code"),
+                         ("/a/run", "/a/run/code"), ("/a/%j/logs", "/a/code")):
+        assert str(snapshot_folder(folder).parent) == code
+
+
+def test_the_program_starts_from_its_snapshot_alone(tmp_path):
+    snapshot(tmp_path / "code", [])
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ended = subprocess.run([sys.executable, str(tmp_path / "code" / "main.py"), "--print_config", "true"], cwd=tmp_path,
+                           env=alone, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_flags_of_main_are_found_and_replaced(tmp_path):
+    argv = ["--a", "1", "--output_dir=x", "--b"]
+    assert flag(argv, "output_dir") == "x" and flag(argv, "a") == "1" and flag(argv, "c") is None
+    assert without_flag(["--x", "1", "--y", "2"], "x") == ["--y", "2"]
+    argv, folder = with_output_dir(["--output_dir", "rel/%j", "--a", "1"], "/job")
+    assert folder == os.path.abspath("rel/%j") and argv == ["--a", "1", "--output_dir", folder]
+    config = tmp_path / "c.yaml"
+    config.write_text("output_dir: from_config\n")
+    assert with_output_dir(["--config", str(config)], "/job")[1] == os.path.abspath("from_config")
+    assert with_output_dir([], "/job")[1] == "/job"
+
+
+@pytest.mark.parametrize("job_dir", ["file", "file/%j", "/proc/jobs/%j", "{unwritable}/%j"])
+def test_a_job_folder_that_cannot_be_made_is_one_sentence(program, job_dir, capsys):
+    """A read-only folder stands for itself only where the tests don't run as root: a full path in /sys does for both."""
+    (program / "file").touch()
+    name = job_dir.format(unwritable="/sys/kernel")
+    assert main(["--cluster", "local", "--ngpus", "1", "--job_dir", name]) == 2
+    text = capsys.readouterr().err
+    assert f"--job_dir {name}" in text and "Traceback" not in text
+
+
+def test_what_sbatch_refuses_is_one_sentence(program, fake_slurm, capsys):
+    (program / "bin" / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: moon' >&2; exit 1\n")
+    assert main(["--nodes", "1", "--ngpus", "1", "--partition", "moon"]) == 2
+    text = capsys.readouterr().err
+    assert "invalid partition specified: moon" in text and "Traceback" not in text
+
+
+def local(program: Path, *more: str) -> Path:
+    assert main(["--cluster", "local", "--ngpus", "2", "--device", "cpu", *more]) == 0
+    [folder] = {path.parent for path in (program / "runs").glob("*/job.json")}
+    return folder.absolute()
+
+
+def finished(folder: Path, seconds: float = 150) -> list[tuple]:
+    """(state, requeued) of the attempts of a job once it has ended, and no process of it is left."""
+    wait_for(lambda: not alive(int(folder.name)), seconds)
+    assert not any(alive(int(pid.read_text())) for pid in (folder / "pids").iterdir())
+    return [(a["state"], a.get("requeued")) for a in Ledger(folder).attempts()]
+
+
+def test_a_local_job_runs_the_snapshot_to_the_end(program):
+    config = program / "mine.yaml"
+    config.write_text("{}\n")
+    folder = local(program, "--updates", "10", "--config", "mine.yaml")
+    config.unlink()  # later changes don't reach the job
+    (program / "program" / "main.py").write_text("raise SystemExit(9)")
+    assert finished(folder) == [("DONE", None)], (folder / f"{folder.name}_0_log.err").read_text()
+    assert json.loads((folder / "state.json").read_text())["value"] == expected_value(10, 2)
+    text = status(folder)
+    assert "state    COMPLETED" in text and "attempt  1 of" in text and "update   10" in text
+    job = json.loads((folder / "job.json").read_text())
+    assert re.search(r"runs/code/\d{8}-\d{6}-\w{6}$", job["code"])
+
+
+@pytest.mark.slow
+def test_a_local_job_is_requeued_after_a_signal_and_ends_as_if_undisturbed(program):
+    folder = local(program, "--updates", "100", "--faults", "pace=0.05")
+    wait_for(lambda: (folder / "now").exists())
+    os.kill(int((folder / "pids" / "1").read_text()), signal.SIGUSR2)
+    assert finished(folder) == [("PAUSED", True), ("DONE", None)]
+    assert json.loads((folder / "state.json").read_text())["value"] == expected_value(100, 2)
+
+
+@pytest.mark.slow
+def test_requeues_are_capped(program):
+    folder = local(program, "--updates", "10000", "--faults", "pace=0.05", "--max_requeue", "0")
+    wait_for(lambda: (folder / "now").exists())
+    os.kill(int((folder / "pids" / "0").read_text()), signal.SIGUSR2)
+    assert finished(folder) == [("PAUSED", False)]
+    assert "--max_requeue 0" in status(folder)
+
+
+@pytest.mark.slow
+def test_nothing_of_a_local_job_outlives_its_controller(program):
+    folder = local(program, "--updates", "100000")
+    wait_for(lambda: (folder / "now").exists())
+    os.kill(int(folder.name), signal.SIGKILL)
+    wait_for(lambda: not any(alive(int(pid.read_text())) for pid in (folder / "pids").iterdir()))
+
+
+@pytest.mark.slow
+def test_a_second_job_in_the_same_folder_has_its_own_attempts(program):
+    ids = []
+    for _ in range(2):
+        assert main(["--cluster", "local", "--ngpus", "1", "--device", "cpu", "--job_dir", "again",
+                     "--faults", "raise=0@3"]) == 0
+        ids.append(json.loads((program / "again" / "job.json").read_text())["id"])
+        wait_for(lambda: not alive(int(ids[-1])))
+    attempts = Ledger(program / "again").attempts()
+    for job in ids:
+        assert [(a["state"], a["update"], a["requeued"]) for a in attempts if a["job"] == job] == [
+            ("FAILED", 3, True), ("FAILED", 3, False)]
+    text = status(program / "again")
+    assert "attempt  2 of" in text and "ArithmeticError: one divided by nothing" in text and "_0_log.err" in text

@@ -1,0 +1,159 @@
+"""tools.zoo: list, get, verify and convert, on generated files in both namings and a server on this machine."""
+import functools
+import http.server
+import shutil
+import threading
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+
+from common.files import sha256_file
+from common.safe_load import safe_torch_load
+from models import load, zoo
+from models.weights import to_openmmlab
+from tests.kits.trained import checkpoint, lively
+from tools.zoo import main
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """One set of weights as the authors', OpenMMLab's and a training run's file."""
+    folder, model = tmp_path_factory.mktemp("files"), lively(classes=10)
+    state = model.state_dict()
+    torch.save({"model": state}, folder / "authors.pth")
+    torch.save({"state_dict": to_openmmlab(state), "meta": {"epoch": 300}}, folder / "openmmlab.pth")
+    checkpoint(folder / "run.pth", model, lively(classes=10, seed=1), scored="model_ema", classes=list("abcdefghij"))
+    return folder, state
+
+
+def same(found, wanted):
+    return set(found) == set(wanted) and all(torch.equal(found[k], wanted[k]) for k in wanted)
+
+
+def test_list_shows_every_published_model_and_where_files_are(tmp_path, capsys):
+    (tmp_path / zoo.PUBLISHED["hornet_tiny_gf"].files[0].name).write_bytes(b"")
+    assert main(["--folder", str(tmp_path), "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:11]] == list(zoo.PUBLISHED)
+    assert "82.98" in lines[2] and lines[2].endswith("yes") and lines[1].endswith("-")
+    assert "22,409,512" in lines[1] and "none published" in lines[7]
+
+
+@pytest.mark.parametrize("source", ["authors.pth", "openmmlab.pth"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_both_namings_convert_both_ways_bit_for_bit(files, source, suffix, tmp_path):
+    folder, state = files
+    there, back = tmp_path / f"there{suffix}", tmp_path / "back.pth"
+    assert main(["convert", str(folder / source), "--out", str(there), "--names", "openmmlab"]) == 0
+    names = safe_torch_load(there)
+    assert set(names.get("state_dict", names)) == set(to_openmmlab(state))
+    assert main(["convert", str(there), "--out", str(back)]) == 0
+    assert same(safe_torch_load(back)["model"], state) and same(load(there).model.state_dict(), state)
+
+
+def test_the_weights_that_scored_are_converted_with_their_class_names(files, tmp_path):
+    folder, state = files
+    for suffix in (".pth", ".safetensors"):
+        assert main(["convert", str(folder / "run.pth"), "--out", str(tmp_path / f"best{suffix}")]) == 0
+        found = load(tmp_path / f"best{suffix}")
+        assert found.classes == list("abcdefghij")
+        assert same(found.model.state_dict(), load(folder / "run.pth", weights="ema").model.state_dict())
+    assert main(["convert", str(folder / "run.pth"), "--out", str(tmp_path / "raw.pth"), "--weights", "model"]) == 0
+    assert same(safe_torch_load(tmp_path / "raw.pth")["model"], state)
+
+
+@pytest.mark.parametrize("names", ["authors", "openmmlab"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_converted_run_sees_the_same_images(names, suffix, tmp_path):
+    """The crop, the size, the normalisation and the lack of a layer scale are the run's, not the defaults."""
+    run = checkpoint(tmp_path / "run.pth", lively("hornet_pico_7x7", 2, layer_scale_init_value=0), classes=["a", "b"],
+                     model="hornet_pico_7x7", input_size=96, crop_pct=1.0, imagenet_default_mean_and_std=False,
+                     layer_scale_init_value=0.0, lr=0.1)
+    out = tmp_path / f"converted{suffix}"
+    assert main(["convert", str(run), "--out", str(out), "--names", names]) == 0
+    before, after = load(run), load(out)
+    assert (after.name, after.classes, after.settings) == (before.name, before.classes, before.settings)
+    assert after.settings.crop_pct == 1.0 and same(after.model.state_dict(), before.model.state_dict())
+    assert safe_torch_load(out)["format"] == 2 and "lr" not in safe_torch_load(out)["args"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", zoo.PUBLISHED)
+def test_all_published_architectures_round_trip(name, tmp_path):
+    with torch.device("meta"):
+        shapes = timm.create_model(name).state_dict()
+    torch.manual_seed(0)
+    state = {k: torch.randn(v.shape, dtype=torch.bfloat16) for k, v in shapes.items()}  # half the bytes on the disk
+    torch.save({"model": state}, tmp_path / "a.pth")
+    for source, out, names in (("a.pth", "b.pth", "openmmlab"), ("b.pth", "c.safetensors", "authors"),
+                               ("c.safetensors", "d.pth", "authors")):
+        assert main(["convert", str(tmp_path / source), "--out", str(tmp_path / out), "--names", names]) == 0
+    assert same(safe_torch_load(tmp_path / "d.pth")["model"], state)
+    for file in tmp_path.iterdir():  # gigabytes, which pytest would keep for three sessions
+        file.unlink()
+
+
+def test_verify_names_the_model_and_what_is_wrong(files, tmp_path, capsys):
+    folder, state = files
+    named = tmp_path / zoo.PUBLISHED["hornet_tiny_7x7"].files[0].name  # a file of that name with other bytes
+    shutil.copy(folder / "openmmlab.pth", named)
+    torch.save({"model": {**state, "head.bias": torch.full((10,), float("nan"))}}, tmp_path / "nan.pth")
+    (tmp_path / "cut.pth").write_bytes((folder / "authors.pth").read_bytes()[:-3000])
+    assert main(["verify", str(folder / "authors.pth"), str(folder / "openmmlab.pth")]) == 0
+    assert capsys.readouterr().out.count(": ok: hornet_pico_gf, ") == 2
+    assert main(["verify", *map(str, (folder / "authors.pth", named, tmp_path / "nan.pth", tmp_path / "cut.pth"))]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and ": ok" in lines[0] and "0e8eedff" in lines[1]
+    assert [": WRONG: " in line for line in lines] == [False, True, True, True]
+
+
+@pytest.fixture
+def published(files, monkeypatch):
+    """Publish a file of the folder as hornet_tiny_7x7's, served from this machine."""
+    folder, _ = files
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("models.download.time.sleep", lambda seconds: None)
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+
+    def publish(name, prefix):
+        file = zoo.PublishedFile("openmmlab", name, (f"http://127.0.0.1:{server.server_port}/{name}",), prefix)
+        row = replace(zoo.VARIANTS["hornet_tiny_7x7"], files=(file,))
+        monkeypatch.setitem(zoo.VARIANTS, "hornet_tiny_7x7", row)
+    yield publish
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_get_downloads_checks_and_prints_the_path(files, published, tmp_path, capsys):
+    published("openmmlab.pth", sha256_file(files[0] / "openmmlab.pth")[:8])
+    assert main(["--folder", str(tmp_path), "get", "hornet_tiny_7x7"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "openmmlab.pth")
+    assert main(["--folder", str(tmp_path), "get", "hornet_tiny_7x7", "--source", "authors"]) == 2
+
+
+@pytest.mark.parametrize("name, prefix", [("openmmlab.pth", "00000000"), ("gone.pth", "00000000")])
+def test_get_names_where_to_put_a_file_that_is_not_available(published, tmp_path, name, prefix, capfd):
+    published(name, prefix)
+    assert main(["--folder", str(tmp_path), "get", "hornet_tiny_7x7"]) == 2
+    err = capfd.readouterr().err
+    assert str(tmp_path / name) in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["get", "hornet_pico_gf"], "hornet_pico_gf"), (["convert", "FILE", "--out", "x.bin"], ".safetensors"),
+    (["convert", "FILE", "--out", "FILE"], "authors.pth"), (["convert", "missing.pth", "--out", "x.pth"], "missing.pth"),
+])
+def test_mistakes_are_one_sentence_and_exit_2(files, argv, named, capfd):
+    assert main([str(files[0] / "authors.pth") if word == "FILE" else word for word in argv]) == 2
+    err = capfd.readouterr().err
+    assert named in err and len(err.splitlines()) == 1
