@@ -12,8 +12,8 @@ from run.checkpoint import BEST, Checkpoints
 
 def state(epoch: int) -> dict:
     # Every tensor holds its epoch, so that a mixture of two saves would show.
-    return {"format": 2, "model": {f"w{i}": torch.full((30_000,), float(epoch)) for i in range(8)}, "epoch": epoch,
-            "best": {}}
+    return {"format": 2, "model": {f"w{i}": torch.full((30_000,), float(epoch)) for i in range(8)},
+            "epoch": epoch, "best": {}}
 
 
 def save_for_ever(folder, epoch: int) -> None:

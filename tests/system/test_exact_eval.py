@@ -108,7 +108,8 @@ def test_reduced_precision_is_asked_for():
             return logits
 
     for dtype in (None, torch.bfloat16):
-        evaluate([("a", Spy())], pictures(Alone())[:1], Evaluation(prepare, torch.device("cpu"), autocast_dtype=dtype))
+        evaluate([("a", Spy())], pictures(Alone())[:1],
+                 Evaluation(prepare, torch.device("cpu"), autocast_dtype=dtype))
     assert seen == [torch.float32, torch.bfloat16]
 
 
