@@ -9,7 +9,7 @@ import json
 import math
 import re
 import shlex
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -66,7 +66,7 @@ class Run:
     def recipe_difference(self) -> dict:
         """Published values of the options in which the run departs from its model's recipe; {} where none is known."""
         options = Options(**self.config)
-        published = published_recipe(options.model, asdict(options)) if self.config else None
+        published = published_recipe(options) if self.config else None
         return {name: theirs for name, (_, theirs) in Resolved(options, {}, published=published).differences().items()}
 
 
