@@ -57,7 +57,7 @@ def worker(data, folder, place: dict) -> None:
     os.environ.clear()
     os.environ.update(environment(**place))
     torch.set_num_threads(1)
-    with start_process(parse(arguments(data, folder)).options) as process:
+    with start_process("cpu") as process:
         for accumulation in ACCUMULATIONS:
             torch.manual_seed(process.rank + 100 * accumulation)  # nothing may depend on the global generator
             found = train_in_double(data, accumulation, process)

