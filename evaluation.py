@@ -86,7 +86,7 @@ def evaluate_checkpoints(resolved: Resolved, process: Process, watchdog: Watchdo
         warning = strange_weights(candidate.network, candidate.weights, data, options, prepared.evaluation)
         if warning and process.is_main:
             logger.warning("%s: %s", candidate.path, warning)
-    loader = eval_loader(data, options, process.rank, process.world_size)
+    loader = eval_loader(data, options, process.rank, process.world_size, refuse_bad=not options.allow_bad_images)
     # None leaves the bar out where nobody watches a terminal.
     watched = tqdm(loader, "evaluation", unit="batch", leave=False, disable=None if process.is_main else True)
     try:

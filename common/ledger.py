@@ -79,7 +79,7 @@ class Ledger:
         found: dict[int, Record] = {}
         try:
             lines = read_json_lines(self.path / "attempts.jsonl")
-        except OSError:
+        except UserError:
             return []
         for line in lines:
             if isinstance(line.get("attempt"), int):

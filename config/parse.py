@@ -192,7 +192,7 @@ def help_text(everything: bool = False) -> str:
 
 
 def _unexpected(token: str, before: list[str]) -> UserError:
-    """The sentence for a word that is neither a known flag nor the value of one; `before`: what stands before it."""
+    """The sentence for a word that is no known flag nor the value of one; `before`: words it stands after."""
     name = token.lstrip("-\u2013\u2014\u2212").partition("=")[0]
     if token.startswith("--"):
         hint = did_you_mean(name.replace("-", "_"), OPTIONS, "--{}") or "; `--help all` lists every flag."

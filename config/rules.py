@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from config.parse import Resolved
 
 _PUBLISHED_BATCH = 4096
-_FEW_UPDATES, _UNUSED_SHARE = 100, 0.1
+_FEW_UPDATES, _FEW_PER_EPOCH, _UNUSED_SHARE = 100, 10, 0.1
 # option → (the option it needs, how to give that one)
 _NEEDS = {"amp_dtype": ("use_amp", "--use_amp true"), "model_ema_eval": ("model_ema", "--model_ema true"),
           "model_ema_force_cpu": ("model_ema", "--model_ema true"), "clip_by": ("clip_grad", "--clip_grad"),
@@ -217,11 +217,16 @@ def small_data_notice(options: Options, plan: BatchPlan, num_images: int) -> str
     It names the largest `--global_batch` (with the `--batch_size` for it) that ends both, as far as possible.
     """
     updates, unused = divmod(num_images, plan.global_batch)
-    if unused < _UNUSED_SHARE * num_images and updates * options.epochs >= _FEW_UPDATES:
+
+    def few(batch: int) -> bool:
+        per_epoch = num_images // batch
+        return per_epoch < _FEW_PER_EPOCH and per_epoch * options.epochs < _FEW_UPDATES
+
+    if unused < _UNUSED_SHARE * num_images and not few(plan.global_batch):
         return None
     step = _step(options) * plan.world_size
     sizes = [b for b in range(step, plan.global_batch, step) if num_images % b < _UNUSED_SHARE * num_images]
-    enough = [b for b in sizes if num_images // b * options.epochs >= _FEW_UPDATES] or sizes[:1]
+    enough = [b for b in sizes if not few(b)] or sizes[:1]
     found = (f"Each epoch uses {num_images - unused} of the {num_images} training images (others in every "
              f"epoch) in {plural(updates, 'update')}, {updates * options.epochs} in the whole run")
     if not enough:

@@ -7,6 +7,8 @@ import platform
 import socket
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 from common.errors import UserError
 from common.files import read_json
@@ -115,9 +117,22 @@ class RunFolder(Ledger):
             self._remove_unused()
             self._forget()
 
+    def is_ours(self) -> bool:
+        """Whether the folder at `path` is the one that was locked: it may have been moved away or replaced."""
+        try:
+            return self._lock is None or os.path.samestat(os.stat(self.path / "owner.json"), os.fstat(self._lock))
+        except OSError:
+            return False
+
+    def _guard(self, name: str, write: Callable[[Path], object]) -> None:
+        if self.is_ours():
+            super()._guard(name, write)
+        else:
+            logger.error("%s was not written: %s is not the folder of this run any more.", name, self.path)
+
     def _remove_unused(self) -> None:
         try:
-            if self._made and os.listdir(self.path) == ["owner.json"]:
+            if self._made and self.is_ours() and os.listdir(self.path) == ["owner.json"]:
                 (self.path / "owner.json").unlink()
                 self.path.rmdir()
         except OSError:

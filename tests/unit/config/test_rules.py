@@ -151,6 +151,7 @@ def test_after_the_index_classes_and_warmup_steps():
     ("--epochs 30 --batch_size 128", 2, 448, ["256 of the 448", "--global_batch 112 --batch_size 56"]),
     ("--epochs 300 --batch_size 128", 1, 1_281_167, None),
     ("--epochs 30 --batch_size 64", 1, 1437, None),
+    ("--epochs 1 --batch_size 64 --warmup_epochs 0", 1, 1437, None),
     ("--epochs 1 --batch_size 2 --warmup_epochs 0", 1, 2, ["1 in"]),
 ])
 def test_small_data_is_named_with_a_batch_that_fits(argv, world_size, images, expected):
@@ -166,7 +167,8 @@ def test_the_batch_that_is_suggested_for_small_data_is_accepted():
         if sentence:
             flags = sentence[sentence.index("--global_batch"):].split(" (")[0]
             better = plan(f"--epochs 30 {flags}", 1)
-            assert validate_after_index(o, better, images, 2) * 30 >= 100
+            updates = validate_after_index(o, better, images, 2)
+            assert updates >= 10 or updates * 30 >= 100
             assert images % better.global_batch < 0.1 * images
             assert small_data_notice(o, better, images) is None
 

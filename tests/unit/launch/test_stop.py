@@ -2,14 +2,17 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
-import types
 
 import pytest
 import torch
 
-from launch.places import Place
-from launch.process import Process, start
+from common.ledger import Ledger
+from common.outcome import Outcome
+from launch import stop as stop_module
+from launch.process import Place, Process, start
 from launch.stop import StopRequest, job_end_time, time_left
 from tests.kits.processes import (
     TOY,
@@ -23,21 +26,55 @@ from tests.kits.processes import (
     wait_for,
 )
 
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP]
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
-def test_a_signal_sets_a_flag_and_handlers_are_put_back(number):
-    before = signal.getsignal(number)
-    with start(types.SimpleNamespace(device="cpu")) as process, StopRequest() as stop:
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """The handlers as they were: after a stop StopRequest leaves its own, for the process is about to end."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_sets_a_flag(number):
+    with start("cpu") as process, StopRequest() as stop:
         assert not stop.agreed(process)
         signal.raise_signal(number)
         assert stop.requested and stop.agreed(process)
         assert stop.reason == signal.Signals(number).name
-    assert signal.getsignal(number) is before
 
 
-def test_the_second_interrupt_interrupts():
+def test_without_a_stop_the_handlers_are_put_back(handlers):
     with StopRequest():
+        assert signal.getsignal(signal.SIGTERM) is not handlers[signal.SIGTERM]
+    assert {number: signal.getsignal(number) for number in SIGNALS} == handlers
+
+
+def test_a_signal_that_comes_late_does_not_change_how_the_process_ends():
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.raise_signal(number)
+    assert stop.reason == "SIGTERM"
+
+
+def test_nohup_is_respected():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop.requested
+
+
+def test_a_second_interrupt_within_a_second_is_the_same_and_a_later_one_interrupts(monkeypatch):
+    """torchrun passes on the SIGINT that a terminal has sent to every process already."""
+    with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.reason == "SIGINT"
+        monkeypatch.setattr(stop_module, "SAME_CTRL_C", -1.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
@@ -77,7 +114,7 @@ def test_a_lone_process_ends_with_75_and_goes_on_to_the_same_result(tmp_path):
     wait_for(lambda: (tmp_path / "now").exists())
     process.send_signal(signal.SIGTERM)
     assert finish([process])[0][0] == 75
-    assert not (tmp_path / "DONE").exists()
+    assert Ledger(tmp_path).status()["state"] == Outcome.PAUSED
     updates = json.loads((tmp_path / "state.json").read_text())["update"] + 5
     assert finish([Rank([str(TOY), str(tmp_path), str(updates)], environment())])[0][0] == 0
     assert json.loads((tmp_path / "state.json").read_text())["value"] == expected_value(updates, 1)
@@ -105,7 +142,7 @@ def test_stop_signals_to_torchrun_lose_nothing(tmp_path, target, number):
         os.kill(pid, number)
     finish([launcher])
     wait_for(lambda: not any(alive(pid) for pid in ranks))
-    if not (tmp_path / "DONE").exists():
+    if Ledger(tmp_path).status()["state"] != Outcome.DONE:
         [(code, output)] = finish([start_torchrun(2, TOY, tmp_path, 60)])
         assert code == 0, output
     assert json.loads((tmp_path / "state.json").read_text())["value"] == expected_value(60, 2)

@@ -58,12 +58,23 @@ def test_long_and_odd_names(tmp_path):
 def test_json_is_refused_when_large_or_broken(tmp_path):
     write_json(tmp_path / "a.json", {"a": [1, "é"]})
     assert read_json(tmp_path / "a.json") == {"a": [1, "é"]}
-    with pytest.raises(UserError, match="larger"):
-        read_json(tmp_path / "a.json", max_bytes=4)
     for text in ("{", "[" * 100_000, ""):
         (tmp_path / "b.json").write_text(text)
-        with pytest.raises(UserError, match="not readable as JSON"):
+        with pytest.raises(UserError) as caught:
             read_json(tmp_path / "b.json")
+        assert caught.value.code == "unreadable_file"
+    with pytest.raises(UserError) as caught:
+        read_json(tmp_path / "a.json", max_bytes=4)
+    assert caught.value.code == "unreadable_file" and "4 bytes" in str(caught.value)
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("read", [read_json, read_json_lines])
+def test_a_folder_in_the_place_of_a_file_is_one_sentence(tmp_path, read):
+    with pytest.raises(UserError) as caught:
+        read(tmp_path)
+    assert caught.value.code == "unreadable_file" and str(tmp_path) in str(caught.value)
 
 
 def test_a_line_cut_short_by_a_crash_costs_only_itself(tmp_path):
