@@ -93,13 +93,18 @@ def _locate(source: str | os.PathLike) -> Path:
     if str(source) in MODEL_NAMES and not os.path.exists(source):
         return fetch_published(str(source))
     path = Path(local_file(source))
-    return best_checkpoint(path) if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    found = best_checkpoint(path)
+    if found is None:
+        raise UserError(f"{path} holds no checkpoint; name a run's folder or a file.", code="missing_checkpoint")
+    return found
 
 
-def best_checkpoint(run: Path) -> Path:
+def best_checkpoint(run: Path) -> Path | None:
     """The checkpoint in a run's folder that scored best by the manifests (the moving average wins a tie).
 
-    It is the newest where none was evaluated. Raises UserError (`missing_checkpoint`) where there is none.
+    It is the newest where none was evaluated, and None where there is none.
     """
     def score(path: Path) -> float:
         try:
@@ -108,8 +113,4 @@ def best_checkpoint(run: Path) -> Path:
             return -math.inf
     names = ("checkpoint-best-ema.pth", "checkpoint-best.pth")
     found = max((run / name for name in names if (run / name).is_file()), key=score, default=None)
-    found = found or max(run.glob("checkpoint-*.pth"), key=os.path.getmtime, default=None)
-    if found is None:
-        raise UserError(f"{run} holds no checkpoint; name a run's folder or a file.",
-                        code="missing_checkpoint")
-    return found
+    return found or max(run.glob("checkpoint-*.pth"), key=os.path.getmtime, default=None)
