@@ -12,6 +12,7 @@ import warnings
 from common.errors import UserError, lacks_in_words
 from common.log import logger, setup_logging
 from common.outcome import ExitCode
+from config.options import Options
 from config.parse import Resolved, check_model, parse
 
 # Of torchrun, submitit's local executor, srun and mpirun.
@@ -56,7 +57,7 @@ def _run(resolved: Resolved) -> int:
     if options.print_config:
         sys.stdout.write(resolved.describe() + "\n")
         return ExitCode.DONE
-    _allow_open_files(options.num_workers)
+    _allow_open_files(options)
     with start(options.device, options.rendezvous_timeout) as process:
         setup_logging(process.rank)
         for notice in resolved.notices:
@@ -67,19 +68,23 @@ def _run(resolved: Resolved) -> int:
             return work(resolved, process, watchdog)
 
 
-def _allow_open_files(workers: int) -> None:
-    """Raise this process' own limit of open files, up to the system's, to what its loader processes need.
+def _allow_open_files(options: Options) -> None:
+    """Raise this process' own limit of open files; refuse one that is too low for its loader processes.
 
-    Beyond it they would fail at any later time with any of a dozen errors, hence the UserError (`open_files`).
+    Beyond it they would fail later, with any of a dozen errors, hence the UserError (`open_files`).
     """
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 32 + 12 * workers  # measured: 26 and 10 per loader process, training's and evaluation's together
-    if limit < needed <= most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
-    elif limit < needed:
-        raise UserError(f"--num_workers {workers} needs {needed} open files, and this process may open {most}: raise "
-                        f"the limit (ulimit -n 4096) or use --num_workers {max(0, (most - 32) // 12)}.",
+    infinite = resource.RLIM_INFINITY
+    if limit == infinite:
+        return
+    allowed = max(limit, 4096 if most == infinite else min(most, 4096))
+    # Measured with 2 loader processes: 45, and 3 for each batch of an update that waits in shared memory.
+    needed = options.num_workers and 64 + 16 * options.num_workers + 4 * options.update_freq
+    if allowed < needed:
+        raise UserError(f"--num_workers {options.num_workers} needs {needed} open files, and this process may "
+                        f"open {allowed}: raise the limit (ulimit -n 4096) or use --num_workers 0.",
                         code="open_files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, most))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from report.page import write_report
 from run.checkpoint import Checkpoints, Loaded, file_name
 from run.folder import RunFolder
 from run.log import Tracker, WandbRun
-from run.preflight import cpus_per_process, start_warnings
+from run.start import cpus_per_process, start_warnings
 from run.state import (BEST, BEST_EMA, Best, DataIdentity, Environment, Part, Position, State, check_resumable,
                        check_same_run, collect, finished, restore)
 

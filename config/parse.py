@@ -6,7 +6,7 @@ import argparse
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,7 @@ _USAGE = """main.py [--config RECIPE] [--FLAG VALUE ...]
 class Recipe:
     """The options of one YAML file, converted and checked one by one. `name` is the path as given."""
     name: str
-    values: dict[str, Value] = field(default_factory=dict)
-    no_effect: dict[str, str] = field(default_factory=dict)
+    values: dict[str, Value] = field(default_factory=dict)  # those of NO_EFFECT as text
 
     @property
     def global_batch(self) -> int | None:
@@ -105,18 +104,19 @@ def parse(argv: Sequence[str], model_names: Sequence[str] = ()) -> Resolved:
     given = {name: _convert_flag(OPTIONS[name], texts) for name, texts in flags.items() if name in OPTIONS}
     config = given.get("config")
     recipe = read_recipe(config) if isinstance(config, str) else None
-    from_recipe = {n: v for n, v in recipe.values.items() if n not in _PER_LAUNCH} if recipe else {}
+    listed = recipe.values if recipe else {}
+    from_recipe = {name: v for name, v in listed.items() if name in OPTIONS and name not in _PER_LAUNCH}
     options = replace(Options(), **(from_recipe | given))
     origins = dict.fromkeys(OPTIONS, "default")
     origins |= dict.fromkeys(from_recipe, "recipe") | dict.fromkeys(given, "flag")
     if model_names:
         check_model(options.model, model_names)
-    ignored = (recipe.no_effect if recipe else {}) | {n: t[0] for n, t in flags.items() if n in NO_EFFECT}
-    notices = [f"--{name} has no effect: {NO_EFFECT[name][1]}." for name, text in ignored.items()
-               if NO_EFFECT[name][1] and text.lower() != NO_EFFECT[name][0]]
+    ignored = listed | {name: texts[0] for name, texts in flags.items()}
+    notices = [f"--{name} has no effect: {reason}." for name, (default, reason) in NO_EFFECT.items()
+               if reason and str(ignored.get(name, default)).lower() != default]
     notices += rules.settle(options, origins)
     rules.check(options)
-    return Resolved(options, origins, notices, recipe, published_recipe(options.model, asdict(options)))
+    return Resolved(options, origins, notices, recipe, published_recipe(options))
 
 
 def check_model(name: str, known: Sequence[str]) -> None:
@@ -255,17 +255,16 @@ def read_recipe(path: str) -> Recipe:
         raise UserError(f"recipe {name} must be lines of the form `name: value`, such as `lr: 4e-3`.",
                         code="invalid_recipe")
     texts = {str(key): _texts(name, str(key), value) for key, value in (loaded or {}).items()}
-    values = {key: OPTIONS[key].convert(words, f"recipe {name}: {key}") for key, words in texts.items()
-              if key in OPTIONS}
-    return Recipe(path, values, {key: words[0] for key, words in texts.items() if key in NO_EFFECT})
+    return Recipe(path, {key: OPTIONS[key].convert(words, f"recipe {name}: {key}") if key in OPTIONS
+                         else words[0] for key, words in texts.items()})
 
 
-def _texts(recipe: str, key: str, value: Any) -> list[str]:
+def _texts(recipe: str, key: str, value: object) -> list[str]:
     if key not in OPTIONS and key not in NO_EFFECT:
         hint = did_you_mean(key.replace("-", "_"), OPTIONS) or "; `--help all` lists every option."
         raise UserError(f"recipe {recipe} has an unknown key {quote(key)}{hint}", code="unknown_key")
-    texts = value if isinstance(value, list) else [value]
-    if not all(isinstance(text, str) for text in texts):
+    texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+    if len(texts) < (len(value) if isinstance(value, list) else 1):
         raise UserError(f"recipe {recipe}: {key} must be a plain value or a list of plain values.",
                         code="invalid_recipe")
     return texts or [""]
@@ -308,24 +307,22 @@ class _StrictLoader(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-def _yaml(value: Any) -> str:
+def _yaml(value: object) -> str:
     style = '"' if isinstance(value, str) else None
     text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=2 ** 31)
     return text.removesuffix("...\n").rstrip("\n")
 
 
-def published_recipe(model: str, values: Mapping[str, Any]) -> Recipe | None:
-    """The published recipe of `model` given the other option `values`, or None.
+def published_recipe(options: Options) -> Recipe | None:
+    """The published recipe of a run's model, or None.
 
     The large models have two, ImageNet-22k pre-training and 384-pixel fine-tuning, told apart by the start
     and the input size.
     """
-    endings = ["_ft1k_384"] if values["finetune"] else ["", "_in22k", "_ft1k_384"]
-    if values["input_size"] >= 384:
+    endings = ["_ft1k_384"] if options.finetune else ["", "_in22k", "_ft1k_384"]
+    if options.input_size >= 384:
         endings.reverse()
-    known = _recipes()
-    for ending in endings:
-        name = f"{model.removesuffix('_img384') if ending == '_ft1k_384' else model}{ending}"
-        if name in known:
-            return replace(read_recipe(str(known[name])), name=f"recipes/{name}.yaml")
-    return None
+    known, model = _recipes(), options.model
+    names = [(model.removesuffix("_img384") if "384" in ending else model) + ending for ending in endings]
+    path = next((known[name] for name in names if name in known), None)
+    return path and replace(read_recipe(str(path)), name=f"recipes/{path.name}")

@@ -167,8 +167,12 @@ def train_loader(data: Data, options, sampler: GlobalBatchSampler) -> ImageLoade
     return make_loader(data.train, options, sampler)
 
 
-def eval_loader(data: Data, options, rank: int = 0, world_size: int = 1) -> ImageLoader:
-    """This rank's share of the validation images, each once over all ranks, in batches of 1.5 x batch_size."""
+def eval_loader(data: Data, options, rank: int = 0, world_size: int = 1, *,
+                refuse_bad: bool = False) -> ImageLoader:
+    """This rank's share of the validation images, each once over all ranks, in batches of 1.5 x batch_size.
+
+    refuse_bad: an unreadable image is a UserError; otherwise it counts as incorrect and is kept in `bad_images`.
+    """
     sampler = ExactEvalSampler(len(data.val), rank, world_size)
     batches = BatchSampler(sampler, max(1, int(1.5 * options.batch_size)), drop_last=False)
-    return make_loader(data.val, options, batches, refuse_bad=not options.allow_bad_images)
+    return make_loader(data.val, options, batches, refuse_bad=refuse_bad)

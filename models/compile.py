@@ -4,6 +4,7 @@ What is compiled is the plain network, with the Fourier filter as matrix product
 """
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +17,28 @@ _ROUNDING = 1e-3  # relative distance of a tensor that float32 sums in another o
 
 def compile_model(model: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype | None,
                   agree: Callable[[bool], bool]) -> nn.Module:
-    """`model`, a HorNet in training mode, compiled for batches of `shape` under autocast to `dtype` (None: none).
+    """A HorNet in training mode, compiled for batches of `shape` under autocast to `dtype` (None: none).
 
-    One batch of noise goes through both, forward and backward, which also does the compiling. Returns the model itself,
-    as it was and with one warning, when it cannot be compiled here, when its logits or gradients are further from eager
-    float32 than rounding in `dtype` explains, or when `agree` says so: it gets this process' own success and
-    answers that of all. Parameters, gradients and their names are the model's own either way.
+    One batch of noise goes through both, forward and backward, which also does the compiling. Returns the
+    model itself, as it was and with one warning, when it cannot be compiled here, when its logits or
+    gradients are further from eager float32 than rounding in `dtype` explains, or when `agree` says so: it
+    gets this process' own success and answers that of all. Parameters, gradients and their names are the
+    model's own either way.
     """
-    trouble = ""
+    compiled, trouble = model, ""
     try:
         with _true_float32():
             exact = _logits_and_gradients(model, model, shape, None)
         eager = _logits_and_gradients(model, model, shape, dtype)
         use_matrix_filter(model)
-        compiled = torch.compile(model)
+        compiled = cast(nn.Module, torch.compile(model))
         trouble = _furthest(model, _logits_and_gradients(compiled, model, shape, dtype), eager, exact)
-    except Exception as error:  # Whatever a compiler raises, its own bugs included, and too little memory to compare.
+    except Exception as error:  # Whatever a compiler raises, its own bugs included, and too little memory.
         trouble = " ".join([f"{type(error).__name__}:", *str(error).split("\n")[:2]])
     if agree(not trouble):
         return compiled
-    logger.warning("--compile is not used, training goes on without it: %s", trouble or "another process has failed")
+    logger.warning("--compile is not used, training continues without it: %s",
+                   trouble or "another process has failed")
     use_matrix_filter(model, False)
     return model
 
@@ -43,7 +46,7 @@ def compile_model(model: nn.Module, shape: tuple[int, int, int, int], dtype: tor
 @contextmanager
 def _true_float32() -> Iterator[None]:
     """Products without TF32, said in the one of PyTorch's two ways that torch.compile can read."""
-    places = torch.backends.cuda.matmul, torch.backends.cudnn
+    places: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
     allowed = [place.allow_tf32 for place in places]
     try:
         for place in places:
@@ -60,16 +63,19 @@ def _logits_and_gradients(call: nn.Module, model: nn.Module, shape: tuple[int, .
     device, draw = next(model.parameters()).device, torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=draw).to(device)
     # Nothing is dropped, so that every layer shows.
-    drops = (torch.ones(shape[0], model.num_drop_draws, device=device),) if model.num_drop_draws else ()
+    draws = int(getattr(model, "num_drop_draws", 0))
+    drops = (torch.ones(shape[0], draws, device=device),) if draws else ()
     with nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype):
         logits = call(x, *drops).float()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return [tensor.detach().cpu() for tensor in (logits, *torch.autograd.grad(logits.square().mean(), parameters))]
+    gradients = torch.autograd.grad(logits.square().mean(), parameters)
+    return [tensor.detach().cpu() for tensor in (logits, *gradients)]
 
 
 def _furthest(model: nn.Module, found: list[Tensor], eager: list[Tensor], exact: list[Tensor]) -> str:
-    """A sentence about the tensor that is further from `exact` than eager's own rounding allows; "" when none is."""
-    names = ["the logits", *(f"the gradient of {name}" for name, p in model.named_parameters() if p.requires_grad)]
+    """A sentence about the tensor further from `exact` than eager's own rounding allows; "" for none."""
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    names = ["the logits", *(f"the gradient of {name}" for name in trained)]
     worst, sentence = _ROUNDING, ""
     for name, ours, theirs, true in zip(names, found, eager, exact):
         scale = true.norm() + torch.finfo(torch.float32).tiny

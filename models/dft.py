@@ -1,7 +1,7 @@
 """The global filter without a Fourier transform: real matrix products, for compilers and other runtimes.
 
-Many runtimes lack FFT operators and complex numbers, and torch.compile's Inductor has open bugs that give wrong
-values around FFTs (pytorch#143719, #181625); at HorNet's sizes the products are the faster form anyway.
+Many runtimes lack FFT operators and complex numbers, and torch.compile's Inductor has open bugs that give
+wrong values around FFTs (pytorch#143719, #181625); at HorNet's sizes the products are the faster form anyway.
 """
 import math
 from collections.abc import Iterator
@@ -66,7 +66,7 @@ def _matrix_filter(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _turns(rows: int, columns: int, period: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of 2 pi i j / period, (rows, columns); the product is reduced as integers, which keeps it exact."""
+    """cos and sin of 2 pi i j / period, (rows, columns); the product is reduced as integers, exactly."""
     i, j = torch.arange(rows, device=device), torch.arange(columns, device=device)
     # The divisor is a tensor because ONNX has no remainder by a number known only at run time.
     steps = torch.remainder(i[:, None] * j[None], torch.full((1,), period, dtype=torch.int64, device=device))
@@ -79,7 +79,8 @@ def _resized(weight: Tensor, height: int, half: int) -> Tensor:
 
     Two matrix products: no branch on the size, and exact at the filter's own size.
     """
-    rows, columns = _interpolation(weight.shape[1], height, weight), _interpolation(weight.shape[2], half, weight)
+    rows = _interpolation(weight.shape[1], height, weight)
+    columns = _interpolation(weight.shape[2], half, weight)
     across = F.linear(weight.permute(3, 0, 1, 2).contiguous(), columns)
     return F.linear(across.transpose(2, 3).contiguous(), rows)
 
@@ -87,5 +88,5 @@ def _resized(weight: Tensor, height: int, half: int) -> Tensor:
 def _interpolation(source: int, target: int, like: Tensor) -> Tensor:
     """(target, source) weights of linear interpolation."""
     steps = torch.arange(target, device=like.device)
-    place = (steps * (source - 1)).float() / torch.sym_max(target - 1, 1)
+    place: Tensor = (steps * (source - 1)).float() / torch.sym_max(target - 1, 1)  # type: ignore[assignment]
     return (1 - (place[:, None] - torch.arange(source, device=like.device)[None]).abs()).clamp_min(0)

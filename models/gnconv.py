@@ -7,7 +7,7 @@ This file needs torch and nothing else: copy it into another project and `from g
     y = mixer(torch.randn(2, 96, 28, 28))                # (B, C, H, W) in, (B, out_dim, H, W) out
 
 Tensors are (B, C, H, W). They are fastest in channels_last memory, where a 1x1 convolution is a plain matrix
-product and a layer norm reads consecutive values; no module here changes the memory format of what it is given.
+product and a layer norm reads consecutive values; no module asks for it.
 """
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,9 +17,8 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-# Functions below marked with `torch.fx.wrap` ask for shapes and types, which torch.fx does not know while it traces:
-# they stay single calls in its graphs.
+# Functions below marked with `torch.fx.wrap` ask for shapes and types, which torch.fx does not know while it
+# traces: they stay single calls in its graphs.
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -64,42 +63,40 @@ class GnConv(nn.Module):
         self.proj_in = nn.Conv2d(dim, 2 * dim, kernel_size=1)
         if filter == "conv":
             if kernel_size < 1 or kernel_size % 2 == 0:
-                raise ValueError(f"gnConv kernel_size {kernel_size}: an odd number is needed, so that sizes stay equal")
+                raise ValueError(f"gnConv kernel_size {kernel_size}: an odd number is needed, to keep sizes")
             self.dwconv = nn.Conv2d(total, total, kernel_size, padding=kernel_size // 2, groups=total)
         elif filter == "global" or isinstance(filter, (tuple, list)):
             if total % 2:
-                raise ValueError(f"gnConv of order {order} with a global filter needs a dim that is a multiple of "
-                                 f"{2 ** order}, not {dim}: the filter takes half of the {total} gated channels")
-            self.dwconv = GlobalLocalFilter(total, (14, 8) if filter == "global" else tuple(filter))
+                raise ValueError(f"gnConv of order {order} with a global filter: dim must be a multiple of "
+                                 f"{2 ** order}, not {dim}: it filters half of the {total} gated channels")
+            height, width = (14, 8) if filter == "global" else filter
+            self.dwconv = GlobalLocalFilter(total, (height, width))
         else:
-            raise ValueError(f'gnConv filter {filter!r}: "conv", "global" or a grid such as (14, 8) is needed')
-        self.proj_out = nn.Conv2d(dim, dim if out_dim is None else out_dim, kernel_size=1)
+            raise ValueError(f'gnConv filter {filter!r}: "conv", "global" or a grid like (14, 8) is needed')
+        self.proj_out = nn.Conv2d(dim, out_dim or dim, kernel_size=1)
         self.pws = nn.ModuleList(nn.Conv2d(a, b, kernel_size=1) for a, b in zip(self.dims, self.dims[1:]))
 
     def forward(self, x: Tensor) -> Tensor:
         check_channels(x, self.dim)
         p, q = self.proj_in(x).split((self.dims[0], sum(self.dims)), dim=1)
         q = self.dwconv(q)
-        if computes_in_float16(self.proj_out):
-            return self._recurse_in_float32(p, q)
-        return self._recurse(p, q)
-
-    def _recurse(self, p: Tensor, q: Tensor, call: "Callable[[nn.Module, Tensor], Tensor]" = nn.Module.__call__) -> Tensor:
-        q = q.split(self.dims, dim=1)
-        p = gate(p, q[0], self.scale)
-        for k, pw in enumerate(self.pws, start=1):
-            p = gate(call(pw, p), q[k], self.scale)
-        return call(self.proj_out, p)
-
-    def _recurse_in_float32(self, p: Tensor, q: Tensor) -> Tensor:
+        if not computes_in_float16(self.proj_out):
+            return self._recurse(p, q, call)
         weight = next(self.proj_out.parameters())
         with without_autocast(weight.device.type):
-            # A .half() module gives float16 back; under autocast the parameters are float32 and so is the output.
+            # A .half() module gives float16 back; under autocast parameters and output are float32.
             return self._recurse(p.float(), q.float(), call_in_float32).to(weight.dtype)
+
+    def _recurse(self, p: Tensor, q: Tensor, call: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+        gates = q.split(self.dims, dim=1)
+        p = gated(p, gates[0], self.scale)
+        for k, pw in enumerate(self.pws, start=1):
+            p = gated(call(pw, p), gates[k], self.scale)
+        return call(self.proj_out, p)
 
 
 class GlobalLocalFilter(nn.Module):
-    """Half the channels through a depthwise 3x3 convolution, half through a learned filter in the Fourier domain.
+    """Half the channels through a depthwise 3x3 convolution, half through a filter in the Fourier domain.
 
     Args:
         dim: channels, even.
@@ -118,9 +115,9 @@ class GlobalLocalFilter(nn.Module):
     def __init__(self, dim: int, size: tuple[int, int] = (14, 8)):
         super().__init__()
         if dim < 2 or dim % 2:
-            raise ValueError(f"GlobalLocalFilter dim {dim}: an even number is needed, half of it goes to each branch")
+            raise ValueError(f"GlobalLocalFilter dim {dim}: an even number is needed, half for each branch")
         if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"GlobalLocalFilter size {size!r}: positive (height, width // 2 + 1) is needed")
+            raise ValueError(f"GlobalLocalFilter size {size!r}: positive (height, width // 2 + 1) needed")
         self.dw = nn.Conv2d(dim // 2, dim // 2, kernel_size=3, padding=1, bias=False, groups=dim // 2)
         self.complex_weight = nn.Parameter(torch.empty(dim // 2, *size, 2))
         self.pre_norm = LayerNorm2d(dim, eps=1e-6)
@@ -129,13 +126,15 @@ class GlobalLocalFilter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         local, remote = self.pre_norm(x).chunk(2, dim=1)
-        remote = global_filter(remote, self.complex_weight) if self.fourier is None else self.fourier(
-            remote, self.complex_weight)
-        x = interleave(self.dw(local), remote)
-        return call_in_float32(self.post_norm, x) if computes_in_float16(self.post_norm) else self.post_norm(x)
+        if self.fourier is None:
+            remote = global_filter(remote, self.complex_weight)
+        else:
+            remote = self.fourier(remote, self.complex_weight)
+        post_norm = call_in_float32 if computes_in_float16(self.post_norm) else call
+        return post_norm(self.post_norm, interleave(self.dw(local), remote))
 
 
-def gate(x: Tensor, gate: Tensor, scale: float) -> Tensor:
+def gated(x: Tensor, gate: Tensor, scale: float) -> Tensor:
     """scale * x * gate, elementwise in one pass."""
     return torch.addcmul(x.new_zeros(()), x, gate, value=scale)
 
@@ -144,16 +143,16 @@ def gate(x: Tensor, gate: Tensor, scale: float) -> Tensor:
 def global_filter(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply x (B, C, H, W) by a learned filter in the 2-D Fourier domain, norm "ortho".
 
-    `weight` (C, h, w, 2) holds real and imaginary parts and is resized to (H, W // 2 + 1). Computed and returned in
-    float32 (float64 for float64 input) whatever the input or autocast says: sums over all positions leave the range
-    of float16 and the precision of bfloat16.
+    `weight` (C, h, w, 2) holds real and imaginary parts and is resized to (H, W // 2 + 1). Computed and
+    returned in float32 (float64 for float64 input) whatever the input or autocast says: sums over all
+    positions leave the range of float16 and the precision of bfloat16.
     """
     height, width = x.shape[2:]
     dtype = torch.promote_types(x.dtype, torch.float32)
     spectrum = torch.fft.rfft2(x.to(dtype), dim=(2, 3), norm="ortho")
     weight = resize_filter(weight.to(dtype), (height, width // 2 + 1))
-    return torch.fft.irfft2(spectrum * torch.view_as_complex(weight.contiguous()), s=(height, width), dim=(2, 3),
-                            norm="ortho")
+    spectrum = spectrum * torch.view_as_complex(weight.contiguous())
+    return torch.fft.irfft2(spectrum, s=(height, width), dim=(2, 3), norm="ortho")
 
 
 def resize_filter(weight: Tensor, size: tuple[int, int]) -> Tensor:
@@ -174,15 +173,16 @@ def interleave(local: Tensor, remote: Tensor) -> Tensor:
 
 
 def gnconv_dims(dim: int, order: int) -> list[int]:
-    """Widths of the recursion, dim / 2^(order-1), ..., dim / 2, dim; ValueError when the division leaves a rest."""
+    """Widths of the recursion, dim / 2^(order-1), ..., dim / 2, dim; ValueError when one is not whole."""
     if not isinstance(order, int) or order < 1:
         raise ValueError(f"gnConv order {order!r}: a whole number from 1 on is needed")
     step = 2 ** (order - 1)
     if dim < step or dim % step:
         nearest = max(step, round(dim / step) * step)
         largest = (dim & -dim).bit_length() if dim > 0 else 0
-        raise ValueError(f"gnConv of order {order} halves its width {order - 1} times, and dim {dim} is not a multiple "
-                         f"of {step}; the nearest width is {nearest}, the largest order for {dim} is {largest}")
+        raise ValueError(
+            f"gnConv of order {order} halves its width {order - 1} times, and dim {dim} is not a multiple of "
+            f"{step}; the nearest width is {nearest}, the largest order for {dim} is {largest}")
     return [dim // 2 ** i for i in reversed(range(order))]
 
 
@@ -207,8 +207,13 @@ def computes_in_float16(module: nn.Module) -> bool:
         and torch.get_autocast_dtype(device) == torch.float16)
 
 
+def call(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x)."""
+    return module(x)
+
+
 def call_in_float32(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x) with its parameters in float32, whatever they are stored in; its hooks are called as always."""
+    """module(x) with its parameters in float32, whatever they are stored in; its hooks are called."""
     parameters = dict(module.named_parameters())
     if all(p.dtype != torch.float16 for p in parameters.values()):
         return module(x)

@@ -3,9 +3,9 @@
 Architecture and published variants: "HorNet: Efficient High-Order Spatial Interactions with Recursive Gated
 Convolutions", NeurIPS 2022, arXiv:2207.14284. Parameter names, shapes and order are the published ones.
 
-Stages, blocks and gnConv take and give (B, C, H, W) in channels_last memory, which the first LayerNorm produces
-and everything after it keeps. Every submodule is called by its own forward, so hooks, adapters, quantised or
-replaced layers, counters and tracers find what they expect.
+Stages, blocks and gnConv take and give (B, C, H, W) in channels_last memory, which the first LayerNorm
+produces and everything after it keeps. Every submodule is called by its own forward, so hooks, adapters,
+quantised or replaced layers, counters and tracers find what they expect.
 """
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from models.gnconv import GnConv, LayerNorm2d
 from models.zoo import VARIANTS, HorNetConfig
 
+CONFIGS = {name: variant.config for name, variant in VARIANTS.items()}
 EPS = 1e-6  # of every LayerNorm
 
 
@@ -63,7 +64,7 @@ class Block(nn.Module):
 
 @torch.fx.wrap
 def residual(x: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
-    """x + keep * gamma * branch, with x and branch (B, C, H, W), gamma (C,) or None, keep (B,) or None (0: dropped).
+    """x + keep * gamma * branch: x and branch (B, C, H, W), gamma (C,) or None, keep (B,) or None.
 
     The sum has the wider type of x and gamma: under autocast the residual stream stays float32.
     """
@@ -76,7 +77,7 @@ def residual(x: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | Non
 
 
 class Stage(nn.Sequential):
-    """Blocks, one after the other. `keep` (B, blocks, 2): drop path's factors for all of them, None to keep all."""
+    """Blocks, one after the other; `keep` (B, blocks, 2) as in `keep_factors`, None to keep all."""
 
     grad_checkpointing = False
 
@@ -91,7 +92,7 @@ class Stage(nn.Sequential):
 
 
 class HorNet(nn.Module):
-    """The network. Input float (B, in_chans, H, W), H and W from 32 on, any memory format; output (B, num_classes).
+    """The network: float (B, in_chans, H, W), H and W from 32 on, to logits (B, num_classes).
 
     Args:
         cfg: architecture.
@@ -104,34 +105,37 @@ class HorNet(nn.Module):
         global_pool: "avg", or "" for an output at each position, (B, num_classes, H / 32, W / 32).
     """
 
-    def __init__(self, cfg: HorNetConfig = HorNetConfig(), in_chans: int = 3, num_classes: int = 1000,
-                 drop_rate: float = 0.0, drop_path_rate: float = 0.0, layer_scale_init_value: float = 1e-6,
-                 head_init_scale: float = 1.0, global_pool: str = "avg"):
+    def __init__(self, cfg: HorNetConfig = CONFIGS["hornet_tiny_7x7"], in_chans: int = 3,
+                 num_classes: int = 1000, drop_rate: float = 0.0, drop_path_rate: float = 0.0,
+                 layer_scale_init_value: float = 1e-6, head_init_scale: float = 1.0,
+                 global_pool: str = "avg"):
         super().__init__()
         for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
             if not 0 <= rate < 1:
                 raise ValueError(f"{name} {rate}: a number from 0 to below 1 is needed")
         self.cfg, self.in_chans, self.num_classes = cfg, in_chans, num_classes
-        self.drop_rate, self.drop_path_rate, self.global_pool = drop_rate, drop_path_rate, _checked_pool(global_pool)
+        self.drop_rate, self.drop_path_rate = drop_rate, drop_path_rate
+        self.global_pool = _checked_pool(global_pool)
         dims = [cfg.width * 2 ** i for i in range(4)]
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
             dict(num_chs=dim, reduction=4 * 2 ** i, module=f"stages.{i}") for i, dim in enumerate(dims)]
-        stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], kernel_size=4, stride=4), LayerNorm2d(dims[0], eps=EPS))
+        stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], kernel_size=4, stride=4),
+                             LayerNorm2d(dims[0], eps=EPS))
         self.downsample_layers = nn.ModuleList([stem] + [
             nn.Sequential(LayerNorm2d(a, eps=EPS), nn.Conv2d(a, b, kernel_size=2, stride=2))
             for a, b in zip(dims, dims[1:])])
-        self.stages = nn.ModuleList(Stage(*(
-            Block(GnConv(dim, order, cfg.kernel_size, cfg.scale, filter=filter), layer_scale_init_value)
-            for _ in range(depth))) for dim, depth, order, filter in zip(dims, cfg.depths, cfg.orders, cfg.filters))
+        self.stages = nn.ModuleList(
+            Stage(*(Block(GnConv(dim, order, cfg.kernel_size, cfg.scale, filter=filter),
+                          layer_scale_init_value) for _ in range(depth)))
+            for dim, depth, order, filter in zip(dims, cfg.depths, cfg.orders, cfg.filters))
         self.norm = nn.LayerNorm(dims[-1], eps=EPS)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(dims[-1], num_classes) if num_classes > 0 else nn.Identity()
         self.apply(_init_weights)
-        if num_classes > 0:
-            with torch.no_grad():
-                self.head.weight.mul_(head_init_scale)
-                self.head.bias.mul_(head_init_scale)
+        with torch.no_grad():
+            for parameter in self.head.parameters():
+                parameter.mul_(head_init_scale)
 
     @property
     def num_drop_draws(self) -> int:
@@ -139,10 +143,10 @@ class HorNet(nn.Module):
         return 2 * sum(self.cfg.depths)
 
     def forward(self, x: Tensor, drop_draws: Tensor | None = None) -> Tensor:
-        """Logits; `drop_draws` (B, num_drop_draws) are uniforms in [0, 1) for drop path, drawn here when None.
+        """Logits; `drop_draws` (B, num_drop_draws), uniform in [0, 1), decide drop path, drawn when None.
 
-        Column 2 * i is for block i's first branch, 2 * i + 1 for its second; a branch is kept where the draw is
-        at least its drop rate. Drawing once, before the blocks, keeps recomputed blocks from drawing again.
+        Column 2 * i is for block i's first branch, 2 * i + 1 for its second; a branch is kept where the draw
+        is at least its drop rate. Drawn once, before the blocks, so that recomputed blocks do not draw again.
         """
         return self.forward_head(self.forward_features(x, drop_draws))
 
@@ -155,21 +159,23 @@ class HorNet(nn.Module):
         check_input(x, self.in_chans)
         keep = self._keep_factors(x, drop_draws)
         outputs, start = [], 0
-        for downsample, stage in zip(self.downsample_layers[:stages], self.stages):
-            x = stage(downsample(x), None if keep is None else keep[:, start:start + len(stage)])
-            start += len(stage)
+        for downsample, stage in list(zip(self.downsample_layers, self.stages))[:stages]:
+            blocks = len(list(stage.children()))
+            x = stage(downsample(x), None if keep is None else keep[:, start:start + blocks])
+            start += blocks
             outputs.append(x)
         return outputs
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool and normalise features (B, C, h, w) and classify them; `pre_logits` leaves the classifier out."""
+        """Pool and normalise features (B, C, h, w) and classify them, not with `pre_logits`."""
         x = self.head_drop(self.norm(x.mean((2, 3)) if self.global_pool else x.permute(0, 2, 3, 1)))
         x = x if pre_logits else self.head(x)
         return x if self.global_pool else x.permute(0, 3, 1, 2)
 
     def forward_intermediates(self, x: Tensor, indices: int | list[int] | None = None, norm: bool = False,
-                              stop_early: bool = False, output_fmt: str = "NCHW", intermediates_only: bool = False):
-        """Outputs of the stages named by `indices` (timm's convention), as (B, C, H, W); see timm's `features_only`."""
+                              stop_early: bool = False, output_fmt: str = "NCHW",
+                              intermediates_only: bool = False) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Outputs of the stages named by `indices`, as timm's `features_only` asks for them."""
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f'output_fmt {output_fmt!r}: "NCHW" or "NHWC" is needed')
         take, last = feature_take_indices(len(self.stages), indices)
@@ -200,14 +206,15 @@ class HorNet(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new, freshly initialised head, none for 0; `global_pool` "avg" or "" (no pooling), None as before."""
+        """A new, freshly initialised head, none for 0; `global_pool` "avg", "" (none), or None as before."""
         if global_pool is not None:
             self.global_pool = _checked_pool(global_pool)
         self.num_classes = num_classes
@@ -241,7 +248,7 @@ def check_input(x: Tensor, in_chans: int) -> None:
 
 @torch.fx.wrap
 def keep_factors(x: Tensor, draws: Tensor | None, rate: float, count: int) -> Tensor:
-    """Drop path's factors, (B, blocks, 2), each 0 or 1 / (1 - p) with p rising from 0 to `rate` over the blocks.
+    """Drop path's factors (B, blocks, 2): 0 or 1 / (1 - p), with p rising from 0 to `rate` over the blocks.
 
     `draws` (B, count), count = 2 * blocks, are uniforms in [0, 1), drawn here when None.
     """
@@ -267,15 +274,12 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-CONFIGS = {name: variant.config for name, variant in VARIANTS.items()}
-
-
 def _default_cfg(name: str) -> dict:
     size = VARIANTS[name].input_size
     url = next((file.urls[0] for file in VARIANTS[name].files), "")
-    return dict(url=url, num_classes=1000, input_size=(3, size, size), interpolation="bicubic", custom_load=True,
+    return dict(url=url, num_classes=1000, input_size=(3, size, size), interpolation="bicubic",
                 crop_pct=1.0 if size >= 384 else 0.875, crop_mode="squash" if size >= 384 else "center",
-                mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, license="mit",
+                custom_load=True, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, license="mit",
                 first_conv="downsample_layers.0.0", classifier="head")
 
 
@@ -285,8 +289,8 @@ default_cfgs = generate_default_cfgs({name: _default_cfg(name) for name in CONFI
 def _create(name: str, pretrained: bool = False, **kwargs) -> HorNet:
     """Build `name`; keyword arguments are HorNet's and HorNetConfig's, an unknown one is a TypeError.
 
-    Training scripts of timm and DeiT always pass some that other families have: `img_size` (HorNet takes any),
-    `drop_block_rate` None or 0 and `output_stride` 32 are accepted and change nothing.
+    Training scripts of timm and DeiT always pass some that other families have: `img_size` (HorNet takes
+    any), `drop_block_rate` None or 0 and `output_stride` 32 are accepted and change nothing.
     """
     kwargs = {name: value for name, value in kwargs.items() if value is not None and name != "img_size"}
     for key, only, accepted in (("drop_block_rate", 0, "None"), ("output_stride", 32, "32")):
@@ -298,7 +302,8 @@ def _create(name: str, pretrained: bool = False, **kwargs) -> HorNet:
     if pretrained:
         from models.download import fetch_published
         overlay["file"] = str(overlay.get("file") or fetch_published(name, cache_dir))
-        # Else timm reads a named file itself: without OpenMMLab's names, and the average instead of what scored.
+        # Else timm reads a named file itself: without OpenMMLab's names, and the average instead of what
+        # scored.
         kwargs["pretrained_cfg_overlay"] = overlay | {"custom_load": True}
     return build_model_with_cfg(
         HorNet, name, pretrained, model_cfg=replace(CONFIGS[name], **changes),

@@ -1,8 +1,9 @@
-"""JPEGs through `jpeg.cpp`: pictures that remember crop and resize until pixels are wanted, then decode only those.
+"""JPEGs through `jpeg.cpp`: pictures that remember crop and resize until pixels are wanted, then decode only
+those.
 
-`picture_of(data)` gives a picture that timm's and torchvision's transforms take like any other; what it does not do
-itself is Pillow's. The pixels are Pillow's own bit for bit, which a self-test makes sure of in each process; where it
-fails, or there is no compiler, `available()` is False and everything goes through Pillow.
+`picture_of(data)` gives a picture that timm's and torchvision's transforms take like any other; what it does
+not do itself is Pillow's. The pixels are Pillow's own bit for bit, which a self-test makes sure of in each
+process; where it fails, or there is no compiler, `available()` is False and everything goes through Pillow.
 """
 import ctypes
 import io
@@ -50,7 +51,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     version = "80" if ".so.8" in path else "62"
     library = load_compiled(Path(__file__).with_name("jpeg.cpp"), (f"-DJPEG_LIB_VERSION={version}", *_FLAGS),
-                            "Compiled loading")
+                            "JPEG decoder", "GAIN")
     if library is None or library.use_libjpeg(os.fsencode(path)):
         return None
     library.affine.restype = library.pack.restype = None
@@ -96,7 +97,9 @@ def picture_of(data: bytes) -> Image.Image | None:
 
 
 class _Pending:
-    """Bytes of a JPEG, the rectangle `crop` of it (left, top, width, height), and, once resized, size and filter."""
+    """Bytes of a JPEG, the rectangle `crop` of it (left, top, width, height), and, once resized, size and
+    filter.
+    """
 
     def __init__(self, data: bytes, crop: tuple, resized: tuple | None = None, view: tuple | None = None,
                  bicubic: int = 1):
@@ -120,7 +123,9 @@ class _Pending:
 
 
 class LazyPicture(Image.Image):
-    """An RGB picture in one of three states: bytes with a window to decode, pixels in an array, or Pillow's own."""
+    """An RGB picture in one of three states: bytes with a window to decode, pixels in an array, or Pillow's
+    own.
+    """
 
     def __init__(self, size: tuple[int, int], pending: _Pending | None = None, pixels: np.ndarray | None = None):
         super().__init__()
@@ -205,7 +210,9 @@ class LazyPicture(Image.Image):
 
 
 def _self_test() -> str:
-    """What differs from Pillow, '' when nothing does: small pictures of each form through crop, resize and warps."""
+    """What differs from Pillow, '' when nothing does: small pictures of each form through crop, resize and
+    warps.
+    """
     rng = np.random.default_rng(0)
     for number, (width, height, sampling, kind) in enumerate((
             (97, 61, 0, {}), (131, 90, 1, {}), (150, 113, 2, {}), (83, 210, 2, {"progressive": True}),

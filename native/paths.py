@@ -1,10 +1,10 @@
 """Which fast paths a CPU takes. Plain PyTorch is the definition; a path here computes the same.
 
-A path is taken only after it has agreed with the plain one on small blocks, gradients included. What is taken is
-chosen by the machine's features, never by timing, and saved with a run: resumed, it computes the same bits.
+A path is taken only after it has agreed with the plain one on small blocks, gradients included. What is taken
+is chosen by the machine's features, never by timing, and saved with a run: resumed, it computes the same
+bits.
 """
 import ctypes
-import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +25,8 @@ PLAIN_PATHS = {"linear": "default", "kernels": "plain", "allocator": "default"}
 
 
 def attach(model: nn.Module, saved: dict[str, str] | None = None) -> dict[str, str]:
-    """Let the blocks of a HorNet compute on this machine's fast paths, or on the `saved` ones of a run that resumes.
+    """Let the blocks of a HorNet compute on this machine's fast paths, or on the `saved` ones of a run that
+    resumes.
 
     Returns the paths, as plain data to be saved. On other devices than CPUs all of them are plain.
     """
@@ -49,9 +50,9 @@ def set_paths(model: nn.Module, paths: dict[str, str]) -> None:
 def code_paths(device: torch.device | str) -> dict[str, str]:
     """The paths for `device` as a plain dictionary.
 
-    "linear": "onednn" on AMD CPUs with AVX-512, where it doubles torch's default; "kernels": "compiled" where a C++
-    compiler is; "allocator": "keep" with the GNU C library (freed memory is kept: returning it costs a tenth of the
-    time).
+    "linear": "onednn" on AMD CPUs with AVX-512, where it doubles torch's default; "kernels": "compiled" where
+    a C++ compiler is; "allocator": "keep" with the GNU C library (freed memory is kept: returning it costs a
+    tenth of the time).
     """
     if torch.device(device).type != "cpu" or switched_off():
         return dict(PLAIN_PATHS)
@@ -64,12 +65,12 @@ def use_code_paths(saved: dict[str, str], device: torch.device | str) -> dict[st
     """The `saved` choice where this machine has it; what is missing is plain, with one warning."""
     if torch.device(device).type != "cpu":
         return dict(PLAIN_PATHS)
-    paths = {**PLAIN_PATHS, **{name: value for name, value in saved.items() if name in PLAIN_PATHS}}
+    paths = PLAIN_PATHS | {name: value for name, value in saved.items() if name in PLAIN_PATHS}
     for name, value in (("linear", "onednn"), ("kernels", "compiled")):
         if paths[name] == value and (switched_off() or not _agrees(name)):
             why = f"{OFF}=0 switches off" if switched_off() else "this machine lacks"
-            logger.warning("The run was begun with %s=%s, which %s: it resumes on the plain path, equal up to "
-                           "rounding but not bit for bit.", name, value, why)
+            logger.warning("The run was begun with %s=%s, which %s: it resumes on the plain path, equal up "
+                           "to rounding but not bit for bit.", name, value, why)
             paths[name] = PLAIN_PATHS[name]
     return paths
 
@@ -78,7 +79,8 @@ def use_code_paths(saved: dict[str, str], device: torch.device | str) -> dict[st
 def packed(*models: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
     """For forward passes without gradients: matrices are reordered once, not in every product.
 
-    The weights must not change meanwhile. `dtype` is that of autocast, None without. Nothing happens on plain paths.
+    The weights must not change meanwhile. `dtype` is that of autocast, None without. Nothing happens on plain
+    paths.
     """
     runners = [(model, runner) for model in models if (runner := runner_of(model)) is not None]
     try:
@@ -109,7 +111,9 @@ def keep_freed_memory(keep: bool) -> None:
 
 
 def _onednn_helps() -> bool:
-    """AMD with AVX-512: torch's default library (MKL) leaves out its fast code there. Elsewhere both are near the peak."""
+    """AMD with AVX-512: torch's default library (MKL) leaves out its fast code there. Elsewhere both are near
+    the peak.
+    """
     try:
         info = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -134,7 +138,8 @@ def _agrees(name: str) -> bool:
 
 
 def _largest_difference(runner: BlockRunner) -> float:
-    """Between small blocks with `runner` and without, outputs and gradients, relative to each tensor's scale."""
+    """Between small blocks with `runner` and without, outputs and gradients, relative to each tensor's scale.
+    """
     worst = 0.0
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         torch.manual_seed(0)
@@ -143,11 +148,14 @@ def _largest_difference(runner: BlockRunner) -> float:
             block = Block(GnConv(24, 3, filter=spatial))
             for parameter in block.parameters():
                 nn.init.normal_(parameter, std=0.3)
-            results: list[list[Tensor]] = []
-            for each in (None, runner):
-                block.runner = each
-                leaves = [x.clone().requires_grad_(), *block.parameters()]
-                out = block(leaves[0], keep)
-                results.append([out, *torch.autograd.grad(out.square().mean(), leaves)])
-            worst = max(worst, *(float(((a - b).abs().max() / a.abs().max()).detach()) for a, b in zip(*results)))
+            plain = _output_and_gradients(block, x, keep)
+            block.runner = runner
+            fast = _output_and_gradients(block, x, keep)
+            worst = max(worst, *(float((a - b).abs().max() / a.abs().max()) for a, b in zip(plain, fast)))
     return worst
+
+
+def _output_and_gradients(block: Block, x: Tensor, keep: Tensor) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_(), *block.parameters()]
+    out = block(leaves[0], keep)
+    return [out.detach(), *torch.autograd.grad(out.square().mean(), leaves)]

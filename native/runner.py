@@ -1,15 +1,19 @@
-"""A whole HorNet block on a CPU: matrix products through oneDNN, everything else through the compiled kernels.
+"""A whole HorNet block on a CPU: matrix products through oneDNN, everything else through the compiled
+kernels.
 
 `BlockRunner` is what `models.hornet.Block.runner` may hold. It looks at the block at each call and gives
-NotImplemented for whatever it would change: a hook that must fire, a layer that was replaced, a mode that wants to see
-every operation. Inside, tensors are (B, H, W, C), which is how channels_last (B, C, H, W) lie in memory.
+NotImplemented for whatever it would change: a hook that must fire, a layer that was replaced, a mode that
+wants to see every operation. Inside, tensors are (B, H, W, C), which is how channels_last (B, C, H, W) lie in
+memory.
 
-Measured on one AMD Zen 5 core at HorNet-T's shapes: torch's default float32 product reaches 83-119 GFLOP/s, the
-same operands given to oneDNN by name 200-260 (of 260). Calling the operator, instead of a global switch, keeps
-true float32 on CPUs where that switch would round to bfloat16. Under autocast the residual stream stays float32.
+Measured on one AMD Zen 5 core at HorNet-T's shapes: torch's default float32 product reaches 83-119 GFLOP/s,
+the same operands given to oneDNN by name 200-260 (of 260). Calling the operator, instead of a global switch,
+keeps true float32 on CPUs where that switch would round to bfloat16. Under autocast the residual stream stays
+float32.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +27,7 @@ from models.hornet import Block, residual
 from native import kernels
 
 DTYPES = (torch.float32, torch.bfloat16)
-LARGEST_DFT = 48  # the transform as products grows with the third power of the side; from about here an FFT wins
+LARGEST_DFT = 48  # the transform as products grows with the side's third power; from about here an FFT wins
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
@@ -31,27 +35,33 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
     """What products of `dtype` are computed in: float32 where oneDNN has no bfloat16 products for this CPU.
 
-    Ten times faster there than torch's own bfloat16 product, and the same sums: of bfloat16 values, in float32.
+    Ten times faster there than torch's own bfloat16 product, and the same sums: of bfloat16 values, in
+    float32.
     """
-    if dtype != torch.bfloat16 or (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if dtype != torch.bfloat16:
         return dtype
-    return torch.float32
+    supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if supported else torch.float32
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False, onednn: bool = True) -> Tensor:
-    """x (..., in) @ weight (out, in)^T + bias, then GELU if asked, by oneDNN, for which `weight` can be a packed one,
-    or by torch's default library."""
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False,
+            onednn: bool = True) -> Tensor:
+    """x (..., in) @ weight (out, in)^T + bias, then GELU if asked, by oneDNN, for which `weight` can be a
+    packed one, or by torch's default library.
+    """
     dtype = product_dtype(x.dtype)
     given = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if onednn:
-        out = torch.ops.mkldnn._linear_pointwise(*given, *(("gelu", [], "none") if gelu else ("none", [], "")))
+        after = ("gelu", [], "none") if gelu else ("none", [], "")
+        out = torch.ops.mkldnn._linear_pointwise(*given, *after)
     else:
         with torch.autocast("cpu", enabled=False):  # which would make bfloat16 of float32 again
             out = F.gelu(F.linear(*given)) if gelu else F.linear(*given)
     return out.to(x.dtype)
 
 
-def linear_grads(x: Tensor, weight: Tensor, grad: Tensor, runner: "BlockRunner") -> tuple[Tensor, Tensor, Tensor]:
+def linear_grads(x: Tensor, weight: Tensor, grad: Tensor,
+                 runner: "BlockRunner") -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (rows, in), weight (out, in) and bias from grad (rows, out)."""
     if grad.dtype != product_dtype(grad.dtype):
         d_x, d_weight, d_bias = linear_grads(x.float(), weight.float(), grad.float(), runner)
@@ -85,7 +95,9 @@ class _Linear(torch.autograd.Function):
 
 
 class _Recursion(torch.autograd.Function):
-    """`BlockRunner.recursion` in one piece: the gates' gradients are written side by side and need no concatenation."""
+    """`BlockRunner.recursion` in one piece: the gates' gradients are written side by side and need no
+    concatenation.
+    """
 
     @staticmethod
     def forward(ctx, runner: "BlockRunner", p: Tensor, q: Tensor, *parameters: Tensor) -> Tensor:
@@ -207,8 +219,8 @@ class BlockRunner:
         if type(gnconv.dwconv) is GlobalLocalFilter:
             q = self._filter(gnconv.dwconv, q, gnconv.scale, dtype)
         else:
-            q = self.depthwise(q, gnconv.dwconv.weight, gnconv.dwconv.bias, gnconv.scale, dtype)
-        return self.linear(self.recursion(p, q, gnconv.pws, dtype), gnconv.proj_out, dtype)
+            q = self.depthwise(q, gnconv.dwconv, gnconv.scale, dtype)
+        return self.linear(self.recursion(p, q, gnconv.pws.children(), dtype), gnconv.proj_out, dtype)
 
     def _filter(self, layer: GlobalLocalFilter, x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         pre, post = layer.pre_norm, layer.post_norm
@@ -221,7 +233,7 @@ class BlockRunner:
         x = self.layer_norm(x, norm.weight, norm.bias, norm.eps, dtype)
         return self.linear(self.linear(x, block.pwconv1, dtype, gelu=True), block.pwconv2, dtype)
 
-    def linear(self, x: Tensor, layer: nn.Linear | nn.Conv2d, dtype: torch.dtype, gelu: bool = False) -> Tensor:
+    def linear(self, x: Tensor, layer: Any, dtype: torch.dtype, gelu: bool = False) -> Tensor:
         """x (..., in) through a Linear or 1x1 convolution, then the exact GELU if asked."""
         x = x.to(dtype)
         packed = None if torch.is_grad_enabled() else self.packed.get(id(layer.weight))
@@ -248,8 +260,9 @@ class BlockRunner:
             self.packed[key] = make()
         return self.packed[key]
 
-    def depthwise(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
-        """x (B, H, W, C), weight (C, 1, k, k), both the output and its bias multiplied by `scale`."""
+    def depthwise(self, x: Tensor, layer: Any, scale: float, dtype: torch.dtype) -> Tensor:
+        """x (B, H, W, C) through a depthwise convolution, whose weight and bias are multiplied by `scale`."""
+        weight, bias = layer.weight, layer.bias
         if not self.compiled or weight.shape[2:] not in ((3, 3), (7, 7)):
             padding = (weight.shape[2] // 2, weight.shape[3] // 2)
             weight, bias = weight * scale, None if bias is None else bias * scale
@@ -262,7 +275,8 @@ class BlockRunner:
         return _Depthwise.apply(x.to(dtype), *self._prepared(make, id(weight), scale))
 
     def global_local(self, x: Tensor, weight: Tensor, spectrum: Tensor, dtype: torch.dtype) -> Tensor:
-        """Both halves in one kernel, with the Fourier transform as small matrix products; FFT for large maps."""
+        """Both halves in one kernel, with the Fourier transform as small matrix products; FFT for large maps.
+        """
         height, width = x.shape[1:3]
         if not self.compiled or max(height, width) > LARGEST_DFT or weight.shape[2] != 3:
             local, remote = x.permute(0, 3, 1, 2).chunk(2, dim=1)
@@ -274,8 +288,9 @@ class BlockRunner:
             return weight.float().flatten(1).t().contiguous(), resized.permute(1, 2, 3, 0).contiguous()
         return _GlobalLocal.apply(x.to(dtype).contiguous(), *self._prepared(make, id(weight), height, width))
 
-    def recursion(self, p: Tensor, q: Tensor, layers: Sequence[nn.Conv2d], dtype: torch.dtype) -> Tensor:
+    def recursion(self, p: Tensor, q: Tensor, projections: Iterable[Any], dtype: torch.dtype) -> Tensor:
         """x = p * q[0], then x = layers[k](x) * q[k + 1]; q's parts lie side by side in its channels."""
+        layers = list(projections)
         if self.compiled and torch.is_grad_enabled():
             parameters = [t.to(dtype) for layer in layers for t in (layer.weight.flatten(1), layer.bias)]
             return _Recursion.apply(self, p.to(dtype), q.to(dtype), *parameters)
@@ -287,9 +302,11 @@ class BlockRunner:
             x = x * gate if torch.is_grad_enabled() or x.dtype != gate.dtype else x.mul_(gate)
         return x
 
-    def join(self, x: Tensor, branch: Callable[[Tensor], Tensor], gamma: Tensor | None, keep: Tensor | None) -> Tensor:
-        """x + keep * gamma * branch(x); dropped samples of a branch are not computed (one always is, so that every
-        parameter has a gradient, if only zero, and all ranks communicate)."""
+    def join(self, x: Tensor, branch: Callable[[Tensor], Tensor], gamma: Tensor | None,
+             keep: Tensor | None) -> Tensor:
+        """x + keep * gamma * branch(x); dropped samples of a branch are not computed (one always is, so that
+        every parameter has a gradient, if only zero, and all ranks communicate).
+        """
         if not self.compiled or gamma is None:
             out = residual(x.permute(0, 3, 1, 2), branch(x).permute(0, 3, 1, 2), gamma, keep)
             return out.permute(0, 2, 3, 1)
@@ -315,17 +332,18 @@ class BlockRunner:
             if type(block) is not Block or not _as_built(block):
                 continue
             gnconv = block.gnconv
-            for layer in (block.pwconv1, block.pwconv2, gnconv.proj_in, gnconv.proj_out, *gnconv.pws):
+            layers: list[Any] = [block.pwconv1, block.pwconv2, gnconv.proj_in, gnconv.proj_out, *gnconv.pws]
+            for layer in layers:
                 matrix = layer.weight.detach().flatten(1).to(dtype).to(product_dtype(dtype)).contiguous()
                 matrix = torch.ops.mkldnn._reorder_linear_weight(matrix)
                 self.packed[id(layer.weight)] = layer.weight, matrix, layer.bias.detach().to(dtype)
 
 
 def served_dtype(block: Block, x: Tensor, keep: Tensor | None) -> torch.dtype | None:
-    """The type that `block` computes in when the fast path changes nothing that anybody could see, else None."""
-    if _watched() or type(x) is not Tensor or not x.is_cpu or x.ndim != 4 or x.dtype not in DTYPES or not x.numel():
+    """The type that `block` computes in where the fast path changes nothing that shows, else None."""
+    if _watched() or type(x) is not Tensor or not x.is_cpu or x.ndim != 4 or not x.numel():
         return None
-    if keep is not None and (type(keep) is not Tensor or not keep.is_cpu):
+    if x.dtype not in DTYPES or (keep is not None and (type(keep) is not Tensor or not keep.is_cpu)):
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     if dtype not in DTYPES or (x.dtype, dtype) == (torch.bfloat16, torch.float32) or not _as_built(block):
@@ -337,62 +355,69 @@ def served_dtype(block: Block, x: Tensor, keep: Tensor | None) -> torch.dtype | 
 
 def _watched() -> bool:
     """Whether somebody looks at single operations: a compiler, tracer, transform, mode or global hook."""
+    inside: Any = torch._C
     return bool(
-        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack()
-        or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+        torch.compiler.is_compiling() or torch.jit.is_tracing() or inside._functorch.peek_interpreter_stack()
+        or inside._len_torch_dispatch_stack() or inside._len_torch_function_stack()
         or forward_ad._current_level >= 0 or hooks._global_forward_hooks or hooks._global_forward_pre_hooks
         or hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
 
 
 def _as_built(block: Block) -> bool:
-    """Whether every module of `block` is of the type and form that the runner computes, and nobody hooked into it.
+    """Whether every module of `block` is of the type and form that the runner computes, and without hooks.
 
     Reads the modules' own dictionaries: `nn.Module.__getattr__` would take most of the time.
     """
-    parts = block._modules
-    gnconv = parts.get("gnconv")
-    if len(parts) != 5 or type(gnconv) is not GnConv or not all(map(_plain, block._parameters.values())):
+    parts: dict[str, Any] = block._modules  # type: ignore[assignment]
+    gnconv: Any = parts.get("gnconv")
+    if len(parts) != 5 or not _untouched(gnconv, GnConv) or len(gnconv._modules) != 4:
+        return False
+    if not all(gamma is None or _plain(gamma) for gamma in block._parameters.values()):
         return False
     inner = gnconv._modules
-    pws, spatial = inner.get("pws"), inner.get("dwconv")
+    pws, spatial = inner["pws"], inner["dwconv"]
     return (
-        _untouched(gnconv, GnConv) and len(inner) == 4 and _untouched(pws, nn.ModuleList)
+        _untouched(pws, nn.ModuleList)
         and all(_is_conv(layer, 1) for layer in (inner["proj_in"], inner["proj_out"], *pws._modules.values()))
         and _untouched(parts["norm1"], LayerNorm2d) and _untouched(parts["norm2"], nn.LayerNorm)
         and _untouched(parts["pwconv1"], nn.Linear) and _untouched(parts["pwconv2"], nn.Linear)
-        and None not in (parts["pwconv1"].bias, parts["pwconv2"].bias)
         and (_is_depthwise(spatial) if type(spatial) is nn.Conv2d else _is_filter(spatial)))
 
 
-def _untouched(module: nn.Module | None, kind: type) -> bool:
-    """Whether it is exactly a `kind` with plain parameters, and its own forward and no hook would be called."""
+def _untouched(module: Any, kind: type) -> bool:
+    """Whether it is exactly a `kind` with plain parameters, whose own forward would be called without hooks.
+
+    Parameters that can be left out must be there, but for a convolution's bias.
+    """
     if type(module) is not kind:
         return False
     state = module.__dict__
-    return not (state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]
-                or state["_backward_pre_hooks"] or "forward" in state or state.get("_compiled_call_impl")
-                ) and all(map(_plain, state["_parameters"].values()))
+    if (state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]
+            or state["_backward_pre_hooks"] or "forward" in state or state.get("_compiled_call_impl")):
+        return False
+    return all(_plain(p) if p is not None else kind is nn.Conv2d for p in state["_parameters"].values())
 
 
-def _plain(tensor: Tensor | None) -> bool:
-    return tensor is None or type(tensor) in _PLAIN_TENSORS and tensor.is_cpu and tensor.dtype in DTYPES
+def _plain(tensor: Tensor) -> bool:
+    return type(tensor) in _PLAIN_TENSORS and tensor.is_cpu and tensor.dtype in DTYPES
 
 
-def _is_filter(layer: nn.Module | None) -> bool:
-    if not _untouched(layer, GlobalLocalFilter) or layer.fourier is not None:
+def _is_filter(layer: Any) -> bool:
+    if not _untouched(layer, GlobalLocalFilter) or layer.fourier is not None or len(layer._modules) != 3:
         return False
     inner = layer._modules
-    return (len(inner) == 3 and _untouched(inner["pre_norm"], LayerNorm2d) and _untouched(inner["post_norm"], LayerNorm2d)
-            and _is_depthwise(inner["dw"]))
+    norms = inner["pre_norm"], inner["post_norm"]
+    return all(_untouched(norm, LayerNorm2d) for norm in norms) and _is_depthwise(inner["dw"])
 
 
-def _is_depthwise(layer: nn.Module | None) -> bool:
-    return type(layer) is nn.Conv2d and layer.groups == layer.in_channels and _is_conv(layer, layer.kernel_size[0])
+def _is_depthwise(layer: Any) -> bool:
+    return (type(layer) is nn.Conv2d and layer.groups == layer.in_channels
+            and _is_conv(layer, layer.kernel_size[0]))
 
 
-def _is_conv(layer: nn.Module | None, size: int) -> bool:
-    """A convolution that keeps the size: 1x1 with a bias, or one with an odd kernel."""
+def _is_conv(layer: Any, size: int) -> bool:
+    """A convolution that keeps the image's size: 1x1 with a bias, or one with an odd kernel."""
     return (_untouched(layer, nn.Conv2d) and layer.kernel_size == (size, size) and size % 2 == 1
             and layer.padding == (size // 2, size // 2) and layer.stride == layer.dilation == (1, 1)
             and layer.padding_mode == "zeros"
-            and (size > 1 or layer.groups == 1 and layer._parameters["bias"] is not None))
+            and (size > 1 or (layer.groups == 1 and layer._parameters["bias"] is not None)))

@@ -22,7 +22,7 @@ from common.files import TEMPORARY_SUFFIX, atomic_write, read_json, sha256_file,
 from common.log import logger
 from common.safe_load import safe_torch_load
 from common.text import file_size
-from run.preflight import free_space, sweep_trials
+from run.start import free_space
 from run.state import BEST, BEST_EMA, State, upgrade
 
 _NUMBERED = re.compile(r"checkpoint-(?:e([0-9]{1,9})u([0-9]{1,15})|([0-9]{1,9}))\.pth")
@@ -290,11 +290,10 @@ class Checkpoints:
         return [self.folder / name for name in _SCORED if (self.folder / name).is_file()]
 
     def sweep(self) -> int:
-        """Remove what a killed training or dry run left behind; only the owner of the folder's lock may.
+        """Remove what a killed training left behind; only the owner of the folder's lock may.
 
         Returns how many files of this folder that were.
         """
-        sweep_trials(self.folder)
         stale = [p for name in _WRITTEN_BY_RANK_ZERO for p in self.folder.glob(f".{name}*{TEMPORARY_SUFFIX}")]
         stale += [p for p in self.folder.glob("checkpoint-*.pth.json") if not os.path.lexists(p.with_suffix(""))]
         stale = [p for p in stale if p.is_file()]

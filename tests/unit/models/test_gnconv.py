@@ -122,7 +122,7 @@ def test_float16_products_beyond_its_range_stay_finite(monkeypatch, filter):
         return scale * x * gate
 
     torch.manual_seed(0)
-    monkeypatch.setattr(gnconv, "gate", watching)
+    monkeypatch.setattr(gnconv, "gated", watching)
     m = GnConv(32, 5, filter=filter).eval()
     with torch.no_grad():
         for name, parameter in m.named_parameters():

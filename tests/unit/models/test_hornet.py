@@ -207,7 +207,8 @@ def test_torch_hub_offers_every_model():
 def test_large_activations_train_in_half_precision(monkeypatch, name, dtype):
     """Gated products beyond 65504, float16's end, and yet finite, accurate logits and gradients.
 
-    (The backward pass runs outside autocast, as it should: inside, its own products would be made in float16.)
+    (The backward pass runs outside autocast, as it should: inside, its own products would be made in
+    float16.)
     """
     largest = []
 
@@ -223,7 +224,7 @@ def test_large_activations_train_in_half_precision(monkeypatch, name, dtype):
         return torch.cat([p.grad.double().flatten() for p in model.parameters()])
 
     model, x = alive(pico(name)), 10 * torch.randn(2, 3, 64, 64)
-    monkeypatch.setattr(gnconv, "gate", watching)
+    monkeypatch.setattr(gnconv, "gated", watching)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "proj_in" in key or "pws" in key or key.endswith("dwconv.weight") or "post_norm.weight" in key:
@@ -251,7 +252,9 @@ def test_torch_export_with_dynamic_batch(name):
 
 @pytest.mark.parametrize("name", PICO)
 def test_no_graph_breaks(name):
-    """`fullgraph` raises at a graph break; the "eager" backend compares the captured graph without compiling it."""
+    """`fullgraph` raises at a graph break; the "eager" backend compares the captured graph without compiling
+    it.
+    """
     model, x = alive(pico(name, drop_path_rate=0.2)).train(), torch.randn(2, 3, 32, 32)
     draws = torch.rand(2, 8)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -1,4 +1,6 @@
-"""Compiled loading gives Pillow's pixels bit for bit, leaves to Pillow what is damaged or rare, and is not needed."""
+"""Compiled loading gives Pillow's pixels bit for bit, leaves to Pillow what is damaged or rare, and is not
+needed.
+"""
 import io
 import random
 import shutil

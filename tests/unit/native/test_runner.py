@@ -1,6 +1,7 @@
-"""The fast paths compute what plain PyTorch computes, gradients included, and step aside where they would be seen."""
+"""The fast paths compute what plain PyTorch computes, gradients included, and step aside where they would be
+seen.
+"""
 import copy
-import json
 import platform
 
 import numpy as np
@@ -8,7 +9,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from tests.kits.fill import PARITY, parity_input, parity_tensor
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,6 +17,7 @@ import native
 from models.gnconv import LayerNorm2d, global_filter, interleave
 from models.hornet import Block
 from native import kernels, paths, runner
+from tests.kits.fill import PARITY, parity_input, parity_tensor
 
 PATHS = [pytest.param(dict(linear="onednn", kernels="plain", allocator="default"), id="onednn"),
          pytest.param(dict(linear="default", kernels="compiled", allocator="default"), id="compiled"),
@@ -80,10 +81,10 @@ def test_each_operation_equals_float64(fast, shape):
                 3 * x, w(2 * channels, channels), w(2 * channels))
     compare(lambda *t: fast.layer_norm(*t, 1e-6, f32), lambda x, w, b: F.layer_norm(x, (channels,), w, b, 1e-6),
             x, w(channels), w(channels))
-    compare(lambda x, w, b: fast.depthwise(x, w, b, 0.3, f32),
+    compare(lambda x, w, b: fast.depthwise(x, layer(w, b), 0.3, f32),
             lambda x, w, b: 0.3 * nhwc(F.conv2d(nchw(x), w, b, padding=3, groups=channels)),
             x, w(channels, 1, 7, 7), w(channels))
-    compare(lambda x, w: fast.depthwise(x, w, None, 1.0, f32),
+    compare(lambda x, w: fast.depthwise(x, layer(w), 1.0, f32),
             lambda x, w: nhwc(F.conv2d(nchw(x), w, padding=1, groups=channels)), x, w(channels, 1, 3, 3))
     for grid in ((shape[1], shape[2] // 2 + 1), (5, 3)):
         def plain(x, w, spectrum):
@@ -105,7 +106,8 @@ def test_each_operation_equals_float64(fast, shape):
 def test_depthwise_takes_a_channel_slice(fast):
     x, weight, bias = torch.randn(2, 10, 12, 32), torch.randn(20, 1, 7, 7), torch.randn(20)
     exact = nhwc(F.conv2d(nchw(x[..., 12:]), weight, bias, padding=3, groups=20))
-    torch.testing.assert_close(fast.depthwise(x[..., 12:], weight, bias, 1.0, x.dtype), exact, rtol=1e-5, atol=1e-4)
+    found = fast.depthwise(x[..., 12:], layer(weight, bias), 1.0, x.dtype)
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-4)
 
 
 def test_gelu_over_its_whole_range():
@@ -142,8 +144,8 @@ def test_training_step_equals_the_plain_one(name, chosen, drops):
         model.train()(x, draws).square().mean().backward()
     for (label, got), want in zip(fast.named_parameters(), plain.parameters()):
         assert got.grad is not None, label
-        torch.testing.assert_close(got.grad, want.grad, rtol=1e-3, atol=1e-5 * float(1 + want.grad.abs().max()),
-                                   msg=lambda text: f"{label}: {text}")
+        tolerance = 1e-5 * float(1 + want.grad.abs().max())
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-3, atol=tolerance, msg=lambda text: f"{label}: {text}")
 
 
 @pytest.mark.parametrize("chosen", PATHS)
@@ -169,7 +171,8 @@ def test_bfloat16_products_of_a_cpu_without_instructions_for_them(monkeypatch):
     test_bfloat16_autocast_is_as_close_to_float32_as_the_plain_one("hornet_pico_7x7", BOTH)
     fast, plain = pair("hornet_pico_7x7", BOTH)
     x = torch.randn(2, 3, 64, 64)
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), native.packed(fast, dtype=torch.bfloat16):
+    packed = native.packed(fast, dtype=torch.bfloat16)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), packed:
         found, exact = fast(x).float(), plain(x).float()
         matrices = [entry[1] for entry in paths.runner_of(fast).packed.values() if entry[1].ndim == 2]
     assert matrices and all(matrix.dtype == torch.float32 for matrix in matrices)
@@ -225,7 +228,8 @@ def test_an_evaluation_between_two_steps_changes_no_bit_of_training():
     assert all(map(torch.equal, *grads))
 
 
-@pytest.mark.parametrize("name", ["hornet_tiny_7x7_224x224", "hornet_tiny_7x7_192x256", "hornet_tiny_gf_288x288"])
+@pytest.mark.parametrize("name", [
+    "hornet_tiny_7x7_224x224", "hornet_tiny_7x7_192x256", "hornet_tiny_gf_288x288"])
 def test_published_logits_on_this_machines_paths(name):
     stored = np.load(PARITY / "logits" / f"{name}.npz")
     model_name, size = name.rsplit("_", 1)
@@ -243,16 +247,20 @@ def test_compiled_results_do_not_depend_on_threads():
         pytest.skip("no C++ compiler")
     fast, x, results = runner.BlockRunner(False, True), torch.randn(3, 9, 10, 24), []
     weight, bias, before = torch.randn(24, 1, 7, 7), torch.randn(24), torch.get_num_threads()
+
+    def depthwise(x, weight, bias):
+        return fast.depthwise(x, layer(weight, bias), 1.0, torch.float32)
+
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            results.append(gradients(lambda *t: fast.depthwise(*t, 1.0, torch.float32), x, weight, bias))
+            results.append(gradients(depthwise, x, weight, bias))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors have one width of vectors")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="others have one width of vectors")
 def test_kernels_for_narrower_vectors_equal_float64(monkeypatch):
     """What CPUs without AVX-512 compile, also where this one has it."""
     if kernels.library() is None:
@@ -270,14 +278,6 @@ class _Subclass(torch.Tensor):
     pass
 
 
-def _replaced(block, name, kind):
-    old = block.get_submodule(name)
-    new = kind(*(old.weight.shape[::-1] if kind is nn.Linear else (old.normalized_shape,)))
-    new.load_state_dict(old.state_dict())
-    parent = block.get_submodule(name.rpartition(".")[0]) if "." in name else block
-    setattr(parent, name.rpartition(".")[2], new)
-
-
 class _MyLinear(nn.Linear):
     pass
 
@@ -289,6 +289,7 @@ CHANGES = {
     "a hook on gnConv's list": lambda b: b.gnconv.pws.register_forward_hook(lambda *_: None),
     "a replaced forward": lambda b: setattr(b.pwconv1, "forward", lambda x: x),
     "a layer of another type": lambda b: setattr(b, "pwconv1", _MyLinear(16, 64)),
+    "a norm without weights": lambda b: setattr(b, "norm2", nn.LayerNorm(16, elementwise_affine=False)),
     "a layer without bias": lambda b: setattr(b, "pwconv1", nn.Linear(16, 64, bias=False)),
     "a parametrised layer": lambda b: nn.utils.parametrizations.weight_norm(b.pwconv1),
     "a parameter of another type": lambda b: setattr(b.pwconv1, "weight", nn.Parameter(

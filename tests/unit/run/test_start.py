@@ -1,0 +1,54 @@
+"""What every training looks at before it starts: it is silent when all is well."""
+from types import SimpleNamespace
+
+import torch
+
+from datasets.check import SampleCheck
+from run.start import process_problems, shared_memory_needed, shared_memory_problem, start_warnings
+
+
+class Pair:
+    """What rank 0 of two processes sees, the other being as `other` says."""
+
+    world_size, rank, device, local_world_size = 2, 0, torch.device("cpu"), 2
+    node_name = "one"
+
+    def __init__(self, other=lambda mine: mine, factor=1):
+        self.other, self.factor = other, factor
+
+    def barrier(self):
+        pass
+
+    def all_gather_object(self, mine):
+        return [mine, self.other(mine) if isinstance(mine, tuple) else mine]
+
+    def all_reduce_(self, tensor, op="sum"):
+        return tensor.mul_(2).add_(1).mul_(self.factor)
+
+
+def test_processes_must_agree():
+    assert process_problems(Pair(), "v1") == []
+    old = process_problems(Pair(lambda m: ("two", m[1], m[2] | {"timm": "0.4"})), "v1")
+    assert len(old) == 1 and "timm is " in old[0] and "0.4 on rank 1 (two)" in old[0]
+    (late,) = process_problems(Pair(lambda m: ("two", m[1] + 60, m[2])), "v1")
+    assert "two and one are 60 s apart" in late
+    assert "[0, 1]" in process_problems(Pair(factor=3), "v1")[0]
+
+
+def test_shared_memory_is_counted_for_all_workers_of_a_node(tmp_path):
+    options = SimpleNamespace(num_workers=10, batch_size=128, input_size=224)
+    assert shared_memory_needed(options, 8) == 8 * 31 * 192 * 3 * 224 * 224
+    options.batch_size = 2 ** 20
+    problem = shared_memory_problem(options, 8, str(tmp_path))
+    assert "10 workers x 8 processes" in problem and "--shm-size" in problem
+    options.num_workers = 0
+    assert shared_memory_problem(options, 8, str(tmp_path)) is None
+
+
+def test_only_what_is_wrong_is_reported():
+    options = SimpleNamespace(num_workers=0, batch_size=2, input_size=32)
+    assert start_warnings(options, Pair(), "v1", None) == []
+    assert start_warnings(options, Pair(), "v1", SampleCheck(8, 2, 0.01, tiny=["a"])) == []
+    assert start_warnings(options, Pair(), "v1", SampleCheck(8, 2, 0.01, [("x", "empty")])) == ["unreadable: x (empty)"]
+    (small,) = start_warnings(options, Pair(), "v1", SampleCheck(8, 2, 0.01, tiny=["a"] * 5))
+    assert small.startswith("5 images") and small.endswith("such as a")
