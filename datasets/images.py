@@ -101,7 +101,7 @@ def transformed(data: bytes, transform: Callable[[Image.Image], _T], *, exif_ori
     second time, with Pillow's image: draws must be seeded inside it. Turned images are left to Pillow.
     """
     fast = fast_jpeg() if compiled and not (exif_orientation and _may_be_turned(data)) else None
-    image = fast.picture_of(data) if fast else None
+    image = fast.image_of(data) if fast else None
     if fast and image is not None:
         try:
             return transform(image)
@@ -112,8 +112,8 @@ def transformed(data: bytes, transform: Callable[[Image.Image], _T], *, exif_ori
 
 def fast_jpeg() -> ModuleType | None:
     """The compiled JPEG reader, None where it is not available."""
-    from native import jpeg
-    return jpeg if jpeg.available() else None
+    import native
+    return native.jpeg()
 
 
 def _may_be_turned(data: bytes) -> bool:
