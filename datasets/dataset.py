@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from common.errors import UserError
 from common.random import key, reseed, seeded
 from common.log import logger
-from native.jpeg import NeedsPillow, available, picture_of
+from native.decoder import NeedsPillow, available, image_of
 from datasets.images import BadImage, show
 from datasets.transforms import Erasing
 
@@ -150,7 +150,7 @@ class ImageDataset(Dataset):
     def _images(self, index: int) -> Iterator[Image.Image]:
         """The image to be decoded by the compiled helper, if that can be; then, asked for again, Pillow's."""
         if self.compiled and available():
-            image = picture_of(self.reader.encoded(self._place(index)))
+            image = image_of(self.reader.encoded(self._place(index)))
             if image is not None:
                 yield image
         yield self.image(index)
