@@ -25,7 +25,7 @@ from common.outcome import ExitCode
 from common.text import duration, file_size, plural
 from config.options import Options
 from config.parse import Resolved
-from datasets.check import SampleCheck, check_sample
+from datasets.build import SampleCheck, check_sample
 from datasets.dataset import ImageDataset
 from datasets.device import EvalPrepare
 from evaluation import SAMPLED, low_score, prepare_evaluation, score_sample
@@ -34,13 +34,20 @@ from launch.stop import StopRequest, alive
 from launch.watchdog import Watchdog
 from optim.ema import half_life_warning
 from optim.update import UpdateStats
+from plan import Plan, build_model, plan_run
 from run.checkpoint import Checkpoints, Loaded, find_checkpoint, snapshot, state_bytes
 from run.folder import RunFolder
 from run.log import remedy
-from run.start import (cpus_per_process, existing_folder, free_space, process_problems, shared_memory_needed,
-                       shared_memory_problem)
+from run.start import (
+    cpus_per_process,
+    existing_folder,
+    free_space,
+    process_problems,
+    shared_memory_needed,
+    shared_memory_problem,
+)
 from run.state import finished
-from training import Planned, Trainer, build_model, plan_run
+from training import Trainer
 
 _UPDATES, _SECONDS, _WAIT_SHARE = 8, 20.0, 0.10
 # On a CPU, networks above the first size are tried with one small update, and above the second not at all.
@@ -242,7 +249,7 @@ class DryRun:
             self.table.row("shared memory", f"{plural(options.num_workers, 'worker')} x {plural(local, 'process')} need "
                            f"up to {file_size(shared_memory_needed(options, local))}, which is available")
 
-    def _updates(self, planned: Planned, loaded: Loaded | None) -> Tried:
+    def _updates(self, planned: Plan, loaded: Loaded | None) -> Tried:
         """Real updates, evaluation, save, reload and comparison, in a temporary folder on the run's disk."""
         process, observer, options = self.process, self.observer, planned.options
         with trial_folder(options.output_dir) if process.is_main else nullcontext("") as folder:
@@ -272,7 +279,7 @@ class DryRun:
                 trainer.close()
         return Tried(state_size=size, memory=memory, evaluation=rate)
 
-    def _figures(self, planned: Planned, progress: engine.Progress) -> None:
+    def _figures(self, planned: Plan, progress: engine.Progress) -> None:
         losses, count = self.observer.losses, len(self.observer.ends)
         words = " to ".join(f"{loss:.4g}" for loss in losses[:1] + losses[1:][-1:])
         self.table.row("updates", f"{plural(count, 'update')} of {planned.batch.global_batch} images: loss {words}, "
@@ -282,7 +289,7 @@ class DryRun:
             self.table.row("updates", f"the loss or gradient of update {record['update']} is not finite{where}: lower "
                            "--lr, lengthen --warmup_epochs, or train without --use_amp.", problem=True)
 
-    def _evaluate_some(self, planned: Planned, trainer: Trainer) -> float:
+    def _evaluate_some(self, planned: Plan, trainer: Trainer) -> float:
         """Evaluate one batch per process; images per second of all of them."""
         options, process = planned.options, self.process
         evaluation = engine.Evaluation(EvalPrepare(options, process.device), process.device, observer=self.observer,
@@ -321,7 +328,7 @@ class DryRun:
         self.table.row("memory", f"at most {file_size(found[0])} of {file_size(found[1])} "
                        + ("of main memory per process" if self.on_cpu else "on a device"))
 
-    def _speed(self, planned: Planned, small: Planned, tried: Tried, sample: SampleCheck) -> None:
+    def _speed(self, planned: Plan, small: Plan, tried: Tried, sample: SampleCheck) -> None:
         """Memory, speed, waiting for data with the change that would help most, and the time of the whole recipe."""
         options, process, table = planned.options, self.process, self.table
         self._memory(tried.memory)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Protocol
 
 import numpy as np
@@ -72,7 +73,8 @@ class Task(Protocol):
         """
         ...
 
-    def evaluate(self, networks: Sequence[tuple[str, nn.Module]], observer: Observer, update: int) -> Figures | None:
+    def evaluate(self, networks: Sequence[tuple[str, nn.Module]], observer: Observer,
+                 update: int) -> Figures | None:
         """The `test_…` figures of (suffix, network) pairs on every rank; None when an observer left the
         evaluation."""
         ...
@@ -169,7 +171,7 @@ class _Meter:
     def _means(self, sums: Sums) -> Progress:
         progress, groups = self.progress, self.loop.update.optimizer.param_groups
         loss, norm, applied, hits, labelled = sums
-        progress.loss, progress.grad_norm = (loss / applied, norm / applied) if applied else (float("nan"),) * 2
+        progress.loss, progress.grad_norm = (loss / applied, norm / applied) if applied else (np.nan, np.nan)
         progress.class_acc = 100 * hits / labelled if labelled else None
         progress.lr, progress.min_lr = max(g["lr"] for g in groups), min(g["lr"] for g in groups)
         progress.weight_decay = max(g["weight_decay"] for g in groups)
@@ -268,8 +270,9 @@ def _report(loop: Loop, observer: Observer, progress: Progress, incidents: Itera
         progress.nonfinite += 1
         progress.outcome = progress.outcome if incident.action == "skip" else _AFTER[incident.action]
         observer.on_nonfinite({
-            "update": incident.update, "epoch": progress.epoch, "action": incident.action, "learning_rate": lr,
-            "loss": incident.loss, "grad_norm": incident.grad_norm, "loss_scale": incident.loss_scale,
+            "update": incident.update, "epoch": progress.epoch, "action": incident.action,
+            "learning_rate": lr, "loss": incident.loss, "grad_norm": incident.grad_norm,
+            "loss_scale": incident.loss_scale,
             **_replay(loop, incident.update, held)})
 
 
@@ -341,7 +344,7 @@ class Evaluation:
     outputs: bool = False
     expected: int | None = None
     observer: Observer = field(default_factory=Observer)
-    process: Process | None = None
+    process: Process = field(default_factory=lambda: Process(device=torch.device("cpu")))
 
 
 @torch.no_grad()
@@ -369,8 +372,7 @@ def evaluate(models: Sequence[tuple[str, nn.Module]], loader: Iterable[Batch], e
                 tally.add(full_precision(logits), targets, batch.indices)
     for (_, model), mode in zip(models, modes):
         model.train(mode)
-    leavers = torch.tensor(int(left))
-    if leavers if evaluation.process is None else evaluation.process.all_reduce_(leavers, "max"):
+    if evaluation.process.all_reduce_(torch.tensor(int(left)), "max"):
         return []
     results = [tally.result(name) for (name, _), tally in zip(models, tallies)]
     for result in results:
@@ -387,7 +389,8 @@ class _Tally:
         self.evaluation, device = evaluation, evaluation.device
         self.columns = None if evaluation.columns is None else torch.as_tensor(evaluation.columns).to(device)
         self.counts = torch.zeros(5, dtype=torch.int64, device=device)
-        self.loss = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self.loss = torch.zeros((), dtype=wide, device=device)
         self.rows: list[tuple] = []
 
     def add(self, logits: Tensor, targets: Tensor, indices: Tensor) -> None:
@@ -406,17 +409,17 @@ class _Tally:
             self.rows.append((indices, targets.cpu(), top.cpu(), probabilities.cpu(), nll.float().cpu()))
 
     def result(self, name: str) -> EvalResult:
-        process = self.evaluation.process
-        for total in (self.counts, self.loss) if process is not None else ():
-            process.all_reduce_(total, "sum")
-        return EvalResult(name, *self.counts.tolist(), self.loss.item(), outputs=self._gather())
+        for total in (self.counts, self.loss):
+            self.evaluation.process.all_reduce_(total, "sum")
+        hits1, hits5, images, bad, nonfinite = self.counts.tolist()
+        return EvalResult(name, hits1, hits5, images, bad, nonfinite, self.loss.item(),
+                          outputs=self._gather())
 
     def _gather(self) -> Outputs | None:
         if not self.evaluation.outputs:
             return None
         own = [torch.cat(column).numpy() for column in zip(*self.rows)]
-        process = self.evaluation.process
-        parts = [own] if process is None else process.all_gather_object(own)
+        parts = self.evaluation.process.all_gather_object(own)
         columns = [np.concatenate(column) for column in zip(*(part for part in parts if part))]
         order = np.argsort(columns[0], kind="stable")
         return Outputs(*(column[order] for column in columns))
@@ -426,9 +429,8 @@ class _Tally:
 def true_float32() -> Iterator[None]:
     """Products and convolutions of float32 tensors in float32 (no TF32, no bf16), the settings restored
     afterwards."""
-    backends = torch.backends
-    settings = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul,
-                backends.mkldnn.conv]
+    names = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv")
+    settings = attrgetter(*names)(torch.backends)
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:

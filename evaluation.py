@@ -22,9 +22,9 @@ from common.text import plain
 from config.options import OPTIONS, ImageSettings, Options
 from config.parse import Resolved
 from datasets.build import Data, build_data, eval_loader
-from datasets.check import spread_over_classes
 from datasets.dataset import make_loader
 from datasets.device import EvalPrepare
+from datasets.sampler import spread_over_classes
 from datasets.subsets import Subset, real_labels, recognise_folder
 from datasets.transforms import eval_transform
 from launch.process import Process
@@ -34,7 +34,7 @@ from models.download import cache_folder, fetch_published, local_file
 from models.inspect import class_titles
 from models.weights import load_for_model
 from models.zoo import PUBLISHED
-from report.metrics import Counts, Predictions, multi_label_accuracy
+from report.metrics import Predictions, multi_label_accuracy
 from report.page import write_report
 from report.results import Protocol, results_from, summary_line, write_eval_json, write_report_files
 from run.checkpoint import Checkpoints
@@ -285,8 +285,7 @@ def _result(prepared: Prepared, candidate: Candidate, found: engine.EvalResult) 
         dtype=str(dtype).removeprefix("torch."), tf32=options.fast_math,
         dataset=subset.name if subset else "imagenet-val" if imagenet else options.data_set, pillow=PIL.__version__)
     predictions = predictions_of(found, data) if found.outputs is not None else None
-    counts = Counts(found.hits1, found.hits5, found.images, found.loss_sum, found.bad, found.nonfinite)
-    result = results_from(counts, protocol, PUBLISHED.get(options.model), predictions) | {"seconds": found.seconds}
+    result = results_from(found, protocol, PUBLISHED.get(options.model), predictions) | {"seconds": found.seconds}
     answers = real_labels(predictions.paths) if predictions and subset and subset.name == "imagenet-val" else None
     return result if answers is None else result | {"real": multi_label_accuracy(predictions.top5, answers)}
 

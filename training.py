@@ -1,100 +1,53 @@
-"""A training run from its options: folder → checkpoint → data → batch → model → optimizer → restore → epochs
-→ report."""
+"""Training: one run from its first update to its last, with what it saves, and the command around it."""
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import timm
 import torch
-from torch import Tensor, nn
 
 import engine
-import models  # noqa: F401  registers the architectures with timm
 import native
 from common.errors import UserError
 from common.files import read_json_lines
 from common.ledger import restarts
 from common.log import logger
 from common.outcome import ExitCode, Outcome
-from common.random import key
-from common.safe_load import safe_torch_load
 from common.text import plural, printable
 from config.options import Options
 from config.parse import Resolved
-from config.rules import BatchPlan, plan_batch, resumed_schedule_notice, small_data_notice, validate_after_index
-from datasets.build import Data, build_data, eval_loader, train_loader
-from datasets.check import check_sample
-from datasets.dataset import Batch, ImageDataset
-from datasets.device import EvalPrepare, TrainPrepare
+from config.rules import resumed_schedule_notice
+from datasets.build import check_sample, train_loader
 from datasets.sampler import GlobalBatchSampler
-from evaluation import amp_dtype, evaluate_checkpoints, strange_weights
+from evaluation import amp_dtype, evaluate_checkpoints
 from launch.process import Process
 from launch.stop import StopRequest
 from launch.watchdog import Watchdog
-from models.compile import compile_model
-from models.download import fetch_published, local_file
-from models.weights import load_for_model
-from optim.build import build_loss, build_optimizer
+from optim.build import build_optimizer
 from optim.ema import Ema, half_life_warning
 from optim.finite import FiniteWatch, NonfinitePolicy
 from optim.schedule import build_schedule
 from optim.update import Update, UpdateConfig, UpdateStats
+from plan import Classification, Plan, build_model, compiled, load_start_weights, plan_run
 from report.page import write_report
 from run.checkpoint import Checkpoints, Loaded, open_folder
 from run.folder import RunFolder
 from run.log import Tracker, WandbRun
 from run.start import code_version, cpus_per_process, start_warnings
 from run.state import (
-    BEST, BEST_EMA, Best, DataIdentity, Environment, Parts, Position, State, check_resumable, check_same_run, collect,
-    finished, restore)
-
-
-class Classification:
-    """The task of images with one class each: cross-entropy in training, top-1 and top-5 in evaluation."""
-    score = "test_acc1"
-
-    def __init__(self, options: Options, data: Data, process: Process, drop_draws: int):
-        self.seed, self.drop_draws, self.autocast_dtype = options.seed, drop_draws, amp_dtype(options)
-        self.prepare = TrainPrepare(options, data.num_classes, process.device)
-        self.criterion = build_loss(options)
-        self.evaluation = engine.Evaluation(EvalPrepare(options, process.device), process.device, process=process,
-                                            expected=len(data.val) if data.val else None)
-        self.loaders = [eval_loader(data, options, process.rank, process.world_size)] if data.val else []
-
-    def losses(self, model: nn.Module, batch: Batch, update: int) -> tuple[Tensor, Tensor | None]:
-        """Mean loss of a micro-batch, and its top-1 hits where nothing is mixed."""
-        images, targets = self.prepare(batch)
-        draws = engine.drop_draws(self.drop_draws, self.seed, update, batch, images.device)
-        with engine.autocast(images.device, self.autocast_dtype):
-            logits = model(images, **draws)
-        hits = None if targets.is_floating_point() else (logits.detach().argmax(1) == targets).sum()
-        return self.criterion(engine.full_precision(logits), targets), hits
-
-    def evaluate(self, networks: Sequence[tuple[str, nn.Module]], observer: engine.Observer,
-                 update: int) -> engine.Figures | None:
-        """All networks in one pass, in true float32 whatever they are trained in."""
-        with native.packed(*(network for _, network in networks)):
-            results = engine.evaluate(networks, self.loaders[0], replace(self.evaluation, observer=observer), update)
-        for result in results:
-            if result.nonfinite:
-                observer.on_incident("nonfinite_outputs", f"{result.nonfinite} of {result.images} evaluated "
-                                     "images gave outputs that are not numbers; they count as incorrect.", update=update)
-        return {f"test_{name}{result.name}": getattr(result, name) for result in results
-                for name in ("loss", "acc1", "acc5")} or None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Planned:
-    """What a run is made of before there is a model: `options` are those of `resolved` with the batch in
-    them."""
-    resolved: Resolved
-    options: Options
-    data: Data
-    train: ImageDataset
-    batch: BatchPlan
-    updates_per_epoch: int
+    BEST,
+    BEST_EMA,
+    Best,
+    DataIdentity,
+    Environment,
+    Parts,
+    Position,
+    State,
+    collect,
+    finished,
+    restore,
+)
 
 
 class Trainer(engine.Observer):
@@ -108,9 +61,9 @@ class Trainer(engine.Observer):
         checkpoints: None where nothing is saved.
     """
 
-    def __init__(self, planned: Planned, process: Process, *, stop: StopRequest, watchdog: Watchdog,
+    def __init__(self, plan: Plan, process: Process, *, stop: StopRequest, watchdog: Watchdog,
                  state: State | None = None, folder: str = "", checkpoints: Checkpoints | None = None):
-        options, data, batch, updates = planned.options, planned.data, planned.batch, planned.updates_per_epoch
+        options, data, batch, updates = plan.options, plan.data, plan.batch, plan.updates_per_epoch
         self.options, self.process, self.stop, self.watchdog = options, process, stop, watchdog
         self.checkpoints = checkpoints
         _set_numerics(options)
@@ -121,25 +74,27 @@ class Trainer(engine.Observer):
         average_on = "cpu" if options.model_ema_force_cpu else None
         self.ema = Ema(self.model, options.model_ema_decay, average_on) if options.model_ema else None
         self.task = Classification(options, data, process, getattr(self.model, "num_drop_draws", 0))
-        self.tracker = _tracker(planned, process, folder, self.model)
-        config = UpdateConfig(update_freq=batch.update_freq, clip_grad=options.clip_grad, clip_by=options.clip_by,
-                              clip_mode=options.clip_mode, loss_scaling=amp_dtype(options) == torch.float16)
-        update = Update(process.wrap(_compiled(self.model, options, process)), build_optimizer(self.model, options),
-                        build_schedule(options, updates), config, ema=self.ema,
-                        agree=lambda flags: process.all_reduce_(flags, "min"))
-        sampler = GlobalBatchSampler(len(planned.train), batch.global_batch, batch.batch_size, batch.update_freq,
+        self.tracker = _tracker(plan, process, folder, self.model)
+        config = UpdateConfig(
+            update_freq=batch.update_freq, clip_grad=options.clip_grad, clip_by=options.clip_by,
+            clip_mode=options.clip_mode, loss_scaling=amp_dtype(options) == torch.float16)
+        wrapped = process.wrap(compiled(self.model, options, process))
+        update = Update(wrapped, build_optimizer(self.model, options), build_schedule(options, updates),
+                        config, ema=self.ema, agree=lambda flags: process.all_reduce_(flags, "min"))
+        sampler = GlobalBatchSampler(len(plan.train), batch.global_batch, batch.batch_size, batch.update_freq,
                                      process.rank, process.world_size, options.seed)
         policy = NonfinitePolicy(options.on_nonfinite)
         self.loop = engine.Loop(
-            model=update.model, plain=self.model, task=self.task, update=update, sampler=sampler,
+            model=wrapped, plain=self.model, task=self.task, update=update, sampler=sampler,
             loader=train_loader(data, options, sampler), watch=FiniteWatch(policy), process=process,
-            updates_per_epoch=updates, print_freq=options.print_freq, path_of=planned.train.path)
+            updates_per_epoch=updates, print_freq=options.print_freq, path_of=plan.train.path)
         self.position = Position(updates, options.start_epoch - 1, options.start_epoch * updates)
-        self.best, self.data = Best(), DataIdentity(batch.global_batch, len(planned.train), data.class_names)
+        self.best, self.data = Best(), DataIdentity(batch.global_batch, len(plan.train), data.class_names)
         self.parts: Parts = {
-            "position": self.position, "model": self.model, "model_ema": self.ema, "optimizer": update.optimizer,
-            "scaler": update.scaler, "policy": policy, "best": self.best, "data": self.data,
-            "environment": Environment(planned.resolved.to_dict(), self.code_paths, torch.get_num_threads(),
+            "position": self.position, "model": self.model, "model_ema": self.ema,
+            "optimizer": update.optimizer, "scaler": update.scaler, "policy": policy, "best": self.best,
+            "data": self.data,
+            "environment": Environment(plan.resolved.to_dict(), self.code_paths, torch.get_num_threads(),
                                        code_version())}
         self._loaders = [self.loop.loader, *self.task.loaders]
         self._unreadable = {path for event in read_json_lines(Path(folder, "events.jsonl")) if folder
@@ -147,8 +102,7 @@ class Trainer(engine.Observer):
         if state is not None:
             self.load_state_dict(state)
 
-    # ------------------------------------------------------------------------------------------------- the
-    # run
+    # The run
 
     def fit(self) -> Outcome:
         """Train to the last epoch: DONE, or PAUSED when the run was saved on request and can be resumed.
@@ -160,13 +114,15 @@ class Trainer(engine.Observer):
         while at.begun < epochs:
             started = time.time()
             self.tracker.start_epoch(at.begun, at.update_in_epoch)
-            progress = engine.train_one_epoch(self.loop, self, epoch=at.begun, first_update=at.update_in_epoch,
-                                              sums=at.sums if self.process.is_main else None)
+            progress = engine.train_one_epoch(
+                self.loop, self, epoch=at.begun, first_update=at.update_in_epoch,
+                sums=at.sums if self.process.is_main else None)
             at.update, at.sums = progress.next_update, progress.sums
             if progress.outcome is Outcome.FAILED:
                 raise UserError(f"training ended at update {at.update}: too many non-finite losses or "
                                 f"gradients; {Path(self.options.output_dir, 'events.jsonl')} names the "
-                                "updates, images and modules; lower --lr, or train without --use_amp.", code="nonfinite")
+                                "updates, images and modules; lower --lr, or train without --use_amp.",
+                                code="nonfinite")
             if progress.outcome is Outcome.ROLLED_BACK:
                 self.roll_back()
             if progress.outcome is Outcome.PAUSED or self.stop.agreed(self.process):
@@ -229,8 +185,7 @@ class Trainer(engine.Observer):
             loader.close()
         self.tracker.close()
 
-    # ------------------------------------------------------------------------------------- the engine's
-    # observer
+    # The engine's observer
 
     def on_phase(self, phase: str, update: int) -> None:
         """Tell the watchdog."""
@@ -272,8 +227,7 @@ class Trainer(engine.Observer):
         if self.process.is_main:
             self.tracker.incident(kind, sentence, log=log, **more)
 
-    # ---------------------------------------------------------------------------------------------------
-    # details
+    # Details
 
     def report_failures(self, sentences: Sequence[str]) -> None:
         """Keep what was logged when a save failed."""
@@ -283,7 +237,7 @@ class Trainer(engine.Observer):
     def _restore(self, state: Mapping[str, object], parts: Parts) -> None:
         try:
             restore({**state, "model_ema": state.get("model_ema") or state.get("model")}, parts)
-        except (RuntimeError, AttributeError, TypeError) as error:  # what torch raises for tensors that do not fit
+        except (RuntimeError, AttributeError, TypeError) as error:  # torch's, for tensors that do not fit
             raise UserError(f"the checkpoint's weights do not fit --model {self.options.model}: "
                             f"{str(error).splitlines()[-1].strip()}", code="invalid_checkpoint") from None
 
@@ -319,79 +273,23 @@ class Trainer(engine.Observer):
         if before not in (None, now):
             self.on_incident("images_changed", f"The training set has {now} images and had {before} when "
                              "the checkpoint was saved: the run is resumed with them, but not as an "
-                             "undisturbed one would continue; restore the data set to have that.", update=self.position.update, images=now, before=before)
+                             "undisturbed one would continue; restore the data set to have that.",
+                             update=self.position.update, images=now, before=before)
 
     def _report_unreadable(self) -> None:
         """Report each image that could not be read once per run."""
-        mine = [path for loader in self._loaders for path in loader.take_bad()]
-        found = {path for part in self.process.all_gather_object(mine) for path in part} - self._unreadable
-        self._unreadable |= found
-        for path in sorted(found):
-            self.on_incident("unreadable_image", f"{printable(path)} could not be read: it is replaced by "
-                             "another image in training and counts as incorrect in evaluation.", epoch=self.position.begun, images=[path])
-
-
-# ------------------------------------------------------------------------------------------------ what a run
-# is made of
-
-def plan_run(resolved: Resolved, process: Process, state: State | None, data: Data | None = None) -> Planned:
-    """Index the images (unless `data` are given) and derive the batch; `state` is that of a run to resume."""
-    options, state = resolved.options, state or {}
-    if data is None:
-        if not state:  # what would otherwise be refused only when all images have been indexed, minutes later
-            build_optimizer(nn.Linear(1, 1), replace(options, layer_decay=1.0))
-            process.on_rank_zero(lambda: bool(options.finetune and safe_torch_load(local_file(options.finetune))))
-        data = process.local_first(lambda: build_data(
-            options, train=True, evaluate=not options.disable_eval, rank_zero=process.local_rank == 0,
-            class_names=state.get("classes")))
-    assert data.train is not None
-    batch = plan_batch(resolved, process.world_size, state.get("global_batch"))
-    updates = validate_after_index(options, batch, len(data.train), data.num_classes)
-    small = None if state else small_data_notice(options, batch, len(data.train))
-    batch = replace(batch, notices=(*batch.notices, small)) if small else batch
-    return Planned(resolved=resolved, options=batch.apply(options), data=data, train=data.train, batch=batch,
-                   updates_per_epoch=updates)
-
-
-def build_model(options: Options, num_classes: int) -> nn.Module:
-    """The network of `--model`, freshly initialised from the seed: the same on every rank."""
-    torch.manual_seed(key(options.seed, "init"))
-    model = timm.create_model(options.model, num_classes=num_classes, drop_path_rate=options.drop_path,
-                              layer_scale_init_value=options.layer_scale_init_value,
-                              head_init_scale=options.head_init_scale)
-    model.set_grad_checkpointing(options.grad_checkpointing)
-    return model
-
-
-def load_start_weights(model: nn.Module, options: Options, data: Data, process: Process) -> None:
-    """Published or given weights to start from; rank 0 downloads, every node reads the file.
-
-    Raises UserError when they keep their head and yet know next to nothing about the images.
-    """
-    if not options.pretrained and not options.finetune:
-        return
-    source = process.on_rank_zero(lambda: str(fetch_published(options.model)) if options.pretrained
-                                  else local_file(options.finetune))
-    report = load_for_model(model, source, model_key=options.model_key, prefix=options.model_prefix,
-                            weights=options.weights, allow_partial=options.allow_partial, class_names=data.class_names,
-                            new_head=True)
-    if "head.weight" in report.missing or options.allow_partial:
-        return
-    evaluation = engine.Evaluation(EvalPrepare(options, process.device), process.device, process=process)
-    strange = strange_weights(model, report.source_key, data, options, evaluation)
-    if strange:
-        raise UserError(f"{strange[:-1]}; --allow_partial true trains on from them all the same.",
-                        code="strange_weights")
-
-
-def _compiled(model: nn.Module, options: Options, process: Process) -> nn.Module:
-    """The model for `--compile true`, compiled on all ranks or on none; otherwise as it is."""
-    if not options.compile:
-        return model
-    logger.info("Compiling the model, which takes minutes ...")
-    shape = (options.batch_size, 3, options.input_size, options.input_size)
-    return compile_model(model.train(), shape, amp_dtype(options),
-                         lambda mine: bool(process.all_reduce_(torch.tensor([int(mine)]), "min").item()))
+        mine = [(loader.images.path(index), reason) for loader in self._loaders
+                for index, reason in loader.bad_images]
+        for loader in self._loaders:
+            loader.bad_images.clear()
+        found = {image for part in self.process.all_gather_object(mine) for image in part}
+        for path, reason in sorted(found):
+            if path not in self._unreadable:
+                self._unreadable.add(path)
+                self.on_incident(
+                    "unreadable_image", f"{printable(path)} could not be read ({reason}): it is replaced by "
+                    "another image in training and counts as incorrect in evaluation.",
+                    epoch=self.position.begun, images=[path])
 
 
 def _set_numerics(options: Options) -> None:
@@ -406,47 +304,48 @@ def _set_numerics(options: Options) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.fast_math
 
 
-def _tracker(planned: Planned, process: Process, folder: str, model: nn.Module) -> Tracker:
-    options, main = planned.options, process.is_main
-    wandb = WandbRun(options.project, options.exp_name, planned.resolved.to_dict(), options.wandb_ckpt)
-    return Tracker(folder or None, epochs=options.epochs, updates_per_epoch=planned.updates_per_epoch,
+def _tracker(plan: Plan, process: Process, folder: str, model: torch.nn.Module) -> Tracker:
+    options, main = plan.options, process.is_main
+    wandb = WandbRun(options.project, options.exp_name, plan.resolved.to_dict(), options.wandb_ckpt)
+    return Tracker(folder or None, epochs=options.epochs, updates_per_epoch=plan.updates_per_epoch,
                    n_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
                    num_workers=options.num_workers, cpus=cpus_per_process(process.local_world_size),
-                   log_dir=options.log_dir if main else None, wandb=wandb if options.enable_wandb and main else None,
-                   terminal=None if main else False)
+                   log_dir=options.log_dir if main else None, terminal=None if main else False,
+                   wandb=wandb if options.enable_wandb and main else None)
 
 
-# ------------------------------------------------------------------------------------------------------- the
-# command
+# ----------------------------------------------------------------------------------------- the command
 
 def train(resolved: Resolved, process: Process, watchdog: Watchdog) -> ExitCode:
     """Train as `resolved` says, or resume the run in its folder; returns the exit code."""
     options = resolved.options
     folder = RunFolder(options.output_dir) if options.output_dir and process.is_main else None
-    checkpoints = Checkpoints(folder.path, keep=options.save_ckpt_num) if folder and options.save_ckpt else None
+    checkpoints = None
+    if folder is not None and options.save_ckpt:
+        checkpoints = Checkpoints(folder.path, keep=options.save_ckpt_num)
     try:
         loaded = process.on_rank_zero(lambda: open_folder(resolved, folder))
         state = loaded.state if loaded else None
-        if state is not None and finished(state, options.epochs):
+        if loaded is not None and finished(loaded.state, options.epochs):
             logger.info("This run has finished its %s (%s); --epochs takes more. Evaluating it instead.",
                         plural(options.epochs, "epoch"), loaded.path)
             return _evaluate_finished(resolved, loaded, process, watchdog)
         with StopRequest(options.stop_before_end) as stop:
-            planned = plan_run(resolved, process, state)
-            watchdog.record_in(options.output_dir)  # not before: a start that is refused leaves nothing in the folder
-            for note in (*planned.data.notes, planned.batch.equation, *planned.batch.notices):
+            plan = plan_run(resolved, process, state)
+            watchdog.record_in(options.output_dir)  # not before: a start that is refused leaves nothing there
+            for note in (*plan.data.notes, plan.batch.equation, *plan.batch.notices):
                 logger.info(note)
-            sample = check_sample(planned.train, 8) if process.is_main else None
+            sample = check_sample(plan.train, 8) if process.is_main else None
             for warning in start_warnings(options, process, sample):
                 if process.is_main:
                     logger.warning(warning)
-            trainer = Trainer(planned, process, stop=stop, watchdog=watchdog, state=state, checkpoints=checkpoints,
-                              folder=options.output_dir if folder else "")
+            trainer = Trainer(plan, process, stop=stop, watchdog=watchdog, state=state,
+                              checkpoints=checkpoints, folder=options.output_dir if folder else "")
             try:
                 if loaded is not None:
                     _log_resumption(trainer, loaded)
                 if process.is_main:
-                    _introduce(trainer, planned)
+                    _introduce(trainer, plan)
                 return _fit(trainer, folder)
             finally:
                 trainer.close()
@@ -467,17 +366,17 @@ def _log_resumption(trainer: Trainer, loaded: Loaded) -> None:
         logger.info(notice)
 
 
-def _introduce(trainer: Trainer, planned: Planned) -> None:
+def _introduce(trainer: Trainer, plan: Plan) -> None:
     """What a person should know at the start, and the files that describe the run."""
     options, process, tracker = trainer.options, trainer.process, trainer.tracker
-    tracker.write_setup(planned.resolved.to_yaml(), planned.data.describe(), world_size=process.world_size,
+    tracker.write_setup(plan.resolved.to_yaml(), plan.data.describe(), world_size=process.world_size,
                         device=str(process.device), backend=process.backend, code_paths=trainer.code_paths,
-                        version=code_version(), global_batch=planned.batch.global_batch)
-    lags = half_life_warning(options.model_ema_decay, options.epochs * planned.updates_per_epoch)
+                        version=code_version(), global_batch=plan.batch.global_batch)
+    lags = half_life_warning(options.model_ema_decay, options.epochs * plan.updates_per_epoch)
     if options.model_ema and lags:
         logger.warning(lags)
     if options.num_workers > tracker.cpus:
-        logger.info("--num_workers %d is more than the %s of this process; more than these load nothing faster.",
+        logger.info("--num_workers %d is more than the %s of this process: it loads nothing faster.",
                     options.num_workers, plural(tracker.cpus, "CPU"))
     if trainer.checkpoints is not None:
         logger.info(trainer.checkpoints.disk_estimate(trainer.state_dict(), options.epochs))
@@ -509,17 +408,19 @@ def _fit(trainer: Trainer, folder: RunFolder | None) -> ExitCode:
         if folder is not None:
             folder.end(outcome, update=at.update, epoch=at.begun, cause=cause)
         if checkpoints is not None and outcome is Outcome.DONE:
-            for path in (checkpoints.folder / BEST, checkpoints.folder / BEST_EMA, *checkpoints.numbered()[-1:]):
+            last = checkpoints.numbered()[-1:]
+            for path in (checkpoints.folder / BEST, checkpoints.folder / BEST_EMA, *last):
                 trainer.tracker.log_checkpoint(path)
         trainer.tracker.close()
     if outcome is Outcome.PAUSED:
         # Not a warning, which every rank would give: all stop at the same update.
         logger.info("Stopped at update %d (%s); the same command resumes it from %s.", at.update, cause,
-                    "the newest checkpoint that was saved" if checkpoints and checkpoints.unsaved else "there")
+                    "the newest that was saved" if checkpoints and checkpoints.unsaved else "there")
         return ExitCode.PAUSED
     if outcome is Outcome.FAILED:
         logger.error("The run was trained to the end, but its last checkpoint could not be saved: make room "
-                     "in %s and start the same command again, which resumes the newest one there.", options.output_dir)
+                     "in %s and start the same command again, which resumes the newest one there.",
+                     options.output_dir)
         return ExitCode.FAILED
     if folder is not None:
         try:
@@ -535,7 +436,8 @@ def _evaluate_finished(resolved: Resolved, loaded: Loaded, process: Process, wat
     options = resolved.options
     if options.disable_eval:
         return ExitCode.DONE
-    best = process.on_rank_zero(lambda: Checkpoints(options.output_dir).best() if options.output_dir else None)
+    best = process.on_rank_zero(
+        lambda: Checkpoints(options.output_dir).best() if options.output_dir else None)
     # Not what a fine-tuning began with, and in true float32 as after each epoch, whatever it was trained in.
     options = replace(options, eval=True, resume=(str(best or loaded.path),), finetune="", pretrained=False,
                       use_amp=False, fast_math=False)

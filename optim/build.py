@@ -37,11 +37,11 @@ def build_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer
     """
     name = options.opt.lower()
     bare = name.rsplit("_", 1)[-1]
-    known = set(list_optimizers()) - _NEED_CLOSURE
+    known = {str(each) for each in list_optimizers()} - _NEED_CLOSURE
     if bare not in known:
         hint = did_you_mean(bare, known) or "; accepted are e.g. adamw, sgd, lamb and lion."
-        raise UserError(f"--opt {options.opt} is not one of timm's optimizers that train with a plain loop{hint}",
-                        code="invalid_value")
+        raise UserError(f"--opt {options.opt} is not one of timm's optimizers that train with a plain "
+                        f"loop{hint}", code="invalid_value")
     groups = param_groups(model.named_parameters(), options.weight_decay, options.layer_decay)
     settings: dict[str, Any] = {"lr": options.lr, "weight_decay": 0.0, "momentum": options.momentum,
                                 "eps": options.opt_eps}
@@ -55,7 +55,8 @@ def build_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer
         module = get_optimizer_class(bare, bind_defaults=False).__module__
         raise UserError(f"--opt {options.opt} needs a package that is not installed ({module}: {error}).",
                         code="missing_package") from error
-    getattr(optimizer, "_base_optimizer", optimizer).register_load_state_dict_pre_hook(_fitting)  # inside Lookahead
+    inner = getattr(optimizer, "_base_optimizer", optimizer)  # of Lookahead
+    inner.register_load_state_dict_pre_hook(_fitting)
     return optimizer
 
 
@@ -74,18 +75,19 @@ def _fitting(optimizer: torch.optim.Optimizer, state: dict) -> dict:
     for parameter, index in zip(parameters, indices) if state["state"] else ():
         entries = state["state"].get(index, {})
         for name in always | entries.keys():
-            if not _usable(entries.get(name), parameter):
+            if not _usable(entries.get(name), parameter, exact=name in always - {"step"}):
                 raise UserError(f"the checkpoint's optimizer state {name} of tensor {index} is missing or "
                                 f"does not fit this model's tensor {tuple(parameter.shape)}: give --model "
-                                "as it was trained, or start from its weights with --finetune.", code="invalid_checkpoint")
+                                "as it was trained, or start from its weights with --finetune.",
+                                code="invalid_checkpoint")
     kept = [{**own, "params": saved["params"]} for own, saved in zip(ours, theirs)]
     return {"state": state["state"], "param_groups": kept}
 
 
-def _usable(value: Any, parameter: nn.Parameter) -> bool:
-    """Whether an entry of an optimizer's state is a number, or an ordinary tensor of the parameter's shape or
-    summed."""
-    if isinstance(value, torch.Tensor):
-        ordinary = value.layout is torch.strided and not value.is_meta and not value.is_quantized
-        return ordinary and (value.shape == parameter.shape or value.ndim != parameter.ndim or value.ndim == 0)
-    return isinstance(value, (int, float))
+def _usable(value: object, parameter: nn.Parameter, exact: bool) -> bool:
+    """Whether an entry of an optimizer's state is a number, or an ordinary tensor of the parameter's shape
+    or, unless `exact`, a reduction of it."""
+    if not isinstance(value, torch.Tensor):
+        return isinstance(value, (int, float)) and not exact
+    fits = value.shape == parameter.shape or not exact and value.ndim != parameter.ndim
+    return fits and value.layout is torch.strided and not value.is_meta and not value.is_quantized

@@ -80,7 +80,8 @@ class FiniteWatch:
         values, event = stats.values, None
         if values.device.type in ("cuda", "xpu"):
             event = torch.Event(values.device)
-            values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values = host.copy_(values, non_blocking=True)
             event.record()
         self._pending.append((update, values, event, context))
         return self._read(keep=0 if event is None else 1)
@@ -127,7 +128,7 @@ def diagnose(model: nn.Module, forward: Callable[[], torch.Tensor]) -> dict:
         bad = [name for name, p in model.named_parameters() if not _finite(p)]
         if not bad and _finite(loss):
             grads = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
-            bad = [name for (name, _), grad in zip(named, grads) if grad is not None and not _finite(grad)][::-1]
+            bad = [name for (name, _), grad in zip(named, grads) if not _finite(grad)][::-1]
     finally:
         for handle in handles:
             handle.remove()
@@ -140,8 +141,8 @@ def _tensors(value) -> list[torch.Tensor]:
     if torch.is_tensor(value):
         return [value.detach()] if value.is_floating_point() or value.is_complex() else []
     if isinstance(value, dict):
-        value = value.values()
-    return [t for item in value for t in _tensors(item)] if isinstance(value, (tuple, list, type({}.values()))) else []
+        value = list(value.values())
+    return [t for item in value for t in _tensors(item)] if isinstance(value, (tuple, list)) else []
 
 
 def _finite(value) -> bool:
@@ -149,5 +150,5 @@ def _finite(value) -> bool:
 
 
 def _largest(value) -> float | None:
-    peaks = [torch.nan_to_num(t.abs().float(), nan=0.0, posinf=0.0).max().item() for t in _tensors(value) if t.numel()]
-    return max(peaks, default=None)
+    peaks = (t.abs().float().nan_to_num(nan=0.0, posinf=0.0).max() for t in _tensors(value) if t.numel())
+    return max((peak.item() for peak in peaks), default=None)

@@ -17,7 +17,8 @@ def cosine(step: int, steps: int, base: float, final: float) -> float:
 SHAPES: dict[str, Callable[[int, int, float, float], float]] = {"cosine": cosine}
 
 
-def value(update: int, base: float, final: float, total: int, warmup: int = 0, shape: str = "cosine") -> float:
+def value(update: int, base: float, final: float, total: int, warmup: int = 0,
+          shape: str = "cosine") -> float:
     """Value at `update` of `total`: a line from 0 to `base` over `warmup` updates, then the shape down to
     `final`.
 
@@ -78,5 +79,6 @@ class Schedule:
 def build_schedule(options: Options, updates_per_epoch: int) -> Schedule:
     """The schedule of the resolved `options` (lr already scaled for the batch, if it is to be)."""
     return Schedule(base_lr=options.lr, min_lr=options.min_lr, base_weight_decay=options.weight_decay,
-                    weight_decay_end=options.weight_decay_end, epochs=options.epochs, updates_per_epoch=updates_per_epoch,
-                    warmup_epochs=options.warmup_epochs, warmup_steps=options.warmup_steps)
+                    weight_decay_end=options.weight_decay_end, epochs=options.epochs,
+                    updates_per_epoch=updates_per_epoch, warmup_epochs=options.warmup_epochs,
+                    warmup_steps=options.warmup_steps)

@@ -51,6 +51,10 @@ def position(name: str) -> tuple[int, float] | None:
     return (int(match[3]), math.inf) if match[3] else (int(match[1]), int(match[2]))
 
 
+def _at(path: Path) -> tuple[int, float]:
+    return position(path.name) or (-1, -1)
+
+
 def manifest_path(path: Path) -> Path:
     """Where the manifest of `path` stands."""
     return path.with_name(path.name + ".json")
@@ -73,7 +77,7 @@ def manifest(path: Path) -> dict[str, Any] | None:
     except (OSError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(f"{path} or its manifest cannot be read ({error}).") from error
     if entry is None:
-        raise _damaged(f"{path} is not the file that was saved: its size or sha256 differs from its manifest.")
+        raise _damaged(f"{path} is not the file that was saved: size or sha256 differ from its manifest.")
     return entry
 
 
@@ -249,12 +253,12 @@ class Checkpoints:
 
     def _prune(self) -> None:
         numbered = self.numbered()
-        ends = [path for path in numbered if position(path.name)[1] == math.inf]
+        ends = [path for path in numbered if _at(path)[1] == math.inf]
         # Those within an epoch that has ended since are kept only where fewer than two others are whole.
         useful = [*ends, *numbered[numbered.index(ends[-1]) + 1 if ends else 0:]]
         whole = sorted(filter(self._looks_whole, numbered), key=useful.__contains__)
         keep = {*useful[-2:], *ends[-self.keep:], *whole[-2:]}
-        keep |= {path for path in ends if (position(path.name)[0] + 1) % self.every == 0}
+        keep |= {path for path in ends if (_at(path)[0] + 1) % self.every == 0}
         for path in numbered:
             if path not in keep:
                 try:
@@ -292,7 +296,7 @@ class Checkpoints:
             names = os.listdir(self.folder)
         except OSError:
             return []
-        return [self.folder / name for name in sorted((n for n in names if position(n)), key=position)]
+        return sorted((self.folder / name for name in names if position(name)), key=_at)
 
     def _best_files(self) -> list[Path]:
         return [self.folder / name for name in _SCORED if (self.folder / name).is_file()]
@@ -376,8 +380,8 @@ class Checkpoints:
         folder = self if resume in ("", "latest") else Checkpoints(resume)
         loaded = folder.newest_valid()
         if loaded is None and resume:
-            raise UserError(f"--resume {resume}: {folder.folder} holds no checkpoint; name a file or leave the "
-                            "option out.", code="no_valid_checkpoint")
+            raise UserError(f"--resume {resume}: {folder.folder} holds no checkpoint; name a file or leave "
+                            "the option out.", code="no_valid_checkpoint")
         return loaded
 
     def set_aside_newer(self, loaded: Loaded) -> list[str]:
@@ -390,7 +394,7 @@ class Checkpoints:
         at: tuple[int, float] = (-1, 0)
         if loaded.path.parent.resolve() == self.folder.resolve():
             at = position(loaded.path.name) or (loaded.state["epoch"], math.inf)
-        newer = [path for path in self.numbered() if position(path.name) > at]
+        newer = [path for path in self.numbered() if _at(path) > at]
         for path in (each for found in newer for each in (found, manifest_path(found))):
             try:
                 os.replace(path, path.with_name(f"superseded-{path.name}"))

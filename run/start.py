@@ -1,4 +1,4 @@
-"""What every training looks at before it starts: processes that agree, shared memory, a few images, disk space."""
+"""What every training looks at before it starts: whether processes agree, shared memory, images, disk."""
 import os
 import shutil
 import subprocess
@@ -10,7 +10,7 @@ import torch
 
 from common.text import file_size, plural
 from config.options import Options
-from datasets.check import SampleCheck
+from datasets.build import SampleCheck
 from launch.process import Process
 from run.folder import environment
 
@@ -18,10 +18,13 @@ _CLOCKS_APART = 2.0  # seconds; file times and logs of several nodes cannot be c
 
 
 def start_warnings(options: Options, process: Process, sample: SampleCheck | None) -> list[str]:
-    """Sentences about what is wrong, none when all is well; every rank must call it. `sample`: None but on rank 0."""
+    """Sentences about what is wrong, none when all is well; every rank must call it.
+
+    sample: rank 0's look at the images, None on other ranks.
+    """
     memory = process.all_gather_object(shared_memory_problem(options, process.local_world_size))
     found = [] if sample is None else sample.sentences()[1:]
-    if sample is not None and 2 * len(sample.tiny) <= sample.looked:  # a few small images are in every data set
+    if sample is not None and 2 * len(sample.tiny) <= sample.looked:  # every data set has a few small images
         found = [sentence for sentence in found if sentence.startswith("unreadable")]
     return found + [sentence for sentence in memory if sentence][:1] + process_problems(process)
 
@@ -31,10 +34,10 @@ def code_version() -> str:
     """The commit of this code, with a + for local changes; "unknown" outside a git checkout."""
     command = ["git", "describe", "--always", "--dirty=+"]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parents[1], text=True, capture_output=True, timeout=10)
+        found = subprocess.run(command, cwd=Path(__file__).parent, text=True, capture_output=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    return found.stdout.strip() or "unknown"
 
 
 def process_problems(process: Process) -> list[str]:
@@ -50,8 +53,8 @@ def process_problems(process: Process) -> list[str]:
         values = [other.get(name) for other in versions]
         if len(set(values)) > 1:
             other = next(rank for rank, value in enumerate(values) if value != values[0])
-            problems.append(f"{name} is {values[0]} on rank 0 ({nodes[0]}) and {values[other]} on rank {other} "
-                            f"({nodes[other]}): use one environment on all nodes.")
+            problems.append(f"{name} is {values[0]} on rank 0 ({nodes[0]}) and {values[other]} on rank "
+                            f"{other} ({nodes[other]}): use one environment on all nodes.")
     if (apart := max(clocks) - min(clocks)) > _CLOCKS_APART:
         late, early = (nodes[clocks.index(pick(clocks))] for pick in (max, min))
         problems.append(f"the clocks of {late} and {early} are {apart:.0f} s apart: set them (NTP).")
@@ -61,27 +64,27 @@ def process_problems(process: Process) -> list[str]:
     correct = process.all_gather_object(torch.equal(total, ramp * size + size * (size - 1) // 2))
     if not all(correct):
         ranks = [rank for rank, fine in enumerate(correct) if not fine]
-        problems.append(f"all-reduce gives an incorrect sum on ranks {ranks}: the network or the devices' driver is "
-                        "at fault.")
+        problems.append(f"all-reduce gives an incorrect sum on ranks {ranks}: the network or the devices' "
+                        "driver is at fault.")
     return problems
 
 
 def shared_memory_problem(options: Options, local_world_size: int, folder: str = "/dev/shm") -> str | None:
-    """A sentence when the batches that the loaders of one node hold ready do not fit into its shared memory."""
+    """A sentence when the batches that the loaders of one node hold do not fit into its shared memory."""
     if not options.num_workers or not os.path.isdir(folder):
         return None
     needed, free = shared_memory_needed(options, local_world_size), shutil.disk_usage(folder).free
     if needed <= free:
         return None
     fits = int(options.num_workers * free / needed)
-    return (f"{plural(options.num_workers, 'worker')} x {plural(local_world_size, 'process')} hold up to "
-            f"{file_size(needed)} of batches in shared memory, and {folder} has {file_size(free)} free: a bus error "
-            f"would kill the loader; use --num_workers {fits}, or give the container more (docker run "
-            f"--shm-size={needed // 10 ** 9 + 1}g).")
+    return (f"{plural(options.num_workers, 'worker')} x {plural(local_world_size, 'process')} hold up "
+            f"to {file_size(needed)} of batches in shared memory, and {folder} has {file_size(free)} free: "
+            f"a bus error would kill the loader; use --num_workers {fits}, or give the container more "
+            f"(docker run --shm-size={needed // 10 ** 9 + 1}g).")
 
 
 def shared_memory_needed(options: Options, local_world_size: int) -> int:
-    """Bytes: each worker has two batches ready and one in the making, uint8, those of evaluation 1.5 times as large."""
+    """Bytes: each worker holds two uint8 batches and makes a third; evaluation's are 1.5 times as large."""
     batch = int(1.5 * options.batch_size) * 3 * options.input_size ** 2
     return local_world_size * (3 * options.num_workers + 1) * batch
 

@@ -133,7 +133,7 @@ class Position(Values):
             raise UserError(
                 f"the checkpoint stands at update {self.update}, finished epochs: {finished}; with these "
                 f"images an epoch has {self.updates_per_epoch} updates, so the data set is not the one the "
-                "run began with: restore it, or start from the weights with --finetune in another --output_dir.",
+                "run began with: restore it, or use --finetune to start from the weights elsewhere.",
                 code="other_run")
 
 
@@ -238,8 +238,8 @@ def upgrade(state: object, path: str | os.PathLike) -> State:
                         code="invalid_checkpoint")
     number = state.get("format", 1)
     if not isinstance(number, int) or not 1 <= number <= FORMAT:
-        raise UserError(f"{path} has checkpoint format {number!r}; this version reads 1 to {FORMAT}: update the "
-                        "code.", code="invalid_checkpoint")
+        raise UserError(f"{path} has checkpoint format {number!r}; this version reads 1 to {FORMAT}: update "
+                        "the code.", code="invalid_checkpoint")
     full = dict.fromkeys(TABLE) | state | {"format": number}
     if number == 2:
         full["images"] = state.get("pictures")

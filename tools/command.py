@@ -4,36 +4,39 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+import torch
+
 from common.errors import UserError
 from common.log import logger, setup_logging
 from common.outcome import ExitCode
 from models.trained import Trained, load
 
 
-def new_parser(tool: str, description: str, example: str) -> argparse.ArgumentParser:
+def new_parser(tool: str, what: str, example: str) -> argparse.ArgumentParser:
     """The parser of `python -m tools.<tool>`; abbreviated flags are not accepted."""
-    return argparse.ArgumentParser(prog=f"python -m tools.{tool}", allow_abbrev=False, description=description,
+    return argparse.ArgumentParser(prog=f"python -m tools.{tool}", allow_abbrev=False, description=what,
                                    epilog=f"example: python -m tools.{tool} {example}")
+
+
+def add_weights_argument(parser: argparse.ArgumentParser) -> None:
+    """--weights, which of a checkpoint's weights to take."""
+    parser.add_argument("--weights", default="auto", choices=["auto", "model", "ema"],
+                        help="which weights of the checkpoint; auto: those that scored (default)")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that `load_model` reads."""
     add = parser.add_argument
-    add("--resume", help="run folder, checkpoint file or https address (default: the published weights of --model)")
+    add("--resume", help="run folder, checkpoint or https address (default: published weights of --model)")
     add("--model", help="name of the model; needed only where the checkpoint does not say it")
-    add_weights_argument(parser)
     add("--input_size", type=int, help="side of the images in pixels (default: the checkpoint's)")
+    add_weights_argument(parser)
 
 
-def add_weights_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", default="auto", choices=["auto", "model", "ema"],
-                        help="which weights of the checkpoint; auto: those that scored (default)")
-
-
-def load_model(args: argparse.Namespace, device: str = "cpu") -> Trained:
+def load_model(args: argparse.Namespace, device: str | torch.device = "cpu") -> Trained:
     """What the flags name. Raises UserError."""
     if not (args.resume or args.model):
-        raise UserError("name what to load: --resume CHECKPOINT, or --model NAME for the published weights of a model.",
+        raise UserError("name what to load: --resume CHECKPOINT, or --model NAME for published weights.",
                         code="missing_checkpoint")
     return load(args.resume or args.model, model=args.model, weights=args.weights, input_size=args.input_size,
                 device=device)

@@ -1,7 +1,7 @@
 """A trained model for other runtimes: python -m tools.export onnx|torch --resume CHECKPOINT --out FILE.
 
-The file takes any batch and image size, holds its class names and image settings, and is compared with the model on
-real images before the command ends.
+The file takes any batch and image size, holds its class names and image settings, and is compared with the
+model on real images before the command ends.
 """
 import argparse
 import json
@@ -10,19 +10,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 from timm.data import resolve_data_config
 
 from common.log import logger
 from common.text import file_size
 from datasets.images import decode_path
-from models.export import (
-    SMALLEST_SIDE,
-    TOLERANCE,
-    check_exported,
-    export_onnx,
-    exported_program,
-    onnx_function,
-)
+from models import export
+from models.export import SMALLEST_SIDE
 from models.trained import Trained
 from tools.command import add_model_arguments, load_model, new_parser, run_command
 from tools.predict import find_images
@@ -40,20 +35,20 @@ def about(trained: Trained, softmax: bool) -> dict[str, str]:
 
 
 def example_images(trained: Trained, given: list[str]) -> torch.Tensor:
-    """Float32 (N, 3, size, size) of up to eight of the given images, or of scikit-learn's handwritten digits."""
+    """Float32 (N, 3, size, size) of up to eight of the given images, or scikit-learn's handwritten digits."""
     if given:
         images = [decode_path(path) for path in find_images(given)[:IMAGES]]
     else:
-        from sklearn.datasets import load_digits
-        images = [Image.fromarray((digit * 15.9375).astype("uint8")).convert("RGB")
-                  for digit in load_digits().images[:IMAGES]]
+        digits, _ = load_digits(return_X_y=True)  # (1797, 64) in 0..16
+        pixels = (digits[:IMAGES].reshape(-1, 8, 8) * 15.9375).astype("uint8")
+        images = [Image.fromarray(image).convert("RGB") for image in pixels]
     return torch.stack([trained.transform(image) for image in images])
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = new_parser("export", "A trained model for other runtimes.", "onnx --resume runs/mine --out hornet.onnx")
+    parser = new_parser("export", "A trained model for other runtimes.", "onnx --resume runs/mine")
     add = parser.add_argument
-    add("kind", choices=["onnx", "torch"], help="onnx: for ONNX Runtime and others; torch: torch.export, .pt2")
+    add("kind", choices=["onnx", "torch"], help="onnx: for ONNX Runtime and others; torch: torch.export")
     add_model_arguments(parser)
     add("--out", help="file to write (default: MODEL.onnx or MODEL.pt2 here)")
     add("--softmax", action="store_true", help="let the file give probabilities instead of logits")
@@ -65,25 +60,25 @@ def arguments() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     trained = load_model(args)
     if trained.settings.input_size < SMALLEST_SIDE:
-        logger.info("%s works on images of %d pixels, exported files on %d and more: the file says %d.", trained.name,
-                    trained.settings.input_size, SMALLEST_SIDE, SMALLEST_SIDE)
+        logger.info("%s works on images of %d pixels, exported files on %d and more: the file says %d.",
+                    trained.name, trained.settings.input_size, SMALLEST_SIDE, SMALLEST_SIDE)
         args.input_size = SMALLEST_SIDE
         trained = load_model(args)
     images = example_images(trained, args.images)
     out = Path(args.out or f"{trained.name}.{'onnx' if args.kind == 'onnx' else 'pt2'}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    program = exported_program(trained.model, trained.settings.input_size, args.softmax)
+    program = export.exported_program(trained.model, trained.settings.input_size, args.softmax)
     if args.kind == "onnx":
-        export_onnx(program, out, about(trained, args.softmax))
-        exported = onnx_function(out)
+        export.export_onnx(program, out, about(trained, args.softmax))
+        exported = export.onnx_function(out)
     else:
         torch.export.save(program, out, extra_files=about(trained, args.softmax))
         exported = torch.export.load(out).module()
-    worst = check_exported(trained.model, exported, images, args.softmax)
-    logger.info("wrote %s (%s): %s, input `images` float32 (batch, 3, height, width), sides from %d pixels on",
+    worst = export.check_exported(trained.model, exported, images, args.softmax)
+    logger.info("wrote %s (%s): %s, input `images` float32 (batch, 3, height, width), sides from %d pixels",
                 out, file_size(out.stat().st_size), trained.name, SMALLEST_SIDE)
-    logger.info("compared on %d images and at two other sizes: largest difference %.1e, allowed %.0e", len(images),
-                worst, TOLERANCE)
+    logger.info("compared on %d images and at two other sizes: largest difference %.1e, allowed %.0e",
+                len(images), worst, export.TOLERANCE)
     return 0
 
 

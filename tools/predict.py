@@ -1,10 +1,11 @@
-"""What a trained model sees in images: python -m tools.predict PATH… --resume CHECKPOINT.
+"""What a trained model sees in images: python -m tools.predict PATH... --resume CHECKPOINT.
 
 Folders are searched for images. Class names and image settings come from the checkpoint; files that are no
 readable images are reported and skipped.
 """
 import argparse
 import csv
+import io
 import json
 import os
 import sys
@@ -16,10 +17,11 @@ from typing import TextIO
 import torch
 from tqdm import tqdm
 
+import native
 from common.errors import UserError
 from common.log import logger
 from common.text import printable
-from datasets.images import EXTENSIONS, BadImage, decode_path
+from datasets.images import BadImage, decode_path, extensions, is_image
 from launch.process import choose_device
 from models.inspect import heatmap, image_transforms, overlay, predict
 from models.trained import Trained
@@ -30,24 +32,22 @@ REPORTED = 20  # unreadable files named in the log; all are in the answers
 
 
 def find_images(given: list[str]) -> list[str]:
-    """Files as given, and the images below folders in the order of their names. Raises UserError for none."""
+    """Files as given, and the images below folders in the order of their names; UserError for none."""
     found = []
     for path in given:
-        if os.path.isdir(path):
-            inside = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
-            found += sorted(name for name in inside if name.lower().endswith(EXTENSIONS))
-        elif os.path.exists(path):
-            found.append(path)
-        else:
+        if not os.path.exists(path):
             raise UserError(f"{printable(path)} does not exist; give image files or folders of images.",
                             code="missing_data")
+        inside = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+        images = sorted(name for name in inside if is_image(os.path.basename(name)))
+        found += images if os.path.isdir(path) else [path]
     if not found:
-        raise UserError(f"no images in {', '.join(map(printable, given))}; files that end in {', '.join(EXTENSIONS)} "
-                        "are looked for.", code="missing_data")
+        raise UserError(f"no images in {', '.join(map(printable, given))}; files that end in "
+                        f"{', '.join(extensions())} are looked for.", code="missing_data")
     return found
 
 
-def answers(trained: Trained, paths: list[str], *, topk: int, batch_size: int, workers: int = 0) -> list[dict]:
+def answers(trained: Trained, paths: list[str], *, topk: int, batch_size: int, workers: int) -> list[dict]:
     """One record per file in order: path, error (None for a readable image), top (best class first)."""
     def read(path: str) -> torch.Tensor | str:
         try:
@@ -56,16 +56,16 @@ def answers(trained: Trained, paths: list[str], *, topk: int, batch_size: int, w
             return str(error)
 
     records = []
-    with ThreadPoolExecutor(max(1, workers)) as pool, tqdm(total=len(paths), unit="image", disable=None) as bar:
+    with ThreadPoolExecutor(workers or 1) as pool, tqdm(total=len(paths), unit="image", disable=None) as bar:
         for start in range(0, len(paths), batch_size):
             found = list(pool.map(read, paths[start:start + batch_size]))
             images = [image for image in found if isinstance(image, torch.Tensor)]
             predictions = iter(predict(trained.model, torch.stack(images), topk) if images else ())
             for path, image in zip(paths[start:], found):
-                error = image if isinstance(image, str) else None
-                top = [] if error else [{"index": p.index, "class": trained.classes[p.index], "name": p.name,
-                                         "probability": p.probability} for p in next(predictions)]
-                records.append({"path": path, "error": error, "top": top})
+                top = [] if isinstance(image, str) else [
+                    {"index": p.index, "class": trained.classes[p.index], "name": p.name,
+                     "probability": p.probability} for p in next(predictions)]
+                records.append({"path": path, "error": None if top else image, "top": top})
             bar.update(len(found))
     return records
 
@@ -75,21 +75,24 @@ def write(records: list[dict], form: str, out: TextIO) -> None:
     if form == "text":
         for record in records:
             words = [f"{entry['name']} {entry['probability']:.1%}" for entry in record["top"]]
-            out.write(f"{printable(record['path'])}: {', '.join(words) or 'not readable: ' + record['error']}\n")
+            line = ", ".join(words) or f"not readable: {record['error']}"
+            out.write(f"{printable(record['path'])}: {line}\n")
         return
     # To the letter and yet valid UTF-8, for programs that read the answers.
-    paths = [r["path"].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for r in records]
+    records = [record | {"path": record["path"].encode("utf-8", "surrogateescape").decode(
+        "utf-8", "backslashreplace")} for record in records]
     if form == "json":
-        json.dump([record | {"path": path} for path, record in zip(paths, records)], out, ensure_ascii=False, indent=1)
+        json.dump(records, out, ensure_ascii=False, indent=1)
         out.write("\n")
         return
     table = csv.writer(out, lineterminator="\n")
     table.writerow(["path", "rank", "index", "class", "name", "probability", "error"])
-    for path, record in zip(paths, records):
-        table.writerows([path, rank, entry["index"], entry["class"], entry["name"], f"{entry['probability']:.6f}", ""]
-                        for rank, entry in enumerate(record["top"], 1))
+    for record in records:
+        for rank, entry in enumerate(record["top"], 1):
+            share = f"{entry['probability']:.6f}"
+            table.writerow([record["path"], rank, entry["index"], entry["class"], entry["name"], share, ""])
         if record["error"]:
-            table.writerow([path, "", "", "", "", "", record["error"]])
+            table.writerow([record["path"], "", "", "", "", "", record["error"]])
 
 
 def write_heatmaps(trained: Trained, records: list[dict], folder: Path) -> None:
@@ -104,31 +107,33 @@ def write_heatmaps(trained: Trained, records: list[dict], folder: Path) -> None:
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = new_parser("predict", "What a trained model sees in images.", "photo.jpg holidays/ --resume runs/mine --topk 3")
+    parser = new_parser("predict", "What a trained model sees in images.", "photo.jpg --resume runs/mine")
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="image files, and folders to search for images")
     add_model_arguments(parser)
     add("--topk", type=int, default=5, help="classes per image (default 5)")
-    add("--out", default="text", metavar="FORMAT", help="csv or json on standard output, or a file name ending in "
-        ".csv or .json (default: lines of text)")
+    add("--out", default="text", metavar="FORMAT", help="csv or json on standard output, or a file name "
+        "ending in .csv or .json (default: lines of text)")
     add("--heatmap", metavar="DIR", help="also write images of where the model looks (Grad-CAM) to DIR")
     add("--batch_size", type=int, default=32, help="images at a time (default 32)")
     add("--num_workers", type=int, default=0, help="threads that read images (default 0: one)")
-    add("--device", default="cpu", help="cpu, cuda, mps, xpu, one of them such as cuda:1, or auto (default cpu)")
+    add("--device", default="cpu", help="cpu (default), cuda, mps, xpu, a numbered one as cuda:1, or auto")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     form = Path(args.out).suffix[1:] or args.out
     if form not in FORMS:
-        raise UserError(f"--out {args.out} is not accepted: csv, json, or a file name ending in .csv or .json.",
+        raise UserError(f"--out {args.out} is not accepted: csv, json, or a file name ending in .csv or "
+                        ".json.", code="invalid_value")
+    if min(args.topk, args.batch_size, args.num_workers + 1) < 1:
+        raise UserError("--topk and --batch_size must be 1 or more, --num_workers 0 or more.",
                         code="invalid_value")
-    if min(args.topk, args.batch_size) < 1 or args.num_workers < 0:
-        raise UserError("--topk and --batch_size must be 1 or more, --num_workers 0 or more.", code="invalid_value")
     paths = find_images(args.paths)
     trained = load_model(args, choose_device(args.device, 0, 1))
+    native.attach(trained.model)
     records = answers(trained, paths, topk=args.topk, batch_size=args.batch_size, workers=args.num_workers)
-    if hasattr(sys.stdout, "reconfigure"):
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
     with nullcontext(sys.stdout) if args.out in FORMS else open(args.out, "w", encoding="utf-8") as out:
         write(records, form, out)
@@ -137,8 +142,8 @@ def run(args: argparse.Namespace) -> int:
     bad = [record for record in records if record["error"]]
     for record in bad[:REPORTED]:
         logger.warning("not a readable image: %s (%s)", printable(record["path"]), record["error"])
-    logger.info("%d of %d images predicted with %s from %s", len(records) - len(bad), len(records), trained.name,
-                trained.source)
+    logger.info("%d of %d images predicted with %s from %s", len(records) - len(bad), len(records),
+                trained.name, trained.source)
     return 1 if len(bad) == len(records) else 0
 
 

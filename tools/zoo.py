@@ -1,10 +1,11 @@
 """Published weights: python -m tools.zoo list | get MODEL | verify FILE… | convert FILE --out FILE.
 
-Files are kept in ~/.cache/hornet, or the folder named by --folder or HORNET_CACHE; a file placed there by hand is
-used without a network.
+Files are kept in ~/.cache/hornet, or the folder named by --folder or HORNET_CACHE; a file placed there by
+hand is used without a network.
 """
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,15 +24,16 @@ from tools.command import add_weights_argument, new_parser, run_command
 def list_models(args: argparse.Namespace) -> int:
     """A table of what is published, and which files are in the folder."""
     form, folder = "{:25}{:>12} {:>8} {:>5} {:>8} {:>6} {:>6}  {:50} {}\n", cache_folder(args.folder)
-    sys.stdout.write(form.format("model", "parameters", "FLOPs", "size", "classes", "top-1", "top-5", "file", "here"))
+    title = ("model", "parameters", "FLOPs", "size", "classes", "top-1", "top-5", "file", "here")
+    sys.stdout.write(form.format(*title))
     for name, row in PUBLISHED.items():
         accuracy = [f"{value:.2f}" if value else "-" for value in (row.top1, row.top5)]
         here = any((folder / file.name).exists() for file in row.files)
         sys.stdout.write(form.format(
-            name, f"{row.params:,}", f"{row.flops / 1e9:.4g} G", row.input_size, row.classes, *accuracy,
-            row.files[0].name if row.files else "none published", "yes" if here else "-"))
-    sys.stdout.write("top-1 and top-5 in percent on ImageNet-1k, measured by OpenMMLab on the authors' weights; "
-                     f"parameters with 1000 classes; files in {folder}\n")
+            name, f"{row.params:,}", f"{(row.flops or 0) / 1e9:.4g} G", row.input_size, row.classes,
+            *accuracy, row.files[0].name if row.files else "none published", "yes" if here else "-"))
+    sys.stdout.write("top-1 and top-5 in percent on ImageNet-1k, measured by OpenMMLab on the authors' "
+                     f"weights; parameters with 1000 classes; files in {folder}\n")
     return 0
 
 
@@ -43,7 +45,7 @@ def get(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """For each file: its hash against the published one, and whether its tensors are those of a published model."""
+    """For each file: its hash against the published one, and whether its tensors are of a published model."""
     wrong = 0
     for path in map(Path, args.files):
         try:
@@ -56,9 +58,8 @@ def verify(args: argparse.Namespace) -> int:
 
 def _verify(path: Path) -> str:
     checkpoint, digest = safe_torch_load(path), sha256_file(path)[:8]
-    name, file = next(((name, file) for name, row in PUBLISHED.items() for file in row.files if file.name == path.name),
-                      (None, None))
-    prefix = file.sha256_prefix if file else ""
+    known = {file.name: (name, file.sha256_prefix) for name, row in PUBLISHED.items() for file in row.files}
+    name, prefix = known.get(path.name, (None, ""))
     if prefix and digest != prefix:
         raise UserError(f"its sha256 begins with {digest}, published is {prefix}", code="other_file")
     state, key = select_weights(checkpoint, str(path))
@@ -67,59 +68,62 @@ def _verify(path: Path) -> str:
         raise UserError(f"it should hold {name}, and its tensors are of {looks}", code="other_file")
     if not all(bool(value.isfinite().all()) for value in state.values() if value.is_floating_point()):
         raise UserError("some of its weights are infinite or undefined", code="nonfinite_weights")
-    return (f"ok: {looks}, {len(state)} tensors{f' under {key}' if key else ''}, sha256 {digest}…, "
+    return (f"ok: {looks}, {len(state)} tensors{f' under {key}' if key else ''}, sha256 {digest}..., "
             + ("hash as published" if prefix else "no published hash"))
 
 
 def convert(args: argparse.Namespace) -> int:
     """Write the weights of a file under the published names, or OpenMMLab's, as .pth or .safetensors.
 
-    Class names and image settings go along: without them a file would be evaluated with other images than its run was.
+    Class names and image settings go along: without them a file would be evaluated with other images.
     """
     source, out, openmmlab = Path(args.file), Path(args.out), args.names == "openmmlab"
     if out.suffix not in (".pth", ".safetensors"):
         raise UserError(f"--out {out} must end in .pth or .safetensors.", code="invalid_value")
-    if out.exists() and source.exists() and out.samefile(source):
+    if out.resolve() == source.resolve():
         raise UserError(f"--out {out} is the file that is converted; name another.", code="invalid_value")
     checkpoint = safe_torch_load(source)
     state, key = select_weights(checkpoint, str(source), weights=args.weights)
-    state = published_names(state)
-    state = to_openmmlab(state) if openmmlab else state
-    about = {name: checkpoint[name] for name in ("format", "classes") if key and checkpoint.get(name)}
-    if key and isinstance(checkpoint.get("args"), dict):
+    state = to_openmmlab(published_names(state)) if openmmlab else published_names(state)
+    content = checkpoint if key else {}  # a bare state dict says nothing else
+    about = {name: content[name] for name in ("format", "classes") if content.get(name)}
+    if options := content.get("args"):
         kept = ("model", *ImageSettings.__dataclass_fields__)
-        about["args"] = {name: value for name, value in checkpoint["args"].items() if name in kept and value is not None}
+        about["args"] = {name: options[name] for name in kept if options.get(name) is not None}
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".safetensors":
         save_safetensors(out, state, about or None)
     else:
-        state = {name: value.clone() for name, value in state.items()}  # a view would bring its whole storage along
-        atomic_write(out, lambda file: torch.save({"state_dict" if openmmlab else "model": state, **about}, file))
-    logger.info("wrote %s: %d tensors%s, names as in %s files", out, len(state), f" from '{key}'" if key else "",
-                "OpenMMLab's" if openmmlab else "the authors'")
+        state = {name: value.clone() for name, value in state.items()}  # not a view with its whole storage
+        content = {"state_dict" if openmmlab else "model": state, **about}
+        atomic_write(out, lambda file: torch.save(content, file))
+    logger.info("wrote %s: %d tensors%s, names as in %s files", out, len(state),
+                f" from '{key}'" if key else "", "OpenMMLab's" if openmmlab else "the authors'")
     return 0
 
 
 def arguments() -> argparse.ArgumentParser:
     parser = new_parser("zoo", "Published weights of HorNet.", "get hornet_tiny_7x7")
-    parser.add_argument("--folder", help="where published files are (default: HORNET_CACHE or ~/.cache/hornet)")
+    parser.add_argument("--folder", help="where published files are (default: HORNET_CACHE, ~/.cache/hornet)")
     commands = parser.add_subparsers(dest="command", required=True, metavar="list|get|verify|convert")
-    commands.add_parser("list", help="what is published and which files are here").set_defaults(work=list_models)
-    one = commands.add_parser("get", help="download files, check them, print their paths")
+
+    def command(work: Callable[[argparse.Namespace], int], name: str, help: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=help)
+        one.set_defaults(work=work)
+        return one
+    command(list_models, "list", "what is published and which files are here")
+    one = command(get, "get", "download files, check them, print their paths")
     one.add_argument("models", nargs="+", metavar="MODEL", help="such as hornet_tiny_7x7")
     one.add_argument("--source", default="auto", choices=["auto", "openmmlab", "authors"],
                      help="where from; auto: the first that is available (default)")
-    one.set_defaults(work=get)
-    one = commands.add_parser("verify", help="check files against published hashes and architectures")
+    one = command(verify, "verify", "check files against published hashes and architectures")
     one.add_argument("files", nargs="+", metavar="FILE")
-    one.set_defaults(work=verify)
-    one = commands.add_parser("convert", help="between the authors' and OpenMMLab's names, .pth and .safetensors")
+    one = command(convert, "convert", "between the authors' and OpenMMLab's names, .pth and .safetensors")
     one.add_argument("file", metavar="FILE", help="checkpoint to read, in either naming")
     one.add_argument("--out", required=True, help="file to write, ending in .pth or .safetensors")
     one.add_argument("--names", default="authors", choices=["authors", "openmmlab"],
                      help="names of the tensors to write (default authors)")
     add_weights_argument(one)
-    one.set_defaults(work=convert)
     return parser
 
 

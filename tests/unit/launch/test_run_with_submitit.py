@@ -11,7 +11,15 @@ import pytest
 
 from common.ledger import Ledger
 from launch import run_with_submitit
-from launch.run_with_submitit import flag, main, snapshot, snapshot_folder, status, with_output_dir, without_flag
+from launch.run_with_submitit import (
+    flag,
+    main,
+    snapshot,
+    snapshot_folder,
+    status,
+    with_output_dir,
+    without_flag,
+)
 from tests.kits.processes import alive, environment, expected_value, wait_for, write_toy_program
 
 

@@ -12,7 +12,7 @@ import torch
 from common.ledger import Ledger
 from common.outcome import Outcome
 from launch import stop as stop_module
-from launch.process import Place, Process, start
+from launch.process import Process, start
 from launch.stop import StopRequest, job_end_time, time_left
 from tests.kits.processes import (
     TOY,
@@ -150,7 +150,7 @@ def test_stop_signals_to_torchrun_lose_nothing(tmp_path, target, number):
 
 def test_one_process_hears_of_anothers_request_without_waiting_for_it():
     store = torch.distributed.HashStore()
-    one, other = (Process(Place(rank=rank, world_size=2), torch.device("cpu"), store=store) for rank in range(2))
+    one, other = (Process(rank=rank, world_size=2, device=torch.device("cpu"), store=store) for rank in range(2))
     asked, unaware = StopRequest(), StopRequest()
     assert not asked.heard(one) and not unaware.heard(other)
     asked.request("SIGUSR2")

@@ -9,21 +9,23 @@ import torch
 
 from common.ledger import Ledger
 from common.outcome import Outcome
-from launch.process import Place, Process
+from launch.process import Process
 from launch.watchdog import LONGEST_STEP, Beat, Cause, RunningClock, Watchdog
 from tests.kits.processes import TOY, alive, expected_value, finish, start_ranks, start_torchrun, wait_for
 
 
 def beats(*given: dict) -> list[Beat]:
     return [Beat(**{"rank": rank, "node": f"node{rank:02}", "pid": 1, "phase": "backward", "update": 9, "order": 30,
-                    "first": False, **more}) for rank, more in enumerate(given)]
+                    **more}) for rank, more in enumerate(given)]
 
 
 def judge(found: list[Beat], silent: dict[int, float] = {}, hang_timeout: float = 180.0, lost: bool = False) -> Cause | None:  # noqa: B006
-    watchdog = Watchdog(Process(Place(), torch.device("cpu")), None, hang_timeout)
+    watchdog = Watchdog(Process(device=torch.device("cpu")), None, hang_timeout)
+    for beat in found:
+        beat.patience = hang_timeout or float("inf")
     now = watchdog._clock()
     watchdog._seen = {beat.rank: (1, now - silent.get(beat.rank, 0.0)) for beat in found}
-    return watchdog._silent_or_slow(found, lost)
+    return watchdog._judge(found, lost)
 
 
 def test_the_rank_that_keeps_the_others_waiting_is_named():
@@ -39,10 +41,14 @@ def test_nobody_is_named_while_the_slowest_still_has_time():
     assert judge(beats({"age": 400}), hang_timeout=0) is None
 
 
-@pytest.mark.parametrize("more", [{"first": True}, {"phase": "saving"}])
-def test_the_first_update_and_saving_get_more_patience(more):
-    assert judge(beats({"age": 400, **more}, {"age": 400, "waits_in": "barrier", "order": 31})) is None
-    assert judge(beats({"age": 600, **more}, {"age": 600, "waits_in": "barrier", "order": 31})).rank == 0
+def test_start_the_first_update_and_saving_get_more_patience():
+    watchdog, store = Watchdog(Process(device=torch.device("cpu")), None, 10), torch.distributed.HashStore()
+    patience = []
+    for phase in [("start", -1), ("data", 7), ("saving", 7), ("data", 8), ("evaluation", 8), ("saving", 8)]:
+        watchdog.phase(*phase)
+        watchdog._send(store)
+        patience.append(watchdog.beat.patience)
+    assert patience == [100, 30, 30, 10, 10, 30]
 
 
 def test_a_silent_rank_is_named_even_if_it_was_waiting():
@@ -65,7 +71,6 @@ def test_order_grows_with_work_and_not_with_signs_of_life():
         watchdog.phase(name, update)
         orders.append(watchdog.beat.order)
     assert orders == [1, 2, 3, 3, 4]
-    assert not watchdog.beat.first
 
 
 def test_the_clock_stands_still_while_the_process_does(monkeypatch):

@@ -103,7 +103,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError) as error:
         fetch(PublishedFile("test", "model.pth", ("https://127.0.0.1:9/x.pth",)), tmp_path / "file" / "below")
-    assert error.value.code == "unwritable_folder" and "HORNET_CACHE" in str(error.value)
+    assert error.value.code == "download_failed" and "HORNET_CACHE" in str(error.value)
 
 
 def test_only_https_except_from_this_machine(tmp_path):

@@ -12,7 +12,6 @@ from models.inspect import (
     extract_features,
     heatmap,
     image_transform,
-    open_image,
     overlay,
     predict,
 )
@@ -64,7 +63,7 @@ def test_mistakes(model, files, tmp_path):
 def test_16_bit_images_are_scaled_not_cut_off(tmp_path):
     pixels = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     Image.fromarray(pixels).save(tmp_path / "deep.png")
-    found = np.asarray(open_image(tmp_path / "deep.png"))
+    found = np.asarray(as_rgb(tmp_path / "deep.png"))
     assert np.array_equal(found, np.asarray(as_rgb(Image.open(tmp_path / "deep.png"))))
     assert found.shape == (64, 64, 3) and (found[0, 0, 0], found[-1, -1, 0]) == (0, 255) and found.std() > 70
 

@@ -10,7 +10,7 @@ from timm.data import ImageNetInfo
 
 import models
 from models.inspect import complexity
-from models.zoo import MODEL_NAMES, PUBLISHED, VARIANTS, default_classes, published_files, synsets
+from models.zoo import MODEL_NAMES, PUBLISHED, VARIANTS, default_classes, synsets
 
 ROOT = Path(__file__).parents[3]
 
@@ -40,15 +40,15 @@ def test_the_recipe_trains_this_model(name):
 
 
 def test_published_files():
-    assert [len(published_files(name)) for name in PUBLISHED] == [2] * 6 + [0, 1, 1, 1]
-    files = [file for name in PUBLISHED for file in published_files(name)]
+    assert [len(row.files) for row in PUBLISHED.values()] == [2] * 6 + [0, 1, 1, 1]
+    files = [file for row in PUBLISHED.values() for file in row.files]
     assert len({file.name for file in files}) == len({file.urls for file in files}) == 15
     assert all(url.startswith("https://") for file in files for url in file.urls)
     for file in files:
         assert (file.source, len(file.sha256_prefix)) in (("openmmlab", 8), ("authors", 0))
         assert file.name.endswith(f"{file.sha256_prefix}.pth")
         assert file.source == "openmmlab" or re.search(r"/f/[0-9a-f]{20}/", file.urls[0])
-    assert published_files("hornet_tiny_7x7")[0].source == "openmmlab" and published_files("other") == ()
+    assert all(row.files[0].source == "openmmlab" for row in PUBLISHED.values() if row.top1)
 
 
 def test_class_lists():

@@ -6,8 +6,20 @@ import torch
 
 from common.errors import UserError
 from run.checkpoint import load
-from run.state import (FORMAT, TABLE, Best, DataIdentity, Environment, Position, check_resumable, check_same_run, collect,
-                       finished, restore, upgrade)
+from run.state import (
+    FORMAT,
+    TABLE,
+    Best,
+    DataIdentity,
+    Environment,
+    Position,
+    check_resumable,
+    check_same_run,
+    collect,
+    finished,
+    restore,
+    upgrade,
+)
 
 STORED = Path(__file__).parents[2] / "data" / "checkpoints"
 GOOD = {"format": FORMAT, "model": {}, "optimizer": {"state": {}, "param_groups": [{"params": [0]}]}, "epoch": 3}
