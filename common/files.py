@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -13,6 +13,7 @@ from common.errors import UserError
 
 TEMPORARY_SUFFIX = ".tmp"
 _CHUNK = 1 << 20
+_NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF, errno.EROFS)
 
 
 class HashingWriter:
@@ -77,13 +78,12 @@ def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], object], r
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    if size <= 0 or not hasattr(os, "posix_fallocate"):
-        return
     try:
-        os.posix_fallocate(descriptor, 0, size)
+        if size > 0 and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
         # Some network file systems cannot reserve; there the write itself finds out.
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+        if error.errno not in _NOT_SUPPORTED:
             raise
 
 
@@ -96,7 +96,7 @@ def fsync_folder(folder: str | os.PathLike) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.EROFS):
+        if error.errno not in _NOT_SUPPORTED:
             raise
     finally:
         os.close(descriptor)
@@ -118,16 +118,27 @@ def read_json(path: str | os.PathLike, max_bytes: int = 64 << 20) -> Any:
     Raises: FileNotFoundError when it is missing; UserError (`unreadable_file`) when it cannot be read, is
     longer than `max_bytes` or not JSON.
     """
-    with _readable(path) as file:
-        raw = file.read(max_bytes + 1)
-    if len(raw) > max_bytes:
-        raise UserError(f"{path} is larger than {max_bytes} bytes, no such JSON file as expected; remove it.",
-                        code="unreadable_file")
+    text = _read(path, max_bytes)
     try:
-        return json.loads(raw.decode("utf-8", "surrogateescape"))
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable as JSON ({error}); remove it or name another.",
                         code="unreadable_file") from error
+
+
+def _read(path: str | os.PathLike, max_bytes: int) -> str:
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(max_bytes + 1)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); remove it or name another.",
+                        code="unreadable_file") from error
+    if len(raw) > max_bytes:
+        raise UserError(f"{path} has more than the {max_bytes} bytes expected; remove it or name another.",
+                        code="unreadable_file")
+    return raw.decode("utf-8", "surrogateescape")
 
 
 def append_json_line(path: str | os.PathLike, record: dict) -> None:
@@ -145,28 +156,12 @@ def read_json_lines(path: str | os.PathLike) -> list[dict]:
 
     Raises: UserError (`unreadable_file`) when it cannot be read, as when it is a folder.
     """
-    try:
-        with _readable(path) as file:
-            lines = file.read().decode("utf-8", "surrogateescape").splitlines()
-    except FileNotFoundError:
-        return []
     records = []
-    for line in lines:
-        with suppress(ValueError, RecursionError):
-            records.append(json.loads(line))
+    with suppress(FileNotFoundError):
+        for line in _read(path, 1 << 30).split("\n"):
+            with suppress(ValueError, RecursionError):
+                records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict)]
-
-
-@contextmanager
-def _readable(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    try:
-        with open(path, "rb") as file:
-            yield file
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); remove it or name another.",
-                        code="unreadable_file") from error
 
 
 def sha256_file(path: str | os.PathLike) -> str:

@@ -7,12 +7,13 @@ that neither argparse nor NumPy takes part. torch does not notice flipped bits, 
 """
 import json
 import os
+import re
 import stat
-import struct
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from common.errors import UserError
@@ -21,11 +22,6 @@ from common.text import plain
 
 _METADATA_KEY = "hornet"
 _MAX_PICKLE = 256 << 20
-_NUMPY_CODES = {"f2": "e", "f4": "f", "f8": "d", "b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q",
-                "u1": "B", "u2": "H", "u4": "I", "u8": "Q"}
-_OTHER_FORMATS = ((b"version https://git-lfs", "it is a Git LFS pointer, the file itself was not fetched"),
-                  (b"\x1f\x8b", "it is a gzip archive, unpack it first"),
-                  (b"<", "it is a web page or XML, perhaps an error page saved by a download"))
 
 
 class _Arguments(dict):
@@ -36,20 +32,19 @@ class _Arguments(dict):
 
 
 class _Dtype:
-    """Stands for numpy.dtype: remembers the code of a plain number and nothing else."""
+    """Stands for numpy.dtype: remembers what it was made of and does nothing."""
 
-    def __init__(self, code: str | bytes, *_: object):
-        self.code = _NUMPY_CODES[code.decode() if isinstance(code, bytes) else code]
-        self.order = "<"
+    def __init__(self, code: str, *_: object):
+        self.code, self.order = code, "<"
 
     def __setstate__(self, state: tuple) -> None:
-        self.order = ">" if state[1] in (">", b">") else "<"
+        self.order = state[1]
 
 
 def _scalar(dtype: _Dtype, raw: bytes | str) -> bool | int | float:
-    """Stands for numpy's scalar(): the Python number in `raw`."""
+    """Stands for numpy's scalar(): the Python number in `raw`; an error for objects."""
     raw = raw.encode("latin1") if isinstance(raw, str) else raw
-    return struct.unpack(dtype.order + dtype.code, raw)[0]
+    return np.frombuffer(raw, np.dtype(f"{dtype.order}{dtype.code}"), 1)[0].item()
 
 
 _ALLOWED = [(_Arguments, "argparse.Namespace"), (_Dtype, "numpy.dtype"),
@@ -74,7 +69,8 @@ def safe_torch_load(path: str | os.PathLike, map_location: str | torch.device = 
         if head.startswith(b"PK\x03\x04"):
             _check_zip(path, size)
         elif not head.startswith(b"\x80"):
-            raise UserError(f"{path} is not a checkpoint: {_describe(head)}; expected a .pth file from "
+            begins = f"begins with {head[:24]!r}" if head else "is empty"
+            raise UserError(f"{path} is not a checkpoint: it {begins}; expected is a .pth file from "
                             "torch.save or a .safetensors file.", code="not_a_checkpoint")
         with torch.serialization.safe_globals(_ALLOWED):
             loaded = torch.load(path, map_location=map_location, weights_only=True)
@@ -105,33 +101,22 @@ def _read_head(path: Path) -> tuple[bytes, int]:
                         code="missing_checkpoint") from None
 
 
-def _describe(head: bytes) -> str:
-    is_text = all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head)
-    unknown = "it is a text file" if is_text else "its first bytes are of no known checkpoint format"
-    return next((words for magic, words in _OTHER_FORMATS if head.lstrip().startswith(magic)),
-                unknown if head else "it is empty")
-
-
 def _check_zip(path: Path, size: int) -> None:
     """Refuse archives that unpack to more than they are, and damaged ones."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-            compressed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-            too_large = sum(member.file_size for member in members) > size or any(
-                member.filename.endswith("data.pkl") and member.file_size > _MAX_PICKLE for member in members)
-            if compressed or too_large:
-                what = "holds compressed members, which torch.save never writes" if compressed else (
-                    "claims more bytes than a checkpoint of its size has")
-                raise UserError(f"{path} {what}: it could unpack to any size; save it again with torch.save.",
-                                code="unsafe_checkpoint")
-            damaged = archive.testzip()
+            compressed = any(m.compress_type != zipfile.ZIP_STORED for m in members)
+            pickled = max((m.file_size for m in members if m.filename.endswith("data.pkl")), default=0)
+            if compressed or sum(m.file_size for m in members) > size or pickled > _MAX_PICKLE:
+                raise UserError(f"{path} could unpack to any size, unlike what torch.save writes; save it "
+                                "again with torch.save.", code="unsafe_checkpoint")
+            damaged = archive.testzip() and "the checksum (CRC) of a member does not match"
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{path} is truncated or damaged ({error}); copy or download it again.",
-                        code="damaged_checkpoint") from None
-    if damaged is not None:
-        raise UserError(f"{path} is damaged: the checksum (CRC) of its member {damaged} does not match; copy "
-                        "or download it again.", code="damaged_checkpoint")
+        damaged = str(error)
+    if damaged:
+        raise UserError(f"{path} is truncated or damaged ({damaged}); copy or download it again.",
+                        code="damaged_checkpoint")
 
 
 def _check_tensors(path: Path, loaded: object, size: int) -> None:
@@ -179,17 +164,11 @@ def save_safetensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor],
 
 def _refusal(path: Path, error: Exception) -> UserError:
     """What torch.load's error means, without its advice to load with weights_only=False."""
-    text = str(error)
-    if "GLOBAL " in text:
-        name = text.split("GLOBAL ", 1)[1].split(" ", 1)[0]
-        return UserError(f"{path} cannot be loaded: it needs {name}, which could run any code; save only "
+    needs = re.search(r"GLOBAL (\S+)", str(error))
+    if needs:
+        return UserError(f"{path} cannot be loaded: it needs {needs[1]}, which could run any code; save only "
                          "tensors and plain values, such as a state_dict.", code="unsafe_checkpoint")
-    if "TorchScript" in text:
-        return UserError(f"{path} cannot be loaded: it is a TorchScript archive; save its state_dict "
-                         "instead.",
-                         code="not_a_checkpoint")
-    reason = text.split("WeightsUnpickler error:")[-1].strip().partition("\n")[0]
+    reason = str(error).split("WeightsUnpickler error:")[-1].strip().partition("\n")[0]
     reason = type(error).__name__ if not reason or "weights_only" in reason else reason[:200].rstrip(".")
     return UserError(f"{path} cannot be loaded: it is damaged or no checkpoint ({reason}); copy or download "
-                     "it again.",
-                     code="damaged_checkpoint")
+                     "it again.", code="damaged_checkpoint")

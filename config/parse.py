@@ -21,6 +21,7 @@ from config.options import COMMON, NO_EFFECT, OPTIONS, Option, Options, Value
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 _LARGEST_RECIPE = 2 ** 20  # bytes
 _SOURCES = ("model", "finetune", "pretrained", "weights")
+_DASHES = "-\u2013\u2014\u2212"
 _PER_LAUNCH = ("config", "print_config", "dry_run")
 _SEVERAL = tuple(f"--{name}=" for name, option in OPTIONS.items() if option.several)
 _USAGE = """main.py [--config RECIPE] [--FLAG VALUE ...]
@@ -101,7 +102,7 @@ def parse(argv: Sequence[str], model_names: Sequence[str] = ()) -> Resolved:
     Raises: UserError for every mistake; SystemExit(0) after `--help` or `--help all` has been written.
     """
     flags = _flags(list(argv))
-    given = {name: _convert_flag(OPTIONS[name], texts) for name, texts in flags.items() if name in OPTIONS}
+    given = {name: OPTIONS[name].convert(t, f"--{name}") for name, t in flags.items() if name in OPTIONS}
     config = given.get("config")
     recipe = read_recipe(config) if isinstance(config, str) else None
     listed = recipe.values if recipe else {}
@@ -136,24 +137,26 @@ def _flags(argv: list[str]) -> dict[str, list[str]]:
             sys.stdout.write(help_text(everything))
             raise SystemExit(0)
         if token and not token.strip(" \t\r\n\\"):
-            raise UserError("a stray backslash: a line of the command ends in a backslash followed by a "
-                            "space, so the next line became a command of its own; let the backslash be the "
-                            "line's last character.", code="stray_backslash")
+            raise UserError("a stray backslash: a line of the command ends in a backslash and a space; let "
+                            "the backslash be its last character.", code="stray_backslash")
         if token == "--":
-            raise UserError("`--` alone is not accepted; every value follows its flag, such as --lr 4e-3.",
-                            code="unknown_flag")
+            raise _unexpected(token, [])
     argv = [word for token in argv
             for word in (token.split("=", 1) if token.startswith(_SEVERAL) else [token])]
     try:
         found, others = _parser().parse_known_args(argv)
     except argparse.ArgumentError as error:
-        name = (error.argument_name or "").removeprefix("--").partition("/")[0]
-        raise UserError(f"--{name} needs a value; {OPTIONS[name].help}." if name in OPTIONS else f"{error}.",
-                        code="missing_value") from None
+        name = (error.argument_name or "").removeprefix("--")
+        raise UserError(f"--{name} needs a value; {OPTIONS[name].help}.", code="missing_value") from None
     if others:
         before = [word for word, after in zip(argv, argv[1:]) if after == others[0]]
         raise _unexpected(others[0], before)
-    return {name: text if isinstance(text, list) else [text] for name, text in vars(found).items()}
+    values = {name: text if isinstance(text, list) else [text] for name, text in vars(found).items()}
+    for name, texts in values.items():  # a path may hold two hyphens
+        joined = next(filter(None, map(_joined, texts)), None)
+        if joined and name in OPTIONS and OPTIONS[name].element is not str:
+            raise joined
+    return values
 
 
 def _parser(shown: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -193,36 +196,22 @@ def help_text(everything: bool = False) -> str:
 
 def _unexpected(token: str, before: list[str]) -> UserError:
     """The sentence for a word that is no known flag nor the value of one; `before`: words it stands after."""
-    name = token.lstrip("-\u2013\u2014\u2212").partition("=")[0]
-    if token.startswith("--"):
-        hint = did_you_mean(name.replace("-", "_"), OPTIONS, "--{}") or "; `--help all` lists every flag."
-        part = name and any(flag.startswith(name) for flag in OPTIONS)
-        short = " (flags are not abbreviated)" if part else ""
-        return UserError(f"unknown flag --{name[:60]}{short}{hint}", code="unknown_flag")
     joined = next(filter(None, map(_joined, [*before, token])), None)
-    if joined is None and token[:1] in ("-", "\u2013", "\u2014", "\u2212"):
-        hint = did_you_mean(name, OPTIONS, "--{}") or "; write --name value."
-        return UserError(f"{quote(token)} does not begin with two hyphens as flags do{hint}",
-                         code="unknown_flag")
+    if token[:1] in _DASHES and token and not joined:
+        name = token.lstrip(_DASHES).partition("=")[0]
+        hint = did_you_mean(name.replace("-", "_"), OPTIONS, "--{}") or "; `--help all` lists every flag."
+        return UserError(f"unknown flag {plain(token)}{hint}", code="unknown_flag")
     return joined or UserError(f"{quote(token)} belongs to no flag; write --name value, such as --lr 4e-3.",
                                code="stray_value")
 
 
 def _joined(value: str) -> UserError | None:
     """The error for `5--batch_size`: a line ending in `5\\` makes the shell join the next flag to it."""
-    match = re.fullmatch(r"(.+?)\\?\s*--([a-z_]+)(=.*)?", value, re.DOTALL)
-    if match is None or match[2] not in OPTIONS:
+    match = re.fullmatch(r".+?\\?\s*--([a-z_]+)(=.*)?", value, re.DOTALL)
+    if match is None or match[1] not in OPTIONS:
         return None
-    return UserError(f"{quote(value)} is a value and the flag --{match[2]} joined by a stray backslash: put "
-                     f"a space before the backslash that ends the line, as in `{match[1].strip()[-40:]} \\`.",
-                     code="stray_backslash")
-
-
-def _convert_flag(option: Option, texts: list[str]) -> Value:
-    joined = None if option.element is str else next(filter(None, map(_joined, texts)), None)
-    if joined:
-        raise joined
-    return option.convert(texts, f"--{option.name}")
+    return UserError(f"{quote(value)} joins a value and the flag --{match[1]} by a stray backslash: put a "
+                     "space before the backslash that ends the line.", code="stray_backslash")
 
 
 def _shown(value: Value) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 from launch.run_with_submitit import split
 
 ROOT = Path(__file__).resolve().parents[2]
-_BLOCK = re.compile(r"(?:<!--\s*(?P<above>[^\n]*?)\s*-->\n)?```(?:bash|sh|shell|console)\n(?P<body>.*?)```", re.DOTALL)
+_BLOCK = re.compile(r"(?:<!--\s*(?P<above>[^\n]*?)\s*-->\n)?```(?:bash|sh|shell|console)\n(?P<body>.*?)```",
+                    re.DOTALL)
 _SHELL = re.compile(r"\[|(done|do|fi|then)\b")
 _MARK = re.compile(r"(run|dry-run|not-run)(?::\s*(.*))?$")
 

@@ -1,4 +1,5 @@
-"""What the tables of faults share: tiny images, one trained run, and `main.main` with its code and last words.
+"""What the tables of faults share: tiny images, one trained run, and `main.main` with its code and last
+words.
 
 A row runs in this process, because a start costs seconds and tests the same.
 """
@@ -18,14 +19,16 @@ from tests.kits.images import fill_folder
 MODEL = "hornet_pico_7x7"
 # Whatever a row does not say: two updates of eight images, without workers, mixing or erasing.
 TRAIN = {"model": MODEL, "data_path": "{data}", "output_dir": "{run}", "device": "cpu", "input_size": "32",
-         "batch_size": "8", "epochs": "1", "warmup_epochs": "0", "num_workers": "0", "mixup": "0", "cutmix": "0",
-         "reprob": "0", "aa": "none", "color_jitter": "0", "hang_timeout": "60", "index_cache": "{cache}"}
+         "batch_size": "8", "epochs": "1", "warmup_epochs": "0", "num_workers": "0", "mixup": "0",
+         "cutmix": "0", "reprob": "0", "aa": "none", "color_jitter": "0", "hang_timeout": "60",
+         "index_cache": "{cache}"}
 EVAL = {"eval": "true", "data_path": "{data}", "device": "cpu", "input_size": "32", "batch_size": "8",
         "num_workers": "0", "hang_timeout": "60", "index_cache": "{cache}"}
 
 
 class Place:
-    """One row's own folder, with the places its command line may name: `{data}`, `{run}`, `{cache}`, `{here}`."""
+    """One row's own folder, with the places its command line may name: `{data}`, `{run}`, `{cache}`,
+    `{here}`."""
 
     def __init__(self, here: Path, trained: Path | None = None):
         self.here, self.trained = here, trained
@@ -33,7 +36,8 @@ class Place:
 
     def fill(self, text: str) -> str:
         """`text` with the places in it."""
-        return text.format(here=self.here, data=self.data, run=self.run, cache=self.cache, trained=self.trained)
+        return text.format(here=self.here, data=self.data, run=self.run, cache=self.cache,
+                           trained=self.trained)
 
     def images(self, train: int = 8, val: int = 4, classes: Sequence[str] = ("cat", "dog")) -> Path:
         """data/train/… and data/val/… with so many JPEGs per class."""
@@ -52,9 +56,9 @@ class Place:
 class Row:
     """One fault: the command `argv` (added to the defaults of `base`, which may be empty) and how it ends.
 
-    `end` is the code of the UserError that ends it with exit code 2, or another exit code. `names` all stand in what a
-    person reads (for a UserError in its one sentence): flags, paths, values, the fix; `absent` must not.
-    `prepare(place)` makes the fault; `after(place)` looks at what is left.
+    `end` is the code of the UserError that ends it with exit code 2, or another exit code. `names` all stand
+    in what a person reads (for a UserError in its one sentence): flags, paths, values, the fix; `absent` must
+    not. `prepare(place)` makes the fault; `after(place)` looks at what is left.
     """
     name: str
     argv: str
@@ -74,7 +78,8 @@ def table(*rows: Row):
 
 
 def command(base: dict[str, str] | str, argv: str, place: Place) -> list[str]:
-    """The command line: defaults of `base`, overridden by the row's flags; `''` in a row stands for an empty value."""
+    """The command line: defaults of `base`, overridden by the row's flags; `''` in a row stands for an empty
+    value."""
     base = {"train": TRAIN, "eval": EVAL, "": {}}.get(base, base) if isinstance(base, str) else base
     given = [place.fill(word) if word != "''" else "" for word in argv.split(" ") if word]
     kept = {name: value for name, value in base.items() if f"--{name}" not in given}

@@ -80,9 +80,9 @@ class Gloo(Alone):
 
 def options(**changes):
     """Resolved options as far as optim reads them."""
-    values = dict(opt="adamw", lr=0.01, min_lr=1e-4, weight_decay=0.05, weight_decay_end=0.1, layer_decay=1.0, epochs=2,
-                  opt_eps=1e-8, opt_betas=None, momentum=0.9, warmup_epochs=0, warmup_steps=2, mixup=0.0, cutmix=0.0,
-                  cutmix_minmax=None, smoothing=0.1)
+    values = dict(opt="adamw", lr=0.01, min_lr=1e-4, weight_decay=0.05, weight_decay_end=0.1, layer_decay=1.0,
+                  epochs=2, opt_eps=1e-8, opt_betas=None, momentum=0.9, warmup_epochs=0, warmup_steps=2,
+                  mixup=0.0, cutmix=0.0, cutmix_minmax=None, smoothing=0.1)
     return types.SimpleNamespace(**{**values, **changes})
 
 
@@ -135,8 +135,8 @@ class ToyTask:
         return {}
 
 
-def training(process=None, dtype=torch.float64, update_freq=1, global_batch=16, config=None, policy=None, model=None,
-             wrap=None, ema=0.9, **changes):
+def training(process=None, dtype=torch.float64, update_freq=1, global_batch=16, config=None, policy=None,
+             model=None, wrap=None, ema=0.9, **changes):
     """An engine.Loop over the toy data. `wrap`: e.g. DistributedDataParallel."""
     process = process or Alone()
     values = options(**changes)
@@ -147,9 +147,9 @@ def training(process=None, dtype=torch.float64, update_freq=1, global_batch=16, 
                     UpdateConfig(update_freq=update_freq, **(config or {})), ema=Ema(plain, ema),
                     agree=lambda flags: process.all_reduce_(flags, "min"))
     sampler = Sampler(global_batch, update_freq, process)
-    return engine.Loop(model=wrapped, plain=plain, task=ToyTask(dtype), update=update, loader=sampler, sampler=sampler,
-                       watch=FiniteWatch(policy or NonfinitePolicy()), process=process, updates_per_epoch=updates,
-                       print_freq=2, path_of=lambda index: f"image{index}.JPEG")
+    return engine.Loop(model=wrapped, plain=plain, task=ToyTask(dtype), update=update, loader=sampler,
+                       sampler=sampler, watch=FiniteWatch(policy or NonfinitePolicy()), process=process,
+                       updates_per_epoch=updates, print_freq=2, path_of=lambda index: f"image{index}.JPEG")
 
 
 def train(loop, epoch=0, first_update=0, observer=None):
@@ -171,5 +171,6 @@ def _child(rank, work, world_size, folder, arguments):
 def in_processes(work, world_size, folder, *arguments):
     """`work(process, *arguments)` on `world_size` gloo processes; their results in order of rank."""
     folder.mkdir(parents=True, exist_ok=True)
-    mp.start_processes(_child, (work, world_size, str(folder), arguments), nprocs=world_size, start_method="fork")
+    mp.start_processes(_child, (work, world_size, str(folder), arguments), nprocs=world_size,
+                       start_method="fork")
     return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(world_size)]

@@ -17,8 +17,8 @@ def lively(name: str = "hornet_pico_gf", classes: int = 4, seed: int = 0, **kwar
     return model.eval()
 
 
-def checkpoint(path: Path, raw: torch.nn.Module, ema: torch.nn.Module | None = None, *, classes=None, scored="model",
-               **args) -> Path:
+def checkpoint(path: Path, raw: torch.nn.Module, ema: torch.nn.Module | None = None, *, classes=None,
+               scored="model", **args) -> Path:
     """A checkpoint of this project's format at `path`, with the options `args` in it."""
     content = {"format": 2, "model": raw.state_dict(), "classes": classes, "scored": scored, "args": args}
     torch.save(content | ({"model_ema": ema.state_dict()} if ema else {}), path)

@@ -94,7 +94,8 @@ def test_logits_on_a_gpu_in_true_float32_and_finite_in_half_precision(name):
             assert np.abs(model(images).cpu().numpy() - expected).max() < 1e-4
             for dtype, limit in ((torch.float16, 0.02), (torch.bfloat16, 0.1)):
                 with torch.autocast("cuda", dtype):
-                    assert np.abs(model(images).float().cpu().numpy() - expected).max() < limit * np.abs(expected).max()
+                    difference = np.abs(model(images).float().cpu().numpy() - expected).max()
+                assert difference < limit * np.abs(expected).max()
             assert model.half()(images.half()).isfinite().all()
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32

@@ -1,4 +1,5 @@
-"""A few updates of the published training: losses, weights and EMA as the authors' implementation gives them."""
+"""A few updates of the published training: losses, weights and EMA as the authors' implementation gives
+them."""
 import json
 import math
 
@@ -50,7 +51,8 @@ def differing(state, published):
     """Tensors outside norms 1e-3 relative and sums 1e-2 absolute."""
     for name, (total, norm) in published.items():
         value = state[name].double()
-        if abs(value.sum().item() - total) > 1e-2 or not math.isclose(value.norm().item(), norm, rel_tol=1e-3):
+        if abs(value.sum().item() - total) > 1e-2 or not math.isclose(value.norm().item(), norm,
+                                                                      rel_tol=1e-3):
             yield name, (value.sum().item(), total), (value.norm().item(), norm)
 
 

@@ -31,8 +31,8 @@ class Recorded(Trainer):
 def train_in_double(data, accumulation: int, process) -> dict:
     """What an epoch in float64 leaves, on `process` among its peers."""
     size = GLOBAL_BATCH // accumulation // process.world_size
-    argv = arguments(data, "", batch_size=size, update_freq=None, global_batch=GLOBAL_BATCH, epochs=1, warmup_epochs=0,
-                     disable_eval="true", output_dir=None)
+    argv = arguments(data, "", batch_size=size, update_freq=None, global_batch=GLOBAL_BATCH, epochs=1,
+                     warmup_epochs=0, disable_eval="true", output_dir=None)
     planned = plan_run(parse(argv, MODEL_NAMES), process, None)
     assert planned.batch.update_freq == accumulation and planned.updates_per_epoch == UPDATES
     plain_wrap = type(process).wrap
@@ -49,14 +49,15 @@ def train_in_double(data, accumulation: int, process) -> dict:
         run.task.prepare = in_double
         assert run.fit() is Outcome.DONE
     state = run.state_dict()
-    return {"model": state["model"], "model_ema": state["model_ema"], "schedule": run.schedule, "update": state["update"]}
+    return {"model": state["model"], "model_ema": state["model_ema"], "schedule": run.schedule,
+            "update": state["update"]}
 
 
 def worker(data, folder, place: dict) -> None:
     os.environ.clear()
     os.environ.update(environment(**place))
     torch.set_num_threads(1)
-    with start_process(parse(arguments(data, folder)).options) as process:
+    with start_process("cpu") as process:
         for accumulation in ACCUMULATIONS:
             torch.manual_seed(process.rank + 100 * accumulation)  # nothing may depend on the global generator
             found = train_in_double(data, accumulation, process)
@@ -75,7 +76,8 @@ def results(images, tmp_path_factory):
 
     def of(world_size: int) -> dict:
         if not any(size == world_size for size, _, _ in found):
-            ranks = [FORKS.Process(target=worker, args=(images, folder, place)) for place in places(world_size)]
+            ranks = [FORKS.Process(target=worker, args=(images, folder, place))
+                     for place in places(world_size)]
             for rank in ranks:
                 rank.start()
             for rank in ranks:
@@ -109,7 +111,8 @@ def test_another_number_of_processes_goes_on_with_the_global_batch(images, tmp_p
     assert set(codes(start(arguments(images, whole, **kept), tmp_path / "console0", before))) == {0}
     folder = tmp_path / "run"
     at = dict(phase="step", update=UPDATES, do="SIGUSR1")
-    assert codes(start(arguments(images, folder, **kept), tmp_path / "console1", before, at=[at])) == [75] * before
+    assert codes(start(arguments(images, folder, **kept), tmp_path / "console1", before,
+                       at=[at])) == [75] * before
     ranks = start(arguments(images, folder, **kept), tmp_path / "console2", after)
     assert codes(ranks) == [0] * after, ranks[0].text()
     told = [line for line in ranks[0].text().splitlines() if "global batch of 32 is kept" in line]
@@ -118,7 +121,8 @@ def test_another_number_of_processes_goes_on_with_the_global_batch(images, tmp_p
     assert other["global_batch"] == 32 and other["update"] == one["update"] == 2 * UPDATES
     for part in ("model", "model_ema"):
         for name, value in one[part].items():
-            torch.testing.assert_close(other[part][name], value, rtol=1e-3, atol=1e-4, msg=lambda m: f"{name}: {m}")
+            torch.testing.assert_close(other[part][name], value, rtol=1e-3, atol=1e-4,
+                                       msg=lambda m: f"{name}: {m}")
     for a, b in zip(one["log"], other["log"], strict=True):
         # Pictures are weighed alike in an epoch's means, whatever number of processes saw them.
         assert {k: v for k, v in b.items() if v is not None} == pytest.approx(

@@ -1,4 +1,5 @@
-"""A real run of two processes that is asked to stop: one checkpoint, of the update under way, and nobody is left."""
+"""A real run of two processes that is asked to stop: one checkpoint, of the update under way, and nobody is
+left."""
 import json
 import os
 import signal
@@ -33,7 +34,8 @@ def test_a_signal_saves_and_ends_at_one_update(images, tmp_path, name, target):
     assert_gone(workers + [rank.pid for rank in ranks])
     status = json.loads((folder / "status.json").read_text())
     (last, update, _), (_, other, _) = now(tmp_path, 0), now(tmp_path, 1)
-    assert Outcome(status["state"]) is Outcome.PAUSED and status["update"] == update == other and last == "saving"
+    assert Outcome(status["state"]) is Outcome.PAUSED
+    assert status["update"] == update == other and last == "saving"
     newest = max(folder.glob("checkpoint-*.pth"), key=lambda path: path.stat().st_mtime)
     assert torch.load(newest, weights_only=True)["update"] == update
     assert [line["update"] for line in map(json.loads, (folder / "attempts.jsonl").read_text().splitlines())
@@ -41,7 +43,8 @@ def test_a_signal_saves_and_ends_at_one_update(images, tmp_path, name, target):
 
 
 def test_a_signal_to_one_rank_ends_an_evaluation_on_all(images, tmp_path):
-    """It is left at the next batch, saved, and made when the run goes on: not once it has gone through all images."""
+    """It is left at the next batch, saved, and made when the run goes on: not once it has gone through all
+    images."""
     folder = tmp_path / "run"
     argv = arguments(images, folder, update_freq=1)
     at = dict(rank=1, phase="evaluation", update=UPDATES, do="SIGUSR1")

@@ -2,9 +2,9 @@
 
     hooked_main.py '{"at": [{"rank": 1, "phase": "data", "update": 7, "do": "SIGKILL"}]}' <options of main.py>
 
-`do` is a signal for the process itself, "raise", or "infinite_input"/"infinite_loss" for the update's forward pass.
-"now": FOLDER keeps the last "phase update pid" of each rank in FOLDER/now-RANK; "states": FOLDER keeps the weights and
-their average after each update in FOLDER/RANK-UPDATE.pth.
+`do` is a signal for the process itself, "raise", or "infinite_input"/"infinite_loss" for the update's forward
+pass. "now": FOLDER keeps the last "phase update pid" of each rank in FOLDER/now-RANK; "states": FOLDER keeps
+the weights and their average after each update in FOLDER/RANK-UPDATE.pth.
 """
 import json
 import os
@@ -26,7 +26,8 @@ def hooked(base: type, hook: dict) -> type:
                 with open(os.path.join(hook["now"], f"now-{self.process.rank}"), "w") as file:
                     file.write(f"{phase} {update} {os.getpid()}\n")
             for entry in hook.get("at", []):
-                if (entry.get("rank", 0), entry["phase"], entry["update"]) == (self.process.rank, phase, update):
+                if (entry.get("rank", 0), entry["phase"], entry["update"]) == (self.process.rank, phase,
+                                                                               update):
                     _do(self, entry["do"])
 
         def after_update(self, update: int, stats, sums) -> bool:
@@ -47,12 +48,13 @@ def _do(disturbed, what: str) -> None:
         _poison(disturbed, what)
     else:
         if what == "SIGSTOP":
-            time.sleep(2.5)  # a heartbeat a second tells the phase: one must say this phase before the silence
+            time.sleep(2.5)  # a heartbeat a second names the phase: this one first, then silence
         os.kill(os.getpid(), getattr(signal, what))
 
 
 def _poison(disturbed, what: str) -> None:
-    """Spoil the micro-batches of the update under way from here on, also where they are replayed, and no others."""
+    """Spoil the micro-batches of the update under way from here on, also where they are replayed, and no
+    others."""
     task, bad = disturbed.task, disturbed.update_under_way
     prepare, criterion = task.prepare, task.criterion
 

@@ -28,14 +28,6 @@ def edited(**changes):
     return prepare
 
 
-def damaged(name: str, how):
-    """A copy of the trained run in run/, one file of it changed by `how(bytes)`."""
-    def prepare(place: Place) -> None:
-        path = place.trained_run() / name
-        path.write_bytes(how(path.read_bytes()))
-    return prepare
-
-
 def flipped(data: bytes) -> bytes:
     return data[:len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) + data[len(data) // 2 + 1:]
 
@@ -64,12 +56,14 @@ def not_executed(place: Place) -> None:
     Row("no file", f"--resume {BAD}", "?", (BAD,), base="eval"),
     Row("a text file", f"--resume {BAD}", "?", (BAD,), written(b"hello\n"), base="eval"),
     Row("a flipped bit without a manifest", f"--resume {BAD}", "?", (BAD, "CRC"),
-        lambda place: (place.here / "w.pth").write_bytes(flipped((place.trained / "checkpoint-0.pth").read_bytes())),
+        lambda place: written(flipped((place.trained / "checkpoint-0.pth").read_bytes()))(place),
         base="eval"),
-    Row("hostile, today's format", f"--resume {BAD}", "?", (BAD, "mkdir"), hostile(), not_executed, base="eval"),
+    Row("hostile, today's format", f"--resume {BAD}", "?", (BAD, "mkdir"), hostile(), not_executed,
+        base="eval"),
     Row("hostile, the older format", f"--resume {BAD}", "?", (BAD, "mkdir"),
         hostile(_use_new_zipfile_serialization=False), not_executed, base="eval"),
-    Row("another HorNet", f"--resume {TRAINED} --model hornet_nano_7x7", "?", ("hornet_pico_7x7",), base="eval"),
+    Row("another HorNet", f"--resume {TRAINED} --model hornet_nano_7x7", "?", ("hornet_pico_7x7",),
+        base="eval"),
     Row("settings that cannot be", f"--resume {BAD}", "?", ("crop_pct", "big"),
         edited(args={"model": "hornet_pico_7x7", "crop_pct": "big"}), base="eval"),
     Row("the average of a run without one", f"--resume {BAD} --weights ema", "?", ("model_ema",),
@@ -103,6 +97,11 @@ def two_epochs(place: Place) -> None:
     path.write_bytes(flipped(path.read_bytes()))
 
 
+def all_cut(place: Place) -> None:
+    for path in place.trained_run().glob("checkpoint-*.pth"):
+        path.write_bytes(path.read_bytes()[:1000])
+
+
 def other_classes(place: Place) -> None:
     place.trained_run()
     shutil.rmtree(place.data)
@@ -131,26 +130,30 @@ def noted(place: Place) -> None:
     Row("another model in the folder", "--model hornet_pico_gf --epochs 2", "?",
         ("hornet_pico_7x7", "hornet_pico_gf"), finished, kept),
     Row("another recipe in the folder", f"{FURTHER} --lr 1e-3", "?", ("lr 0.004", "0.001"), finished, kept),
-    Row("another recipe, resumed by name", f"{FURTHER} --lr 1e-3 --resume {TRAINED}", 0, ("lr 0.004", "0.001")),
-    Row("another global batch", f"{FURTHER} --global_batch 16", "?", ("--global_batch 16", "8"), finished, kept),
+    Row("another recipe, resumed by name", f"{FURTHER} --lr 1e-3 --resume {TRAINED}", 0,
+        ("lr 0.004", "0.001")),
+    Row("another global batch", f"{FURTHER} --global_batch 16", "?", ("--global_batch 16", "8"), finished,
+        kept),
     Row("other classes", FURTHER, "?", ("cow",), other_classes, kept),
     Row("fewer images", FURTHER, "?", ("--finetune",), fewer_images, kept),
     Row("an image more", FURTHER, 0, ("17", "16"), an_image_more, noted),
-    Row("no resumption wanted in a used folder", f"{FURTHER} --auto_resume false", "?", ("--auto_resume false",),
-        finished, kept),
+    Row("no resumption wanted in a used folder", f"{FURTHER} --auto_resume false", "?",
+        ("--auto_resume false",), finished, kept),
     Row("resume from weights alone", f"{FURTHER} --resume {BAD}", "?", ("optimizer", "--finetune"),
         lambda place: torch.save({"model": {}}, place.here / "w.pth")),
-    Row("odd entries", f"{FURTHER} --resume {BAD}", "?", ("update", "threads"), edited(update="x", threads=-1)),
+    Row("odd entries", f"{FURTHER} --resume {BAD}", "?", ("update", "threads"),
+        edited(update="x", threads=-1)),
     Row("an optimizer of other tensors", f"{FURTHER} --resume {BAD}", "?", ("optimizer",),
         edited(optimizer={"state": {}, "param_groups": []})),
     Row("an update that cannot be", f"{FURTHER} --resume {BAD}", "?", ("1000000",), edited(update=10 ** 6)),
-    Row("fine-tune from another model", f"--finetune {TRAINED} --model hornet_pico_gf", "?", ("hornet_pico_7x7",)),
+    Row("fine-tune from another model", f"--finetune {TRAINED} --model hornet_pico_gf", "?",
+        ("hornet_pico_7x7",)),
     Row("the newest has a flipped bit", FURTHER, 0, ("checkpoint-1.pth",), two_epochs),
-    Row("the only one is cut", FURTHER, "?", ("{run}", "--output_dir"),
-        damaged("checkpoint-0.pth", lambda data: data[:1000])),
+    Row("all are cut", FURTHER, "?", ("{run}", "--output_dir"), all_cut),
     Row("without a manifest, but named", f"{FURTHER} --resume {{run}}/checkpoint-0.pth", 0, (),
         lambda place: (place.trained_run() / "checkpoint-0.pth.json").unlink(), further),
-    Row("a finished run again", "--model_ema true --model_ema_eval true", 0, ("checkpoint-best",), finished, kept),
+    Row("a finished run again", "--model_ema true --model_ema_eval true", 0, ("checkpoint-best",), finished,
+        kept),
     Row("more epochs", FURTHER, 0, (), finished, further))
 def test_training(row, place, capfd):
     check(row, place, capfd)
@@ -160,7 +163,8 @@ def test_best_is_never_overwritten_by_a_worse_epoch_after_resuming(place, capfd)
     """The best file says 100 %, more than any epoch of these images reaches."""
     place.trained_run()
     state = torch.load(place.run / "checkpoint-best.pth", weights_only=True)
-    Checkpoints(place.run).save(state, epoch=0, best={"checkpoint-best.pth": 100.0, "checkpoint-best-ema.pth": 100.0},
+    Checkpoints(place.run).save(state, epoch=0,
+                                best={"checkpoint-best.pth": 100.0, "checkpoint-best-ema.pth": 100.0},
                                 wait=True)
     before = {path: path.read_bytes() for path in place.run.glob("checkpoint-best*")}
     assert start(command("train", FURTHER, place), capfd)[0] == 0

@@ -48,7 +48,8 @@ def flat(labels: str | None = None):
 
 
 def weights_of(number: int, *names: str):
-    """A file as published: weights alone, without class names; the data have the classes `names`, if any are given."""
+    """A file as published: weights alone, without class names; the data have the classes `names`, if any are
+    given."""
     def prepare(place):
         torch.save({"model": timm.create_model(MODEL, num_classes=number).state_dict()}, place.here / "w.pth")
         if names:
@@ -73,8 +74,10 @@ def no_folder(place):
         ("--eval_data_path", "--disable_eval true")),
     Row("a class without images", "", "?", ("dog",), emptied),
     Row("images without class folders",
-        "--data_set image_folder --data_path {data}/train/cat --eval_data_path {data}/val", "?", ("{data}/train/cat",)),
-    Row("val lacks a class", TRAINED, "?", ("cat", "--allow_class_mismatch true"), without("val", "cat"), base="eval"),
+        "--data_set image_folder --data_path {data}/train/cat --eval_data_path {data}/val", "?",
+        ("{data}/train/cat",)),
+    Row("val lacks a class", TRAINED, "?", ("cat", "--allow_class_mismatch true"), without("val", "cat"),
+        base="eval"),
     Row("val has a class more", TRAINED, "?", ("emu",), classes("cat", "dog", "emu"), base="eval"),
     Row("val has a class more, accepted", f"{TRAINED} --allow_class_mismatch true {OUT}", 0, ("4",),
         classes("cat", "dog", "emu"), evaluated(8), base="eval"),
@@ -87,10 +90,10 @@ def no_folder(place):
         weights_of(12, *map(str, range(12))), base="eval"),
     Row("numbered folders, accepted", f"{W} --allow_class_mismatch true", 0, ("'10'",),
         weights_of(12, *map(str, range(12))), evaluated(12), base="eval"),
-    Row("a part of ImageNet with a 1000-class file", W, 0, ("2 of 1000",), weights_of(1000, *SYNSETS), evaluated(2),
-        base="eval"),
-    Row("a 22k head on two classes of ImageNet-1k", W, 0, ("10459",), weights_of(10459, *SYNSETS), evaluated(2),
-        base="eval"),
+    Row("a part of ImageNet with a 1000-class file", W, 0, ("2 of 1000",), weights_of(1000, *SYNSETS),
+        evaluated(2), base="eval"),
+    Row("a 22k head on two classes of ImageNet-1k", W, 0, ("10459",), weights_of(10459, *SYNSETS),
+        evaluated(2), base="eval"),
     Row("a head of another size", W, "?", ("7", "--nb_classes"), weights_of(7), base="eval"))
 def test_data(row, place, capfd):
     check(row, place, capfd)
@@ -129,4 +132,5 @@ def test_names_that_are_not_utf_8_are_trained_and_evaluated_on(place, capfd):
     with open(odd, "wb") as file:
         file.write((place.data / "val" / "cat" / "0.JPEG").read_bytes()[:-300])
     check(Row("refused", TRAINED, "?", (r"\xff\xfe",), base="eval"), place, capfd)
-    check(Row("allowed", f"{TRAINED} --allow_bad_images true --report {{here}}/out", 0, base="eval"), place, capfd)
+    check(Row("allowed", f"{TRAINED} --allow_bad_images true --report {{here}}/out", 0, base="eval"), place,
+          capfd)

@@ -1,4 +1,5 @@
-"""Full, read-only and vanished disks: training continues and reports each time, older checkpoints stay whole."""
+"""Full, read-only and vanished disks: training continues and reports each time, older checkpoints stay
+whole."""
 import json
 import shutil
 import subprocess
@@ -28,7 +29,8 @@ def at_the_end_of_epoch(monkeypatch, number: int, do):
 def small_disk(place):
     """run/ is a disk of its own with 9 MB, a copy of the trained run (4.7 MB) on it."""
     place.run.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(place.run)], capture_output=True,
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(place.run)],
+                          capture_output=True,
         text=True)
     if made.returncode:
         pytest.skip(f"a small disk cannot be mounted here: {made.stderr.strip()}")
@@ -62,7 +64,8 @@ def whole(place, *names: str) -> None:
 def test_a_full_disk_keeps_what_is_there_and_reports_each_time(small_disk, capfd, monkeypatch):
     place = small_disk
     at_the_end_of_epoch(monkeypatch, 1, lambda: fill(place))
-    text = check(Row("full", f"{FURTHER} 3", 1, ("checkpoint-0.pth", "checkpoint-1.pth", "No space left on device")),
+    text = check(Row("full", f"{FURTHER} 3", 1,
+                     ("checkpoint-0.pth", "checkpoint-1.pth", "No space left on device")),
                  place, capfd)
     assert text.count("checkpoint-1.pth") == 1 and "checkpoint-2.pth" in text
     whole(place, "checkpoint-0.pth", "checkpoint-best.pth", "checkpoint-best-ema.pth")
@@ -74,8 +77,8 @@ def test_a_full_disk_keeps_what_is_there_and_reports_each_time(small_disk, capfd
 
 
 def test_a_disk_too_small_is_reported_at_the_start(small_disk, capfd):
-    text = check(Row("estimate", f"{FURTHER} 6 --save_ckpt_num 9", 1, ("MB", "No space left on device")), small_disk,
-                 capfd)
+    text = check(Row("estimate", f"{FURTHER} 6 --save_ckpt_num 9", 1, ("MB", "No space left on device")),
+                 small_disk, capfd)
     assert text.index("MB") < text.index("epoch 2/6")
 
 
@@ -89,4 +92,5 @@ def test_a_read_only_folder_is_refused_for_a_training_and_serves_an_evaluation(s
 
 def test_a_folder_that_vanishes(place, capfd, monkeypatch):
     at_the_end_of_epoch(monkeypatch, 1, lambda: place.run.rename(place.here / "elsewhere"))
-    check(Row("vanished", "--epochs 3", 1, ("checkpoint-1.pth", "checkpoint-2.pth", "{run}", "epoch 3/3")), place, capfd)
+    check(Row("vanished", "--epochs 3", 1, ("checkpoint-1.pth", "checkpoint-2.pth", "{run}", "epoch 3/3")),
+          place, capfd)

@@ -28,12 +28,13 @@ def abandoned(place):
     Row("a run folder whose owner was killed", "", 0, ("node07", "4711", "job 99", "2026-01-01"), abandoned),
     Row("an index cache that cannot be written", "--index_cache /proc/nothing", 0),
     Row("a device that is none", "--device gpu", "?", ("--device gpu", "cpu")),
-    Row("sample data where other files are", "--data_set SAMPLE --data_path {data}/train", "?", ("{data}/train",)),
+    Row("sample data where other files are", "--data_set SAMPLE --data_path {data}/train", "?",
+        ("{data}/train",)),
     Row("CIFAR that is missing", "--data_set CIFAR", "?", ("{data}",)),
     Row("CIFAR that is a text file", "--data_set CIFAR", "?", ("{data}/train",),
         lambda place: [shutil.rmtree(place.data / "train"), (place.data / "train").write_text("hello")]),
-    Row("evaluating beside a training", "--resume {trained}/checkpoint-0.pth --output_dir {run}", 0, (), owned,
-        base="eval"))
+    Row("evaluating beside a training", "--resume {trained}/checkpoint-0.pth --output_dir {run}", 0, (),
+        owned, base="eval"))
 def test_environment(row, place, capfd):
     check(row, place, capfd)
 
@@ -53,14 +54,16 @@ def test_ranks_without_an_address_to_meet_at(place, capfd, monkeypatch):
 def test_a_missing_package_for_extra_logging_costs_only_the_log(place, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    check(Row("no packages", "--enable_wandb true", 0, ("pip install wandb", "pip install tensorboardX")), place, capfd)
+    check(Row("no packages", "--enable_wandb true", 0, ("pip install wandb", "pip install tensorboardX")),
+          place, capfd)
 
 
 def test_no_network_names_the_file_to_fetch_by_hand(place, capfd, monkeypatch):
     monkeypatch.setenv("HORNET_CACHE", str(place.here / "weights"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    check(Row("offline", "--pretrained true --model hornet_tiny_7x7", "?", ("https://", "{here}/weights/"), base="eval"),
+    check(Row("offline", "--pretrained true --model hornet_tiny_7x7", "?", ("https://", "{here}/weights/"),
+              base="eval"),
           place, capfd)
 
 

@@ -10,7 +10,8 @@ from tests.kits.faults import Place, Row, check, table
 from tests.kits.images import bomb, encoded, jpeg, noise
 
 TRAINED = "--resume {trained}/checkpoint-0.pth --output_dir {here}/out"
-BAD = {"empty": b"", "cut short": jpeg(1)[:-400], "a bomb of 900 million pixels": bomb(), "a loop of links": None}
+BAD = {"empty": b"", "cut short": jpeg(1)[:-400], "a bomb of 900 million pixels": bomb(),
+       "a loop of links": None}
 
 
 def with_image(data: bytes | None, part: str = "val"):
@@ -30,9 +31,10 @@ def counted(place):
 @table(
     *(Row(f"{name} in evaluation", TRAINED, "?", ("{data}/val/cat/2.JPEG", "--allow_bad_images true"),
           with_image(data), base="eval") for name, data in BAD.items()),
-    Row("allowed, it stays in the denominator", f"{TRAINED} --allow_bad_images true", 0, (), with_image(b""), counted,
-        base="eval"),
-    Row("in training it is replaced", "", 0, ("{data}/train/cat/2.JPEG",), with_image(BAD["cut short"], "train")),
+    Row("allowed, it stays in the denominator", f"{TRAINED} --allow_bad_images true", 0, (), with_image(b""),
+        counted, base="eval"),
+    Row("in training it is replaced", "", 0, ("{data}/train/cat/2.JPEG",),
+        with_image(BAD["cut short"], "train")),
     Row("nothing but bad images", "", "?", ("{data}",),
         lambda place: [p.write_bytes(b"") for p in (place.data / "train").rglob("*.JPEG")]))
 def test_unreadable_images(row, place, capfd):
@@ -46,7 +48,8 @@ def odd() -> dict[str, bytes]:
             "gray": encoded(rgb.convert("L"), "JPEG"), "16 bit": encoded(deep, "PNG"),
             "a palette with transparency": encoded(rgb.quantize(16), "PNG", transparency=bytes(range(16))),
             "EXIF nonsense": encoded(rgb, "JPEG", exif=b"Exif\0\0" + b"\xff" * 50),
-            "one pixel": encoded(rgb.crop((0, 0, 1, 1)), "PNG"), "a thin strip": encoded(rgb.resize((900, 2)), "JPEG")}
+            "one pixel": encoded(rgb.crop((0, 0, 1, 1)), "PNG"),
+            "a thin strip": encoded(rgb.resize((900, 2)), "JPEG")}
 
 
 @pytest.mark.parametrize("part, row", [

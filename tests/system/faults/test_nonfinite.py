@@ -20,10 +20,10 @@ def records(place: Place, kind: str) -> list[dict]:
 def named(place: Place) -> None:
     """The first record has what a person needs to look into it."""
     first = records(place, "nonfinite")[0]
-    assert first["update"] == 1 and first["epoch"] == 0 and first["learning_rate"] > 1e8 and first["loss_scale"] == 1.0
-    assert first["first_module"].startswith("stages.") and first["module_type"] and first["reproduced"] is True
-    paths = first.get("images") or first["pictures"]
-    assert len(paths) == 8 and all(os.path.isfile(path) for path in paths)
+    assert (first["update"], first["epoch"], first["loss_scale"], first["reproduced"]) == (1, 0, 1.0, True)
+    assert first["learning_rate"] > 1e8 and first["module_type"]
+    assert first["first_module"].startswith("stages.")
+    assert len(first["images"]) == 8 and all(os.path.isfile(path) for path in first["images"])
     assert "grad_norm" in first and first["action"] in ("skip", "stop", "rollback")
 
 
@@ -49,7 +49,8 @@ def poisoned(place: Place) -> None:
 def overflowing(place: Place) -> None:
     """Weights that are finite and give outputs that aren't."""
     state = torch.load(place.trained / "checkpoint-0.pth", weights_only=True)
-    model = {name: value * 1e30 if name.endswith("weight") else value for name, value in state["model"].items()}
+    model = {name: value * 1e30 if name.endswith("weight") else value
+             for name, value in state["model"].items()}
     torch.save(state | {"model": model}, place.here / "w.pth")
 
 
@@ -68,10 +69,11 @@ def poisoned_run(place: Place) -> None:
     Row("skip, three in a row", f"{HUGE} --epochs 3", 0, after=rolled_back),
     Row("rollback without a checkpoint", f"{HUGE} --on_nonfinite rollback", "?", ("--lr",)),
     Row("weights to start from that are no numbers", "--finetune {here}/w.pth", "?", (POISONED,), poisoned),
-    Row("evaluated weights that are no numbers", "--resume {here}/w.pth", "?", (POISONED,), poisoned, base="eval"),
+    Row("evaluated weights that are no numbers", "--resume {here}/w.pth", "?", (POISONED,), poisoned,
+        base="eval"),
     Row("evaluated weights that overflow", "--resume {here}/w.pth", 0, ("8 of 8", "top-1 0.00"), overflowing,
         base="eval"),
-    Row("a checkpoint that is no numbers", "--model_ema true --model_ema_eval true --epochs 2", "?", (POISONED,),
-        poisoned_run))
+    Row("a checkpoint that is no numbers", "--model_ema true --model_ema_eval true --epochs 2", "?",
+        (POISONED,), poisoned_run))
 def test_nonfinite(row, place, capfd):
     check(row, place, capfd)

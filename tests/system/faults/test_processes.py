@@ -1,4 +1,5 @@
-"""Signals and dying processes, as far as one process shows them; several processes have tests of their own."""
+"""Signals and dying processes, as far as one process shows them; several processes have tests of their
+own."""
 import json
 import multiprocessing
 import os

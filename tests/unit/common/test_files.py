@@ -84,5 +84,5 @@ def test_a_line_cut_short_by_a_crash_costs_only_itself(tmp_path):
     with open(path, "a") as file:
         file.write('{"n": 2, "te')
     append_json_line(path, {"n": 3})
-    append_json_line(path, {"n": 4})
+    append_json_line(path, {"n": 4, "text": "one line for JSON: \u2028 \x85 \r"})
     assert [r["n"] for r in read_json_lines(path)] == [1, 3, 4]

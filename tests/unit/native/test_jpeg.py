@@ -1,11 +1,10 @@
-"""Compiled loading gives Pillow's pixels bit for bit, leaves to Pillow what is damaged or rare, and is not
+"""The compiled decoder gives Pillow's pixels bit for bit, leaves to Pillow what is damaged or rare, and is not
 needed.
 """
 import io
 import random
 import shutil
 import struct
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,25 +15,26 @@ from timm.data.auto_augment import NAME_TO_OP, rand_augment_ops
 
 from common.log import logger
 from common.random import seeded
+from config.options import Options
 from datasets.dataset import ImageDataset
-from datasets.readers import FolderReader, index_folder
+from datasets.folders import read
+from datasets.readers import IndexCache
 from datasets.transforms import Erasing, eval_transform, train_transform
-from native import jpeg as fast
+import native
+from native import decoder as fast
 
 if not fast.available():
-    pytest.skip("compiled loading needs a C++ compiler, jpeglib.h and Pillow's libjpeg", allow_module_level=True)
+    pytest.skip("needs a C++ compiler, jpeglib.h and Pillow's libjpeg", allow_module_level=True)
 
 MANY = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 def options(size=64, **changes):
-    return SimpleNamespace(**{**dict(
-        input_size=size, color_jitter=0.4, aa="rand-m9-mstd0.5-inc1", train_interpolation="bicubic", hflip=0.5,
-        scale=(0.08, 1.0), reprob=0.25, recount=1, imagenet_default_mean_and_std=True), **changes})
+    return Options(input_size=size, **changes)
 
 
 def jpeg(width, height, seed=0, mode="RGB", **save) -> bytes:
-    """A picture with smooth and noisy parts, so that every step of decoding shows."""
+    """A image with smooth and noisy parts, so that every step of decoding shows."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (height // 16 + 2, width // 16 + 2, 3), dtype=np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), dtype=np.int64)
@@ -49,7 +49,7 @@ def plain(data: bytes) -> Image.Image:
 
 
 def same(ours, theirs) -> bool:
-    assert isinstance(ours, fast.LazyPicture)
+    assert isinstance(ours, fast.LazyImage)
     return ours.size == theirs.size and np.array_equal(np.asarray(ours), np.asarray(theirs))
 
 
@@ -72,12 +72,12 @@ def test_any_window_of_any_jpeg_is_pillows(width, height, seed, sampling, progre
     resample = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
     crop, window = box(corner, (width, height)), box(view, size)
 
-    def steps(picture):
-        return picture.crop(crop).resize(size, resample).crop(window)
+    def steps(image):
+        return image.crop(crop).resize(size, resample).crop(window)
 
-    assert fast.picture_of(data) is not None
-    assert same(steps(fast.picture_of(data)), steps(plain(data)))
-    assert same(fast.picture_of(data).crop(crop), plain(data).crop(crop))
+    assert fast.image_of(data) is not None
+    assert same(steps(fast.image_of(data)), steps(plain(data)))
+    assert same(fast.image_of(data).crop(crop), plain(data).crop(crop))
 
 
 @MANY
@@ -92,7 +92,7 @@ def test_any_affine_warp_is_pillows(matrix, size, bicubic):
     data = jpeg(*size)
     arguments = dict(resample=Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR,
                      fillcolor=(124, 116, 104))
-    assert same(fast.picture_of(data).transform(size, Image.Transform.AFFINE, matrix, **arguments),
+    assert same(fast.image_of(data).transform(size, Image.Transform.AFFINE, matrix, **arguments),
                 plain(data).transform(size, Image.Transform.AFFINE, matrix, **arguments))
 
 
@@ -102,19 +102,19 @@ def test_each_operation_of_randaugment_after_a_crop_and_between_others(name):
     settings_of_all = dict(magnitude_std=0.5, img_mean=(124, 116, 104), translate_const=30)
     first, between, last = (rand_augment_ops(9, 1.0, settings_of_all, [op])[0] for op in (name, "ShearX", "Color"))
 
-    def steps(picture):
+    def steps(image):
         with seeded(sum(name.encode())):
-            picture = picture.crop((13, 9, 180, 131)).resize((64, 64), Image.Resampling.BICUBIC)
-            return [first(picture), first(last(picture)), last(between(first(between(picture))))]
+            image = image.crop((13, 9, 180, 131)).resize((64, 64), Image.Resampling.BICUBIC)
+            return [first(image), first(last(image)), last(between(first(between(image))))]
 
-    for ours, theirs in zip(steps(fast.picture_of(data)), steps(plain(data)), strict=True):
+    for ours, theirs in zip(steps(fast.image_of(data)), steps(plain(data)), strict=True):
         assert np.array_equal(np.asarray(ours), np.asarray(theirs))
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Pictures of every kind; the plain loader can read all but the last few."""
-    root = tmp_path / "pictures" / "class"
+    """Images of every kind; the plain loader can read all but the last few."""
+    root = tmp_path / "images" / "class"
     root.mkdir(parents=True)
     draw = random.Random(0)
     good = jpeg(120, 90)
@@ -151,7 +151,7 @@ def folder(tmp_path):
 
 
 def both(folder, transform, **arguments):
-    reader = FolderReader(index_folder(str(folder), cache_folder=str(folder.parent / "cache")))
+    reader = read(str(folder), IndexCache(str(folder.parent / "cache")))
     for compiled in (True, False):
         dataset = ImageDataset(reader, reader.labels, transform, 64, **arguments)
         dataset.compiled = compiled
@@ -179,12 +179,12 @@ def test_evaluation_batches_are_equal_and_the_same_files_are_bad(folder, interpo
 
 def test_a_cut_file_is_bad_wherever_it_is_cut():
     data, transform = jpeg(150, 200, progressive=False), eval_transform(64)
-    top = fast.picture_of(data).crop((0, 0, 40, 40))
+    top = fast.image_of(data).crop((0, 0, 40, 40))
     assert same(top, plain(data).crop((0, 0, 40, 40)))
     for end in range(700, len(data), 171):
-        lazy = fast.picture_of(data[:end])
+        lazy = fast.image_of(data[:end])
         assert lazy is not None
-        for steps in (transform, lambda picture: np.asarray(picture.crop((0, 0, 40, 40)))):
+        for steps in (transform, lambda image: np.asarray(image.crop((0, 0, 40, 40)))):
             with pytest.raises(fast.NeedsPillow):
                 steps(lazy)
 
@@ -198,11 +198,11 @@ def test_without_a_compiler_everything_goes_through_pillow(folder, monkeypatch, 
     for cached in (fast._library, fast.available):
         cached.cache_clear()
     try:
-        assert not fast.available() and "no C++ compiler" in messages[0]
+        assert native.jpeg() is None and "g++" in messages[0]
         ours, _ = both(folder, eval_transform(64))
         assert np.array_equal(ours.__getitems__([0, 1, 2]).images.numpy(), expected)
         monkeypatch.undo()
-        monkeypatch.setenv(fast.OFF, "0")
+        monkeypatch.setenv("HORNET_NATIVE", "0")
         fast.available.cache_clear()
         assert not fast.available()
     finally:

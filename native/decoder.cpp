@@ -1,7 +1,7 @@
-// Pictures as Pillow computes them, only faster: the wanted window of a JPEG, resized, and affine warps.
+// Images as Pillow computes them, only faster: the wanted window of a JPEG, resized, and affine warps.
 //
-// Every function gives the bits that Pillow < 13 gives; `fast.py` compares them at start-up and keeps Pillow where they
-// differ. Decoding is done by the very libjpeg-turbo that Pillow has loaded, its functions found by name. What is
+// Every function gives the bits that Pillow < 13 gives; `decoder.py` compares them at start-up and keeps Pillow where
+// they differ. Decoding is done by the very libjpeg-turbo that Pillow has loaded, its functions found by name. What is
 // saved: columns and rows outside the window are not transformed back nor converted, resizing makes only the wanted
 // rows and columns, and both passes and the warps run on vectors (four bytes a pixel: R, G, B and one that is unused).
 //
@@ -58,7 +58,7 @@ struct Errors {
 void leave(j_common_ptr info) { longjmp(reinterpret_cast<Errors *>(info->err)->back, 1); }
 void ignore(j_common_ptr) {}
 
-// Memory kept between pictures, so that the kernel need not map and clear it for each of them.
+// Memory kept between images, so that the kernel need not map and clear it for each of them.
 struct Buffer {
   uint8_t *data = nullptr;
   size_t size = 0;
@@ -208,14 +208,14 @@ void down(const uint8_t *rows, size_t bytes, Taps taps, const int32_t *weights, 
   }
 }
 
-// What is wanted: the picture's rectangle `crop` (left, top, width, height) made `resized` (width, height), and of
+// What is wanted: the image's rectangle `crop` (left, top, width, height) made `resized` (width, height), and of
 // that the rectangle `view` (left, top, width, height).
 struct Wanted {
   int crop[4], resized[2], view[4], bicubic;
 };
 
 struct Plan {
-  int steps, wide_x, wide_y, left, right, top, bottom;  // columns and rows of the picture that are read
+  int steps, wide_x, wide_y, left, right, top, bottom;  // columns and rows of the image that are read
   Taps *taps_x, *taps_y;
   int32_t *spread, *weights_y;
 };
@@ -252,7 +252,7 @@ bool make_plan(const Wanted &wanted, Plan &plan) {
 constexpr int MARGIN = 8;  // columns beside the window: chroma upsampling looks at neighbours
 constexpr int LINES = 8;   // rows asked for at once
 
-// Whether nothing but the end of the picture follows the rows read so far, so that Pillow would accept the rest too.
+// Whether nothing but the end of the image follows the rows read so far, so that Pillow would accept the rest too.
 // Damage there changes no wanted row; a marker other than the end could make Pillow refuse, a missing end does.
 bool ends_well(jpeg_decompress_struct *info) {
   if (jpeg.complete(info)) return true;  // several scans: all were read before the first row
