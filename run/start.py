@@ -8,7 +8,7 @@ import torch
 
 from common.text import file_size, plural
 from config.options import Options
-from datasets.check import SampleCheck
+from datasets.build import SampleCheck
 from launch.process import Process
 from run.folder import environment
 

@@ -22,7 +22,7 @@ from common.errors import UserError
 from common.log import logger
 from common.outcome import ExitCode
 from common.text import printable
-from datasets.images import EXTENSIONS, BadImage, decode_path
+from datasets.images import BadImage, decode_path, extensions, is_image
 from launch.process import choose_device
 from models.inspect import heatmap, image_transforms, overlay, predict
 from models.trained import Trained
@@ -39,11 +39,11 @@ def find_images(given: list[str]) -> list[str]:
             raise UserError(f"{printable(path)} does not exist; give image files or folders of images.",
                             code="missing_data")
         inside = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
-        images = sorted(name for name in inside if name.lower().endswith(EXTENSIONS))
+        images = sorted(name for name in inside if is_image(os.path.basename(name)))
         found += images if os.path.isdir(path) else [path]
     if not found:
         raise UserError(f"no images in {', '.join(map(printable, given))}; files that end in "
-                        f"{', '.join(EXTENSIONS)} are looked for.", code="missing_data")
+                        f"{', '.join(extensions())} are looked for.", code="missing_data")
     return found
 
 

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import torch
 
-from datasets.check import SampleCheck
+from datasets.build import SampleCheck
 from run.start import process_problems, shared_memory_needed, shared_memory_problem, start_warnings
 
 
