@@ -25,7 +25,7 @@ from common.outcome import ExitCode
 from common.text import duration, file_size, plural
 from config.options import Options
 from config.parse import Resolved
-from datasets.check import SampleCheck, check_sample
+from datasets.build import SampleCheck, check_sample
 from datasets.dataset import ImageDataset
 from datasets.device import EvalPrepare
 from evaluation import SAMPLED, low_score, prepare_evaluation, score_sample

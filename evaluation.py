@@ -22,9 +22,9 @@ from common.text import plain
 from config.options import OPTIONS, ImageSettings, Options
 from config.parse import Resolved
 from datasets.build import Data, build_data, eval_loader
-from datasets.check import spread_over_classes
 from datasets.dataset import make_loader
 from datasets.device import EvalPrepare
+from datasets.sampler import spread_over_classes
 from datasets.subsets import Subset, real_labels, recognise_folder
 from datasets.transforms import eval_transform
 from launch.process import Process

@@ -9,7 +9,7 @@ import torch
 from common.errors import UserError
 from common.text import file_size, plural
 from config.options import Options
-from datasets.check import SampleCheck
+from datasets.build import SampleCheck
 from launch.process import Process
 from run.folder import environment
 

@@ -13,7 +13,7 @@ from PIL import Image
 import dryrun
 import models  # noqa: F401  registers the architectures
 from common.errors import UserError
-from datasets.check import spread_over_classes
+from datasets.sampler import spread_over_classes
 from dryrun import DryRun, Trial, digest
 from main import main
 from tests.kits.docs import ROOT

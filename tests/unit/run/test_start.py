@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from datasets.check import SampleCheck
+from datasets.build import SampleCheck
 from common.errors import UserError
 from run.start import check_writable, memory_problems, process_problems, start_warnings
 
