@@ -20,6 +20,7 @@ from tqdm import tqdm
 import native
 from common.errors import UserError
 from common.log import logger
+from common.outcome import ExitCode
 from common.text import printable
 from datasets.images import BadImage, decode_path, extensions, is_image
 from launch.process import choose_device
@@ -28,7 +29,6 @@ from models.trained import Trained
 from tools.command import add_model_arguments, load_model, new_parser, run_command
 
 FORMS = ("text", "csv", "json")
-REPORTED = 20  # unreadable files named in the log; all are in the answers
 
 
 def find_images(given: list[str]) -> list[str]:
@@ -139,12 +139,10 @@ def run(args: argparse.Namespace) -> int:
         write(records, form, out)
     if args.heatmap:
         write_heatmaps(trained, records, Path(args.heatmap))
-    bad = [record for record in records if record["error"]]
-    for record in bad[:REPORTED]:
-        logger.warning("not a readable image: %s (%s)", printable(record["path"]), record["error"])
-    logger.info("%d of %d images predicted with %s from %s", len(records) - len(bad), len(records),
+    read = sum(not record["error"] for record in records)
+    logger.info("%d of %d images predicted with %s from %s", read, len(records),
                 trained.name, trained.source)
-    return 1 if len(bad) == len(records) else 0
+    return ExitCode.DONE if read else ExitCode.FAILED
 
 
 def main(argv: list[str] | None = None) -> int:
