@@ -24,8 +24,7 @@ from common.text import plural, printable
 from config.options import Options
 from config.parse import Resolved
 from config.rules import BatchPlan, plan_batch, resumed_schedule_notice, small_data_notice, validate_after_index
-from datasets.build import Data, build_data, eval_loader, train_loader
-from datasets.check import check_sample
+from datasets.build import Data, build_data, check_sample, eval_loader, train_loader
 from datasets.dataset import Batch, ImageLoader
 from datasets.device import EvalPrepare, TrainPrepare
 from datasets.sampler import GlobalBatchSampler
@@ -307,14 +306,15 @@ class Trainer(engine.Observer):
 
     def _report_unreadable(self) -> None:
         """Report each image that could not be read once per run: in training it was replaced by another."""
-        mine = [loader.dataset.path(index) for loader in self._loaders for index in loader.bad_images]
+        mine = [(loader.images.path(index), reason) for loader in self._loaders for index, reason in loader.bad_images]
         for loader in self._loaders:
             loader.bad_images.clear()
-        found = {path for part in self.process.all_gather_object(mine) for path in part} - self._unreadable
-        self._unreadable |= found
-        for path in sorted(found):
-            self.on_incident("unreadable_image", f"{printable(path)} could not be read: it is replaced by another image in "
-                             "training and counts as incorrect in evaluation.", epoch=self.position.begun, images=[path])
+        for path, reason in sorted({image for part in self.process.all_gather_object(mine) for image in part}):
+            if path not in self._unreadable:
+                self._unreadable.add(path)
+                self.on_incident("unreadable_image", f"{printable(path)} could not be read ({reason}): it is replaced by "
+                                 "another image in training and counts as incorrect in evaluation.",
+                                 epoch=self.position.begun, images=[path])
 
     def _where(self, name: str) -> str:
         return f"{self.options.output_dir}/{name}" if self.options.output_dir else "the console output above"

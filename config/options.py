@@ -92,6 +92,7 @@ class Options:
     allow_class_mismatch: bool = _data(False, "accept a val folder with classes missing or added")
     allow_bad_images: bool = _data(False, "evaluate unreadable images too, each counts as incorrect")
     reindex: bool = _data(False, "read the data folder again instead of using the saved index")
+    exif_orientation: bool = _data(False, "turn each image as its EXIF entry says; the published ones do not")
     index_cache: str | None = _data(None, "folder for the saved index of the data; none: the user's cache")
     imagenet_default_mean_and_std: bool = _data(True, "ImageNet's mean and deviation; false: Inception's")
     num_workers: int = _data(10, "loader processes per training process", at_least(0, 512))
@@ -282,12 +283,14 @@ class ImageSettings:
         input_size: height and width of the network's input in pixels.
         crop_pct: input_size / resized short side in evaluation, None: the default; unused from 384 pixels on.
         imagenet_default_mean_and_std: normalise with ImageNet's mean and deviation, else Inception's 0.5.
+        exif_orientation: turn each image as its EXIF entry says.
         train_interpolation: of the random crop in training; evaluation is always bicubic.
         layer_scale_init_value: 0 means that the network has no layer scale at all.
     """
     input_size: int = 224
     crop_pct: float | None = None
     imagenet_default_mean_and_std: bool = True
+    exif_orientation: bool = False
     train_interpolation: str = "bicubic"
     layer_scale_init_value: float = 1e-6
 

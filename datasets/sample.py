@@ -34,7 +34,7 @@ def ensure_sample(folder: str | os.PathLike) -> None:
                 logger.info("wrote the sample data, %d + %d handwritten digits, to %s", TRAIN_IMAGES, VAL_IMAGES, given)
     except OSError as error:
         raise UserError(f"The sample data cannot be written to {folder} ({error.strerror or error}); "
-                        "name a folder you may write to with --data_path.") from error
+                        "name a folder you may write to with --data_path.", code="unwritable_folder") from error
 
 
 def _complete(folder: Path) -> bool:
@@ -43,7 +43,8 @@ def _complete(folder: Path) -> bool:
 
 def _write(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--data_path {folder} holds other files and not the sample data; name a new folder.")
+        raise UserError(f"--data_path {folder} holds other files and not the sample data; name a new folder.",
+                        code="unwritable_folder")
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         write_digits(temporary)
@@ -60,7 +61,7 @@ def write_digits(folder: Path) -> None:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise UserError("The sample data comes from scikit-learn, which is not installed; "
-                        "run `pip install -r requirements.txt`.") from error
+                        "run `pip install -r requirements.txt`.", code="missing_package") from error
     digits = load_digits()
     for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         part = "val" if number % 5 == 0 else "train"

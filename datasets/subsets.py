@@ -52,7 +52,8 @@ def recognise_folder(root: str) -> Subset | None:
     """`recognise` for a folder of class folders; reads the names of these and of a few images. None if unreadable."""
     try:
         folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        images = [next(entry.name for entry in os.scandir(os.path.join(root, folder)) if entry.is_file())
+        images = [next(entry.name for entry in os.scandir(os.path.join(root, folder))
+                     if entry.is_file() and not entry.name.startswith("."))
                     for folder in folders[:3]]
     except (OSError, StopIteration):
         return None

@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import resolve_data_config
 
 from common.log import logger
 from common.text import file_size
-from datasets.images import decode_path, from_array
+from datasets.images import decode_path
 from models import export
 from models.export import SMALLEST_SIDE
 from models.trained import Trained
@@ -40,7 +41,7 @@ def example_images(trained: Trained, given: list[str]) -> torch.Tensor:
     else:
         digits, _ = load_digits(return_X_y=True)  # (1797, 64) in 0..16
         pixels = (digits[:IMAGES].reshape(-1, 8, 8) * 15.9375).astype("uint8")
-        images = [from_array(image) for image in pixels]
+        images = [Image.fromarray(image).convert("RGB") for image in pixels]
     return torch.stack([trained.transform(image) for image in images])
 
 

@@ -20,15 +20,15 @@ from tqdm import tqdm
 import native
 from common.errors import UserError
 from common.log import logger
+from common.outcome import ExitCode
 from common.text import printable
-from datasets.images import EXTENSIONS, BadImage, decode_path
+from datasets.images import BadImage, decode_path, extensions, is_image
 from launch.process import choose_device
 from models.inspect import heatmap, image_transforms, overlay, predict
 from models.trained import Trained
 from tools.command import add_model_arguments, load_model, new_parser, run_command
 
 FORMS = ("text", "csv", "json")
-REPORTED = 20  # unreadable files named in the log; all are in the answers
 
 
 def find_images(given: list[str]) -> list[str]:
@@ -39,11 +39,11 @@ def find_images(given: list[str]) -> list[str]:
             raise UserError(f"{printable(path)} does not exist; give image files or folders of images.",
                             code="missing_data")
         inside = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
-        images = sorted(name for name in inside if name.lower().endswith(EXTENSIONS))
+        images = sorted(name for name in inside if is_image(os.path.basename(name)))
         found += images if os.path.isdir(path) else [path]
     if not found:
         raise UserError(f"no images in {', '.join(map(printable, given))}; files that end in "
-                        f"{', '.join(EXTENSIONS)} are looked for.", code="missing_data")
+                        f"{', '.join(extensions())} are looked for.", code="missing_data")
     return found
 
 
@@ -139,12 +139,10 @@ def run(args: argparse.Namespace) -> int:
         write(records, form, out)
     if args.heatmap:
         write_heatmaps(trained, records, Path(args.heatmap))
-    bad = [record for record in records if record["error"]]
-    for record in bad[:REPORTED]:
-        logger.warning("not a readable image: %s (%s)", printable(record["path"]), record["error"])
-    logger.info("%d of %d images predicted with %s from %s", len(records) - len(bad), len(records),
+    read = sum(not record["error"] for record in records)
+    logger.info("%d of %d images predicted with %s from %s", read, len(records),
                 trained.name, trained.source)
-    return 1 if len(bad) == len(records) else 0
+    return ExitCode.DONE if read else ExitCode.FAILED
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,7 +5,6 @@ import io
 import random
 import shutil
 import struct
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +13,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data.auto_augment import NAME_TO_OP, rand_augment_ops
 
+import native
 from common.log import logger
 from common.random import seeded
+from config.options import Options
 from datasets.dataset import ImageDataset
-from datasets.readers import FolderReader, index_folder
+from datasets.folders import read
+from datasets.readers import IndexCache
 from datasets.transforms import Erasing, eval_transform, train_transform
-import native
 from native import decoder as fast
 
 if not fast.available():
@@ -29,9 +30,7 @@ MANY = settings(max_examples=60, deadline=None, derandomize=True, suppress_healt
 
 
 def options(size=64, **changes):
-    return SimpleNamespace(**{**dict(
-        input_size=size, color_jitter=0.4, aa="rand-m9-mstd0.5-inc1", train_interpolation="bicubic", hflip=0.5,
-        scale=(0.08, 1.0), reprob=0.25, recount=1, imagenet_default_mean_and_std=True), **changes})
+    return Options(input_size=size, **changes)
 
 
 def jpeg(width, height, seed=0, mode="RGB", **save) -> bytes:
@@ -152,7 +151,7 @@ def folder(tmp_path):
 
 
 def both(folder, transform, **arguments):
-    reader = FolderReader(index_folder(str(folder), cache_folder=str(folder.parent / "cache")))
+    reader = read(str(folder), IndexCache(str(folder.parent / "cache")))
     for compiled in (True, False):
         dataset = ImageDataset(reader, reader.labels, transform, 64, **arguments)
         dataset.compiled = compiled

@@ -1,6 +1,7 @@
-"""Loader workers over an index of a million pictures: memory, open files and shared memory stay where they are."""
+"""Loader workers over an index of a million images: memory, open files and shared memory stay where they are."""
 import multiprocessing
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from PIL import Image
 
 from datasets.dataset import ImageDataset, make_loader
-from datasets.readers import FolderIndex, FolderReader, Strings
+from datasets.folders import Folders
+from datasets.readers import Index, Strings
 from datasets.sampler import epoch_order
 from datasets.transforms import Erasing, train_transform
 from tests.kits.options import data_options
@@ -17,7 +19,7 @@ ENTRIES, FILES, EVERY = 1_000_000, 10, 400
 
 
 class Sparse:
-    """Every 400th picture of an epoch's order over all entries, in batches of 50."""
+    """Every 400th image of an epoch's order over all entries, in batches of 50."""
 
     epoch = 0
 
@@ -30,8 +32,8 @@ class Sparse:
             yield [(self.epoch, index, start + i) for i, index in enumerate(order[start:start + 50])]
 
 
-def reader(folder: Path) -> FolderReader:
-    """A million entries in a thousand classes that are links to one folder of ten pictures."""
+def reader(folder: Path) -> Folders:
+    """A million entries in a thousand classes that are links to one folder of ten images."""
     rng = np.random.default_rng(0)
     (folder / "class").mkdir(parents=True)
     for number in range(FILES):
@@ -42,7 +44,8 @@ def reader(folder: Path) -> FolderReader:
     name = np.frombuffer(b"".join(b"%d.jpg" % number for number in range(FILES)), dtype=np.uint8)
     names = Strings(np.tile(name, ENTRIES // FILES), np.arange(1, ENTRIES + 1, dtype=np.int64) * 5)
     labels = (np.arange(ENTRIES) // (ENTRIES // 1000)).astype(np.int32)
-    return FolderReader(FolderIndex(str(folder), classes, names, labels, Strings.of([""]), np.zeros(1, dtype=np.int64)))
+    empty = Index.of(str(folder), classes=classes, labels=[], names=[], seen=[""], left_out={})
+    return Folders(replace(empty, labels=labels, names=names))
 
 
 def footprint(pid: int) -> tuple[int, int, int]:

@@ -1,10 +1,13 @@
-"""Mixing belongs to global positions: equal for every split, distributed as timm's."""
+"""The last steps on the device: normalisation, erasing and mixing, equal for every split of the global batch."""
 import numpy as np
 import pytest
 import torch
+from torchvision import transforms
 
 from common.errors import UserError
-from datasets.mixup import GroupMixup, build_mixup
+from config.options import ImageSettings
+from datasets.dataset import Batch
+from datasets.device import GroupMixup, Normalise, TrainPrepare, build_mixup
 from tests.kits.options import data_options
 
 COUNT, SIZE = 192, 12
@@ -33,7 +36,7 @@ def test_no_split_of_the_global_batch_changes_a_bit(mode, minmax):
 
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
-def test_pictures_and_labels_are_mixed_with_the_neighbour_by_the_same_share(mode):
+def test_images_and_labels_are_mixed_with_the_neighbour_by_the_same_share(mode):
     mixup = GroupMixup(10, 3, mode=mode, smoothing=0.1)
     positions = np.arange(COUNT)
     images, targets = mixup(IMAGES.clone(), TARGETS, 0, positions)
@@ -68,7 +71,7 @@ def test_shares_are_distributed_as_in_timm(mode, units):
     beta = np.random.default_rng(0).beta(0.8, 0.8, 200_000)
     for quantile in (0.1, 0.25, 0.5, 0.75, 0.9):
         assert np.quantile(mixed, quantile) == pytest.approx(np.quantile(beta, quantile), abs=0.04)
-    assert np.mean(cut) > 0.5  # Boxes are cut off at the borders, so more of the own picture stays than lam said.
+    assert np.mean(cut) > 0.5  # Boxes are cut off at the borders, so more of the own image stays than lam said.
 
 
 def test_off_partly_on_and_impossible():
@@ -77,10 +80,9 @@ def test_off_partly_on_and_impossible():
     assert all(box is None for group in range(50) for _, box in only_mixup.choices(0, group, 32, 32))
     only_cutmix = build_mixup(data_options(mixup=0.0, cutmix=1.0), 10)
     assert all(box is not None for group in range(50) for _, box in only_cutmix.choices(0, group, 32, 32))
-    with pytest.raises(UserError, match="must be even"):
+    with pytest.raises(UserError) as caught:
         only_mixup.runs(0, np.arange(3), 32, 32)
-    with pytest.raises(UserError, match="not one of batch, pair, elem"):
-        GroupMixup(10, 0, mode="half")
+    assert caught.value.code == "odd_batch" and "3" in str(caught.value)
 
 
 def test_drawing_disturbs_no_other_stream():
@@ -89,3 +91,43 @@ def test_drawing_disturbs_no_other_stream():
     np.random.seed(1), torch.manual_seed(1)
     GroupMixup(10, 0).choices(0, 0, 32, 32)
     assert (np.random.rand(), torch.rand(1)) == expected
+
+
+@pytest.mark.parametrize("imagenet", [True, False])
+def test_normalisation_is_bit_equal_to_totensor_and_normalize(imagenet):
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3).contiguous()
+    settings = ImageSettings(imagenet_default_mean_and_std=imagenet)
+    expected = transforms.Normalize(settings.mean, settings.std)(transforms.ToTensor()(pixels[0].numpy()))
+    normalise = Normalise(settings.mean, settings.std, "cpu")
+    fast = normalise(pixels)
+    normalise._calculate = False
+    for result in (fast, normalise(pixels)):
+        assert torch.equal(result[0].permute(2, 0, 1), expected)
+
+
+def _batch(pixels, boxes=None, epoch=0, indices=None):
+    count = len(pixels)
+    return Batch(images=torch.from_numpy(pixels.copy()), targets=torch.zeros(count, dtype=torch.int64),
+                 indices=torch.arange(count) if indices is None else indices, positions=torch.arange(count),
+                 boxes=torch.zeros(count, 1, 4, dtype=torch.int32) if boxes is None else boxes,
+                 bad=torch.zeros(count, dtype=torch.bool), epoch=epoch)
+
+
+@pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
+def test_erased_boxes_are_filled_by_images_not_by_batch(mode):
+    options = data_options(remode=mode, mixup=0, cutmix=0)
+    prepare = TrainPrepare(options, 10, "cpu")
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    boxes = torch.tensor([[[2, 3, 8, 9]], [[0, 0, 0, 0]], [[5, 5, 20, 4]], [[0, 0, 31, 31]]], dtype=torch.int32)
+    whole, targets = prepare(_batch(pixels, boxes=boxes))
+    assert targets.dtype == torch.int64
+    plain, _ = prepare(_batch(pixels))
+    assert torch.equal(whole[1], plain[1]) and torch.equal(whole[0, :, 10:], plain[0, :, 10:])
+    box = whole[0, :, 2:10, 3:12]
+    distinct = {"pixel": 3 * 72, "rand": 3, "const": 1}[mode]
+    assert len(box.unique()) == distinct
+    for row in range(4):
+        alone, _ = prepare(_batch(pixels[row:row + 1], boxes=boxes[row:row + 1], indices=torch.tensor([row])))
+        assert torch.equal(alone[0], whole[row])
+    other_epoch, _ = prepare(_batch(pixels, boxes=boxes, epoch=1))
+    assert torch.equal(other_epoch, whole) == (mode == "const")
