@@ -4,6 +4,7 @@ tests/golden/sentences.txt.
 A line is the code of a UserError or Failure, or the level of a log line, and its sentence with `{placeholders}`.
 """
 import ast
+import re
 from pathlib import Path
 
 from tests.kits.docs import ROOT
@@ -49,7 +50,7 @@ def sentences(source: str) -> list[str]:
             found.add(f"{written(codes[0]) if codes else 'usage'}: {text}")
         elif owner == "logger" and called in LEVELS:
             for argument in node.args[1:]:
-                text = text.replace(next((f for f in ("%s", "%d") if f in text), "%s"), f"{{{name(argument)}}}", 1)
+                text = re.sub(r"%[-+0-9.]*[a-z]", lambda _: f"{{{name(argument)}}}", text, count=1)  # noqa: B023
             found.add(f"{called}: {text}")
     return sorted(found)
 
