@@ -129,7 +129,7 @@ def _dataset(options: Options, split: _Split, names: list[str], notes: list[str]
     empty = np.flatnonzero(np.bincount(split.labels, minlength=len(split.classes)) == 0)
     if len(empty) and part == "train" and not options.allow_class_mismatch and options.data_set != "CIFAR":
         raise UserError(f"{plural(len(empty), 'class folder')} in {shown} without an image, such as "
-                        f"{printable(split.classes[empty[0]])}; remove them, or train all the same with "
+                        f"{printable(split.classes[empty[0]])}; remove them, or train anyway with "
                         "--allow_class_mismatch true.", code="wrong_classes")
     mapped = map_folders(split.classes, names, partial=set(names) >= set(imagenet_synsets()), noun=split.noun,
                          allow_mismatch=options.allow_class_mismatch, what=f"the {part} data ({shown})")
@@ -139,12 +139,12 @@ def _dataset(options: Options, split: _Split, names: list[str], notes: list[str]
         raise UserError(f"{shown} has images of one class only ({printable(split.classes[0])}), so any network "
                         "would be correct without learning; give at least two class folders.", code="one_class")
     if known < len(targets):
-        notes.append(f"{part}: {len(targets) - known} images of {split.noun}s without a class are left out")
+        notes.append(f"{part}: {len(targets) - known} images of {split.noun}s without a class are skipped")
     notes.append(f"{part}: {known} images in {found} of {len(names)} classes")
     if reader.left_out:
         types = sorted(reader.left_out.items(), key=lambda item: (-item[1], item[0]))
         words = ", ".join(f"{count} {printable(kind)}" for kind, count in types[:6]) + ", …" * (len(types) > 6)
-        notes.append(f"{part}: {plural(sum(reader.left_out.values()), 'file')} left out as no images: {words}")
+        notes.append(f"{part}: {plural(sum(reader.left_out.values()), 'file')} skipped, as they are no images: {words}")
     if part == "val" and tuple(names) == imagenet_synsets() and len(targets) != 50_000:
         notes.append(f"val: {len(targets)} images, the ImageNet validation set has 50000")
     size, training = options.input_size, part == "train"
