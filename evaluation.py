@@ -1,4 +1,4 @@
-"""`--eval true`: find the weights, evaluate them all in one pass over the images, compare with what is published."""
+"""`--eval true`: find the weights, evaluate them in one pass over the images, compare with what is published."""
 import sys
 from copy import copy
 from dataclasses import dataclass, fields, replace
@@ -32,15 +32,17 @@ from launch.watchdog import Watchdog
 from models import MODEL_NAMES
 from models.download import cache_folder, fetch_published, local_file
 from models.inspect import class_titles
+from models.trained import best_checkpoint
 from models.weights import load_for_model
 from models.zoo import PUBLISHED
 from report.metrics import Predictions, multi_label_accuracy
 from report.page import write_report
 from report.results import Protocol, results_from, summary_line, write_eval_json, write_report_files
 from run.checkpoint import Checkpoints
+from run.start import check_writable
 
-# What a checkpoint of ours knows about its own network and data, taken unless a flag or recipe names it; the data only
-# together, and only from a run's own folder.
+# What a checkpoint of ours knows about its own network and data, taken unless a flag or recipe names it; the
+# data only together, and only from a run's own folder.
 _NETWORK = ("model", *(field.name for field in fields(ImageSettings)))
 _DATA = ("data_set", "data_path", "eval_data_path", "val_labels", "nb_classes", "allow_class_mismatch")
 SAMPLED, ENOUGH_CLASSES, ENOUGH_IMAGES, LOW_SCORE = 500, 100, 100, 0.02
@@ -86,12 +88,14 @@ def evaluate_checkpoints(resolved: Resolved, process: Process, watchdog: Watchdo
         warning = strange_weights(candidate.network, candidate.weights, data, options, prepared.evaluation)
         if warning and process.is_main:
             logger.warning("%s: %s", candidate.path, warning)
-    loader = eval_loader(data, options, process.rank, process.world_size, refuse_bad=not options.allow_bad_images)
+    loader = eval_loader(data, options, process.rank, process.world_size,
+                         refuse_bad=not options.allow_bad_images)
     # None leaves the bar out where nobody watches a terminal.
     watched = tqdm(loader, "evaluation", unit="batch", leave=False, disable=None if process.is_main else True)
     try:
         with native.packed(*(c.network for c in candidates), dtype=prepared.evaluation.autocast_dtype):
-            found = engine.evaluate([(c.weights, c.network) for c in candidates], watched, prepared.evaluation)
+            networks = [(candidate.weights, candidate.network) for candidate in candidates]
+            found = engine.evaluate(networks, watched, prepared.evaluation)
     finally:
         loader.close()
     results = [_result(prepared, candidate, each) for candidate, each in zip(candidates, found)]
@@ -110,7 +114,8 @@ def prepare_evaluation(resolved: Resolved, process: Process, observer: engine.Ob
     first = first if isinstance(first, dict) else {}
     options = with_checkpoint_settings(resolved, first, sources[0])
     if not options.dry_run:
-        process.on_rank_zero(lambda: _make_folders(options))
+        for name in ("output_dir", "report"):  # before hours are spent on what could not be written
+            process.on_rank_zero(lambda: check_writable(f"--{name}", getattr(options, name) or "."))
     classes = known_classes(first, options)
     subset = companion(options, classes)
     data = process.local_first(lambda: build_data(
@@ -128,43 +133,29 @@ def prepare_evaluation(resolved: Resolved, process: Process, observer: engine.Ob
 def find_sources(resolved: Resolved) -> list[str]:
     """Local paths of the checkpoints to evaluate; downloads what is given as an address. Never random weights.
 
-    The weights that a recipe begins with, as a run's own config.yaml has them, are taken only where nothing else is.
+    The weights that a recipe begins with, as a run's own config.yaml has them, count only where nothing else is.
     """
-    options, found = resolved.options, []
+    options, folder = resolved.options, resolved.options.output_dir
+    found = []
     for name in options.resume:
-        if name in ("best", "latest"):
-            if not options.output_dir:
-                raise UserError(f"--resume {name} looks in the run folder: give --output_dir.", code="missing_run")
-            found.append(str(Checkpoints(options.output_dir).resolve(name).path))
-        else:
-            path = local_file(name)
-            found.append(str(best_of(path)) if Path(path).is_dir() else path)
-    named = "flag" in (resolved.origins[name] for name in ("pretrained", "finetune") if getattr(options, name))
-    if options.output_dir and not found and not named and Checkpoints(options.output_dir).best():
-        found.append(str(Checkpoints(options.output_dir).best()))
-    if options.pretrained and (named or not found):
-        found.append(str(fetch_published(options.model)))
-    if options.finetune and (named or not found):
-        found.append(local_file(options.finetune))
+        if name in ("best", "latest") and not folder:
+            raise UserError(f"--resume {name} looks in the run folder: give --output_dir.", code="missing_option")
+        path = str(Checkpoints(folder).resolve(name).path) if name in ("best", "latest") else local_file(name)
+        found.append(str(best_checkpoint(Path(path)) or path) if Path(path).is_dir() else path)
+    start = next((name for name in ("pretrained", "finetune") if getattr(options, name)), "")
+    if folder and not found and not (start and resolved.origins[start] == "flag"):
+        found += filter(None, [best_checkpoint(Path(folder))])
+    if start and (not found or resolved.origins[start] == "flag"):
+        found.append(fetch_published(options.model) if options.pretrained else local_file(options.finetune))
     if not found:
         raise UserError("--eval true has nothing to evaluate: give --resume CHECKPOINT, --pretrained true, or the "
-                        "--output_dir of a run with a best checkpoint.", code="missing_checkpoint")
-    return found
-
-
-def best_of(folder: str) -> Path:
-    """The best checkpoint of a run's folder, the newest where none was evaluated."""
-    newest = None if Checkpoints(folder).best() else Checkpoints(folder).newest_valid()
-    path = newest.path if newest else Checkpoints(folder).best()
-    if path is None:
-        raise UserError(f"--resume {folder} is a folder without checkpoints: name the --output_dir of a training, or "
-                        "a file.", code="missing_checkpoint")
-    return path
+                        "--output_dir of a run.", code="missing_checkpoint")
+    return [*map(str, found)]
 
 
 def with_checkpoint_settings(resolved: Resolved, checkpoint: dict, path: str) -> Options:
-    """The options with the checkpoint's own network and image settings where neither flag nor recipe names them; in a
-    run's folder with its data too, where none of that is named."""
+    """The options with the checkpoint's own network and image settings where neither flag nor recipe names
+    them; in a run's folder with its data too, where none of that is named."""
     origins, args = resolved.origins, checkpoint.get("args") if checkpoint.get("format") else None
     names = [name for name in _NETWORK if origins[name] == "default"]
     if Path(path).with_name("config.yaml").is_file() and {origins[name] for name in _DATA} == {"default"}:
@@ -173,13 +164,14 @@ def with_checkpoint_settings(resolved: Resolved, checkpoint: dict, path: str) ->
     own = {name: OPTIONS[name].convert([str(args[name])], f"the checkpoint's {name}") for name in names
            if name in args and args[name] != getattr(resolved.options, name)}
     if own.get("model", MODEL_NAMES[0]) not in MODEL_NAMES:
-        raise UserError(f"the checkpoint's model {plain(str(own['model']))} is not known here; if its weights are those "
-                        f"of another model, name it with --model: {', '.join(MODEL_NAMES)}.", code="unknown_model")
+        raise UserError(f"the checkpoint's model {plain(str(own['model']))} is not known here; if its weights are "
+                        f"those of another model, name it with --model: {', '.join(MODEL_NAMES)}.",
+                        code="unknown_model")
     if own:
         logger.info("From the checkpoint: %s", ", ".join(f"{name} {value}" for name, value in own.items()))
     options = replace(resolved.options, **own)
     if not options.data_path and not options.eval_data_path:
-        raise UserError(f"--data_path is missing, and {path} does not lie in the folder of a run that names its data; "
+        raise UserError(f"--data_path is missing, and {path} is not in the folder of a run that names its data; "
                         "give the folder that holds val/.", code="missing_data")
     return options
 
@@ -192,7 +184,7 @@ def companion(options: Options, classes: list[str] | None) -> Subset | None:
         return None
     subset = recognise_folder(options.eval_data_path or str(Path(options.data_path or "") / "val"))
     if subset and subset.columns:
-        logger.info("%s: judged among its %d classes alone", subset.name, len(subset.columns))
+        logger.info("%s: evaluated among its %d classes alone", subset.name, len(subset.columns))
     return subset
 
 
@@ -224,7 +216,7 @@ def amp_dtype(options: Options) -> torch.dtype | None:
     return None if not options.use_amp else torch.float16 if options.amp_dtype == "fp16" else torch.bfloat16
 
 
-# -------------------------------------------------------------------------------------------------- a sample of images
+# ------------------------------------------------------------------------------------- a sample of images
 
 def score_sample(networks: list[tuple[str, torch.nn.Module]], data: Data, options: Options,
                  evaluation: engine.Evaluation, count: int) -> list[engine.EvalResult]:
@@ -251,7 +243,7 @@ def strange_weights(network: torch.nn.Module, weights: str, data: Data, options:
                     evaluation: engine.Evaluation) -> str | None:
     """A sentence when loaded weights fail on 500 images, as they do with classes in another order; else None.
 
-    Only for 100 classes and more, where chance is at most 1 %. Every rank must call it; all get the same answer.
+    Only for 100 classes and more, where chance is at most 1 %. Every rank must call it; all get one answer.
     """
     if data.num_classes < ENOUGH_CLASSES:
         return None
@@ -268,72 +260,59 @@ def low_score(hits: int, images: int, classes: int, weights: str = "model") -> s
         return None
     other = "model" if weights == "model_ema" else "ema"
     return (f"the loaded weights get only {hits} of {images} images correct ({100 * hits / images:.1f} %, chance is "
-            f"{100 / classes:.2g} %), though their head has these {classes} classes; likely causes: another order of the "
-            "classes than the data's folders have, another normalisation (--imagenet_default_mean_and_std), or the "
-            f"other entry of the file (try --weights {other}).")
+            f"{100 / classes:.2g} %), though their head has these {classes} classes; likely causes: another order "
+            "of the classes than the data's folders have, another normalisation "
+            f"(--imagenet_default_mean_and_std), or the other entry of the file (try --weights {other}).")
 
 
-# ------------------------------------------------------------------------------------------------------------- results
+# ------------------------------------------------------------------------------------- results
 
 def _result(prepared: Prepared, candidate: Candidate, found: engine.EvalResult) -> dict:
     options, data, subset = prepared.options, prepared.data, prepared.subset
     settings, dtype = ImageSettings.of(options), amp_dtype(options) or torch.float32
     imagenet = tuple(data.class_names) == imagenet_synsets()
     protocol = Protocol(
-        model=options.model, num_classes=data.num_classes, input_size=options.input_size, weights=candidate.weights,
-        checkpoint=candidate.path, crop_pct=settings.eval_crop_pct, mean=settings.mean, std=settings.std,
-        dtype=str(dtype).removeprefix("torch."), tf32=options.fast_math,
-        dataset=subset.name if subset else "imagenet-val" if imagenet else options.data_set, pillow=PIL.__version__)
+        model=options.model, num_classes=data.num_classes, input_size=options.input_size,
+        weights=candidate.weights, checkpoint=candidate.path, crop_pct=settings.eval_crop_pct,
+        mean=settings.mean, std=settings.std, dtype=str(dtype).removeprefix("torch."), tf32=options.fast_math,
+        dataset=subset.name if subset else "imagenet-val" if imagenet else options.data_set,
+        pillow=PIL.__version__)
     predictions = predictions_of(found, data) if found.outputs is not None else None
     result = results_from(found, protocol, PUBLISHED.get(options.model), predictions) | {"seconds": found.seconds}
-    answers = real_labels(predictions.paths) if predictions and subset and subset.name == "imagenet-val" else None
-    return result if answers is None else result | {"real": multi_label_accuracy(predictions.top5, answers)}
+    if predictions is not None and subset is not None and subset.name == "imagenet-val":
+        answers = real_labels(predictions.paths.tolist())
+        result |= {} if answers is None else {"real": multi_label_accuracy(predictions.top5, answers)}
+    return result
 
 
 def predictions_of(found: engine.EvalResult, data: Data) -> Predictions:
     """The engine's per-image outputs with paths and class names; an unreadable image has the answer -1."""
-    out = found.outputs
+    out, val = found.outputs, data.val
+    assert out is not None and val is not None
     unreadable = out.targets == -100
-    labels = np.where(unreadable, data.val.targets[out.indices], out.targets)
-    return Predictions(np.array([data.val.path(int(i)) for i in out.indices]), labels,
-                       np.where(unreadable[:, None], -1, out.top), out.probabilities, out.nll.astype(np.float64),
-                       list(data.class_names))
-
-
-def _make_folders(options: Options) -> None:
-    """The folders asked for, before hours are spent on what could not be written there."""
-    for name in ("output_dir", "report"):
-        folder = getattr(options, name)
-        try:
-            if folder:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--{name} {folder} cannot be used: {error.strerror}; choose another.",
-                            code="unusable_folder") from error
+    return Predictions(
+        paths=np.array([val.path(int(i)) for i in out.indices]), probabilities=out.probabilities,
+        labels=np.where(unreadable, val.targets[out.indices], out.targets), nll=out.nll.astype(np.float64),
+        top5=np.where(unreadable[:, None], -1, out.top), classes=list(data.class_names))
 
 
 def _write(prepared: Prepared, results: list[dict], first: engine.EvalResult) -> bool:
     """eval.json, the report's files and page; False when a folder that was asked for could not take them."""
-    options, complete = prepared.options, True
-    beside = Path(prepared.candidates[0].path).parent
-    # There is no folder of the user's beside downloaded files.
-    target = Path(options.output_dir) if options.output_dir else None if beside == cache_folder() else beside
+    options, beside = prepared.options, Path(prepared.candidates[0].path).parent
+    asked = [Path(folder) for folder in (options.output_dir, options.report) if folder]
     try:
-        if target is not None:
-            write_eval_json(target / "eval.json", results)
-    except OSError as error:
-        logger.warning("eval.json was not written in %s: %s", target, error.strerror)
-        complete = not options.output_dir
-    if options.report:
-        try:
+        # Beside a downloaded file there is no folder of the user's.
+        for folder in asked or [beside] * (beside != cache_folder()):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_eval_json(folder / "eval.json", results)
+        if options.report:
             predictions = predictions_of(first, prepared.data)
             write_report_files(options.report, predictions, class_titles(predictions.classes))
-            write_eval_json(Path(options.report) / "eval.json", results)
             logger.info("Report: %s", write_report([options.report]))
-        except OSError as error:
-            logger.warning("The report's files were not written in %s: %s", options.report, error.strerror)
-            complete = False
-    return complete
+    except OSError as error:
+        logger.warning("The results were not written: %s", error)
+        return not asked
+    return True
 
 
 def _log(results: list[dict], options: Options) -> None:
@@ -349,5 +328,5 @@ def _log(results: list[dict], options: Options) -> None:
         sys.stdout.write(summary_line(result) + "\n")
     sys.stdout.flush()
     if options.check and "verdict" not in results[0]:
-        logger.warning("--check true: nothing to compare with; a verdict takes a published model with all its classes "
-                       "at its own input size on ImageNet's validation set")
+        logger.warning("--check true has nothing to compare with: a verdict needs a published model with all its "
+                       "classes at its own input size on ImageNet's validation set")

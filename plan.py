@@ -89,7 +89,7 @@ def load_start_weights(model: nn.Module, options: Options, data: Data, process: 
     evaluation = engine.Evaluation(EvalPrepare(options, process.device), process.device, process=process)
     strange = strange_weights(model, report.source_key, data, options, evaluation)
     if strange:
-        raise UserError(f"{strange[:-1]}; --allow_partial true trains on from them all the same.",
+        raise UserError(f"{strange[:-1]}; --allow_partial true starts from them anyway.",
                         code="strange_weights")
 
 

@@ -171,7 +171,7 @@ class Trainer(engine.Observer):
         loaded = self.process.on_rank_zero(lambda: self.checkpoints and self.checkpoints.newest_valid())
         if loaded is None:
             raise UserError(f"the loss or gradient was non-finite several times up to update {update} and "
-                            "there is no checkpoint to go back to: lower --lr, lengthen --warmup_epochs, or "
+                            "there is no checkpoint to roll back to: lower --lr, lengthen --warmup_epochs, or "
                             "train without --use_amp.", code="nonfinite")
         names, earlier = ("model", "model_ema", "optimizer", "scaler"), loaded.state["update"]
         self._restore(loaded.state, {name: self.parts[name] for name in names})
@@ -327,7 +327,7 @@ def train(resolved: Resolved, process: Process, watchdog: Watchdog) -> ExitCode:
         loaded = process.on_rank_zero(lambda: open_folder(resolved, folder))
         state = loaded.state if loaded else None
         if loaded is not None and finished(loaded.state, options.epochs):
-            logger.info("This run has finished its %s (%s); --epochs takes more. Evaluating it instead.",
+            logger.info("This run has finished its %s (%s); raise --epochs to train on. Evaluating it instead.",
                         plural(options.epochs, "epoch"), loaded.path)
             return _evaluate_finished(resolved, loaded, process, watchdog)
         with StopRequest(options.stop_before_end) as stop:

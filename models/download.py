@@ -44,13 +44,10 @@ def fetch_published(name: str, folder: str | os.PathLike | None = None, source: 
     folder, problems = cache_folder(folder), []
     for file in sorted(files, key=lambda file: not (folder / file.name).exists()):
         try:
-            path = fetch(file, folder)
+            return fetch(file, folder)
         except UserError as error:
             problems.append(str(error))
-        else:
-            if problems:
-                logger.warning("%s %s is taken instead.", " ".join(problems), path)
-            return path
+            logger.warning("%s cannot be used", file.name)
     raise UserError(" ".join(problems), code="download_failed")
 
 

@@ -11,8 +11,7 @@ Detection and segmentation code takes `timm.create_model(..., features_only=True
 import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +23,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import Compose
 
-from common.errors import UserError
 from config.options import ImageSettings
 from models.hornet import HorNet
 from models.zoo import default_classes
@@ -41,19 +39,15 @@ class Prediction(NamedTuple):
     probability: float
 
 
-@lru_cache(maxsize=1)
-def _imagenet() -> ImageNetInfo:
-    return ImageNetInfo()
+_imagenet = cache(ImageNetInfo)
 
 
 def class_titles(class_names: Sequence[str]) -> list[str]:
     """Names for people: timm's ImageNet words for synsets such as n01440764, any other name unchanged."""
     def title(name: str) -> str:
-        if len(name) != 9 or name[0] != "n" or not name[1:].isdigit():
-            return name
         try:
             return _imagenet().label_name_to_description(name)
-        except KeyError:  # looks like a synset, and is none that timm has words for
+        except KeyError:
             return name
     return [title(name) for name in class_names]
 
@@ -80,17 +74,8 @@ def image_transform(model: HorNet) -> Transform:
 
 
 def as_rgb(image: Image.Image | str | os.PathLike) -> Image.Image:
-    """An image or the one in a file as RGB, 16-bit grey scaled to 8 bits.
-
-    Raises UserError (`unreadable_image`) for a file that Pillow does not read.
-    """
-    if not isinstance(image, Image.Image):
-        try:
-            with Image.open(image) as file:
-                return as_rgb(file)
-        except Exception as error:  # damaged files make Pillow's plug-ins raise nearly anything
-            raise UserError(f"{os.fspath(image)} is not a readable image ({error}); give a file that Pillow "
-                            "reads.", code="unreadable_image") from error
+    """An image, or that in a file, as RGB; 16-bit grey is scaled to 8 bits. Raises what Pillow raises."""
+    image = image if isinstance(image, Image.Image) else Image.open(image)
     if image.mode.startswith("I"):
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     return image.convert("RGB")
@@ -113,7 +98,7 @@ def predict(model: HorNet, images: Images, topk: int = 5, class_names: Sequence[
         raise ValueError(f"{len(names)} class names for a model with {model.num_classes} classes")
     titles, answers = class_titles(names), []
     for batch in _batches(model, images, transform, batch_size):
-        with torch.inference_mode(), _evaluating(model):
+        with torch.inference_mode():
             best = model(batch).float().softmax(-1).topk(min(topk, len(titles)))
         answers += [[Prediction(i, titles[i], p) for i, p in zip(row, shares)]
                     for row, shares in zip(best.indices.tolist(), best.values.tolist())]
@@ -125,7 +110,7 @@ def extract_features(model: HorNet, images: Images, pooled: bool = True, transfo
     """Float32 (B, C), pooled and normalised: what the classifier sees; (B, C, H/32, W/32) unless `pooled`."""
     found = []
     for batch in _batches(model, images, transform, batch_size):
-        with torch.inference_mode(), _evaluating(model):
+        with torch.inference_mode():
             features = model.forward_features(batch)
             found.append(model.forward_head(features, pre_logits=True) if pooled else features)
     return torch.cat(found).float().cpu()
@@ -140,7 +125,7 @@ def heatmap(model: HorNet, images: Images, classes: Sequence[int] | None = None,
     """
     maps, start = [], 0
     for batch in _batches(model, images, transform, batch_size):
-        with torch.enable_grad(), _evaluating(model):
+        with torch.enable_grad():
             features = model.forward_features(batch).detach().requires_grad_()
             logits = model.forward_head(features)
             end = start + len(batch)
@@ -182,6 +167,7 @@ def complexity(model: HorNet, input_size: int | tuple[int, int]) -> Complexity:
 
 
 def _batches(model: HorNet, images: Images, transform: Transform | None, batch_size: int) -> Iterator[Tensor]:
+    """What a model takes of `images`, part by part; the model is in evaluation mode meanwhile."""
     parameter = next(model.parameters())
     if isinstance(images, Tensor):
         many = images[None] if images.ndim == 3 else images
@@ -193,16 +179,10 @@ def _batches(model: HorNet, images: Images, transform: Transform | None, batch_s
                  for start in range(0, len(many), batch_size))
     if not len(many):
         raise ValueError("no images were given")
-    for part in parts:
-        yield part.to(device=parameter.device, dtype=parameter.dtype)
-
-
-@contextmanager
-def _evaluating(model: HorNet) -> Iterator[None]:
-    """Evaluation mode for a block, then what was before."""
-    was = model.training
+    was_training = model.training
     model.eval()
     try:
-        yield
+        for part in parts:
+            yield part.to(device=parameter.device, dtype=parameter.dtype)
     finally:
-        model.train(was)
+        model.train(was_training)

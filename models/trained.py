@@ -7,7 +7,7 @@
 """
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import timm
@@ -72,10 +72,10 @@ def load(source: str | os.PathLike, *, model: str | None = None, weights: str = 
     if name is None:
         raise UserError(f"{path} does not say which model it holds; name it with --model.",
                         code="unknown_model")
+    settings = ImageSettings.from_args({"input_size": VARIANTS[name].input_size, **args})
     if input_size is not None:
         OPTIONS["input_size"].convert([str(input_size)], "--input_size")
-    args = {"input_size": VARIANTS[name].input_size, **args}
-    settings = ImageSettings.from_args(args, input_size=input_size)
+        settings = replace(settings, input_size=input_size)
     count = len(state["head.weight"]) if "head.weight" in state else 1000
     classes = list(about.get("classes") or default_classes(count))
     net = timm.create_model(name, num_classes=count, layer_scale_init_value=settings.layer_scale_init_value)
@@ -93,11 +93,10 @@ def _locate(source: str | os.PathLike) -> Path:
     if str(source) in MODEL_NAMES and not os.path.exists(source):
         return fetch_published(str(source))
     path = Path(local_file(source))
-    if not path.is_dir():
-        return path
-    found = best_checkpoint(path)
+    found = best_checkpoint(path) if path.is_dir() else path
     if found is None:
-        raise UserError(f"{path} holds no checkpoint; name a run's folder or a file.", code="missing_checkpoint")
+        raise UserError(f"{path} holds no checkpoint; name a run's folder or a file.",
+                        code="missing_checkpoint")
     return found
 
 

@@ -230,9 +230,12 @@ class Checkpoints:
             previous = _entries(path) if path.exists() else []
         except (OSError, UserError, TypeError, AttributeError):
             previous = []
+        # timm.create_model(checkpoint_path=...) takes `state_dict_ema` before `model_ema`: here it finds what
+        # scored, the same tensors, which are written once.
+        content = state | {"state_dict_ema": state.get(state.get("scored") or "model")}
         # torch.save needs the table of names and up to 64 bytes per tensor beside the values.
         digest, size = atomic_write(
-            path, lambda file: torch.save(state, file), reserve=state_bytes(state) + (64 << 10),
+            path, lambda file: torch.save(content, file), reserve=state_bytes(state) + (64 << 10),
             before_rename=lambda digest, size: write_manifest(digest, size, previous))
         if previous:
             write_manifest(digest, size, [])

@@ -12,6 +12,7 @@ from config.options import ImageSettings
 from datasets.device import Normalise
 from datasets.transforms import eval_transform
 from models.inspect import predict
+from run.checkpoint import BEST, BEST_EMA, Checkpoints
 from tests.kits.errors import refused
 from tests.kits.trained import checkpoint, lively
 
@@ -76,7 +77,7 @@ def test_the_transform_gives_the_values_of_the_evaluation(tmp_path, two, size, c
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8))
     pixels = torch.tensor(eval_transform(size, crop_pct)(image))
     settings = ImageSettings(imagenet_default_mean_and_std=imagenet)
-    wanted = Normalise(settings.mean, settings.std, "cpu")(pixels[None])[0].permute(2, 0, 1)
+    wanted = Normalise(settings, "cpu")(pixels[None])[0].permute(2, 0, 1)
     assert torch.equal(models.load(path).transform(image), wanted)
     assert models.load(path, input_size=96).transform(image).shape == (3, 96, 96)
 
@@ -116,8 +117,18 @@ def test_mistakes_are_one_sentence(tmp_path, run):
         models.load(tmp_path / "other.pth")
 
 
-def test_timm_finds_what_scored_through_its_own_ways(run, two):
-    """`pretrained_cfg_overlay` reads the file as `models.load` does."""
-    model = timm.create_model("hornet_pico_gf", pretrained=True, num_classes=4,
-                              pretrained_cfg_overlay=dict(file=str(run / "checkpoint-best.pth")))
-    assert same(model, two[0])
+@pytest.mark.parametrize("scores, index", [({BEST: 39.0}, 0), ({BEST_EMA: 46.0}, 1)])
+def test_timm_finds_what_scored_in_its_own_ways(tmp_path, two, scores, index):
+    """`checkpoint_path` takes the average wherever it finds one, unless the file says otherwise in timm's words."""
+    state = {"format": 3, "model": two[0].state_dict(), "model_ema": two[1].state_dict(), "args": {}}
+    checkpoints = Checkpoints(tmp_path, background=False)
+    checkpoints.save(state, epoch=0, best=scores)
+    assert checkpoints.close() == []
+    path = str(tmp_path / next(iter(scores)))
+    assert same(timm.create_model("hornet_pico_gf", num_classes=4, checkpoint_path=path), two[index])
+    assert same(timm.create_model("hornet_pico_gf", num_classes=4, pretrained=True,
+                                  pretrained_cfg_overlay=dict(file=path)), two[index])
+    last = str(tmp_path / "checkpoint-0.pth")
+    assert same(timm.create_model("hornet_pico_gf", num_classes=4, checkpoint_path=last), models.load(last).model)
+    weights = sum(value.nbytes for model in two for value in model.state_dict().values())
+    assert (tmp_path / "checkpoint-0.pth").stat().st_size < 1.3 * weights  # nothing is stored twice

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data.auto_augment import NAME_TO_OP, rand_augment_ops
 
+import native
 from common.log import logger
 from common.random import seeded
 from config.options import Options
@@ -20,7 +21,6 @@ from datasets.dataset import ImageDataset
 from datasets.folders import read
 from datasets.readers import IndexCache
 from datasets.transforms import Erasing, eval_transform, train_transform
-import native
 from native import decoder as fast
 
 if not fast.available():

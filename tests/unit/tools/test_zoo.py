@@ -36,7 +36,7 @@ def test_list_shows_every_published_model_and_where_files_are(tmp_path, capsys):
     (tmp_path / zoo.PUBLISHED["hornet_tiny_gf"].files[0].name).write_bytes(b"")
     assert main(["--folder", str(tmp_path), "list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:11]] == list(zoo.PUBLISHED)
+    assert [line.split()[0] for line in lines[1:-1]] == list(zoo.VARIANTS)
     assert "82.98" in lines[2] and lines[2].endswith("yes") and lines[1].endswith("-")
     assert "22,409,512" in lines[1] and "none published" in lines[7]
 
@@ -48,7 +48,7 @@ def test_both_namings_convert_both_ways_bit_for_bit(files, source, suffix, tmp_p
     there, back = tmp_path / f"there{suffix}", tmp_path / "back.pth"
     assert main(["convert", str(folder / source), "--out", str(there), "--names", "openmmlab"]) == 0
     names = safe_torch_load(there)
-    assert set(names.get("state_dict", names)) == set(to_openmmlab(state))
+    assert set(names.get("state_dict") or names["model"]) == set(to_openmmlab(state))
     assert main(["convert", str(there), "--out", str(back)]) == 0
     assert same(safe_torch_load(back)["model"], state) and same(load(there).model.state_dict(), state)
 
@@ -76,7 +76,7 @@ def test_a_converted_run_sees_the_same_images(names, suffix, tmp_path):
     before, after = load(run), load(out)
     assert (after.name, after.classes, after.settings) == (before.name, before.classes, before.settings)
     assert after.settings.crop_pct == 1.0 and same(after.model.state_dict(), before.model.state_dict())
-    assert safe_torch_load(out)["format"] == 2 and "lr" not in safe_torch_load(out)["args"]
+    assert "lr" not in safe_torch_load(out)["args"]
 
 
 @pytest.mark.slow
@@ -90,9 +90,9 @@ def test_all_published_architectures_round_trip(name, tmp_path):
     for source, out, names in (("a.pth", "b.pth", "openmmlab"), ("b.pth", "c.safetensors", "authors"),
                                ("c.safetensors", "d.pth", "authors")):
         assert main(["convert", str(tmp_path / source), "--out", str(tmp_path / out), "--names", names]) == 0
-    assert same(safe_torch_load(tmp_path / "d.pth")["model"], state)
-    for file in tmp_path.iterdir():  # gigabytes, which pytest would keep for three sessions
-        file.unlink()
+        (tmp_path / source).unlink()  # gigabytes
+    assert same(safe_torch_load(tmp_path / "d.pth")["model"], {k: v.float() for k, v in state.items()})
+    (tmp_path / "d.pth").unlink()  # which pytest would keep for three sessions
 
 
 def test_verify_names_the_model_and_what_is_wrong(files, tmp_path, capsys):
