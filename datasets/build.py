@@ -95,7 +95,7 @@ def _train_split(options: Options, cache: IndexCache) -> _Split:
     empty = np.flatnonzero(np.bincount(reader.labels, minlength=len(reader.classes)) == 0)
     if len(empty) and not options.allow_class_mismatch:
         raise UserError(f"{plural(len(empty), 'class folder')} in {root} without an image, such as "
-                        f"{printable(reader.classes[empty[0]])}; remove them, or train all the same with "
+                        f"{printable(reader.classes[empty[0]])}; remove them, or train anyway with "
                         "--allow_class_mismatch true.", code="wrong_classes")
     return _Split("train", reader, reader.labels, reader.classes)
 
@@ -152,12 +152,12 @@ def _dataset(options: Options, split: _Split, names: list[str], notes: list[str]
         raise UserError(f"{printable(reader.root)} has images of one class only ({printable(split.classes[0])}), so any "
                         "network would be correct without learning; give at least two class folders.", code="one_class")
     if known < len(targets):
-        notes.append(f"{part}: {len(targets) - known} images of {split.noun}s without a class are left out")
+        notes.append(f"{part}: {len(targets) - known} images of {split.noun}s without a class are skipped")
     notes.append(f"{part}: {known} images in {found} of {len(names)} classes")
     if reader.left_out:
         types = sorted(reader.left_out.items(), key=lambda item: (-item[1], item[0]))
         shown = ", ".join(f"{count} {printable(kind)}" for kind, count in types[:6]) + ", …" * (len(types) > 6)
-        notes.append(f"{part}: {plural(sum(reader.left_out.values()), 'file')} left out as no images: {shown}")
+        notes.append(f"{part}: {plural(sum(reader.left_out.values()), 'file')} skipped, as they are no images: {shown}")
     if part == "val" and tuple(names) == imagenet_synsets() and len(targets) != 50_000:
         notes.append(f"val: {len(targets)} images, the ImageNet validation set has 50000")
     size, exif = options.input_size, options.exif_orientation
