@@ -202,7 +202,7 @@ class Trainer(engine.Observer):
         loaded = self.process.on_rank_zero(find)
         if loaded is None:
             raise UserError(f"the loss or gradient was non-finite several times up to update {update} and there is no "
-                            "checkpoint to go back to: lower --lr, lengthen --warmup_epochs, or train without --use_amp.",
+                            "checkpoint to roll back to: lower --lr, lengthen --warmup_epochs, or train without --use_amp.",
                             code="nonfinite")
         names = ("model", "model_ema", "optimizer", "scaler")
         self._restore(loaded.state, {name: self.parts[name] for name in names})
@@ -388,7 +388,7 @@ def load_start_weights(model: torch.nn.Module, options: Options, data: Data, pro
     evaluation = engine.Evaluation(EvalPrepare(options, process.device), process.device, process=process)
     strange = strange_weights(model, report.source_key, data, options, evaluation)
     if strange:
-        raise UserError(f"{strange[:-1]}; --allow_partial true trains on from them all the same.", code="strange_weights")
+        raise UserError(f"{strange[:-1]}; --allow_partial true starts from them anyway.", code="strange_weights")
 
 
 def _compiled(model: torch.nn.Module, options: Options, process: Process) -> torch.nn.Module:
@@ -442,7 +442,7 @@ def train(resolved: Resolved, process: Process, watchdog: Watchdog) -> int:
     try:
         loaded = process.on_rank_zero(lambda: _open_folder(resolved, folder))
         if loaded is not None and finished(loaded.state, options.epochs):
-            logger.info("This run has finished its %s (%s); --epochs takes more. Evaluating it instead.",
+            logger.info("This run has finished its %s (%s); raise --epochs to train on. Evaluating it instead.",
                         plural(options.epochs, "epoch"), loaded.path)
             return _evaluate_finished(resolved, loaded, process, watchdog)
         with StopRequest(options.stop_before_end) as stop:

@@ -71,28 +71,15 @@ class Resolved:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.options).items()}
 
     def to_yaml(self) -> str:
-        """The options as a recipe that `--config` reads back, with the origin of each value as a comment."""
-        implied = "update_freq" if self.options.global_batch else "global_batch"
+        """The options as a recipe that `--config` reads back; comments have origins and published values."""
+        implied, different = "update_freq" if self.options.global_batch else "global_batch", self.differences()
         skipped = (*_PER_LAUNCH, "resume", "eval", implied)
-        return "".join(f"{name}: {_yaml(value)}  # {self.origins[name]}\n"
-                       for name, value in self.to_dict().items() if name not in skipped)
-
-    def describe(self) -> str:
-        """Every value with its origin and its difference from the published recipe, for `--print_config`."""
-        different, lines, title = self.differences(), [], ""
-        for name, option in OPTIONS.items():
-            lines += ["", option.group] if option.group != title else []
-            title, origin = option.group, self.origins[name]
-            origin = f"{origin} ({self.recipe.name})" if origin == "recipe" and self.recipe else origin
-            note = f"   published: {_shown(different[name][1])}" if name in different else ""
-            lines.append(f"  {name:30s} {_shown(getattr(self.options, name)):32s} {origin}{note}")
-        if self.published is None:
-            last = f"{self.options.model} has no published recipe to compare with."
-        else:
-            count = f"{len(different)} value(s) differ from" if different else "All values are those of"
-            last = (f"{count} the published recipe {self.published.name}; its global batch is "
-                    f"{self.published.global_batch}.")
-        return "\n".join([*lines[1:], "", last])
+        lines = [f"{name}: {_yaml(value)}  # {self.origins[name]}"
+                 + (f", published: {_shown(different[name][1])}" if name in different else "")
+                 for name, value in self.to_dict().items() if name not in skipped]
+        compared = (f"{len(different)} differ from the published recipe {self.published.name}, whose global "
+                    f"batch is {self.published.global_batch}" if self.published else "no published recipe")
+        return "\n".join([*lines, f"# {compared}", ""])
 
 
 def parse(argv: Sequence[str], model_names: Sequence[str] = ()) -> Resolved:

@@ -111,7 +111,7 @@ def job_end_time(env: Mapping[str, str]) -> float:
         return float("inf")
     with suppress(ValueError):  # of N/A, and of no answer
         return datetime.fromisoformat(squeue(env["SLURM_JOB_ID"], "%e")).timestamp()
-    logger.info("squeue tells no time limit of this job: --stop_before_end has no effect.")
+    logger.info("squeue reports no time limit of this job: --stop_before_end has no effect.")
     return float("inf")
 
 

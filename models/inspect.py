@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import Compose
 
-from common.errors import UserError
 from config.options import ImageSettings
 from models.hornet import HorNet
 from models.zoo import default_classes
@@ -75,17 +74,8 @@ def image_transform(model: HorNet) -> Transform:
 
 
 def as_rgb(image: Image.Image | str | os.PathLike) -> Image.Image:
-    """An image or the one in a file as RGB, 16-bit grey scaled to 8 bits.
-
-    Raises UserError (`unreadable_image`) for a file that Pillow does not read.
-    """
-    if not isinstance(image, Image.Image):
-        try:
-            with Image.open(image) as file:
-                return as_rgb(file)
-        except Exception as error:  # damaged files make Pillow's plug-ins raise nearly anything
-            raise UserError(f"{os.fspath(image)} is not a readable image ({error}); give a file that Pillow "
-                            "reads.", code="unreadable_image") from error
+    """An image, or that in a file, as RGB; 16-bit grey is scaled to 8 bits. Raises what Pillow raises."""
+    image = image if isinstance(image, Image.Image) else Image.open(image)
     if image.mode.startswith("I"):
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     return image.convert("RGB")

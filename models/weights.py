@@ -161,7 +161,7 @@ def _head_rows(source: int, target: int, where: str, source_classes: Names, clas
     unknown = [name for name in want or () if name not in row]
     if have and want and not unknown:
         if source != target:
-            logger.info("The head's rows of %d of its %d classes are taken by their names", target, source)
+            logger.info("%d of the head's %d classes are taken, by their names", target, source)
         return [row[name] for name in want]
     if source == target and not (have and unknown and source_classes and class_names):
         return list(range(source))  # a list of names that only stands for a count refuses nothing

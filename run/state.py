@@ -242,8 +242,8 @@ def check_resumable(state: Mapping[str, Any], path: str | os.PathLike) -> None:
                         "weights with --finetune, or resume a numbered checkpoint.", code="not_resumable")
     odd = [name for name, row in TABLE.items() if state.get(name) is not None and not row.valid(state[name])]
     if odd:
-        raise UserError(f"{path} is not a checkpoint of a training: its entry {' and its entry '.join(odd)} holds "
-                        "something else than such files have; resume another one, or start from its weights with "
+        raise UserError(f"{path} is no checkpoint of a training: its entry {' and its entry '.join(odd)} is "
+                        "unexpected; resume another one, or start from its weights with "
                         "--finetune.", code="invalid_checkpoint")
 
 
