@@ -78,7 +78,7 @@ def test_the_transform_gives_the_values_of_the_evaluation(tmp_path, two, size, c
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8))
     pixels = torch.tensor(eval_transform(size, crop_pct)(image))
     settings = ImageSettings(imagenet_default_mean_and_std=imagenet)
-    wanted = Normalise(settings.mean, settings.std, "cpu")(pixels[None])[0].permute(2, 0, 1)
+    wanted = Normalise(settings, "cpu")(pixels[None])[0].permute(2, 0, 1)
     assert torch.equal(models.load(path).transform(image), wanted)
     assert models.load(path, input_size=96).transform(image).shape == (3, 96, 96)
 
