@@ -1,9 +1,9 @@
-# make quickstart | test | test-all | soak | bench      (each prepares .venv by itself)
+# make quickstart | lint | test | test-all | soak | bench      (each prepares .venv by itself)
 PYTHON ?= python3
 PY := .venv/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q
 JOBS ?= 2
-.PHONY: quickstart test test-all soak bench clean
+.PHONY: quickstart lint test test-all soak bench clean
 .DEFAULT_GOAL := quickstart
 
 # A stamp newer than both requirement files: installing again costs a minute, checking costs nothing.
@@ -21,6 +21,10 @@ quickstart: .venv/installed
 	@if [ -e runs/quickstart ]; then mv runs/quickstart "runs/quickstart-$$(date -r runs/quickstart +%Y%m%d-%H%M%S)"; fi
 	$(PY) main.py --config recipes/quickstart.yaml --output_dir runs/quickstart
 	$(PY) main.py --config recipes/quickstart.yaml --output_dir runs/quickstart --eval true --resume runs/quickstart/checkpoint-best-ema.pth
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/pyright
 
 test: .venv/installed
 	$(PYTEST) -n $(JOBS) --dist worksteal -m "not slow"

@@ -24,7 +24,7 @@ from run.preflight import (Pace, Report, check_writable, cpus_per_process, diges
                            low_score, memory_words, peak_memory, plural, process_problems, recipe_hours,
                            shared_memory_needed, shared_memory_problem, size_words, trial_folder)
 from run.state import finished, snapshot, state_bytes
-from run.log import duration
+from common.text import duration
 from scoring import SAMPLED, score_pictures
 from training import Planned, build_model, build_run, code_version, find_checkpoint, plan_run
 

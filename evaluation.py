@@ -22,7 +22,7 @@ from datasets.subsets import Subset, real_labels, recognise_folder
 from datasets.transforms import DEFAULT_CROP_PCT, WARP_FROM, mean_std
 from launch import ExitCode
 from models import MODEL_NAMES
-from models.download import cache_folder, fetch_published, fetch_url
+from models.download import cache_folder, fetch_published, local_file
 from models.inspect import class_titles
 from native.paths import accelerate, code_paths, packed
 from models.weights import load_for_model
@@ -135,11 +135,6 @@ def find_sources(resolved: Resolved) -> list[str]:
         raise UserError("--eval true has nothing to evaluate: give --resume CHECKPOINT, --pretrained true, or the "
                         "--output_dir of a run with a best checkpoint.")
     return found
-
-
-def local_file(name: str) -> str:
-    """The path of a checkpoint given as a path or an address; downloads the latter."""
-    return str(fetch_url(name)) if name.startswith(("http://", "https://")) else name
 
 
 def with_checkpoint_settings(resolved: Resolved, checkpoint: dict) -> Any:

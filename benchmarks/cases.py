@@ -12,6 +12,7 @@ from torch import nn
 import models
 from native import paths as kernels
 from models.complexity import count
+from models.zoo import VARIANTS
 from native.operators import product_dtype
 from optim.ema import Ema
 from optim.update import Update, UpdateConfig
@@ -70,7 +71,7 @@ def _finish(found: list[Row], flops: float, clock: str, differences: dict[str, f
 
 def evaluation(name: str, setting: Setting) -> list[Row]:
     """Forward passes in evaluation; differences are of logits, from the float32 reference."""
-    size = setting.size or models.hornet.input_size(name)
+    size = setting.size or VARIANTS[name].input_size
     reference, plain, fast = (model.eval() for model in _trio(name))
     x = torch.randn(setting.batch, 3, size, size)
     logits: dict[str, torch.Tensor] = {}
@@ -105,7 +106,7 @@ def evaluation(name: str, setting: Setting) -> list[Row]:
 
 def training(name: str, setting: Setting) -> list[Row]:
     """Forward, backward, AdamW, with drop path 0.2; differences are of the first loss."""
-    size = setting.size or models.hornet.input_size(name)
+    size = setting.size or VARIANTS[name].input_size
     reference, plain, fast = (model.train() for model in _trio(name, 0.2))
     x, labels = torch.randn(setting.batch, 3, size, size), torch.arange(setting.batch)
     draws = torch.rand(setting.batch, plain.num_drop_draws)
@@ -175,7 +176,7 @@ def family_member(name: str, setting: Setting, train: bool) -> float:
     """Pictures per second of one model on this machine's paths, evaluating or training, in float32."""
     model = timm.create_model(name, drop_path_rate=0.0)
     kernels.accelerate(model, kernels.code_paths("cpu"))
-    size = setting.size or models.hornet.input_size(name)
+    size = setting.size or VARIANTS[name].input_size
     x = torch.randn(setting.batch, 3, size, size)
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 

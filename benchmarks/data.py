@@ -15,7 +15,7 @@ from timm.data import create_transform
 from torchvision.datasets import ImageFolder
 
 from datasets import readers
-from datasets.dataset import PictureDataset
+from datasets.dataset import ImageDataset
 from datasets.device import EvalPrepare, TrainPrepare
 from datasets.readers import FolderIndex, FolderReader, Strings, index_folder
 from datasets.sampler import GlobalBatchSampler
@@ -61,7 +61,7 @@ def _cases(root: str, reader: FolderReader, training: bool) -> dict[str, Callabl
     prepare: Callable = TrainPrepare(options, 1, "cpu") if training else EvalPrepare(options, "cpu")
 
     def ours(compiled: bool, prepared: bool) -> Callable[[], object]:
-        part = PictureDataset(reader, reader.labels, train_transform(options) if training else eval_transform(224), 224,
+        part = ImageDataset(reader, reader.labels, train_transform(options) if training else eval_transform(224), 224,
                               erasing=Erasing(0.25, 1) if training else None)
         part.compiled, epochs = compiled, count()
 

@@ -4,9 +4,12 @@ Names and defaults are those of the published training code where it has the opt
 """
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
+
+from common.errors import UserError
+from common.text import quote
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,79 @@ class Options:
     project: str = _log("hornet", "project name there")
     wandb_ckpt: bool = _log(False, "store the best and the last checkpoint there too, at the end of the run")
     exp_name: str = _log("default", "name of this run there")
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How images reach a network, one definition for training, evaluation, checkpoints and tools.
+
+    Attributes:
+        input_size: height and width of the network's input in pixels.
+        crop_pct: input_size / resized short side in evaluation, None: the default; no effect from 384 pixels on.
+        imagenet_default_mean_and_std: normalise with ImageNet's mean and deviation, else Inception's 0.5.
+        train_interpolation: of the random crop in training; evaluation is always bicubic.
+        layer_scale_init_value: 0 means that the network has no layer scale at all.
+    """
+    input_size: int = 224
+    crop_pct: float | None = None
+    imagenet_default_mean_and_std: bool = True
+    train_interpolation: str = "bicubic"
+    layer_scale_init_value: float = 1e-6
+
+    # The published protocol: from this size on the whole image is resized, below it a part is cropped ...
+    WHOLE_FROM: ClassVar[int] = 384
+    DEFAULT_CROP_PCT: ClassVar[float] = 0.875  # ... of this share; and up to this size (CIFAR) nothing is resized.
+    SMALL: ClassVar[int] = 32
+
+    @classmethod
+    def of(cls, options: Options) -> "ImageSettings":
+        """Those of the options."""
+        return cls(**{f.name: getattr(options, f.name) for f in fields(cls)})
+
+    @classmethod
+    def from_args(cls, args: Mapping[str, Any], **replaced: Any) -> "ImageSettings":
+        """Those that a checkpoint's `args` hold; defaults for what is missing. `replaced` values win unless None.
+
+        Raises: UserError (`invalid_checkpoint`) for a value that the option does not take.
+        """
+        known = {f.name: f for f in fields(cls)}
+        found = {name: args[name] for name in known if name in args}
+        found |= {name: value for name, value in replaced.items() if value is not None}
+        for name, value in found.items():
+            accepts = Options.__dataclass_fields__[name].metadata["accepts"]
+            wanted = type(known[name].default) if known[name].default is not None else float
+            optional = known[name].default is None and value is None
+            number = wanted is float and type(value) is int
+            if not optional and (type(value) is not wanted and not number or not finite(value)
+                                 or accepts is not None and not accepts.test(value)):
+                words = accepts.words if accepts else "true or false"
+                raise UserError(f"{name} {quote(str(value))} is not accepted; it takes {words}.",
+                                code="invalid_checkpoint")
+        return cls(**found)
+
+    def args(self) -> dict[str, Any]:
+        """Plain values under the names of the options, for checkpoints and exported files."""
+        return asdict(self)
+
+    @property
+    def whole(self) -> bool:
+        """Evaluation sees the whole image, resized to the input size without keeping its shape."""
+        return self.input_size >= self.WHOLE_FROM
+
+    @property
+    def eval_crop_pct(self) -> float | None:
+        """The crop of evaluation, None where the whole image is seen."""
+        return None if self.whole else self.crop_pct or self.DEFAULT_CROP_PCT
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Mean per channel (RGB) of pixels in 0..1."""
+        return (0.485, 0.456, 0.406) if self.imagenet_default_mean_and_std else (0.5, 0.5, 0.5)
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Standard deviation per channel (RGB) of pixels in 0..1."""
+        return (0.229, 0.224, 0.225) if self.imagenet_default_mean_and_std else (0.5, 0.5, 0.5)
 
 
 def finite(value: Any) -> bool:

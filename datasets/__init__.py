@@ -1,1 +1,1 @@
-"""Pictures on disk to batches on the device: indexing, order, augmentation, mixing, exact evaluation."""
+"""Images on disk to batches on the device: indexing, order, augmentation, mixing, exact evaluation."""

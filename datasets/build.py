@@ -10,7 +10,7 @@ from common.log import logger
 from common.synsets import imagenet_synsets
 from datasets import labels as label_maps
 from datasets.cifar import read_cifar
-from datasets.dataset import PictureDataset, PictureLoader, Reader, make_loader
+from datasets.dataset import ImageDataset, ImageLoader, Reader, make_loader
 from datasets.images import show
 from datasets.readers import FolderReader, class_folders, index_folder
 from datasets.sample import ensure_sample
@@ -23,8 +23,8 @@ from datasets.transforms import Erasing, eval_transform, train_transform
 class Data:
     """`train` and `val` (None when not asked for), the class names in logit order, and notes for the console."""
 
-    train: PictureDataset | None
-    val: PictureDataset | None
+    train: ImageDataset | None
+    val: ImageDataset | None
     class_names: list[str]
     notes: list[str] = field(default_factory=list)
 
@@ -36,7 +36,7 @@ class Data:
 
 def build_data(options, *, train: bool, evaluate: bool, class_names: list[str] | None = None,
                rank_zero: bool = True) -> Data:
-    """Find the pictures and their classes.
+    """Find the images and their classes.
 
     options: data_set (IMNET, image_folder, CIFAR, SAMPLE), data_path, eval_data_path, nb_classes, val_labels,
         allow_class_mismatch, reindex and the transform options.
@@ -86,7 +86,7 @@ def _readers(options, train: bool, evaluate: bool, write: bool) -> tuple[Reader 
                 read_cifar(options.eval_data_path or options.data_path, classes, False) if evaluate else None)
     train_root, val_root = _roots(options)
     if evaluate and not val_root:
-        raise UserError("The evaluation pictures are not named; give --eval_data_path FOLDER with the validation "
+        raise UserError("The evaluation images are not named; give --eval_data_path FOLDER with the validation "
                         "classes, or --disable_eval true.")
     arguments = dict(reindex=options.reindex, cache_folder=options.index_cache, write_cache=write)
     train_reader = val_reader = None
@@ -98,7 +98,7 @@ def _readers(options, train: bool, evaluate: bool, write: bool) -> tuple[Reader 
         if val_reader.classes == [""]:
             val_reader = _flat(val_reader, options.val_labels)
         elif options.val_labels:
-            logger.info("--val_labels has no effect: the pictures in %s lie in class folders.", show(val_root))
+            logger.info("--val_labels has no effect: the images in %s lie in class folders.", show(val_root))
     return train_reader, val_reader
 
 
@@ -109,20 +109,20 @@ def _pictures_in(root: str, arguments: dict) -> FolderReader | ShardReader:
 def _check_classes(train: FolderReader | ShardReader, allow_empty: bool, image_folder: bool) -> None:
     root = show(_source(train))
     if train.classes == [""]:
-        raise UserError(f"{root} holds pictures but no class folders; sort them into one folder per class.")
+        raise UserError(f"{root} holds images but no class folders; sort them into one folder per class.")
     if image_folder and {"train", "val"} <= set(train.classes):
         raise UserError(f"{root} holds train/ and val/, which are no classes; with --data_set image_folder --data_path is the "
                         f"train folder itself: give --data_path {root}/train --eval_data_path {root}/val, or --data_set IMNET.")
     empty = np.flatnonzero(np.bincount(train.labels, minlength=len(train.classes)) == 0)
     if len(empty) and not allow_empty:
-        raise UserError(f"{len(empty)} class folders in {root} hold no picture, such as "
+        raise UserError(f"{len(empty)} class folders in {root} hold no image, such as "
                         f"{show(train.classes[empty[0]])}; remove them, or train on with --allow_class_mismatch true.")
 
 
 def _flat(reader: FolderReader, val_labels: str | None) -> FolderReader:
-    """Give the pictures of a flat val folder the classes of the label file."""
+    """Give the images of a flat val folder the classes of the label file."""
     if not val_labels:
-        raise UserError(f"{show(reader.index.root)} holds pictures but no class folders; give their classes with "
+        raise UserError(f"{show(reader.index.root)} holds images but no class folders; give their classes with "
                         "--val_labels FILE (a CSV of file name,synset, or the devkit's "
                         "ILSVRC2012_validation_ground_truth.txt with meta.mat beside it), or sort them into one folder "
                         "per class.")
@@ -132,7 +132,7 @@ def _flat(reader: FolderReader, val_labels: str | None) -> FolderReader:
     return reader
 
 
-def _dataset(options, reader: Reader, names: list[str], part: str, notes: list[str]) -> PictureDataset:
+def _dataset(options, reader: Reader, names: list[str], part: str, notes: list[str]) -> ImageDataset:
     training = part == "train"
     places = label_maps.map_folders(
         reader.classes, names, partial=set(names) >= set(imagenet_synsets()),
@@ -140,29 +140,29 @@ def _dataset(options, reader: Reader, names: list[str], part: str, notes: list[s
     targets = places[reader.labels]
     left_out = int((targets < 0).sum())
     if left_out:
-        notes.append(f"{part}: {left_out} pictures of folders without a class are left out")
+        notes.append(f"{part}: {left_out} images of folders without a class are left out")
     found = len(np.unique(targets[targets >= 0]))
-    notes.append(f"{part}: {len(targets) - left_out} pictures in {found} of {len(names)} classes")
+    notes.append(f"{part}: {len(targets) - left_out} images in {found} of {len(names)} classes")
     if not training and tuple(names) == imagenet_synsets() and len(targets) != 50_000:
-        notes.append(f"val: {len(targets)} pictures, the ImageNet validation set has 50000")
+        notes.append(f"val: {len(targets)} images, the ImageNet validation set has 50000")
     size = options.input_size
     if training:
         erasing = Erasing(options.reprob, options.recount) if options.reprob > 0 else None
-        return PictureDataset(reader, targets, train_transform(options), size, seed=options.seed, erasing=erasing)
-    return PictureDataset(reader, targets, eval_transform(size, options.crop_pct), size)
+        return ImageDataset(reader, targets, train_transform(options), size, seed=options.seed, erasing=erasing)
+    return ImageDataset(reader, targets, eval_transform(size, options.crop_pct), size)
 
 
 def _source(reader: Reader) -> str:
     return reader.index.root if isinstance(reader, FolderReader) else reader.source
 
 
-def train_loader(data: Data, options, sampler: GlobalBatchSampler) -> PictureLoader:
+def train_loader(data: Data, options, sampler: GlobalBatchSampler) -> ImageLoader:
     """One loader for the whole run; call `sampler.set_start(epoch, update)` before each iteration."""
     return make_loader(data.train, options, sampler)
 
 
-def eval_loader(data: Data, options, rank: int = 0, world_size: int = 1) -> PictureLoader:
-    """This rank's share of the validation pictures, each once over all ranks, in batches of 1.5 x batch_size."""
+def eval_loader(data: Data, options, rank: int = 0, world_size: int = 1) -> ImageLoader:
+    """This rank's share of the validation images, each once over all ranks, in batches of 1.5 x batch_size."""
     sampler = ExactEvalSampler(len(data.val), rank, world_size)
     batches = BatchSampler(sampler, max(1, int(1.5 * options.batch_size)), drop_last=False)
     return make_loader(data.val, options, batches, refuse_bad=not options.allow_bad_images)

@@ -57,7 +57,7 @@ def read_cifar(root: str, num_classes: int, train: bool) -> ArrayReader:
         data, found = np.asarray(content.get("data")), np.asarray(content.get(labels_key))
         if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072 or found.shape != data.shape[:1] \
                 or found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= num_classes:
-            raise UserError(f"{show(os.path.join(folder, name))} does not hold CIFAR-{num_classes} pictures and "
+            raise UserError(f"{show(os.path.join(folder, name))} does not hold CIFAR-{num_classes} images and "
                             "labels; download the python version again.")
         pixels.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         labels.append(found)

@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.random import key, reseed, seeded
 from common.log import logger
 from native.jpeg import NeedsPillow, available, picture_of
-from datasets.images import BadPicture, show
+from datasets.images import BadImage, show
 from datasets.transforms import Erasing
 
 UNREADABLE_TARGET = -100
@@ -31,7 +31,7 @@ _ATTEMPTS = 20
 class Batch(NamedTuple):
     """images uint8 (B, H, W, 3); targets, indices (in the data set) and positions (global, within the epoch; -1 in
     evaluation) int64 (B,); boxes to erase int32 (B, recount, 4) as top, left, height, width (0 = none); bad bool (B,):
-    in training the picture was replaced, in evaluation it is black and its target -100; epoch (-1 in evaluation)."""
+    in training the image was replaced, in evaluation it is black and its target -100; epoch (-1 in evaluation)."""
 
     images: torch.Tensor
     targets: torch.Tensor
@@ -43,27 +43,27 @@ class Batch(NamedTuple):
 
 
 class Reader(Protocol):
-    """A source of pictures: `picture(i)` gives RGB or raises BadPicture; `labels` are positions in `classes`."""
+    """A source of images: `image(i)` gives RGB or raises BadImage; `labels` are positions in `classes`."""
 
     labels: np.ndarray
     classes: list[str]
 
     def __len__(self) -> int: ...
     def path(self, index: int) -> str: ...
-    def picture(self, index: int) -> Image.Image: ...
+    def image(self, index: int) -> Image.Image: ...
 
 
 @runtime_checkable
 class EncodedReader(Protocol):
-    """A reader that can also give a picture's bytes undecoded; raises BadPicture."""
+    """A reader that can also give an image's bytes undecoded; raises BadImage."""
 
     def encoded(self, index: int) -> bytes: ...
 
 
-class PictureDataset(Dataset):
-    """Pictures of a reader with their logit positions, transformed; takes a micro-batch's items, gives a Batch.
+class ImageDataset(Dataset):
+    """Images of a reader with their logit positions, transformed; takes a micro-batch's items, gives a Batch.
 
-    targets: int64 (N,), -1 for pictures of no class, which are left out; indices count what is left.
+    targets: int64 (N,), -1 for images of no class, which are left out; indices count what is left.
     `compiled` False keeps JPEGs out of the compiled helper (datasets/fast.py); the pixels are the same.
     """
 
@@ -81,12 +81,12 @@ class PictureDataset(Dataset):
         return len(self.targets)
 
     def path(self, index: int) -> str:
-        """Where picture `index` comes from, for reports."""
+        """Where image `index` comes from, for reports."""
         return self.reader.path(self._place(index))
 
-    def picture(self, index: int) -> Image.Image:
-        """Picture `index` as RGB; raises BadPicture."""
-        return self.reader.picture(self._place(index))
+    def image(self, index: int) -> Image.Image:
+        """Image `index` as RGB; raises BadImage."""
+        return self.reader.image(self._place(index))
 
     def _place(self, index: int) -> int:
         return index if self._kept is None else int(self._kept[index])
@@ -119,59 +119,59 @@ class PictureDataset(Dataset):
             try:
                 self._fill(chosen, key(self.seed, "augment", epoch, index), pixels, boxes)
                 return self.targets[chosen], chosen != index
-            except BadPicture as error:
-                logger.warning("unreadable picture %s (%s), replaced by another", show(self.path(chosen)), error)
+            except BadImage as error:
+                logger.warning("unreadable image %s (%s), replaced by another", show(self.path(chosen)), error)
                 chosen = key(self.seed, "replace", epoch, index, attempt) % len(self)
-        raise UserError(f"{_ATTEMPTS} pictures in a row are unreadable, the last is {show(self.path(chosen))}; check "
+        raise UserError(f"{_ATTEMPTS} images in a row are unreadable, the last is {show(self.path(chosen))}; check "
                         "the disk and the data path.")
 
     def _evaluate(self, index: int, pixels: np.ndarray) -> tuple[int, bool]:
         try:
             self._fill(index, None, pixels)
-        except BadPicture:
+        except BadImage:
             pixels[:] = 0
             return UNREADABLE_TARGET, True
         return self.targets[index], False
 
     def _fill(self, index: int, draws: int | None, pixels: np.ndarray, boxes: np.ndarray | None = None) -> None:
-        """Picture `index` to `pixels`, with draws seeded by `draws`; raises BadPicture."""
-        for picture in self._pictures(index):
+        """Image `index` to `pixels`, with draws seeded by `draws`; raises BadImage."""
+        for image in self._images(index):
             try:
                 if draws is not None:
                     reseed(draws)
-                pixels[:] = self.transformed(picture, index)
+                pixels[:] = self.transformed(image, index)
                 if boxes is not None and self.erasing is not None:
                     boxes[:] = self.erasing.boxes(self.size, self.size)
                 return
             except NeedsPillow:
                 continue
 
-    def _pictures(self, index: int) -> Iterator[Image.Image]:
-        """The picture to be decoded by the compiled helper, if that can be; then, asked for again, Pillow's."""
+    def _images(self, index: int) -> Iterator[Image.Image]:
+        """The image to be decoded by the compiled helper, if that can be; then, asked for again, Pillow's."""
         if self.compiled and available():
-            picture = picture_of(self.reader.encoded(self._place(index)))
-            if picture is not None:
-                yield picture
-        yield self.picture(index)
+            image = picture_of(self.reader.encoded(self._place(index)))
+            if image is not None:
+                yield image
+        yield self.image(index)
 
-    def transformed(self, picture: Image.Image, index: int) -> np.ndarray:
-        """The transform's pixels; an error in it names the picture."""
+    def transformed(self, image: Image.Image, index: int) -> np.ndarray:
+        """The transform's pixels; an error in it names the image."""
         try:
-            return self.transform(picture)
+            return self.transform(image)
         except NeedsPillow:
             raise
         except Exception as error:
             raise RuntimeError(f"transforming {show(self.path(index))} failed: {error}") from error
 
 
-class PictureLoader(DataLoader):
-    """A DataLoader that names unreadable pictures: `bad_pictures` maps the dataset index to the times it was met; with
+class ImageLoader(DataLoader):
+    """A DataLoader that names unreadable images: `bad_images` maps the dataset index to the times it was met; with
     `refuse_bad` (evaluation) the first one is a UserError, raised in the main process so that it is one sentence."""
 
-    def __init__(self, dataset: PictureDataset, *, refuse_bad: bool, **arguments):
+    def __init__(self, dataset: ImageDataset, *, refuse_bad: bool, **arguments):
         super().__init__(dataset, **arguments)
         self.refuse_bad = refuse_bad
-        self.bad_pictures: dict[int, int] = {}
+        self.bad_images: dict[int, int] = {}
         if self.num_workers:
             # multiprocessing ends what is left at exit by one SIGTERM, which workers let pass: end them before.
             atexit.register(_close, weakref.ref(self))
@@ -199,18 +199,18 @@ class PictureLoader(DataLoader):
 
     def _note(self, indices: list[int]) -> None:
         for index in indices:
-            self.bad_pictures[index] = self.bad_pictures.get(index, 0) + 1
+            self.bad_images[index] = self.bad_images.get(index, 0) + 1
         if self.refuse_bad:
             try:
-                self.dataset.picture(indices[0])
+                self.dataset.image(indices[0])
                 reason = "readable at a second try"
-            except BadPicture as error:
+            except BadImage as error:
                 reason = str(error)
-            raise UserError(f"Picture {show(self.dataset.path(indices[0]))} cannot be read ({reason}); mend it, or "
-                            "count unreadable pictures as wrong with --allow_bad_images true.")
+            raise UserError(f"Image {show(self.dataset.path(indices[0]))} cannot be read ({reason}); mend it, or "
+                            "count unreadable images as wrong with --allow_bad_images true.")
 
 
-def make_loader(dataset: PictureDataset, options, batch_sampler, *, refuse_bad: bool = False) -> PictureLoader:
+def make_loader(dataset: ImageDataset, options, batch_sampler, *, refuse_bad: bool = False) -> ImageLoader:
     """The loader over `batch_sampler`: workers live as long as the loader, and end with their parent.
 
     Its own generator keeps the base seed that every iteration draws away from the default one.
@@ -219,7 +219,7 @@ def make_loader(dataset: PictureDataset, options, batch_sampler, *, refuse_bad: 
     extra = dict(persistent_workers=True, timeout=getattr(options, "loader_timeout", None) or 300,
                  worker_init_fn=partial(_start_worker, os.getpid() if method == "fork" else None),
                  multiprocessing_context=method) if workers else {}
-    return PictureLoader(dataset, refuse_bad=refuse_bad, batch_sampler=batch_sampler, collate_fn=_as_is,
+    return ImageLoader(dataset, refuse_bad=refuse_bad, batch_sampler=batch_sampler, collate_fn=_as_is,
                          num_workers=workers, pin_memory=options.pin_mem and torch.cuda.is_available(),
                          generator=torch.Generator(), **extra)
 

@@ -1,4 +1,4 @@
-"""The last steps before the network, on its device: normalise, erase, mix; all draws keyed by picture or position."""
+"""The last steps before the network, on its device: normalise, erase, mix; all draws keyed by image or position."""
 import torch
 from torchvision import transforms
 
@@ -18,7 +18,7 @@ class Normalise:
         self._table = table.reshape(-1).contiguous().to(device)  # 3 x 256
         self._offset = torch.tensor([0, 256, 512], dtype=torch.int32, device=device)
         self._mean, self._std = torch.tensor(mean), torch.tensor(std)
-        # On a CPU the gather costs 2.5 ms per picture of 224 and the arithmetic 0.3; it is used only where it gives
+        # On a CPU the gather costs 2.5 ms per image of 224 and the arithmetic 0.3; it is used only where it gives
         # the table's bits for all 768 entries.
         self._calculate = False
         if torch.device(device).type == "cpu":
@@ -42,8 +42,8 @@ class Normalise:
 class TrainPrepare:
     """A training batch ready for the network: (images float32 (B, 3, H, W) channels_last, targets).
 
-    Targets are soft, float32 (B, classes), when anything is mixed, otherwise int64 (B,). The result for a picture
-    depends on (seed, epoch, picture, global position), not on the batch it came in. Noise in erased boxes is equal
+    Targets are soft, float32 (B, classes), when anything is mixed, otherwise int64 (B,). The result for an image
+    depends on (seed, epoch, image, global position), not on the batch it came in. Noise in erased boxes is equal
     bit for bit on one kind of device (CPUs and GPUs draw differently).
     """
 
@@ -64,7 +64,7 @@ class TrainPrepare:
         return images.permute(0, 3, 1, 2), targets
 
     def _erase(self, images: torch.Tensor, batch: Batch) -> None:
-        # The boxes are on the host, so choosing the few erased pictures makes nothing wait for the device.
+        # The boxes are on the host, so choosing the few erased images makes nothing wait for the device.
         boxes = batch.boxes
         for row in (boxes[:, :, 2] > 0).any(1).nonzero().flatten().tolist():
             self._generator.manual_seed(key(self.seed, "erase", batch.epoch, int(batch.indices[row])))
@@ -82,7 +82,7 @@ class TrainPrepare:
 class EvalPrepare:
     """An evaluation batch ready for the network: (images float32 (B, 3, H, W) channels_last, targets int64 (B,)).
 
-    The target of a picture that could not be read (only with allow_bad_images) is -100, which no prediction equals
+    The target of an image that could not be read (only with allow_bad_images) is -100, which no prediction equals
     and torch's cross entropy passes over: it counts as wrong and stays in the denominator.
     """
 

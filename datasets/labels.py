@@ -85,7 +85,7 @@ def read_val_labels(path: str, file_names: list[str]) -> list[str]:
     """The class name of each file of a flat val folder, from a CSV of file name and synset (a header and further
     columns are allowed) or the devkit's ground truth (one ILSVRC2012_ID per line) with meta.mat beside it.
 
-    Raises UserError when the file is not readable as either, or a picture has no label.
+    Raises UserError when the file is not readable as either, or an image has no label.
     """
     try:
         rows = [row for row in csv.reader(Path(path).read_text(encoding="utf-8").splitlines()) if row]
@@ -97,15 +97,15 @@ def read_val_labels(path: str, file_names: list[str]) -> list[str]:
     table = {Path(row[0].strip()).stem: row[1].split()[0] for row in rows if len(row) > 1 and row[1].strip()}
     unnamed = [name for name in file_names if Path(name).stem not in table]
     if unnamed:
-        raise UserError(f"--val_labels {path} has no line for {len(unnamed)} of {len(file_names)} pictures, such as "
-                        f"{show(unnamed[0])}; each picture needs a line `file name,synset`.")
+        raise UserError(f"--val_labels {path} has no line for {len(unnamed)} of {len(file_names)} images, such as "
+                        f"{show(unnamed[0])}; each image needs a line `file name,synset`.")
     return [table[Path(name).stem] for name in file_names]
 
 
 def _devkit_labels(path: Path, ids: list[int], file_names: list[str]) -> list[str]:
     if len(ids) != len(file_names):
-        raise UserError(f"--val_labels {path} has {len(ids)} labels for {len(file_names)} pictures; the devkit's "
-                        "file has one for each of the 50,000 pictures in the order of their names.")
+        raise UserError(f"--val_labels {path} has {len(ids)} labels for {len(file_names)} images; the devkit's "
+                        "file has one for each of the 50,000 images in the order of their names.")
     meta = path.parent / "meta.mat"
     if not meta.is_file():
         raise UserError(f"{path.name} needs the devkit's meta.mat in {path.parent}, which says what its numbers mean; "

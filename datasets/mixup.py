@@ -18,8 +18,8 @@ _PER_UNIT = {"batch": GROUP, "pair": 2, "elem": 1}
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring pictures [start, stop) of a batch that share one choice: `lam` of the own label remains; with a
-    `box` (top, bottom, left, right) the partner's pixels fill it, without one the pictures are blended."""
+    """Neighbouring images [start, stop) of a batch that share one choice: `lam` of the own label remains; with a
+    `box` (top, bottom, left, right) the partner's pixels fill it, without one the images are blended."""
 
     start: int
     stop: int

@@ -1,4 +1,4 @@
-"""Where pictures come from: an indexed folder, tar shards (see shards.py) or arrays; NumPy arrays, never Python lists.
+"""Where images come from: an indexed folder, tar shards (see shards.py) or arrays; NumPy arrays, never Python lists.
 
 A list of 1.28 million paths costs every worker 250 MB once reference counts have touched its pages, arrays nothing.
 """
@@ -23,7 +23,7 @@ _RACY_SECONDS = 2.0
 
 @dataclass
 class FolderIndex:
-    """All pictures below `root`: `labels[i]` is a position in `classes` (sorted as text) and `names[i]` the path below
+    """All images below `root`: `labels[i]` is a position in `classes` (sorted as text) and `names[i]` the path below
     that class folder. `folders` and `mtimes` (ns) are the folders seen, which tell whether the index still holds."""
 
     root: str
@@ -37,7 +37,7 @@ class FolderIndex:
         return len(self.labels)
 
     def path(self, index: int) -> str:
-        """Path of picture `index`; bytes that are not UTF-8 as surrogates, as Python's own file functions have them."""
+        """Path of image `index`; bytes that are not UTF-8 as surrogates, as Python's own file functions have them."""
         return os.path.join(self.root, self.classes[self.labels[index]], self.names[index])
 
 
@@ -70,12 +70,12 @@ class Strings:
 
 def index_folder(root: str, *, reindex: bool = False, cache_folder: str | None = None,
                  write_cache: bool = True) -> FolderIndex:
-    """The pictures below `root`, one folder per class, from the cache when no folder has changed since.
+    """The images below `root`, one folder per class, from the cache when no folder has changed since.
 
-    root: has class folders (links are followed, loops are not; names starting with a dot are left out), or pictures
+    root: has class folders (links are followed, loops are not; names starting with a dot are left out), or images
         directly, which then form the one class ''.
     cache_folder: default `$XDG_CACHE_HOME/hornet` or `~/.cache/hornet`; never inside `root`.
-    Raises UserError when `root` is no folder, cannot be read, or holds no pictures.
+    Raises UserError when `root` is no folder, cannot be read, or holds no images.
     """
     root = os.path.abspath(root)
     cache = cache_path(root, cache_folder)
@@ -113,10 +113,10 @@ def _scan(root: str) -> FolderIndex:
         raise UserError(f"{show(os.fsdecode(error.filename or root))} cannot be read ({error.strerror}); check the "
                         "permissions of the data folder.") from error
     if not names:
-        raise UserError(f"{show(root)} holds no pictures ({', '.join(EXTENSIONS)}) in class folders; check the path.")
+        raise UserError(f"{show(root)} holds no images ({', '.join(EXTENSIONS)}) in class folders; check the path.")
     empty = sorted(set(range(len(classes))) - set(labels))
     if empty:
-        logger.warning("%s: %d class folders hold no picture, the first is %s", show(root), len(empty),
+        logger.warning("%s: %d class folders hold no image, the first is %s", show(root), len(empty),
                        show(classes[empty[0]]))
     return FolderIndex(root, classes, Strings.of(names), np.array(labels, dtype=np.int32), Strings.of(folders), mtimes)
 
@@ -200,7 +200,7 @@ def _load_cache(path: Path, root: str) -> FolderIndex | None:
 
 
 class FolderReader:
-    """Pictures of an index; `picture(i)` raises BadPicture."""
+    """Images of an index; `image(i)` raises BadImage."""
 
     def __init__(self, index: FolderIndex):
         self.index = index
@@ -211,20 +211,20 @@ class FolderReader:
         return len(self.index)
 
     def path(self, index: int) -> str:
-        """Path of picture `index`."""
+        """Path of image `index`."""
         return self.index.path(index)
 
-    def picture(self, index: int) -> Image.Image:
-        """Picture `index` as RGB."""
+    def image(self, index: int) -> Image.Image:
+        """Image `index` as RGB."""
         return decode_path(self.index.path(index))
 
     def encoded(self, index: int) -> bytes:
-        """The bytes of picture `index`'s file."""
+        """The bytes of image `index`'s file."""
         return read_path(self.index.path(index))
 
 
 class ArrayReader:
-    """Pictures held in memory, uint8 (N, height, width, 3), with `labels` (N,) as positions in `classes`."""
+    """Images held in memory, uint8 (N, height, width, 3), with `labels` (N,) as positions in `classes`."""
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray, classes: list[str], source: str):
         self.pixels, self.labels, self.classes, self.source = pixels, labels.astype(np.int32), classes, source
@@ -233,9 +233,9 @@ class ArrayReader:
         return len(self.labels)
 
     def path(self, index: int) -> str:
-        """File and position of picture `index`."""
+        """File and position of image `index`."""
         return f"{self.source}[{index}]"
 
-    def picture(self, index: int) -> Image.Image:
-        """Picture `index` as RGB."""
+    def image(self, index: int) -> Image.Image:
+        """Image `index` as RGB."""
         return from_array(self.pixels[index])

@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.log import logger
 
 CLASSES = 10
-TRAIN_PICTURES, VAL_PICTURES = 1437, 360
+TRAIN_IMAGES, VAL_IMAGES = 1437, 360
 SIZE = 64
 
 
@@ -31,7 +31,7 @@ def ensure_sample(folder: str | os.PathLike) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not _complete(folder):
                 _write(folder)
-                logger.info("wrote the sample data, %d + %d handwritten digits, to %s", TRAIN_PICTURES, VAL_PICTURES, given)
+                logger.info("wrote the sample data, %d + %d handwritten digits, to %s", TRAIN_IMAGES, VAL_IMAGES, given)
     except OSError as error:
         raise UserError(f"The sample data cannot be written to {folder} ({error.strerror or error}); "
                         "name a folder you may write to with --data_path.") from error
@@ -67,5 +67,5 @@ def write_digits(folder: Path) -> None:
         target = folder / part / f"digit_{label}"
         target.mkdir(parents=True, exist_ok=True)
         gray = np.round(pixels * (255 / 16)).astype(np.uint8)
-        picture = Image.fromarray(gray).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-        picture.save(target / f"{part}_{number:05d}.JPEG", quality=95)
+        image = Image.fromarray(gray).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        image.save(target / f"{part}_{number:05d}.JPEG", quality=95)

@@ -1,4 +1,4 @@
-"""Which picture comes when: the order is a function of (seed, epoch) over global positions."""
+"""Which image comes when: the order is a function of (seed, epoch) over global positions."""
 from typing import Iterator
 
 import numpy as np
@@ -18,23 +18,23 @@ class GlobalBatchSampler(Sampler[list[Item]]):
     slice of that. Iteration starts where `set_start` says, so a resumed run needs only (epoch, update).
     """
 
-    def __init__(self, num_pictures: int, global_batch: int, batch_size: int, update_freq: int,
+    def __init__(self, num_images: int, global_batch: int, batch_size: int, update_freq: int,
                  rank: int = 0, world_size: int = 1, seed: int = 0):
         if global_batch != batch_size * update_freq * world_size:
             raise UserError(f"A global batch of {global_batch} is not batch_size {batch_size} x update_freq "
                             f"{update_freq} x {world_size} processes; change one of them.")
-        if num_pictures < global_batch:
-            raise UserError(f"The training set has {num_pictures} pictures, less than one global batch of "
+        if num_images < global_batch:
+            raise UserError(f"The training set has {num_images} images, less than one global batch of "
                             f"{global_batch} (batch_size {batch_size} x update_freq {update_freq} x {world_size} "
                             "processes), so an epoch would have no update; lower --batch_size or --update_freq.")
-        self.num_pictures, self.global_batch, self.batch_size = num_pictures, global_batch, batch_size
+        self.num_images, self.global_batch, self.batch_size = num_images, global_batch, batch_size
         self.update_freq, self.rank, self.world_size, self.seed = update_freq, rank, world_size, seed
         self.epoch = self.first_update = 0
 
     @property
     def updates_per_epoch(self) -> int:
-        """floor(pictures / global batch)."""
-        return self.num_pictures // self.global_batch
+        """floor(images / global batch)."""
+        return self.num_images // self.global_batch
 
     def set_start(self, epoch: int, first_update_in_epoch: int = 0) -> None:
         """The next iteration yields `epoch` from its update `first_update_in_epoch` on."""
@@ -48,7 +48,7 @@ class GlobalBatchSampler(Sampler[list[Item]]):
 
     def __iter__(self) -> Iterator[list[Item]]:
         epoch = self.epoch
-        order = epoch_order(self.num_pictures, self.seed, epoch)
+        order = epoch_order(self.num_images, self.seed, epoch)
         for update in range(self.first_update, self.updates_per_epoch):
             start = update * self.global_batch + self.rank * self.batch_size * self.update_freq
             for micro in range(self.update_freq):
@@ -57,16 +57,16 @@ class GlobalBatchSampler(Sampler[list[Item]]):
                        for i, index in enumerate(order[first:first + self.batch_size].tolist())]
 
 
-def epoch_order(num_pictures: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of an epoch, int64 (num_pictures,)."""
-    return numpy_generator(seed, "order", epoch).permutation(num_pictures)
+def epoch_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of an epoch, int64 (num_images,)."""
+    return numpy_generator(seed, "order", epoch).permutation(num_images)
 
 
 class ExactEvalSampler(Sampler[int]):
-    """Rank r of w takes pictures r, r + w, …: each exactly once over all ranks, nothing padded."""
+    """Rank r of w takes images r, r + w, …: each exactly once over all ranks, nothing padded."""
 
-    def __init__(self, num_pictures: int, rank: int = 0, world_size: int = 1):
-        self._indices = range(rank, num_pictures, world_size)
+    def __init__(self, num_images: int, rank: int = 0, world_size: int = 1):
+        self._indices = range(rank, num_images, world_size)
 
     def __len__(self) -> int:
         return len(self._indices)

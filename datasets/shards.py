@@ -1,6 +1,6 @@
-"""Pictures read out of tar files where they lie: an index of offsets, nothing is ever extracted.
+"""Images read out of tar files where they lie: an index of offsets, nothing is ever extracted.
 
-`train/` and `val/` may hold `*.tar` instead of class folders. A picture's class is the folder before its name inside
+`train/` and `val/` may hold `*.tar` instead of class folders. An image's class is the folder before its name inside
 the tar, or the tar's own name where there is no folder (the published ImageNet has one tar per class). Order and
 labels are those of the unpacked folder.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from common.errors import UserError
-from datasets.images import EXTENSIONS, BadPicture, decode, show
+from datasets.images import EXTENSIONS, BadImage, decode, show
 from datasets.readers import Strings, cache_path, save_arrays
 
 _FORMAT = 1
@@ -29,10 +29,10 @@ def shards_in(root: str) -> list[str]:
 
 
 class ShardReader:
-    """Pictures of the tar files in `root`; `labels` int32 (N,) are positions in `classes`.
+    """Images of the tar files in `root`; `labels` int32 (N,) are positions in `classes`.
 
     reindex, cache_folder, write_cache: as for `index_folder`. The index is made again when a tar's size or time has
-    changed. Raises UserError for a damaged tar and when there is no picture.
+    changed. Raises UserError for a damaged tar and when there is no image.
     """
 
     def __init__(self, root: str, *, reindex: bool = False, cache_folder: str | None = None, write_cache: bool = True):
@@ -62,15 +62,15 @@ class ShardReader:
         return os.path.join(self.source, self.shards[self._places[index, 0]], self.names[index])
 
     def encoded(self, index: int) -> bytes:
-        """The bytes of picture `index`; BadPicture when the tar has become shorter."""
+        """The bytes of image `index`; BadImage when the tar has become shorter."""
         shard, start, size = self._places[index].tolist()
         data = os.pread(self._file(shard), size, start)  # needs no position, so forked workers can share the file
         if len(data) != size:
-            raise BadPicture("the tar ends before the picture does")
+            raise BadImage("the tar ends before the image does")
         return data
 
-    def picture(self, index: int) -> Image.Image:
-        """Picture `index` as RGB."""
+    def image(self, index: int) -> Image.Image:
+        """Image `index` as RGB."""
         return decode(io.BytesIO(self.encoded(index)))
 
     def _file(self, shard: int) -> int:
@@ -95,7 +95,7 @@ def _scan(root: str, shards: list[str]) -> dict[str, np.ndarray]:
             raise UserError(f"{show(os.path.join(root, shard))} cannot be read as an uncompressed tar ({error}); copy "
                             "or make it again.") from error
     if not found:
-        raise UserError(f"The tar files in {show(root)} hold no pictures ({', '.join(EXTENSIONS)}); check the path.")
+        raise UserError(f"The tar files in {show(root)} hold no images ({', '.join(EXTENSIONS)}); check the path.")
     found.sort()
     classes, labels = np.unique(np.array([entry[0] for entry in found], dtype=object), return_inverse=True)
     names, folders = Strings.of([entry[1] for entry in found]), Strings.of(classes.tolist())

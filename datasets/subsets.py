@@ -16,7 +16,7 @@ _INFO = importlib.resources.files("timm.data") / "_info"
 
 @dataclass(frozen=True)
 class Subset:
-    """How pictures of one of the sets are judged by a model with ImageNet-1k's 1000 logits.
+    """How images of one of the sets are judged by a model with ImageNet-1k's 1000 logits.
 
     name: imagenet-val, imagenet-v2, imagenet-a, imagenet-r or imagenet-sketch · folders: class folders in the order
     of the logits that are kept · columns: indices of these logits, None for all 1000.
@@ -26,8 +26,8 @@ class Subset:
     columns: tuple[int, ...] | None = None
 
 
-def recognise(folders: Sequence[str], pictures: Sequence[str] = ()) -> Subset | None:
-    """The set that class `folders` and the names of some `pictures` belong to; None for any other data.
+def recognise(folders: Sequence[str], images: Sequence[str] = ()) -> Subset | None:
+    """The set that class `folders` and the names of some `images` belong to; None for any other data.
 
     -A and -R have 200 of the 1000 synsets each and are judged among these alone, as their authors do. V2's folders
     are the class indices 0 to 999 (sorted as text they would be other classes).
@@ -40,7 +40,7 @@ def recognise(folders: Sequence[str], pictures: Sequence[str] = ()) -> Subset | 
         if found == {synsets[i] for i in columns}:
             return Subset(name, tuple(synsets[i] for i in columns), columns)
     if found and found <= set(synsets):
-        names = [PurePath(picture).name for picture in pictures]
+        names = [PurePath(image).name for image in images]
         if names and all(name.startswith("sketch_") for name in names):
             return Subset("imagenet-sketch", synsets)
         if len(found) == 1000 or names and all(map(_VAL_NAME.match, names)):
@@ -49,14 +49,14 @@ def recognise(folders: Sequence[str], pictures: Sequence[str] = ()) -> Subset | 
 
 
 def recognise_folder(root: str) -> Subset | None:
-    """`recognise` for a folder of class folders; reads the names of these and of a few pictures. None if unreadable."""
+    """`recognise` for a folder of class folders; reads the names of these and of a few images. None if unreadable."""
     try:
         folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        pictures = [next(entry.name for entry in os.scandir(os.path.join(root, folder)) if entry.is_file())
+        images = [next(entry.name for entry in os.scandir(os.path.join(root, folder)) if entry.is_file())
                     for folder in folders[:3]]
     except (OSError, StopIteration):
         return None
-    return recognise(folders, pictures)
+    return recognise(folders, images)
 
 
 @lru_cache(maxsize=None)
@@ -69,12 +69,12 @@ def _real_labels() -> list[list[int]]:
     return json.loads((_INFO / "imagenet_real_labels.json").read_text())
 
 
-def real_labels(pictures: Sequence[str]) -> list[list[int]] | None:
-    """ImageNet-ReaL's answers for validation pictures, by the number in their names; None when one has no such name.
+def real_labels(images: Sequence[str]) -> list[list[int]] | None:
+    """ImageNet-ReaL's answers for validation images, by the number in their names; None when one has no such name.
 
-    An empty list is a picture that its annotators gave no label; it is left out of the ReaL accuracy
+    An empty list is an image that its annotators gave no label; it is left out of the ReaL accuracy
     (Beyer et al., 2020; the labels come with timm).
     """
-    labels, found = _real_labels(), [_VAL_NAME.match(PurePath(picture).name) for picture in pictures]
+    labels, found = _real_labels(), [_VAL_NAME.match(PurePath(image).name) for image in images]
     numbers = [int(match[1]) for match in found if match and 1 <= int(match[1]) <= len(labels)]
     return [labels[number - 1] for number in numbers] if numbers and len(numbers) == len(found) else None

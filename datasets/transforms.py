@@ -1,4 +1,4 @@
-"""From a decoded picture to uint8 pixels: the published crops and augmentation, without normalisation.
+"""From a decoded image to uint8 pixels: the published crops and augmentation, without normalisation.
 
 Normalisation and the filling of erased boxes happen on the device (prepare.py); a quarter of the bytes pass from the
 workers, and the values stay those of ToTensor + Normalize, bit for bit.
@@ -17,7 +17,7 @@ from timm.data.transforms_factory import create_transform
 from torchvision import transforms
 
 DEFAULT_CROP_PCT = 224 / 256
-WARP_FROM = 384  # From this size on the published evaluation warps the whole picture instead of cropping.
+WARP_FROM = 384  # From this size on the published evaluation warps the whole image instead of cropping.
 SMALL = 32  # Up to this size (CIFAR) the published code neither resizes nor crops by area.
 
 
@@ -29,7 +29,7 @@ def mean_std(imagenet_default: bool = True) -> tuple[tuple[float, ...], tuple[fl
 
 
 def train_transform(options) -> Callable[[Image.Image], np.ndarray]:
-    """RGB picture → uint8 (size, size, 3): timm's random resized crop, flip and RandAugment or colour jitter.
+    """RGB image → uint8 (size, size, 3): timm's random resized crop, flip and RandAugment or colour jitter.
 
     Draws from the default generators of Python, NumPy and torch; seed them around each call. Up to 32 pixels the
     area crop is a plain one after padding by 4, as published.
@@ -47,9 +47,9 @@ def train_transform(options) -> Callable[[Image.Image], np.ndarray]:
 
 def eval_transform(input_size: int, crop_pct: float | None = None,
                    interpolation: str = "bicubic") -> Callable[[Image.Image], np.ndarray]:
-    """RGB picture → uint8 (size, size, 3): short side to int(size / crop_pct) and centre crop; from 384 on a warp.
+    """RGB image → uint8 (size, size, 3): short side to int(size / crop_pct) and centre crop; from 384 on a warp.
 
-    A picture that has the wanted size of 32 pixels or fewer is left as it is (CIFAR).
+    An image that has the wanted size of 32 pixels or fewer is left as it is (CIFAR).
     """
     mode = str_to_interp_mode(interpolation)
     if input_size >= WARP_FROM:
@@ -63,11 +63,11 @@ class _ToPixels:
     def __init__(self, *steps: Callable, keep: int = 0):
         self.steps, self.keep = steps, keep
 
-    def __call__(self, picture: Image.Image) -> np.ndarray:
-        if not (self.keep and picture.size == (self.keep, self.keep)):
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        if not (self.keep and image.size == (self.keep, self.keep)):
             for step in self.steps:
-                picture = step(picture)
-        return np.asarray(picture)
+                image = step(image)
+        return np.asarray(image)
 
 
 @dataclass(frozen=True)

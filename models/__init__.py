@@ -1,7 +1,6 @@
 """HorNet models: importing this package registers them with timm."""
 from models.gnconv import GlobalLocalFilter, GnConv
-from models.hornet import CONFIGS, HorNet
-
-MODEL_NAMES = tuple(CONFIGS)  # what `timm.create_model` accepts of this project, the published ones first
+from models.hornet import HorNet
+from models.zoo import MODEL_NAMES
 
 __all__ = ["MODEL_NAMES", "GlobalLocalFilter", "GnConv", "HorNet"]

@@ -3,7 +3,7 @@
 Architecture and published variants: "HorNet: Efficient High-Order Spatial Interactions with Recursive Gated
 Convolutions", NeurIPS 2022, arXiv:2207.14284. Parameter names, shapes and order are the published ones.
 """
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -13,36 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.gnconv import PLAIN, GlobalLocalFilter, GnConv, Operators
-from models.zoo import published_files
+from models.zoo import VARIANTS, HorNetConfig
 
 EPS = 1e-6  # of every LayerNorm
-
-
-@dataclass(frozen=True)
-class HorNetConfig:
-    """An architecture; each field can be overridden by name in `timm.create_model`.
-
-    Attributes:
-        width: channels of the first stage, doubled at each of the three others.
-        depths: blocks per stage.
-        orders: gnConv order per stage.
-        filters: per stage "conv", or the grid (h, w) of the global-local filter.
-        kernel_size: of the depthwise convolutions.
-        scale: gnConv's s.
-    """
-
-    width: int = 64
-    depths: tuple[int, ...] = (2, 3, 18, 2)
-    orders: tuple[int, ...] = (2, 3, 4, 5)
-    filters: tuple[str | tuple[int, int], ...] = ("conv", "conv", "conv", "conv")
-    kernel_size: int = 7
-    scale: float = 1 / 3
-
-    def __post_init__(self):
-        for name in ("depths", "orders", "filters"):
-            value = getattr(self, name)
-            if not isinstance(value, (tuple, list)) or len(value) != 4:
-                raise ValueError(f"HorNet {name} {value!r}: four values are needed, one per stage")
 
 
 class Block(nn.Module):
@@ -257,40 +230,12 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _gf(stage3: tuple[int, int], stage4: tuple[int, int]) -> tuple:
-    return ("conv", "conv", stage3, stage4)
-
-
-_GF224, _GF384, _GF64 = _gf((14, 8), (7, 4)), _gf((24, 13), (12, 7)), _gf((4, 3), (2, 2))
-_NANO, _PICO = HorNetConfig(32, (1, 1, 3, 1)), HorNetConfig(8, (1, 1, 1, 1))
-
-CONFIGS = {
-    "hornet_tiny_7x7": HorNetConfig(64),
-    "hornet_tiny_gf": HorNetConfig(64, filters=_GF224),
-    "hornet_small_7x7": HorNetConfig(96),
-    "hornet_small_gf": HorNetConfig(96, filters=_GF224),
-    "hornet_base_7x7": HorNetConfig(128),
-    "hornet_base_gf": HorNetConfig(128, filters=_GF224),
-    "hornet_base_gf_img384": HorNetConfig(128, filters=_GF384),
-    "hornet_large_7x7": HorNetConfig(192),
-    "hornet_large_gf": HorNetConfig(192, filters=_GF224),
-    "hornet_large_gf_img384": HorNetConfig(192, filters=_GF384),
-    # Not published: the same structure, small enough for a laptop (nano) and for tests (pico), at 64 pixels.
-    "hornet_nano_7x7": _NANO,
-    "hornet_nano_gf": replace(_NANO, filters=_GF64),
-    "hornet_pico_7x7": _PICO,
-    "hornet_pico_gf": replace(_PICO, filters=_GF64),
-}
-
-
-def input_size(name: str) -> int:
-    """The side in pixels of the square pictures the model `name` is meant for."""
-    return 384 if name.endswith("_img384") else 64 if "_nano_" in name or "_pico_" in name else 224
+CONFIGS = {name: variant.config for name, variant in VARIANTS.items()}
 
 
 def _default_cfg(name: str) -> dict:
-    size = input_size(name)
-    url = next((file.url for file in published_files(name)), "")
+    size = VARIANTS[name].input_size
+    url = next((file.urls[0] for file in VARIANTS[name].files), "")
     return dict(url=url, num_classes=1000, input_size=(3, size, size), interpolation="bicubic", custom_load=True,
                 crop_pct=1.0 if size >= 384 else 0.875, crop_mode="squash" if size >= 384 else "center",
                 mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, license="mit",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.log import logger
 from common.safe_load import safe_torch_load
-from models.download import fetch_url
+from models.download import local_file
 from models.gnconv import resize_filter
 from models.hornet import CONFIGS
 from models.zoo import synsets
@@ -54,8 +54,7 @@ def load_for_model(model: nn.Module, path_or_url: str | os.PathLike, *, model_ke
 
     Raises UserError when the file cannot be read or holds another model, another head or too little.
     """
-    remote = str(path_or_url).startswith(("http://", "https://"))
-    path = fetch_url(str(path_or_url)) if remote else Path(path_or_url)
+    path = Path(local_file(path_or_url))
     checkpoint = safe_torch_load(path)
     state, source_key = select_weights(checkpoint, path.name, model_key=model_key, weights=weights, where=str(path))
     state = published_names(state, prefix)

@@ -1,4 +1,7 @@
-"""Published results and files: plain data and two small look-ups.
+"""Every model variant in one row: architecture, figures, published files, recipe. Plain data, without torch.
+
+From these rows `models.hornet` registers the models, and the help of `--model`, README's table and
+`python -m tools.zoo list` are made. A new variant is one row here and its recipe in recipes/.
 
 Figures: "HorNet", NeurIPS 2022, arXiv:2207.14284 (parameters, FLOPs, recipes); top-1 and top-5 with two decimals
 as measured by OpenMMLab on the authors' weights, `authors_top1` as printed in the authors' README.
@@ -7,92 +10,139 @@ from dataclasses import dataclass
 
 from common.synsets import imagenet_synsets, published_22k_synsets
 
-AUTHORS_URL = "https://cloud.tsinghua.edu.cn/f/{}/?dl=1"
-OPENMMLAB_URL = "https://download.openmmlab.com/mmclassification/v0/hornet/{}"
+
+@dataclass(frozen=True)
+class HorNetConfig:
+    """An architecture; each field can be overridden by name in `timm.create_model`.
+
+    Attributes:
+        width: channels of the first stage, doubled at each of the three others.
+        depths: blocks per stage.
+        orders: gnConv order per stage.
+        filters: per stage "conv", or the grid (h, w) of the global-local filter.
+        kernel_size: of the depthwise convolutions.
+        scale: gnConv's s.
+    """
+
+    width: int = 64
+    depths: tuple[int, ...] = (2, 3, 18, 2)
+    orders: tuple[int, ...] = (2, 3, 4, 5)
+    filters: tuple[str | tuple[int, int], ...] = ("conv", "conv", "conv", "conv")
+    kernel_size: int = 7
+    scale: float = 1 / 3
+
+    def __post_init__(self):
+        for name in ("depths", "orders", "filters"):
+            value = getattr(self, name)
+            if not isinstance(value, (tuple, list)) or len(value) != 4:
+                raise ValueError(f"HorNet {name} {value!r}: four values are needed, one per stage")
 
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """One downloadable file; `sha256_prefix` is "" where none is published (it is then pinned on first use)."""
+    """One downloadable file: `urls` are tried in order; `sha256_prefix` is "" where none is published (the file is
+    then pinned on first use)."""
 
     source: str
     name: str
-    url: str
+    urls: tuple[str, ...]
     sha256_prefix: str = ""
 
 
-@dataclass(frozen=True)
-class Published:
-    """What is published of one model.
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One model.
 
     Attributes:
-        params: parameters with a 1000-class head.
-        flops: multiply-adds at `input_size`, None where not published.
-        input_size: side of the square pictures in pixels.
+        input_size: side in pixels of the square images it is meant for.
+        params: parameters with a 1000-class head; None for variants of this project alone.
+        flops: multiply-adds of one image at `input_size`.
+        top1, top5: percent on ImageNet-1k's 50,000 validation images (OpenMMLab), None where not published.
+        authors_top1: the authors' figure, one decimal.
         classes: of the published file's head, 10459 for ImageNet-22k.
         recipe: file name stem in recipes/ of the training that made the published file, "" where none is known.
-        drop_path, clip_grad: that recipe's values.
-        top1, top5: percent on ImageNet-1k's 50,000 validation pictures (OpenMMLab), None where not published.
-        authors_top1: the authors' figure, one decimal.
-        authors_id: of the file at the authors' server, "" for none.
-        openmmlab_file: file name at OpenMMLab, "" for none; its last eight hex digits begin the file's sha256.
+        files: where the weights are, the one with a published hash first.
     """
 
-    params: int
-    flops: float | None
-    input_size: int
-    classes: int
-    recipe: str
-    drop_path: float | None = None
-    clip_grad: float | None = None
+    config: HorNetConfig
+    input_size: int = 224
+    params: int | None = None
+    flops: float | None = None
     top1: float | None = None
     top5: float | None = None
     authors_top1: float | None = None
-    authors_id: str = ""
-    openmmlab_file: str = ""
+    classes: int = 1000
+    recipe: str = ""
+    files: tuple[PublishedFile, ...] = ()
 
 
-PUBLISHED = {
-    "hornet_tiny_7x7": Published(
-        22_409_512, 3.976e9, 224, 1000, "hornet_tiny_7x7", 0.2, 100, 82.84, 96.24, 82.8,
-        "1ca970586c6043709a3f", "hornet-tiny_3rdparty_in1k_20220915-0e8eedff.pth"),
-    "hornet_tiny_gf": Published(
-        22_991_848, 3.896e9, 224, 1000, "hornet_tiny_gf", 0.2, 1, 82.98, 96.38, 83.0,
-        "511faad0bde94dfcaa54", "hornet-tiny-gf_3rdparty_in1k_20220915-4c35a66b.pth"),
-    "hornet_small_7x7": Published(
-        49_528_264, 8.826e9, 224, 1000, "hornet_small_7x7", 0.4, 5, 83.79, 96.75, 83.8,
-        "46422799db2941f7b684", "hornet-small_3rdparty_in1k_20220915-5935f60f.pth"),
-    "hornet_small_gf": Published(
-        50_401_768, 8.706e9, 224, 1000, "hornet_small_gf", 0.4, 1, 83.98, 96.77, 84.0,
-        "8405c984bf084d2ba85a", "hornet-small-gf_3rdparty_in1k_20220915-649ca492.pth"),
-    "hornet_base_7x7": Published(
-        87_256_680, 15.583e9, 224, 1000, "hornet_base_7x7", 0.5, 5, 84.24, 96.94, 84.2,
-        "5c86cb3d655d4c17a959", "hornet-base_3rdparty_in1k_20220915-a06176bb.pth"),
-    "hornet_base_gf": Published(
-        88_421_352, 15.423e9, 224, 1000, "hornet_base_gf", 0.5, 1, 84.32, 96.95, 84.3,
-        "6c84935e63b547f383fb", "hornet-base-gf_3rdparty_in1k_20220915-82c06fa7.pth"),
-    "hornet_base_gf_img384": Published(92_099_560, None, 384, 1000, ""),
-    "hornet_large_7x7": Published(
-        194_542_504, 34.8e9, 224, 10459, "hornet_large_7x7_in22k", 0.2, 5, authors_id="a76f7ce114ad4e9c8ffb"),
-    "hornet_large_gf": Published(
-        196_289_512, 34.7e9, 224, 10459, "hornet_large_gf_in22k", 0.2, 1, authors_id="12c99a79e77341e59681"),
-    "hornet_large_gf_img384": Published(
-        201_806_824, 101.8e9, 384, 10459, "", authors_id="9253bd0d50c84ab1b71e"),
+def _gf(stage3: tuple[int, int], stage4: tuple[int, int]) -> tuple[str | tuple[int, int], ...]:
+    return ("conv", "conv", stage3, stage4)
+
+
+_GF224, _GF384, _GF64 = _gf((14, 8), (7, 4)), _gf((24, 13), (12, 7)), _gf((4, 3), (2, 2))
+_NANO, _PICO = (1, 1, 3, 1), (1, 1, 1, 1)  # depths
+
+
+def _files(name: str, authors: str, openmmlab: str = "") -> tuple[PublishedFile, ...]:
+    """The authors' file (their server's id of it; `name` is ours) and OpenMMLab's, whose name ends in the first
+    eight digits of its sha256."""
+    own = PublishedFile("authors", f"{name}.pth", (f"https://cloud.tsinghua.edu.cn/f/{authors}/?dl=1",))
+    if not openmmlab:
+        return (own,)
+    url = f"https://download.openmmlab.com/mmclassification/v0/hornet/{openmmlab}"
+    return PublishedFile("openmmlab", openmmlab, (url,), openmmlab.removesuffix(".pth")[-8:]), own
+
+
+VARIANTS = {
+    "hornet_tiny_7x7": Variant(
+        config=HorNetConfig(64), params=22_409_512, flops=3.976e9, top1=82.84, top5=96.24, authors_top1=82.8,
+        recipe="hornet_tiny_7x7", files=_files("hornet_tiny_7x7", "bac9690c72944d19aca1",
+                                               "hornet-tiny_3rdparty_in1k_20220915-0e8eedff.pth")),
+    "hornet_tiny_gf": Variant(
+        config=HorNetConfig(64, filters=_GF224), params=22_991_848, flops=3.896e9, top1=82.98, top5=96.38,
+        authors_top1=83.0, recipe="hornet_tiny_gf", files=_files(
+            "hornet_tiny_gf", "460e759c82324ea6bfa3", "hornet-tiny-gf_3rdparty_in1k_20220915-4c35a66b.pth")),
+    "hornet_small_7x7": Variant(
+        config=HorNetConfig(96), params=49_528_264, flops=8.826e9, top1=83.79, top5=96.75, authors_top1=83.8,
+        recipe="hornet_small_7x7", files=_files("hornet_small_7x7", "8ef64277da0e469ea857",
+                                                "hornet-small_3rdparty_in1k_20220915-5935f60f.pth")),
+    "hornet_small_gf": Variant(
+        config=HorNetConfig(96, filters=_GF224), params=50_401_768, flops=8.706e9, top1=83.98, top5=96.77,
+        authors_top1=84.0, recipe="hornet_small_gf", files=_files(
+            "hornet_small_gf", "959603ca287d4c09ad49", "hornet-small-gf_3rdparty_in1k_20220915-649ca492.pth")),
+    "hornet_base_7x7": Variant(
+        config=HorNetConfig(128), params=87_256_680, flops=15.583e9, top1=84.24, top5=96.94, authors_top1=84.2,
+        recipe="hornet_base_7x7", files=_files("hornet_base_7x7", "13a748487711492e9704",
+                                               "hornet-base_3rdparty_in1k_20220915-a06176bb.pth")),
+    "hornet_base_gf": Variant(
+        config=HorNetConfig(128, filters=_GF224), params=88_421_352, flops=15.423e9, top1=84.32, top5=96.95,
+        authors_top1=84.3, recipe="hornet_base_gf", files=_files(
+            "hornet_base_gf", "c212d1d8a3914b47a5c1", "hornet-base-gf_3rdparty_in1k_20220915-82c06fa7.pth")),
+    "hornet_base_gf_img384": Variant(  # its FLOPs are counted here, not published
+        config=HorNetConfig(128, filters=_GF384), input_size=384, params=92_099_560, flops=45.3e9),
+    "hornet_large_7x7": Variant(
+        config=HorNetConfig(192), params=194_542_504, flops=34.8e9, classes=10459,
+        recipe="hornet_large_7x7_in22k", files=_files("hornet_large_7x7_22k", "c2fc23caae084a3aa73d")),
+    "hornet_large_gf": Variant(
+        config=HorNetConfig(192, filters=_GF224), params=196_289_512, flops=34.7e9, classes=10459,
+        recipe="hornet_large_gf_in22k", files=_files("hornet_large_gf_22k", "8600206ebdfa485f98d0")),
+    "hornet_large_gf_img384": Variant(
+        config=HorNetConfig(192, filters=_GF384), input_size=384, params=201_806_824, flops=101.8e9, classes=10459,
+        files=_files("hornet_large_gf_img384_22k", "eec48d5eca5a48d98fd2")),
+    # Of this project alone: the same structure, small enough for a laptop (nano) and for tests (pico).
+    "hornet_nano_7x7": Variant(config=HorNetConfig(32, _NANO), input_size=64),
+    "hornet_nano_gf": Variant(config=HorNetConfig(32, _NANO, filters=_GF64), input_size=64),
+    "hornet_pico_7x7": Variant(config=HorNetConfig(8, _PICO), input_size=64),
+    "hornet_pico_gf": Variant(config=HorNetConfig(8, _PICO, filters=_GF64), input_size=64),
 }
+MODEL_NAMES = tuple(VARIANTS)
+PUBLISHED = {name: variant for name, variant in VARIANTS.items() if variant.params is not None}
 
 
-def published_files(name: str) -> list[PublishedFile]:
-    """The files of `name`, the one with a published hash first; [] for none."""
-    entry = PUBLISHED.get(name)
-    files = []
-    if entry and entry.openmmlab_file:
-        prefix = entry.openmmlab_file.removesuffix(".pth")[-8:]
-        files.append(PublishedFile("openmmlab", entry.openmmlab_file, OPENMMLAB_URL.format(entry.openmmlab_file),
-                                   prefix))
-    if entry and entry.authors_id:
-        file_name = name + ("_22k.pth" if entry.classes == 10459 else ".pth")
-        files.append(PublishedFile("authors", file_name, AUTHORS_URL.format(entry.authors_id)))
-    return files
+def published_files(name: str) -> tuple[PublishedFile, ...]:
+    """The files of `name`, the one with a published hash first; () for none."""
+    return VARIANTS[name].files if name in VARIANTS else ()
 
 
 def synsets(classes: int) -> tuple[str, ...] | None:

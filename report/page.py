@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datasets.images import BadPicture, decode_path
+from datasets.images import BadImage, decode_path
 from models.inspect import class_titles
 from report.metrics import compare, confusion_pairs
 from report.results import summary_line
@@ -290,7 +290,7 @@ def _thumbnail(p, index: int, titles: list[str]) -> str:
         packed = io.BytesIO()
         small.save(packed, "JPEG", quality=82)
         picture_html = f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(packed.getvalue()).decode()}">'
-    except (BadPicture, ValueError):  # a name with a NUL character is a ValueError
+    except (BadImage, ValueError):  # a name with a NUL character is a ValueError
         picture_html = '<span class="none">no picture</span>'
     confidence = float(p.probabilities[index, 0])
     share = f"{100 * confidence:.1f} %" if math.isfinite(confidence) else "–"

@@ -61,7 +61,7 @@ class TrainingRun:
                 "optimizer": parts.optimizer.state_dict(), "scaler": parts.scaler.state_dict(),
                 "policy": {name: getattr(parts.policy, name) for name in ("row", "skipped", "rollbacks")},
                 "epoch": self.epoch - 1, "update": self.update, "sums": sums, "seed": fixed.seed,
-                "global_batch": fixed.global_batch, "pictures": self.training.sampler.num_pictures,
+                "global_batch": fixed.global_batch, "pictures": self.training.sampler.num_images,
                 "best": asdict(self.best), "classes": fixed.classes, "args": fixed.args, "code_paths": fixed.code_paths,
                 "threads": torch.get_num_threads(), "version": fixed.version}
 
@@ -187,7 +187,7 @@ class TrainingRun:
     def _compare_pictures(self) -> None:
         """Say that pictures came or went since the checkpoint: too few to change the updates of an epoch, so that the
         run can go on, but every epoch's order is another one."""
-        now, before = self.training.sampler.num_pictures, self.pictures_before
+        now, before = self.training.sampler.num_images, self.pictures_before
         if before not in (None, now) and self.process.rank == 0:
             self.to.tracker.incident("pictures_changed", f"The training set has {now} pictures and had {before} when the "
                                      "checkpoint was saved: the run goes on with them, but not as an undisturbed one would; "
@@ -211,7 +211,7 @@ class TrainingRun:
 
     def _report_bad_pictures(self, epoch: int) -> None:
         """Count and name the pictures that could not be read in this epoch and were replaced."""
-        bad = self.training.loader.bad_pictures
+        bad = self.training.loader.bad_images
         gathered = self.process.all_gather_object([self.training.path_of(index) for index in bad])
         bad.clear()
         paths = sorted({path for part in gathered for path in part})

@@ -13,6 +13,7 @@ from typing import Any
 
 from common.files import append_json_line, read_json_lines, write_json, write_text
 from common.log import logger
+from common.text import duration
 from run.folder import environment
 
 _WAIT_UPDATES, _WAIT_SHARE = 100, 0.10
@@ -242,15 +243,3 @@ def remedy(num_workers: int, cpus: int) -> str:
         return f"--num_workers {cpus} would use all CPUs of this process (now {num_workers})"
     return ("all CPUs load pictures already: store the pictures with a shorter side of about twice the input "
             "size, on a local disk")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as `12 s`, `3:05 min` or `2 d 03:04 h`."""
-    if not math.isfinite(seconds):
-        return "unknown"
-    minutes, s = divmod(int(seconds + 0.5), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    if days:
-        return f"{days} d {h:02d}:{m:02d} h"
-    return f"{h}:{m:02d} h" if h else f"{m}:{s:02d} min" if m else f"{s} s"

@@ -20,8 +20,10 @@ import torch
 
 from common.errors import UserError
 from common.log import logger
+from common.text import duration, plural
+from common.text import file_size as size_words
 from run.folder import RunFolder, environment
-from run.log import duration, remedy
+from run.log import remedy
 
 _CLOCKS_APART = 2.0  # seconds; file times and logs of several nodes cannot be compared beyond
 _WAIT_SHARE = 0.10
@@ -61,20 +63,10 @@ class Report:
         logger.info("All is well; the same command without --dry_run starts it.")
 
 
-def size_words(size: float) -> str:
-    """Bytes for people: `12 MB`, `3.41 GB`."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e6:.1f} MB"
-
-
 def memory_words(peak: int, total: int, on_cpu: bool) -> str:
     """What a process took at most, of which memory."""
     where = "of main memory per process" if on_cpu else "on a device"
     return f"at most {size_words(peak)} of {size_words(total)} {where}"
-
-
-def plural(count: int, word: str) -> str:
-    """`1 worker`, `2 processes`."""
-    return f"{count} {word}" if count == 1 else f"{count} {word}{'es' if word.endswith('s') else 's'}"
 
 
 # ------------------------------------------------------------------------------------------------------------ disk

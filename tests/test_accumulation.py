@@ -4,7 +4,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import train_one_epoch
-from training_kit import Alone, in_processes, training
+from tests.kits.toy import Alone, in_processes, training
 
 CONFIGS = {"norm": dict(clip_grad=0.4), "agc": dict(clip_grad=0.05, clip_by="agc"),
            "value": dict(clip_grad=0.02, clip_by="value"), "none": {}}

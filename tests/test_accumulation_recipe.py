@@ -9,7 +9,6 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 import models  # noqa: F401  (registers the networks)
-from data_options import data_options
 from datasets.build import build_data, train_loader
 from datasets.device import TrainPrepare
 from datasets.sampler import GlobalBatchSampler
@@ -20,7 +19,8 @@ from optim.finite import FiniteWatch, NonfinitePolicy
 from optim.losses import build_loss
 from optim.schedule import build_schedule
 from optim.update import Update, UpdateConfig
-from training_kit import Alone, in_processes, options
+from tests.kits.options import data_options
+from tests.kits.toy import Alone, in_processes, options
 
 GLOBAL_BATCH, EPOCHS = 32, 1
 

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 import engine
+from config.parse import parse
 from launch.process import start as start_process
 from launch.stop import StopRequest
 from models import MODEL_NAMES
 from run.life import Services
-from config.parse import parse
-from tests.launch_kit import environment
-from tests.survival_kit import FORKS, arguments, codes, places, result, start, write_pictures
+from tests.kits.processes import environment
+from tests.kits.runs import FORKS, arguments, codes, places, result, start, write_images
 from training import build_run, plan_run
 
 GLOBAL_BATCH, UPDATES, ACCUMULATIONS = 32, 3, (1, 2, 4)
@@ -76,7 +76,7 @@ def worker(data, folder, place: dict) -> None:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures"), train=UPDATES * GLOBAL_BATCH + 5)
+    return write_images(tmp_path_factory.mktemp("pictures"), train=UPDATES * GLOBAL_BATCH + 5)
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from parity_fill import PARITY, parity_input, parity_tensor
 
-from native.operators import product_dtype
 from benchmarks import __main__ as bench
 from benchmarks import cases, timing
 from benchmarks.reference import plain_model
+from native.operators import product_dtype
+from tests.kits.fill import PARITY, parity_input, parity_tensor
 
 RECORD = Path(__file__).parent.parent / "BENCHMARKS.md"
 

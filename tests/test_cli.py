@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from tests.docs import ROOT
+from tests.kits.docs import ROOT
 
 pytestmark = pytest.mark.skipif(not (ROOT / "main.py").exists(), reason="main.py is not there yet")
 

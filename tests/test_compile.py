@@ -7,8 +7,8 @@ import timm
 import torch
 
 import models  # noqa: F401 - registers the models with timm
-from models.gnconv import PLAIN
 from models import compile as compiling
+from models.gnconv import PLAIN
 
 SHAPE = (4, 3, 64, 64)
 

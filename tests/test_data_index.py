@@ -104,8 +104,8 @@ def test_loops_of_links_end_and_links_to_folders_are_followed(root, tmp_path):
 
 @pytest.mark.parametrize("make, sentence", [
     (lambda root: None, "There is no folder"), (lambda root: root.write_text("x"), "There is no folder"),
-    (lambda root: root.mkdir(), "holds no pictures"),
-    (lambda root: (root / "a").mkdir(parents=True), "holds no pictures")])
+    (lambda root: root.mkdir(), "holds no images"),
+    (lambda root: (root / "a").mkdir(parents=True), "holds no images")])
 def test_wrong_paths_are_explained(tmp_path, make, sentence):
     make(tmp_path / "x")
     with pytest.raises(UserError, match=sentence):

@@ -7,9 +7,9 @@ from scipy.io import savemat
 from common.errors import UserError
 from common.log import setup_logging
 from common.synsets import imagenet_synsets, published_22k_synsets
-from data_options import data_options
 from datasets.build import build_data
 from datasets.labels import classes_of, map_folders
+from tests.kits.options import data_options
 
 
 def _tree(root, folders, pictures=2):
@@ -70,7 +70,7 @@ def test_val_is_mapped_by_name_and_mismatches_are_named(tmp_path):
         _data(tmp_path)
     data = _data(tmp_path, allow_class_mismatch=True)
     assert data.class_names == ["ant", "bee", "cat"] and data.val.targets.tolist() == [0, 0, 2, 2]
-    assert "val: 2 pictures of folders without a class are left out" in data.notes
+    assert "val: 2 images of folders without a class are left out" in data.notes
     assert [data.val.path(i).split("/")[-2] for i in range(4)] == ["ant", "ant", "cat", "cat"]
 
 
@@ -115,7 +115,7 @@ def test_pictures_without_class_folders_or_classes_without_pictures_are_errors_i
         _data(tmp_path, evaluate=False)
     _tree(tmp_path / "train", ["a"])
     (tmp_path / "train" / "b").mkdir()
-    with pytest.raises(UserError, match="1 class folders in .* hold no picture, such as b"):
+    with pytest.raises(UserError, match="1 class folders in .* hold no image, such as b"):
         _data(tmp_path, evaluate=False)
     with pytest.raises(UserError, match="There is no folder .*nowhere/train"):
         _data(tmp_path / "nowhere")

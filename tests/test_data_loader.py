@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from data_options import data_options
 from datasets.build import build_data, eval_loader, train_loader
 from datasets.cifar import read_arrays
 from datasets.device import EvalPrepare, TrainPrepare
 from datasets.sampler import GlobalBatchSampler
+from tests.kits.options import data_options
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_settings_are_checked(folder):
 _CHILD = """
 import sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
-from data_options import data_options
+from tests.kits.options import data_options
 from datasets.build import *
 options = data_options(data_set="IMNET", data_path={data!r}, num_workers=2, input_size=48)
 data = build_data(options, train=True, evaluate=False)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from common.errors import UserError
-from launch.process import choose_device, group_timeout, name_this_start, refuse_shared_devices, start
 from launch.places import Place
-from tests.launch_kit import PROGRAMS, TOY, expected_value, finish, start_ranks, start_torchrun, wait_for
+from launch.process import choose_device, group_timeout, name_this_start, refuse_shared_devices, start
+from tests.kits.processes import PROGRAMS, TOY, expected_value, finish, start_ranks, start_torchrun, wait_for
 
 COLLECTIVES = """
 import types, torch, sys

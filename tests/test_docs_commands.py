@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 import models
-from datasets.build import build_data
 from config.parse import parse, plan_batch, validate_after_index
-from tests.docs import ROOT, commands, parse_block
+from datasets.build import build_data
+from tests.kits.docs import ROOT, commands, parse_block
 
 COMMANDS = commands()
 OPTIONS = [c for c in COMMANDS if c.main_argv is not None]

@@ -11,7 +11,7 @@ import torch
 
 import main
 import models  # noqa: F401
-from tests.parity_fill import parity_tensor
+from tests.kits.fill import parity_tensor
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data" / "parity" / "eval_set"

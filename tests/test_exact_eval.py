@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from engine import Evaluation, Observer, evaluate, true_float32
-from training_kit import CLASSES, Alone, Toy, batch, in_processes
+from tests.kits.toy import CLASSES, Alone, Toy, batch, in_processes
 
 COUNT = 23
 

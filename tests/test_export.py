@@ -9,14 +9,14 @@ from PIL import Image
 
 import models  # noqa: F401  (registers the models with timm)
 from common.errors import UserError
-from datasets.images import decode_path
 from datasets.device import Normalise
+from datasets.images import decode_path
 from datasets.transforms import mean_std
 from models.export import MatrixDft, export_onnx, exported_program, onnx_function
 from models.gnconv import PLAIN
+from tests.kits.fill import PARITY, parity_tensor
 from tools.export import check_pictures, compare, main
 from tools.loading import load_trained
-from tests.parity_fill import PARITY, parity_tensor
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

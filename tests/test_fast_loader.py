@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data.auto_augment import NAME_TO_OP, rand_augment_ops
 
-from common.random import seeded
 from common.log import logger
-from native import jpeg as fast
-from datasets.dataset import PictureDataset
+from common.random import seeded
+from datasets.dataset import ImageDataset
 from datasets.readers import FolderReader, index_folder
 from datasets.transforms import Erasing, eval_transform, train_transform
+from native import jpeg as fast
 
 if not fast.available():
     pytest.skip("compiled loading needs a C++ compiler, jpeglib.h and Pillow's libjpeg", allow_module_level=True)
@@ -151,7 +151,7 @@ def folder(tmp_path):
 def both(folder, transform, **arguments):
     reader = FolderReader(index_folder(str(folder), cache_folder=str(folder.parent / "cache")))
     for compiled in (True, False):
-        dataset = PictureDataset(reader, reader.labels, transform, 64, **arguments)
+        dataset = ImageDataset(reader, reader.labels, transform, 64, **arguments)
         dataset.compiled = compiled
         yield dataset
 

@@ -5,8 +5,15 @@ import os
 import pytest
 
 from common.errors import UserError
-from common.files import (append_json_line, atomic_write, read_json, read_json_lines, sha256_file, write_json,
-                          write_text)
+from common.files import (
+    append_json_line,
+    atomic_write,
+    read_json,
+    read_json_lines,
+    sha256_file,
+    write_json,
+    write_text,
+)
 
 
 def test_atomic_write_returns_the_checksum_and_trims_the_reserve(tmp_path):

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import timm
 import torch
-from parity_fill import PARITY, parity_input, parity_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models  # noqa: F401 - registers the models with timm
-from native import paths as kernels
 from models.gnconv import PLAIN, Operators
-from native import kernels as native, operators as cpu
+from native import kernels as native
+from native import operators as cpu
+from native import paths as kernels
+from tests.kits.fill import PARITY, parity_input, parity_tensor
 
 PATHS = [pytest.param(dict(linear="onednn", kernels="plain", allocator="default"), id="onednn"),
          pytest.param(dict(linear="default", kernels="compiled", allocator="default"), id="compiled"),

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from tests.launch_kit import wait_for
-from tests.survival_kit import UPDATES, arguments, assert_gone, descendants, now, start, write_pictures
+from tests.kits.processes import wait_for
+from tests.kits.runs import UPDATES, arguments, assert_gone, descendants, now, start, write_images
 
 PHASES = {"data": UPDATES + 2, "forward": UPDATES + 2, "backward": UPDATES + 2, "evaluation": UPDATES, "saving": UPDATES}
 BRIEF = [("backward", 1), ("data", 0)]
@@ -15,7 +15,7 @@ BRIEF = [("backward", 1), ("data", 0)]
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
+    return write_images(tmp_path_factory.mktemp("pictures"))
 
 
 def last_line(text: str) -> str:

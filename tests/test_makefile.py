@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from tests.docs import ROOT
+from tests.kits.docs import ROOT
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 

@@ -5,7 +5,7 @@ import torch
 
 from common.errors import UserError
 from datasets.mixup import GroupMixup, build_mixup
-from data_options import data_options
+from tests.kits.options import data_options
 
 COUNT, SIZE = 192, 12
 IMAGES = torch.from_numpy(np.random.default_rng(0).standard_normal((COUNT, SIZE, SIZE, 3), dtype=np.float32))

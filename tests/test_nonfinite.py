@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine import Observer, train_one_epoch
 from optim.finite import NonfinitePolicy, diagnose
 from optim.update import LossScale
-from training_kit import Alone, Toy, in_processes, training
+from tests.kits.toy import Alone, Toy, in_processes, training
 
 
 class Recorder(Observer):

@@ -4,14 +4,14 @@ import json
 import pytest
 import torch
 
-from tests.survival_kit import UPDATES, arguments, assert_equal_bits, codes, result, start, write_pictures
+from tests.kits.runs import UPDATES, arguments, assert_equal_bits, codes, result, start, write_images
 
 
 @pytest.mark.parametrize("what", ["infinite_input", pytest.param("infinite_loss", marks=pytest.mark.slow)])
 def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_on_both(tmp_path, what):
     folder, bad = tmp_path / "run", UPDATES + 2
     at = dict(rank=1, phase="forward", update=bad, do=what)
-    argv = arguments(write_pictures(tmp_path / "pictures"), folder, epochs=2, batch_size=2, update_freq=2)
+    argv = arguments(write_images(tmp_path / "pictures"), folder, epochs=2, batch_size=2, update_freq=2)
     ranks = start(argv, tmp_path / "console", 2, at=[at], states=str(tmp_path))
     assert codes(ranks) == [0, 0], ranks[0].text()
     states = {(rank, update): torch.load(tmp_path / f"{rank}-{update}.pth", weights_only=True)

@@ -8,7 +8,7 @@ import torch
 import models  # noqa: F401  (registers the networks)
 from engine import Observer, train_one_epoch
 from optim.build import load_optimizer_state
-from training_kit import CLASSES, training
+from tests.kits.toy import CLASSES, training
 
 
 class Stopper(Observer):

@@ -11,7 +11,7 @@ from optim.groups import param_groups
 from optim.losses import build_loss
 from optim.schedule import build_schedule
 from optim.update import Update, UpdateConfig
-from training_kit import CLASSES, SIZE, Toy, options
+from tests.kits.toy import CLASSES, SIZE, Toy, options
 
 
 def batches(updates, update_freq):

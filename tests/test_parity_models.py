@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from parity_fill import PARITY, parity_input, parity_tensor
 
 import models
 from models.complexity import count
-from models.hornet import CONFIGS, input_size
-from models.zoo import PUBLISHED
+from models.hornet import CONFIGS
+from models.zoo import PUBLISHED, VARIANTS
+from tests.kits.fill import PARITY, parity_input, parity_tensor
 
 STATE_DICTS = json.loads((PARITY / "state_dicts.json").read_text())
 PARAMETERS = {
@@ -50,7 +50,7 @@ def test_every_published_architecture_is_there():
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_and_flops(name):
-    complexity = count(on_meta(name), input_size(name))
+    complexity = count(on_meta(name), VARIANTS[name].input_size)
     assert complexity.params == PARAMETERS[name] == PUBLISHED[name].params
     if name in GFLOPS:
         assert complexity.flops == pytest.approx(GFLOPS[name] * 1e9, rel=0.005)

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from data_options import data_options
 from datasets.build import build_data, eval_loader, train_loader
 from datasets.check import check_sample
-from datasets.images import BadPicture, decode, decode_path
 from datasets.device import EvalPrepare
+from datasets.images import BadImage, decode, decode_path
 from datasets.sampler import GlobalBatchSampler
+from tests.kits.options import data_options
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 
@@ -47,7 +47,7 @@ BAD = {"empty": lambda: b"", "truncated": lambda: _jpeg()[:-900], "two bytes sho
 
 @pytest.mark.parametrize("kind", BAD)
 def test_what_cannot_be_read_is_a_bad_picture_with_a_reason(kind):
-    with pytest.raises(BadPicture) as caught:
+    with pytest.raises(BadImage) as caught:
         decode(io.BytesIO(BAD[kind]()))
     assert 3 < len(str(caught.value)) < 220 and "\n" not in str(caught.value)
 
@@ -75,7 +75,7 @@ def test_a_loop_of_links_a_missing_file_and_a_folder_are_bad_pictures(tmp_path):
     (tmp_path / "a.jpg").symlink_to(tmp_path / "b.jpg")
     (tmp_path / "b.jpg").symlink_to(tmp_path / "a.jpg")
     for path in ("a.jpg", "none.jpg", "."):
-        with pytest.raises(BadPicture):
+        with pytest.raises(BadImage):
             decode_path(str(tmp_path / path))
 
 
@@ -92,7 +92,7 @@ def test_a_picture_that_one_may_not_read_is_a_bad_picture():
         try:
             if me == 0:  # whom permissions do not bind
                 os.seteuid(65534)
-            with pytest.raises(BadPicture, match="^Permission denied$"):
+            with pytest.raises(BadImage, match="^Permission denied$"):
                 decode_path(path)
         finally:
             os.seteuid(me)
@@ -127,8 +127,8 @@ def test_training_replaces_counts_and_names_them_the_same_way_each_time(folder, 
         sampler = GlobalBatchSampler(20, 4, 4, 1)
         loader = train_loader(data, options, sampler)
         runs.append(list(loader))
-        bad = {os.path.basename(data.train.path(i)) for i in loader.bad_pictures}
-        assert bad == {"3.JPEG", "7.JPEG", "8.JPEG"} and sum(loader.bad_pictures.values()) == 3
+        bad = {os.path.basename(data.train.path(i)) for i in loader.bad_images}
+        assert bad == {"3.JPEG", "7.JPEG", "8.JPEG"} and sum(loader.bad_images.values()) == 3
         loader.close()
     assert sum(int(batch.bad.sum()) for batch in runs[0]) == 3
     for first, second in zip(*runs, strict=True):
@@ -139,13 +139,13 @@ def test_training_replaces_counts_and_names_them_the_same_way_each_time(folder, 
 def test_evaluation_refuses_in_one_sentence_or_counts_them_as_wrong(folder, workers):
     options = _options(folder, num_workers=workers)
     data = build_data(options, train=False, evaluate=True)
-    with pytest.raises(UserError, match=r"^Picture .*cat.3\.JPEG cannot be read .*--allow_bad_images true\.$"):
+    with pytest.raises(UserError, match=r"^Image .*cat.3\.JPEG cannot be read .*--allow_bad_images true\.$"):
         list(eval_loader(data, options))
     options.allow_bad_images = True
     loader = eval_loader(data, options)
     prepare = EvalPrepare(options, "cpu")
     targets = torch.cat([prepare(batch)[1] for batch in loader])
-    assert len(targets) == 20 and int((targets == -100).sum()) == 3 and len(loader.bad_pictures) == 3
+    assert len(targets) == 20 and int((targets == -100).sum()) == 3 and len(loader.bad_images) == 3
     loader.close()
 
 
@@ -156,7 +156,7 @@ def test_nothing_but_bad_pictures_ends_with_a_sentence(tmp_path):
     options = _options(tmp_path, num_workers=1)
     data = build_data(options, train=True, evaluate=False)
     loader = train_loader(data, options, GlobalBatchSampler(8, 4, 4, 1))
-    with pytest.raises(UserError, match=r"^20 pictures in a row are unreadable.*check the disk and the data path\.$"):
+    with pytest.raises(UserError, match=r"^20 images in a row are unreadable.*check the disk and the data path\.$"):
         list(loader)
     loader.close()
 
@@ -165,7 +165,7 @@ def test_the_sample_check_names_what_it_finds(folder):
     data = build_data(_options(folder), train=False, evaluate=True)
     found = check_sample(data.val, 20)
     assert found.looked == 20 and found.classes == 2 and len(found.unreadable) == 3 and not found.tiny
-    assert "20 pictures of 2 classes" in found.sentences()[0] and "3.JPEG" in found.sentences()[1]
+    assert "20 images of 2 classes" in found.sentences()[0] and "3.JPEG" in found.sentences()[1]
 
 
 def test_names_that_are_not_utf8_are_read_and_shown(tmp_path):
@@ -175,5 +175,5 @@ def test_names_that_are_not_utf8_are_read_and_shown(tmp_path):
         file.write(_jpeg())
     options = _options(tmp_path)
     data = build_data(options, train=True, evaluate=False)
-    assert data.train.picture(0).size == (64, 48)
+    assert data.train.image(0).size == (64, 48)
     assert all(note.encode() for note in data.notes) and check_sample(data.train).sentences()[0].encode()

@@ -8,10 +8,20 @@ import types
 import pytest
 import torch
 
-from launch.process import Process, start
 from launch.places import Place
+from launch.process import Process, start
 from launch.stop import StopRequest, job_end_time, time_left
-from tests.launch_kit import TOY, Rank, alive, environment, expected_value, finish, start_ranks, start_torchrun, wait_for
+from tests.kits.processes import (
+    TOY,
+    Rank,
+    alive,
+    environment,
+    expected_value,
+    finish,
+    start_ranks,
+    start_torchrun,
+    wait_for,
+)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])

@@ -12,22 +12,33 @@ import timm
 import torch
 from PIL import Image
 
-import models  # noqa: F401  registers the architectures
 import dryrun
+import models  # noqa: F401  registers the architectures
 from common.errors import UserError
 from datasets.check import SampleCheck, spread_over_classes
 from main import main
 from run.checkpoint import Checkpoints
 from run.life import TrainingRun
-from run.preflight import (Pace, Report, check_writable, first_difference, low_score, process_problems,
-                           shared_memory_needed, shared_memory_problem, start_warnings, sweep_trials, trial_folder)
-from tests.docs import ROOT
-from tests.launch_kit import environment
+from run.preflight import (
+    Pace,
+    Report,
+    check_writable,
+    first_difference,
+    low_score,
+    process_problems,
+    shared_memory_needed,
+    shared_memory_problem,
+    start_warnings,
+    sweep_trials,
+    trial_folder,
+)
+from tests.kits.docs import ROOT
+from tests.kits.processes import environment
 
 QUICK = ["--model", "hornet_pico_7x7", "--input_size", "32", "--num_workers", "0", "--device", "cpu"]
 
 
-def write_pictures(root, classes, per_class, parts=("train", "val")):
+def write_images(root, classes, per_class, parts=("train", "val")):
     draw = np.random.default_rng(0)
     for part in parts:
         for number in range(classes):
@@ -41,7 +52,7 @@ def write_pictures(root, classes, per_class, parts=("train", "val")):
 
 @pytest.fixture(scope="module")
 def two_classes(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("two"), 2, 5)
+    return write_images(tmp_path_factory.mktemp("two"), 2, 5)
 
 
 @pytest.fixture
@@ -66,7 +77,7 @@ def test_a_training_is_tried_and_leaves_no_trace(two_classes, tmp_path, run):
                      "--output_dir", str(above / "mine"), "--dry_run", "true")
     assert code == 0, said
     assert list(above.iterdir()) == []
-    for words in ("train: 10 pictures in 2 of 2 classes", "2 updates of 4 pictures", "restored bit for bit", "img/s",
+    for words in ("train: 10 images in 2 of 2 classes", "2 updates of 4 pictures", "restored bit for bit", "img/s",
                   "% of the time;", "3 epochs would take", "checkpoints take", "the averaged weights will lag behind",
                   "All is well"):
         assert words in " ".join(said.split())  # long lines are broken
@@ -105,7 +116,7 @@ def test_what_is_wrong_is_one_sentence_and_exit_code_2(two_classes, run, flags, 
 
 
 def test_an_unreadable_validation_picture_is_a_problem_an_unreadable_training_picture_is_told(tmp_path, run):
-    data = write_pictures(tmp_path / "data", 2, 4)
+    data = write_images(tmp_path / "data", 2, 4)
     (data / "train" / "class000" / "1.JPEG").write_bytes(b"no picture")
     code, said = run(data, *TRAIN, "--dry_run", "true")
     assert code == 0 and "unreadable:" in said and "train/class000/1.JPEG" in said, said
@@ -137,7 +148,7 @@ def test_two_processes(two_classes, tmp_path):
 
 @pytest.fixture(scope="module")
 def hundred_classes(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("hundred"), 100, 1)
+    return write_images(tmp_path_factory.mktemp("hundred"), 100, 1)
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from PIL import Image
 from common.errors import UserError
 from report.metrics import Predictions
 from report.results import Protocol, results_from, write_eval_json, write_predictions
-from tools.report import main, write_report
 from report.svg import number, ticks
+from tools.report import main, write_report
 
 CLASSES = ["n01440764", "naïve <b>&", "猫"]
 

@@ -11,10 +11,25 @@ import torch
 import engine
 from common.errors import UserError
 from evaluation import _predictions
-from report.metrics import (Predictions, calibration_error, compare, confusion_pairs, mcnemar, metrics,
-                         multi_label_accuracy, per_class_accuracy)
-from report.results import (Protocol, per_class_csv, read_predictions, results_from, write_eval_json, write_predictions,
-                         write_report_files)
+from report.metrics import (
+    Predictions,
+    calibration_error,
+    compare,
+    confusion_pairs,
+    mcnemar,
+    metrics,
+    multi_label_accuracy,
+    per_class_accuracy,
+)
+from report.results import (
+    Protocol,
+    per_class_csv,
+    read_predictions,
+    results_from,
+    write_eval_json,
+    write_predictions,
+    write_report_files,
+)
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox"]
 

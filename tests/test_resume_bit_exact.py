@@ -1,14 +1,14 @@
 """A run that was stopped or killed, anywhere, ends with the bits of the run that nobody disturbed."""
 import pytest
 
-from tests.survival_kit import (EPOCHS, UPDATES, arguments, assert_equal_bits, codes, result, start, write_pictures)
+from tests.kits.runs import EPOCHS, UPDATES, arguments, assert_equal_bits, codes, result, start, write_images
 
 EVERY_UPDATE = 1e-9
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
+    return write_images(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")

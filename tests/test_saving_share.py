@@ -3,9 +3,9 @@ import time
 
 import torch
 
+from config.options import Options
 from models.zoo import PUBLISHED
 from run.checkpoint import Checkpoints
-from config.options import Options
 
 LARGEST = 4 * 4 * max(entry.params for entry in PUBLISHED.values())  # weights, average and two moments in float32
 

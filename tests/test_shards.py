@@ -9,7 +9,7 @@ from PIL import Image
 
 from common.errors import UserError
 from datasets.build import build_data, eval_loader
-from datasets.images import BadPicture
+from datasets.images import BadImage
 from datasets.shards import ShardReader
 
 
@@ -63,8 +63,8 @@ def test_the_index_is_kept_and_notices_another_tar(both, monkeypatch):
         tar.add(both[0] / "val" / "class_1", "class_9")
     assert len(ShardReader(root, cache_folder=cache)) == 16
     os.truncate(os.path.join(root, "1.tar"), 600)
-    with pytest.raises(BadPicture, match="ends before"):
-        [first.picture(i) for i in range(12)]
+    with pytest.raises(BadImage, match="ends before"):
+        [first.image(i) for i in range(12)]
 
 
 def test_a_tar_that_is_none_is_one_sentence(tmp_path):
@@ -73,5 +73,5 @@ def test_a_tar_that_is_none_is_one_sentence(tmp_path):
         ShardReader(str(tmp_path), cache_folder=str(tmp_path.parent / "cache"))
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.add(__file__, "class/words.txt")
-    with pytest.raises(UserError, match="hold no pictures"):
+    with pytest.raises(UserError, match="hold no images"):
         ShardReader(str(tmp_path), cache_folder=str(tmp_path.parent / "cache"))

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from tests.launch_kit import wait_for
-from tests.survival_kit import UPDATES, arguments, assert_gone, codes, descendants, now, start, write_pictures
+from tests.kits.processes import wait_for
+from tests.kits.runs import UPDATES, arguments, assert_gone, codes, descendants, now, start, write_images
 
 BRIEF = [("SIGUSR2", "one"), ("SIGTERM", "all")]
 
@@ -18,7 +18,7 @@ BRIEF = [("SIGUSR2", "one"), ("SIGTERM", "all")]
               for t in ("one", "all") if (n, t) not in BRIEF)])
 def test_a_signal_saves_and_ends_at_one_update(tmp_path, name, target):
     """"all" are the loader workers too, as a scheduler signals them."""
-    folder, pictures = tmp_path / "run", write_pictures(tmp_path / "pictures")
+    folder, pictures = tmp_path / "run", write_images(tmp_path / "pictures")
     argv = arguments(pictures, folder, epochs=1000, update_freq=1, num_workers=1, save_every_minutes=0)
     ranks = start(argv, tmp_path / "console", 2, now=str(tmp_path))
     wait_for(lambda: min(now(tmp_path, rank)[1] for rank in range(2)) > 8, 120)
@@ -41,7 +41,7 @@ def test_a_signal_saves_and_ends_at_one_update(tmp_path, name, target):
 
 def test_a_signal_to_one_rank_ends_an_evaluation_on_all(tmp_path):
     """It is left at the next batch, saved, and made when the run goes on: not once it has gone through all pictures."""
-    folder, pictures = tmp_path / "run", write_pictures(tmp_path / "pictures")
+    folder, pictures = tmp_path / "run", write_images(tmp_path / "pictures")
     argv = arguments(pictures, folder, update_freq=1)
     at = dict(rank=1, phase="evaluation", update=UPDATES, do="SIGUSR1")
     ranks = start(argv, tmp_path / "console", 2, at=[at], now=str(tmp_path))

@@ -9,14 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-
 from submitit.slurm.slurm import SlurmJobEnvironment
 
 from launch import ExitCode, run_with_submitit
 from launch import slurm as job_module
-from launch.slurm import Job, Task
 from launch.run_with_submitit import flag, main, snapshot, snapshot_folder, with_output_dir, without_flag
-from tests.launch_kit import alive, environment, expected_value, wait_for, write_toy_program
+from launch.slurm import Job, Task
+from tests.kits.processes import alive, environment, expected_value, wait_for, write_toy_program
 
 
 @pytest.fixture

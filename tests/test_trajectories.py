@@ -13,8 +13,8 @@ from optim.build import build_optimizer
 from optim.ema import Ema
 from optim.schedule import Schedule
 from optim.update import Update, UpdateConfig
-from parity_fill import PARITY, parity_input, parity_tensor
-from training_kit import options
+from tests.kits.fill import PARITY, parity_input, parity_tensor
+from tests.kits.toy import options
 
 CASES = json.loads((PARITY / "trajectories.json").read_text())
 

@@ -10,11 +10,11 @@ from timm.data import create_transform
 from torchvision import transforms as tv
 
 from common.random import key, seeded
-from data_options import data_options
-from datasets.device import EvalPrepare, Normalise, TrainPrepare
 from datasets.dataset import Batch
+from datasets.device import EvalPrepare, Normalise, TrainPrepare
 from datasets.transforms import Erasing, eval_transform, mean_std, train_transform
-from parity_fill import PARITY, parity_image
+from tests.kits.fill import PARITY, parity_image
+from tests.kits.options import data_options
 
 FIGURES = json.loads((PARITY / "eval_transform.json").read_text())
 

@@ -3,7 +3,7 @@ import sys
 import types
 
 import main
-from tests.survival_kit import arguments, write_pictures
+from tests.kits.runs import arguments, write_images
 
 
 class Recorder(types.ModuleType):
@@ -29,7 +29,7 @@ class Recorder(types.ModuleType):
 
 def test_figures_and_at_the_end_the_best_and_the_last_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", recorder := Recorder())
-    argv = arguments(write_pictures(tmp_path / "pictures"), tmp_path / "run", epochs=1, enable_wandb="true",
+    argv = arguments(write_images(tmp_path / "pictures"), tmp_path / "run", epochs=1, enable_wandb="true",
                      wandb_ckpt="true", exp_name="first")
     assert main.main(argv) == 0
     calls = recorder.calls

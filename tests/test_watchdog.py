@@ -7,10 +7,10 @@ import types
 
 import pytest
 
-from launch.process import Process
 from launch.places import Place
+from launch.process import Process
 from launch.watchdog import Beat, Watchdog
-from tests.launch_kit import TOY, alive, finish, start_ranks, start_torchrun, wait_for
+from tests.kits.processes import TOY, alive, finish, start_ranks, start_torchrun, wait_for
 
 
 def beats(*given: dict) -> list[Beat]:

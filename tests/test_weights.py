@@ -8,13 +8,20 @@ import pytest
 import timm
 import torch
 import yaml
-from parity_fill import PARITY, parity_tensor
 from timm.data import ImageNetInfo
 
 import models  # noqa: F401  registers the models
 from common.errors import UserError
-from models.weights import fit_to_model, from_openmmlab, identify, load_for_model, select_weights, to_openmmlab
+from models.weights import (
+    fit_to_model,
+    from_openmmlab,
+    identify,
+    load_for_model,
+    select_weights,
+    to_openmmlab,
+)
 from models.zoo import PUBLISHED, published_files, synsets
+from tests.kits.fill import PARITY, parity_tensor
 
 STATE_DICTS = json.loads((PARITY / "state_dicts.json").read_text())
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_options import data_options
-from datasets.dataset import PictureDataset, make_loader
+from datasets.dataset import ImageDataset, make_loader
 from datasets.readers import FolderIndex, FolderReader, Strings
 from datasets.sampler import epoch_order
 from datasets.transforms import Erasing, train_transform
+from tests.kits.options import data_options
 
 ENTRIES, FILES, EVERY = 1_000_000, 10, 400
 
@@ -63,7 +63,7 @@ def measure(folder: Path, answer) -> None:
     test runner share its gigabytes, whose pages they copy one by one as the counts of references in them change."""
     options = data_options(num_workers=2, input_size=32, pin_mem=False)
     source = reader(folder)
-    dataset = PictureDataset(source, source.labels.astype(np.int64), train_transform(options), 32, seed=0,
+    dataset = ImageDataset(source, source.labels.astype(np.int64), train_transform(options), 32, seed=0,
                              erasing=Erasing(0.25, 1))
     sampler = Sparse()
     loader, seen = make_loader(dataset, options, sampler), []

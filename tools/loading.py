@@ -15,10 +15,9 @@ from common.errors import UserError
 from common.safe_load import safe_torch_load
 from datasets.device import Normalise
 from datasets.transforms import eval_transform, mean_std
-from models.download import fetch_published, fetch_url
-from models.hornet import input_size as default_input_size
+from models.download import fetch_published, local_file
 from models.weights import identify, load_for_model, published_names, select_weights
-from models.zoo import default_classes
+from models.zoo import VARIANTS, default_classes
 
 
 @dataclass
@@ -59,7 +58,7 @@ def load_trained(model: str | None = None, resume: str | None = None, weights: s
         raise UserError(f"--model {model} is not known; known are {', '.join(models.MODEL_NAMES)}.")
     if resume is None:
         resume = str(fetch_published(model))
-    path = fetch_url(resume) if resume.startswith(("http://", "https://")) else Path(resume)
+    path = Path(local_file(resume))
     checkpoint = safe_torch_load(path)
     state = published_names(select_weights(checkpoint, path.name, weights=weights, where=str(path))[0])
     args = checkpoint.get("args") if isinstance(checkpoint.get("args"), dict) else {}
@@ -76,7 +75,7 @@ def load_trained(model: str | None = None, resume: str | None = None, weights: s
 def _with_settings(net: nn.Module, name: str, source: str, checkpoint: dict, args: dict[str, Any],
                    input_size: int | None) -> Trained:
     classes = checkpoint.get("classes") or default_classes(net.num_classes)
-    size = input_size or args.get("input_size") or default_input_size(name)
+    size = input_size or args.get("input_size") or VARIANTS[name].input_size
     if not isinstance(size, int) or size < 32:
         raise UserError(f"input size {size!r} is not accepted: a whole number of pixels from 32 on is needed.")
     mean, std = mean_std(args.get("imagenet_default_mean_and_std", True) is not False)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.log import logger
-from datasets.images import EXTENSIONS, BadPicture, decode_path, show
+from datasets.images import EXTENSIONS, BadImage, decode_path, show
 from launch.process import choose_device
 from models.inspect import Prediction, heatmap, overlay, predict
 from tools.command import run_command
@@ -38,7 +38,7 @@ class Pictures(Dataset):
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor, str]:
         try:
             return index, self.transform(decode_path(self.paths[index])), ""
-        except BadPicture as error:
+        except BadImage as error:
             return index, torch.zeros(3, self.size, self.size), str(error)
 
 
@@ -103,7 +103,7 @@ def write_heatmaps(trained: Trained, paths: list[str], folder: Path) -> None:
     for number, path in enumerate(paths):
         try:
             picture = decode_path(path)
-        except BadPicture:
+        except BadImage:
             continue
         seen = trained.transform()(picture)[None]
         heat = heatmap(trained.model, seen)[0]

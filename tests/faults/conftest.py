@@ -2,7 +2,7 @@
 import pytest
 
 import main
-from tests.faults.kit import TRAIN, Place, command
+from tests.kits.faults import TRAIN, Place, command
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import torch
 
 import main
 from run.checkpoint import Checkpoints
-from tests.faults.kit import TRAIN, Place, Row, check, command, fill_folder, start, table
+from tests.kits.faults import TRAIN, Place, Row, check, command, fill_folder, start, table
 
 TRAINED = "{trained}/checkpoint-0.pth"
 BAD = "{here}/w.pth"

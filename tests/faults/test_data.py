@@ -11,7 +11,7 @@ import torch
 
 import models  # noqa: F401
 from common.synsets import imagenet_synsets, published_22k_synsets
-from tests.faults.kit import EVAL, MODEL, Place, Row, check, command, fill_folder, start, table
+from tests.kits.faults import EVAL, MODEL, Place, Row, check, command, fill_folder, start, table
 
 TRAINED = "--resume {trained}/checkpoint-0.pth"
 
@@ -82,27 +82,27 @@ W = f"--model {MODEL} --resume {{here}}/w.pth --output_dir {{here}}/out"
     Row("no val folder", "", 2, ("There is no folder {data}/val",), without("val")),
     Row("own pictures without a val folder", "--data_set image_folder --data_path {data}/train", 2,
         ("--eval_data_path FOLDER", "--disable_eval true")),
-    Row("a class without pictures", "", 2, ("1 class folders in", "hold no picture, such as dog"), emptied),
-    Row("no pictures at all", "", 2, ("holds no pictures (.jpg",),
+    Row("a class without pictures", "", 2, ("1 class folders in", "hold no image, such as dog"), emptied),
+    Row("no pictures at all", "", 2, ("holds no images (.jpg",),
         lambda place: [p.rename(p.with_suffix(".txt")) for p in place.data.rglob("*.JPEG")]),
     Row("pictures without class folders",
         "--data_set image_folder --data_path {data}/train/cat --eval_data_path {data}/val", 2,
-        ("holds pictures but no class folders",)),
+        ("holds images but no class folders",)),
     Row("val lacks a class", TRAINED, 2,
         ("has no folder for cat", "--allow_class_mismatch true"), without("val", "cat"),
         base="eval"),
     Row("val has a class more", TRAINED, 2,
         ("has folders of no known class: emu",), classes("cat", "dog", "emu"), base="eval"),
     Row("val has a class more, accepted", f"{TRAINED} --allow_class_mismatch true --output_dir {{here}}/out", 0,
-        ("4 pictures of folders without a class are left out",), classes("cat", "dog", "emu"), images(8), base="eval"),
+        ("4 images of folders without a class are left out",), classes("cat", "dog", "emu"), images(8), base="eval"),
     Row("val has other classes", TRAINED, 2,
         ("None of the 2 class folders", "(cow, emu) is one of the 2 classes (cat, dog)"),
         classes("cow", "emu"), base="eval"),
     Row("classes by number that the checkpoint has not", f"{TRAINED} --nb_classes 3", 2,
         ("--nb_classes 3 does not fit the 2 class folders",), base="eval"),
-    Row("flat val folder", TRAINED, 2, ("holds pictures but no class folders", "--val_labels FILE"), flat, base="eval"),
+    Row("flat val folder", TRAINED, 2, ("holds images but no class folders", "--val_labels FILE"), flat, base="eval"),
     Row("flat val folder with labels", f"{TRAINED} --val_labels {{here}}/labels.csv --output_dir {{here}}/out", 0,
-        ("4 pictures in 2 of 2 classes",),
+        ("4 images in 2 of 2 classes",),
         lambda place: flat(place, "file,class\n0.JPEG,cat\n1.JPEG,dog\n2.JPEG,dog\n3.JPEG,cat\n"), images(4),
         base="eval"),
     Row("a picture without a label", f"{TRAINED} --val_labels {{here}}/labels.csv", 2,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from run.log import Tracker
-from tests.faults.kit import Row, check
+from tests.kits.faults import Row, check
 
 FURTHER = "--model_ema true --model_ema_eval true --output_dir {run} --save_ckpt_num 1 --epochs"
 

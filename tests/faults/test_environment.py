@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from run.folder import RunFolder
-from tests.faults.kit import Row, check, command, start, table
+from tests.kits.faults import Row, check, command, start, table
 
 
 def owned(place):

@@ -6,7 +6,7 @@ import torch
 
 from common.files import sha256_file, write_json
 from run.checkpoint import load, manifest_path
-from tests.faults.kit import Place, Row, check, table
+from tests.kits.faults import Place, Row, check, table
 
 HUGE = "--lr 1e9 --print_freq 1"
 

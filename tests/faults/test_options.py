@@ -1,6 +1,6 @@
 """Mistakes on the command line and in recipes: one sentence, exit code 2."""
 from run.preflight import cpus_per_process
-from tests.faults.kit import Row, check, table
+from tests.kits.faults import Row, check, table
 
 
 def recipe(text: str):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.faults.kit import Place, Row, check, jpeg, table
+from tests.kits.faults import Place, Row, check, jpeg, table
 from tests.test_pictures import bomb, encoded
 
 TRAINED = "--resume {trained}/checkpoint-0.pth --output_dir {here}/out"
@@ -28,7 +28,7 @@ BAD = {"empty": (b"", "no JPEG, PNG"), "cut short": (jpeg(1)[:-400], "truncated"
 
 
 @table([Row(f"{name} in evaluation", TRAINED, 2,
-            ("Picture {data}/val/cat/2.JPEG cannot be read", reason, "--allow_bad_images true"), with_picture(data),
+            ("Image {data}/val/cat/2.JPEG cannot be read", reason, "--allow_bad_images true"), with_picture(data),
             base="eval") for name, (data, reason) in BAD.items()])
 def test_a_bad_picture_ends_an_evaluation(row, place, capfd):
     check(row, place, capfd)
@@ -45,9 +45,9 @@ def test_a_bad_picture_allowed_stays_in_the_denominator(row, place, capfd):
     check(row, place, capfd)
 
 
-@table([Row(f"{name} in training", "", 0, ("unreadable picture {data}/train/cat/2.JPEG", "replaced by another"),
+@table([Row(f"{name} in training", "", 0, ("unreadable image {data}/train/cat/2.JPEG", "replaced by another"),
             with_picture(BAD[name][0], "train")) for name in ("cut short", "a bomb of 900 million pixels")]
-       + [Row("nothing but bad pictures", "", 2, ("pictures in a row are unreadable", "check the disk and the data path"),
+       + [Row("nothing but bad pictures", "", 2, ("images in a row are unreadable", "check the disk and the data path"),
               lambda place: [p.write_bytes(b"") for p in (place.data / "train").rglob("*.JPEG")])])
 def test_training_replaces_bad_pictures(row, place, capfd):
     check(row, place, capfd)
@@ -65,7 +65,7 @@ def odd() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("part, row", [
     ("val", Row("evaluation", TRAINED, 0, ("of 16 pictures right",), base="eval")),
-    ("train", Row("training", "--aa rand-m9-mstd0.5-inc1 --reprob 0.5", 0, ("24 pictures in 2 of 2 classes",),
+    ("train", Row("training", "--aa rand-m9-mstd0.5-inc1 --reprob 0.5", 0, ("24 images in 2 of 2 classes",),
                   unsaid=("unreadable", "replaced")))], ids=["evaluation", "training"])
 def test_odd_but_readable_pictures_are_used(part, row, place, capfd):
     for name, data in odd().items():

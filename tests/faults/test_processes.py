@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from run.log import Tracker
-from tests.faults.kit import Row, check
+from tests.kits.faults import Row, check
 
 
 def after_epoch(monkeypatch, number: int, do) -> None:
@@ -51,6 +51,6 @@ def test_a_killed_loader_worker_is_one_sentence(place, capfd, monkeypatch):
 def test_an_error_in_a_worker_is_the_same_sentence_as_without(place, capfd):
     for picture in (place.data / "train").rglob("*.JPEG"):
         picture.write_bytes(b"")
-    check(Row("bad", "--num_workers 1", 2, ("pictures in a row are unreadable",)), place, capfd)
+    check(Row("bad", "--num_workers 1", 2, ("images in a row are unreadable",)), place, capfd)
     check(Row("bad in evaluation", "--num_workers 1 --resume {trained}/checkpoint-0.pth", 2, ("cannot be read",),
               lambda place: (place.data / "val" / "cat" / "1.JPEG").write_bytes(b""), base="eval"), place, capfd)

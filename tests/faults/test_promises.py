@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from tests.docs import ROOT
+from tests.kits.docs import ROOT
 
 PROMISES = re.findall(r"^\| (.+?) \| .+ \| (`tests/.+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
 

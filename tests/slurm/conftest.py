@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch_kit import environment
+from tests.kits.processes import environment
 
 SCRIPT = Path(__file__).resolve().parent / "slurm_cluster.sh"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import run_with_submitit
-from tests.launch_kit import TOY, expected_value, wait_for, write_toy_program
+from tests.kits.processes import TOY, expected_value, wait_for, write_toy_program
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 

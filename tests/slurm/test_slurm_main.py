@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from launch import run_with_submitit
-from tests.launch_kit import REPOSITORY, wait_for
+from tests.kits.processes import REPOSITORY, wait_for
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -7,9 +7,20 @@ import time
 
 import pytest
 
-from tests.launch_kit import PROGRAMS, finish, start_torchrun
-from tests.survival_kit import (EPOCHS, UPDATES, arguments, assert_equal_bits, assert_gone, codes, descendants, now,
-                                result, start, write_pictures)
+from tests.kits.processes import PROGRAMS, finish, start_torchrun
+from tests.kits.runs import (
+    EPOCHS,
+    UPDATES,
+    arguments,
+    assert_equal_bits,
+    assert_gone,
+    codes,
+    descendants,
+    now,
+    result,
+    start,
+    write_images,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 MOMENTS = 20 if os.environ.get("HORNET_SOAK") else 3
@@ -19,7 +30,7 @@ RECIPE = dict(update_freq=1, num_workers=1, save_every_minutes=1e-9)
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
+    return write_images(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,19 @@ import time
 
 import pytest
 
-from tests.survival_kit import (EPOCHS, UPDATES, arguments, assert_equal_bits, assert_gone, codes, descendants, now,
-                                result, start, write_pictures)
+from tests.kits.runs import (
+    EPOCHS,
+    UPDATES,
+    arguments,
+    assert_equal_bits,
+    assert_gone,
+    codes,
+    descendants,
+    now,
+    result,
+    start,
+    write_images,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 KILLS = 30 if os.environ.get("HORNET_SOAK") else 4
@@ -15,7 +26,7 @@ EVERY_UPDATE = 1e-9
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
+    return write_images(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,62 @@
+"""Words for people: sizes, durations, counts, odd texts and paths in one line, the nearest known name."""
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+
+
+def file_size(size: float) -> str:
+    """Bytes (decimal units) as `1.2 MB`, `12 MB` or `3.41 GB`."""
+    if size >= 1e9:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e6:.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `12 s`, `3:05 min`, `4:30 h` or `2 d 03:04 h`."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    minutes, s = divmod(int(seconds + 0.5), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days} d {h:02d}:{m:02d} h"
+    return f"{h}:{m:02d} h" if h else f"{m}:{s:02d} min" if m else f"{s} s"
+
+
+def plural(count: int, word: str) -> str:
+    """`1 worker`, `2 processes`, `3 classes`."""
+    if count == 1:
+        return f"{count} {word}"
+    return f"{count} {word[:-1]}ies" if word.endswith("ry") else f"{count} {word}{'es' if word.endswith('s') else 's'}"
+
+
+def listed(words: Sequence[str], last: str = "or") -> str:
+    """`a`, `a or b`, `a, b or c`."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
+
+
+def quote(text: str) -> str:
+    """`text` in quotes, on one line, without control characters, at most 80 characters of it."""
+    return repr(text if len(text) <= 80 else text[:77] + "...")
+
+
+def plain(text: str) -> str:
+    """`text` as it is where it is short and printable, else quoted and shortened."""
+    return text if text.isprintable() and len(text) <= 80 else quote(text)
+
+
+def printable(path: str) -> str:
+    """The whole `path` on one line: bytes that are not UTF-8 and control characters appear as escapes."""
+    text = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def did_you_mean(word: str, known: Iterable[str], form: str = "{}") -> str:
+    """`; did you mean NAME?` for a misspelt or abbreviated `word`, "" when nothing known is near.
+
+    `form` shows the name as it is written there, such as `--{}` or `recipes/{}.yaml`.
+    """
+    known = list(known)
+    near = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.6)
+    near = near or [name for name in known if len(word) > 2 and name.startswith(word.lower())][:1]
+    return f"; did you mean {form.format(near[0])}?" if near else ""

@@ -1,0 +1,1 @@
+"""The tests: unit/ mirrors the rooms, kits/ holds what tests share."""

@@ -1,0 +1,125 @@
+"""The few places where tests/parity/test_same_numbers.py touches the program; everything else there is names and figures.
+
+A training is started through `main.main(argv)`, in one child process per rank. Two methods are wrapped there for as
+long as that child lives: `datasets.device.TrainPrepare.__call__(batch) → (images, targets)` shows each prepared
+micro-batch, `optim.update.Update.step(update) → .loss, .grad_norm` each update. The rest is read from the run folder:
+checkpoint-N.pth (entries model, model_ema, optimizer) and log.txt.
+"""
+import hashlib
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tests.kits.fill import parity_image
+from tests.kits.processes import FORKS, environment
+from tests.kits.runs import places
+
+SECONDS = 120
+
+
+def write_images(folder: Path, train: int, val: int) -> Path:
+    """Textured images of several sizes and modes in three classes, train/ and val/; always the same bits."""
+    for part, count, first in (("train", train, 0), ("val", val, 1000)):
+        for index in range(count):
+            pixels = parity_image(first + index, 34 + 5 * (index % 4), 30 + 7 * (index % 3))
+            path = folder / part / f"class{index % 3}" / f"{index:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).convert("L" if index % 7 == 3 else "RGB").save(path)
+    return folder
+
+
+def train(argv: list[str], work: Path, world_size: int = 1, stop_after: int | None = None) -> tuple[list[int], list[dict]]:
+    """Run main.py with plain operators and one thread per rank; SIGUSR1 reaches rank 0 in update `stop_after`.
+
+    Returns the ranks' exit codes and the updates, each with the mean `loss`, the `grad_norm` and the sha256 `batch` of
+    the global batch: images as the network gets them, targets and erased boxes in order of position.
+    """
+    variables = places(world_size) if world_size > 1 else [{}]
+    ranks = [FORKS.Process(target=_child, args=(argv, one, str(work / f"rank{rank}"), stop_after if rank == 0 else None))
+             for rank, one in enumerate(variables)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(SECONDS)
+        rank.kill()
+    seen = [json.loads(path.read_text()) if path.exists() else [] for path in
+            (work / f"rank{rank}.json" for rank in range(world_size))]
+    return [rank.exitcode for rank in ranks], [_merged(parts) for parts in zip(*seen)]
+
+
+def console(work: Path) -> str:
+    """What rank 0 printed in the last training."""
+    return (work / "rank0.txt").read_text()
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights, average and optimizer tensors of the last epoch's checkpoint in a run folder."""
+    names = (re.fullmatch(r"checkpoint-(\d+)\.pth", path.name) for path in folder.iterdir())
+    state = torch.load(folder / f"checkpoint-{max(int(name[1]) for name in names if name)}.pth", weights_only=True)
+    found = {f"{part}/{name}": value for part in ("model", "model_ema") for name, value in (state[part] or {}).items()}
+    return found | {f"optimizer/{index}/{name}": value for index, slots in sorted(state["optimizer"]["state"].items())
+                    for name, value in slots.items() if isinstance(value, torch.Tensor)}
+
+
+def log(folder: Path) -> list[dict]:
+    """The lines of a run's log.txt."""
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def _merged(parts: tuple[dict, ...]) -> dict:
+    rows = {int(position): digest for part in parts for position, digest in part["rows"].items()}
+    joined = "".join(digest for _, digest in sorted(rows.items()))
+    return {"update": parts[0]["update"], "batch": hashlib.sha256(joined.encode()).hexdigest(),
+            "loss": sum(part["loss"] for part in parts) / len(parts), "grad_norm": parts[0]["grad_norm"]}
+
+
+def _child(argv: list[str], variables: dict[str, str], output: str, stop_after: int | None) -> None:
+    file = os.open(output + ".txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.clear()
+    os.environ.update(environment(**variables))
+    os.environ.pop("CXX", None)
+    os.environ["PATH"] = "/nonexistent"  # no compiler: plain operators, Pillow's decoder
+    torch.backends.mkldnn.is_available = lambda: False  # nor oneDNN's products on AMD CPUs
+    torch.set_num_threads(1)
+    seen = _record(stop_after)
+    import main
+    code = main.main(argv)
+    Path(output + ".json").write_text(json.dumps(seen))
+    os._exit(code)
+
+
+def _record(stop_after: int | None) -> list[dict]:
+    """A list that fills with this rank's updates while it trains."""
+    from datasets.device import TrainPrepare
+    from optim.update import Update
+
+    seen: list[dict] = []
+    rows: dict[int, str] = {}
+    prepare, step = TrainPrepare.__call__, Update.step
+
+    def prepared(self, batch):
+        images, targets = prepare(self, batch)
+        for row, position in enumerate(batch.positions.tolist()):
+            parts = (images[row].permute(1, 2, 0), targets[row], batch.boxes[row])
+            rows[position] = hashlib.sha256(b"".join(
+                np.ascontiguousarray(part.numpy()).tobytes() for part in parts)).hexdigest()
+        return images, targets
+
+    def stepped(self, update):
+        stats = step(self, update)
+        seen.append({"update": update, "loss": stats.loss.item(), "grad_norm": stats.grad_norm.item(), "rows": dict(rows)})
+        rows.clear()
+        if update == stop_after:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return stats
+
+    TrainPrepare.__call__, Update.step = prepared, stepped
+    return seen

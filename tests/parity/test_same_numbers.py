@@ -1,0 +1,57 @@
+"""A training gives the numbers it gave when they were stored: every global batch to the bit, losses, gradients, tensors.
+
+`python -m tests.parity.store_same_numbers` stores them again (only when they are meant to change, with the reason in
+the commit); with `--bits` it prints what the rows end with to the bit, for comparing two commits on one machine.
+"""
+import pytest
+
+from tests.kits import numbers
+from tests.parity import store_same_numbers as store
+
+STORED = store.read()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return numbers.write_images(tmp_path_factory.mktemp("images") / "data", store.TRAIN, store.VAL)
+
+
+def assert_same(found: dict, stored: dict, *, exact: bool) -> None:
+    """Batches equal to the bit; losses and gradient norms to 1e-5 and tensor norms to 1e-3, or (not `exact`, bf16)
+    losses and gradient norms to 1e-2 alone."""
+    close = dict(rel=1e-5) if exact else dict(rel=1e-2)
+    assert found["update"] == stored["update"]
+    differing = [update for update, a, b in zip(stored["update"], found["batch"], stored["batch"]) if a != b]
+    assert not differing, (f"global batches of updates {differing} differ; the stored ones were made with "
+                           f"{STORED['versions']}, these with {store.versions()}")
+    assert found["loss"] == pytest.approx(stored["loss"], **close)
+    assert found["grad_norm"] == pytest.approx(stored["grad_norm"], **close)
+    for line, expected in zip(found["log"], stored["log"], strict=True):
+        assert line == pytest.approx(expected, **close)
+    assert found["norms"].keys() == stored["norms"].keys()
+    if exact:
+        differing = {name: (norm, stored["norms"][name]) for name, norm in found["norms"].items()
+                     if norm != pytest.approx(stored["norms"][name], rel=1e-3)}
+        assert not differing
+
+
+@pytest.mark.parametrize("name", store.ROWS)
+def test_a_training_gives_the_stored_numbers(name, images, tmp_path):
+    found = store.figures(store.run(name, images, tmp_path / "work"))
+    assert_same(found, STORED["rows"][name], exact="bf16" not in name)
+
+
+@pytest.mark.parametrize("name", store.RESUMED)
+def test_a_training_resumed_within_an_epoch_gives_the_numbers_of_the_undisturbed_one(name, images, tmp_path):
+    found = store.figures(store.run(name, images, tmp_path / "work", stop_after=store.RESUMED[name]))
+    assert_same(found, STORED["rows"][name], exact=True)
+
+
+def test_global_batches_depend_neither_on_model_nor_accumulation_nor_processes_nor_precision():
+    def batches(*names):
+        return {tuple(STORED["rows"][name]["batch"]) for name in names}
+
+    mixed, unmixed = batches("7x7", "7x7-2x-ema", "7x7-bf16", "7x7-2x-two", "gf", "gf-4x-ema"), batches(
+        "7x7-4x-unmixed", "gf-2x-unmixed", "gf-2x-bf16-unmixed")
+    assert len(mixed) == len(unmixed) == 1
+    assert len(set(mixed.pop())) == len(set(unmixed.pop())) == store.EPOCHS * (store.TRAIN // store.GLOBAL_BATCH)

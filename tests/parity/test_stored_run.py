@@ -1,0 +1,69 @@
+"""A run that an earlier version left within its second epoch (format 2) is resumed, evaluated and reported.
+
+tests/data/run_v2 is its folder; the checkpoints are packed, their values rounded to a few digits so that they pack well.
+"""
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from common.outcome import Outcome
+from main import main
+from tests.kits import numbers
+from tools.report import main as report
+
+STORED = Path(__file__).resolve().parents[1] / "data" / "run_v2"
+TRAIN, VAL, STOPPED_AT, UPDATES = 22, 9, 7, 10
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return numbers.write_images(tmp_path_factory.mktemp("images"), TRAIN, VAL)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with tarfile.open(STORED / "checkpoints.tar.xz") as packed:
+        packed.extractall(tmp_path / "run", filter="data")
+    return Path(shutil.copytree(STORED, tmp_path / "run", ignore=shutil.ignore_patterns("*.xz"), dirs_exist_ok=True))
+
+
+def command(images, folder, *more):
+    """The run's own command line on the images and folder of this test."""
+    first = json.loads((STORED / "attempts.jsonl").read_text().splitlines()[0])
+    return [*first["command"][1:], "--data_path", str(images), "--index_cache", str(images / "cache"), "--output_dir",
+            str(folder), *more]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_it_is_resumed_where_it_stood(images, folder):
+    before = lines(folder / "log.txt")
+    assert main(command(images, folder)) == 0
+    attempts = lines(folder / "attempts.jsonl")
+    begun = next(line for line in attempts if line["attempt"] == 2)
+    assert begun["from_update"] == STOPPED_AT
+    assert Outcome(attempts[-1]["state"]) is Outcome.DONE and attempts[-1]["update"] == UPDATES
+    log = lines(folder / "log.txt")
+    assert log[:1] == before and [line["update"] for line in log] == [UPDATES // 2, UPDATES]
+    assert (folder / "checkpoint-1.pth").exists() and (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("name, loss, hits", [("checkpoint-best.pth", 1.321328, 3),
+                                              ("checkpoint-best-ema.pth", 1.217004, 2)])
+def test_what_scored_in_it_is_evaluated(images, folder, tmp_path, name, loss, hits):
+    argv = command(images, tmp_path / "evaluation", "--eval", "true", "--resume", str(folder / name))
+    assert main(argv) == 0
+    found = json.loads((tmp_path / "evaluation" / "eval.json").read_text())
+    assert (found["images"], found["hits1"]) == (VAL, hits) and found["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_it_is_reported_and_its_word_for_a_pause_is_read(folder):
+    assert report([str(folder)]) == 0
+    assert "hornet_pico_7x7" in (folder / "report.html").read_text("utf-8")
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "PREEMPTED" and Outcome(status["state"]) is Outcome.PAUSED

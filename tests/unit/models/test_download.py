@@ -1,0 +1,137 @@
+"""Downloads from a real server on this machine: wrong hash, half a file, web page, silence, by hand."""
+import hashlib
+import http.server
+import io
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.errors import UserError
+from models import download
+from models.download import cache_folder, fetch, fetch_published, local_file
+from models.zoo import PUBLISHED, PublishedFile
+
+_BUFFER = io.BytesIO()
+torch.save({"model": {"w": torch.arange(30000.0)}}, _BUFFER)
+DATA = _BUFFER.getvalue()
+PREFIX = hashlib.sha256(DATA).hexdigest()[:8]
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        server, kind = self.server, self.path.strip("/").split(".")[0]
+        server.asked.append(kind)
+        bad, server.failures = server.failures > 0, server.failures - 1
+        if kind == "missing" or kind == "busy" and bad:
+            return self.send_error(404 if kind == "missing" else 503)
+        if kind == "silent" and bad:
+            threading.Event().wait(1.5)
+        body = b"<!DOCTYPE html><title>Log in</title>" if kind == "page" else DATA
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[:len(body) // 2] if kind == "half" and bad else body)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(download, "_TIMEOUT", 0.5)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.failures, server.asked, server.handle_error = 0, [], lambda *who: None  # a silent one is left waiting
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01))
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def published(server, *kinds, prefix=PREFIX):
+    return PublishedFile("test", "model.pth", tuple(f"{server.url}/{kind}.pth" for kind in kinds), prefix)
+
+
+def test_a_whole_file_is_downloaded_once(server, tmp_path):
+    path = fetch(published(server, "good"), tmp_path / "new" / "folder")
+    assert path.read_bytes() == DATA and fetch(published(server, "good"), path.parent) == path
+    assert server.asked == ["good"] and [p.name for p in path.parent.iterdir()] == ["model.pth"]
+
+
+@pytest.mark.parametrize("kind", ["busy", "half", "silent"])
+@pytest.mark.parametrize("prefix", [PREFIX, ""])
+def test_a_failed_download_is_retried(server, tmp_path, kind, prefix):
+    server.failures = 2 if kind != "silent" else 1
+    assert fetch(published(server, kind, prefix=prefix), tmp_path).read_bytes() == DATA
+    assert len(server.asked) == (3 if kind != "silent" else 2)
+
+
+def test_the_next_address_is_asked_when_one_fails(server, tmp_path):
+    assert fetch(published(server, "missing", "page", "good"), tmp_path).read_bytes() == DATA
+    assert server.asked == ["missing", "page", "good"]
+
+
+@pytest.mark.parametrize("kind, prefix", [
+    ("missing", PREFIX), ("page", ""), ("page", PREFIX), ("good", "00000000")])
+def test_another_answer_is_one_sentence_with_name_address_and_place(server, tmp_path, kind, prefix):
+    with pytest.raises(UserError) as error:
+        fetch(published(server, kind, prefix=prefix), tmp_path)
+    assert error.value.code == "download_failed" and not list(tmp_path.iterdir())
+    for part in ("model.pth", f"{server.url}/{kind}.pth", str(tmp_path / "model.pth"), "HORNET_CACHE"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("prefix", [PREFIX, ""])
+def test_a_file_placed_by_hand_is_checked_and_needs_no_server(tmp_path, prefix):
+    file = PublishedFile("test", "model.pth", ("https://127.0.0.1:9/x.pth",), prefix)  # nothing listens there
+    (tmp_path / "model.pth").write_bytes(DATA)
+    assert fetch(file, tmp_path) == tmp_path / "model.pth"
+    (tmp_path / "model.pth").write_bytes(b"<html>please log in</html>")
+    with pytest.raises(UserError, match="https://127.0.0.1:9/x.pth") as error:
+        fetch(file, tmp_path)
+    assert error.value.code == "download_failed" and (tmp_path / "model.pth").exists()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError) as error:
+        fetch(PublishedFile("test", "model.pth", ("https://127.0.0.1:9/x.pth",)), tmp_path / "file" / "below")
+    assert error.value.code == "unwritable_folder" and "HORNET_CACHE" in str(error.value)
+
+
+def test_only_https_except_from_this_machine(tmp_path):
+    for url in ("http://example.org/a.pth", "http://127.0.0.1.evil/a"):
+        with pytest.raises(UserError) as error:
+            local_file(url)
+        assert error.value.code == "not_https"
+    assert local_file(tmp_path / "a.pth") == str(tmp_path / "a.pth")
+
+
+def test_any_address_gets_a_name_of_its_own(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HORNET_CACHE", str(tmp_path))
+    a, b = (Path(local_file(server.url + end)) for end in ("/x/../..%2f..%2fbest.pth?dl=1", "/y/best.pth"))
+    assert a != b and a.parent == b.parent == tmp_path == cache_folder() and a.read_bytes() == DATA
+
+
+def test_no_published_file(tmp_path):
+    with pytest.raises(UserError, match="hornet_tiny_7x7") as error:
+        fetch_published("hornet_pico_gf", tmp_path)
+    assert error.value.code == "not_published"
+
+
+def test_offline_every_file_that_would_do_is_named_and_a_file_in_the_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(UserError) as error:
+        fetch_published("hornet_tiny_7x7", tmp_path)
+    for file in PUBLISHED["hornet_tiny_7x7"].files:
+        assert file.urls[0] in str(error.value) and str(tmp_path / file.name) in str(error.value)
+    (tmp_path / "hornet_tiny_7x7.pth").write_bytes(DATA)  # the second source, whose bytes nobody published
+    assert fetch_published("hornet_tiny_7x7", tmp_path).read_bytes() == DATA
