@@ -30,7 +30,8 @@ from models.zoo import PUBLISHED
 from run.checkpoint import Checkpoints
 from report.metrics import Predictions, multi_label_accuracy
 from config.parse import Resolved
-from config.recipe import convert, quote
+from config.options import OPTIONS
+from common.text import quote
 from report.results import Protocol, results_from, summary_line, write_eval_json, write_report_files
 from scoring import SAMPLED, strange_weights
 
@@ -144,7 +145,7 @@ def with_checkpoint_settings(resolved: Resolved, checkpoint: dict) -> Any:
     if checkpoint.get("format"):
         for name in _FROM_CHECKPOINT:
             if resolved.origins.get(name) == "default" and name in args and args[name] != getattr(resolved.options, name):
-                own[name] = convert(name, [str(args[name])], f"the checkpoint's {name}")
+                own[name] = OPTIONS[name].convert([str(args[name])], f"the checkpoint's {name}")
     if own.get("model", MODEL_NAMES[0]) not in MODEL_NAMES:
         raise UserError(f"the checkpoint's model {quote(own['model'])} is not known here; if its weights are those of "
                         f"another model, name it with --model: {', '.join(MODEL_NAMES)}.")

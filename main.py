@@ -23,8 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     1 any other end. Launchers turn all but 0 into 1; status.json in the run folder then tells which it was.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    rank = int(next((os.environ[name] for name in RANK_VARIABLES if os.environ.get(name)), 0))
-    setup_logging(rank)
+    rank = next((os.environ[name] for name in RANK_VARIABLES if os.environ.get(name, "").isdigit()), "0")
+    setup_logging(int(rank))
     # C++ traces of a lost peer would stand around the sentence that says what happened.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore", "This DataLoader will create")  # training says it in one line
@@ -32,9 +32,9 @@ def main(argv: list[str] | None = None) -> int:
         parse(argv)  # before PyTorch is imported, so that --help and a typing error answer at once
         return _run(argv)
     except UserError as error:
-        if rank == 0:
+        if int(rank) == 0:
             logger.error("error: %s", error)
-        return 2
+        return error.exit_code
     except RuntimeError as error:
         sentence = _in_words(error)
         if sentence is None:
@@ -71,7 +71,7 @@ def _run(argv: list[str]) -> int:
     if options.print_config:
         sys.stdout.write(resolved.describe() + "\n")
         return 0
-    with start(options) as process:
+    with start(options.device, options.rendezvous_timeout) as process:
         setup_logging(process.rank)
         for notice in resolved.notices:
             logger.info(notice)

@@ -13,6 +13,7 @@ import engine
 import models  # noqa: F401  registers the architectures with timm
 from common.errors import UserError
 from common.random import key
+from common.ledger import restarts
 from common.log import logger
 from common.safe_load import safe_torch_load
 from datasets.build import Data, build_data, eval_loader, train_loader
@@ -33,15 +34,15 @@ from optim.losses import build_loss
 from optim.schedule import build_schedule
 from optim.update import Update, UpdateConfig
 from run.checkpoint import Checkpoints, Loaded, undisturbed
-from config.rules import BatchPlan
+from config.rules import BatchPlan, plan_batch, resumed_schedule_notice, small_data_notice, validate_after_index
 from run.folder import DONE, FAILED, PREEMPTED, RunFolder
 from run.life import Fixed, Parts, Services, TrainingRun
-from config.parse import Resolved, plan_batch, validate_after_index
+from config.parse import Resolved
 from run.preflight import cpus_per_process, start_warnings
 from run.state import BEST, BEST_EMA, check_resumable, check_same_run, finished
-from run.log import Plan, Tracker, WandbRun
+from run.log import Tracker, WandbRun
 from scoring import strange_weights
-from tools.report import write_report
+from report.page import write_report
 
 
 def train(resolved: Resolved, process: Any, watchdog: Any) -> int:
@@ -144,6 +145,8 @@ def plan_run(resolved: Resolved, process: Any, state: dict | None, data: Data | 
             class_names=state["classes"] if state else None))
     plan = plan_batch(resolved, process.world_size, state["global_batch"] if state else None)
     updates = validate_after_index(options, plan, len(data.train), data.num_classes)
+    small = None if state else small_data_notice(options, plan, len(data.train))
+    plan = replace(plan, notices=(*plan.notices, small)) if small else plan
     return Planned(data, plan, plan.apply(options), updates)
 
 
@@ -174,10 +177,11 @@ def build_run(resolved: Resolved, process: Any, loaded: Loaded | None, services:
     fixed = Fixed(resolved.to_dict(), options.seed, plan.global_batch, data.class_names, updates, options.epochs, paths,
                   code_version())
     parts = Parts(model, ema, optimizer, update.scaler, policy, load_optimizer_state)
-    services.tracker = _tracker(resolved, process, services, fixed, model)
+    services.tracker = _tracker(resolved, process, fixed, model, data)
     run = TrainingRun(options, process, parts, fixed, services)
     if state:
         run.restore(state)
+        _warn_of_schedule(options, state, updates, run.update)
         logger.info("Going on at epoch %d, update %d from %s", run.epoch + 1, run.update, loaded.path)
     sampler = GlobalBatchSampler(len(data.train), plan.global_batch, plan.batch_size, plan.update_freq, process.rank,
                                  process.world_size, options.seed)
@@ -188,6 +192,16 @@ def build_run(resolved: Resolved, process: Any, loaded: Loaded | None, services:
         plan.update_freq, dtype, options.print_freq, run, process, data.train.path)
     run.evaluate = None if options.disable_eval else _evaluator(run, data, model, ema, process)
     return run
+
+
+def _warn_of_schedule(options: Any, state: dict, updates_per_epoch: int, update: int) -> None:
+    """Say when another `--epochs` than the checkpoint's moves the learning rate."""
+    epochs = state["args"].get("epochs", options.epochs)
+    earlier = build_schedule(replace(options, epochs=epochs), updates_per_epoch).lr(update)
+    notice = resumed_schedule_notice(epochs=options.epochs, earlier_epochs=epochs, earlier_lr=earlier,
+                                     lr=build_schedule(options, updates_per_epoch).lr(update))
+    if notice:
+        logger.warning(notice)
 
 
 def build_model(options: Any, num_classes: int) -> torch.nn.Module:
@@ -252,16 +266,17 @@ def _set_numerics(options: Any, state: dict | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _tracker(resolved: Resolved, process: Any, services: Services, fixed: Fixed, model: torch.nn.Module) -> Tracker:
+def _tracker(resolved: Resolved, process: Any, fixed: Fixed, model: torch.nn.Module, data: Data) -> Tracker:
     options, main = resolved.options, process.is_main
     size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     cpus = cpus_per_process(process.local_world_size)
     wandb = WandbRun(options.project, options.exp_name, fixed.args, options.wandb_ckpt) if options.enable_wandb and main else None
-    tracker = Tracker(options.output_dir if main and options.output_dir else None,
-                      Plan(fixed.epochs, fixed.updates_per_epoch, size, options.num_workers, cpus),
-                      options.log_dir if main else None, wandb, None if main else False)
+    tracker = Tracker(options.output_dir if main and options.output_dir else None, epochs=fixed.epochs,
+                      updates_per_epoch=fixed.updates_per_epoch, n_parameters=size, num_workers=options.num_workers,
+                      cpus=cpus, log_dir=options.log_dir if main else None, wandb=wandb,
+                      terminal=None if main else False)
     if main:
-        tracker.write_setup(resolved.to_yaml(), world_size=process.world_size, device=str(process.device),
+        tracker.write_setup(resolved.to_yaml(), data.describe(), world_size=process.world_size, device=str(process.device),
                             backend=process.backend, code_paths=fixed.code_paths, version=fixed.version,
                             global_batch=fixed.global_batch)
     return tracker
@@ -298,7 +313,7 @@ def _tell(run: TrainingRun, options: Any, checkpoints: Checkpoints | None) -> No
         warning = half_life_warning(options.model_ema_decay, run.fixed.epochs * run.fixed.updates_per_epoch)
         if warning:
             logger.warning(warning)
-    cpus = run.to.tracker.plan.cpus
+    cpus = run.to.tracker.cpus
     if options.num_workers > cpus:
         logger.info("--num_workers %d is more than the %d CPU%s of this process; more than these load nothing faster.",
                     options.num_workers, cpus, "s" * (cpus > 1))
@@ -312,7 +327,7 @@ def _live(run: TrainingRun, folder: RunFolder | None, loaded: Loaded | None) -> 
     """Train to the end, with the run folder's records around it."""
     options, checkpoints, tracker = run.options, run.to.checkpoints, run.to.tracker
     if folder is not None:
-        tracker.go_on(run.epoch)
+        tracker.resume(run.epoch)
         folder.begin(update=run.update, epoch=run.epoch, resume=options.resume[0] if options.resume else "",
                      automatic=requeued())
     if checkpoints is not None:
@@ -331,7 +346,7 @@ def _live(run: TrainingRun, folder: RunFolder | None, loaded: Loaded | None) -> 
     finally:
         with undisturbed():
             for sentence in checkpoints.close() if checkpoints is not None else ():
-                tracker.incident("save_failed", sentence, say=False, update=run.update)
+                tracker.incident("save_failed", sentence, log=False, update=run.update)
             if folder is not None:
                 folder.end(state, update=run.update, epoch=run.epoch, cause=cause)
             if checkpoints is not None and state == DONE:
@@ -354,7 +369,7 @@ def _live(run: TrainingRun, folder: RunFolder | None, loaded: Loaded | None) -> 
 
 def requeued() -> bool:
     """Whether a scheduler, not a person, has started this attempt."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    return restarts() > 0
 
 
 def _write_page(folder: RunFolder) -> None:

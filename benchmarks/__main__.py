@@ -10,7 +10,7 @@ import torch
 import models
 from common.files import write_json, write_text
 from common.log import logger
-from models.complexity import count
+from models.inspect import complexity
 from models.zoo import PUBLISHED, VARIANTS
 from benchmarks import cases, data, timing
 from benchmarks.plot import accuracy_speed
@@ -43,7 +43,7 @@ def _family(args: argparse.Namespace) -> list[dict]:
     context, found = multiprocessing.get_context("spawn"), []
     for name in PUBLISHED:
         with torch.device("meta"):
-            size = count(timm.create_model(name), VARIANTS[name].input_size)
+            size = complexity(timm.create_model(name), VARIANTS[name].input_size)
         row = {"model": name, "params": size.params, "flops": size.flops, "input_size": VARIANTS[name].input_size,
                "top1": PUBLISHED[name].top1}
         for train in (False, True):

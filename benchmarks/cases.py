@@ -11,7 +11,7 @@ from torch import nn
 
 import models
 from native import paths as kernels
-from models.complexity import count
+from models.inspect import complexity
 from models.zoo import VARIANTS
 from native.operators import product_dtype
 from optim.ema import Ema
@@ -101,7 +101,7 @@ def evaluation(name: str, setting: Setting) -> list[Row]:
     times = setting.time(cases)
     differences = {label: float((each - logits["reference"]).abs().max()) for label, each in logits.items()}
     found = rows(f"evaluate {name}", times, setting.batch, "img", "reference")
-    return _finish(found, 2 * setting.batch * count(plain, size).flops, setting.clock, differences)
+    return _finish(found, 2 * setting.batch * complexity(plain, size).flops, setting.clock, differences)
 
 
 def training(name: str, setting: Setting) -> list[Row]:
@@ -132,7 +132,7 @@ def training(name: str, setting: Setting) -> list[Row]:
     times = setting.time(cases)
     differences = {label: abs(value - losses["reference"]) for label, value in losses.items()}
     found = rows(f"train {name}", times, setting.batch, "img", "reference")
-    return _finish(found, 6 * setting.batch * count(plain, size).flops, setting.clock, differences)
+    return _finish(found, 6 * setting.batch * complexity(plain, size).flops, setting.clock, differences)
 
 
 class _Constant:

@@ -137,12 +137,18 @@ def append_json_line(path: str | os.PathLike, record: dict) -> None:
 
 
 def read_json_lines(path: str | os.PathLike) -> list[dict]:
-    """The records of a file of JSON lines; [] when there is none. Lines cut short by a crash are left out."""
+    """The records of a file of JSON lines; [] when there is none. Lines cut short by a crash are left out.
+
+    Raises UserError when there is something that cannot be read as a file, such as a folder.
+    """
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             lines = file.readlines()
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); expected a file of JSON lines: move it away.",
+                        code="unreadable_file") from error
     records = []
     for line in lines:
         try:

@@ -33,6 +33,12 @@ class Data:
         """Number of logits the data wants."""
         return len(self.class_names)
 
+    def describe(self) -> dict[str, object]:
+        """Plain values for data.json in a run folder: classes, images per class and notes."""
+        return {"classes": self.class_names, "notes": self.notes} | {part: {
+            "images": len(dataset), "per_class": np.bincount(dataset.targets, minlength=self.num_classes).tolist()}
+            for part, dataset in (("train", self.train), ("val", self.val)) if dataset}
+
 
 def build_data(options, *, train: bool, evaluate: bool, class_names: list[str] | None = None,
                rank_zero: bool = True) -> Data:

@@ -1,41 +1,64 @@
-"""One `Process` object however the program was started: alone, by torchrun, by srun, by submitit or by mpirun.
+"""One `Process` object however the program was started: alone, by torchrun, srun, submitit or mpirun.
 
-    with start(options) as process:
+    with start(options.device, options.rendezvous_timeout) as process:
         model = process.wrap(model.to(process.device))
 
 Collectives on CPU tensors and Python objects go through a gloo group beside the device's own backend, so
-that host-side agreement never waits for the GPU's queue.
+that agreement between hosts never waits for the GPU's queue.
 """
 import dataclasses
-import datetime
 import gc
 import inspect
-import json
 import os
+import re
 import socket
+import threading
 import time
 import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator
+from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from common.errors import UserError
-from common.random import key
+from common.errors import Failure, UserError
 from common.log import logger
-from launch.places import Place, find_place
-from launch.processes import end_with_launcher
+from common.random import key
 
 BACKENDS = {"cuda": "nccl", "xpu": "xccl", "cpu": "gloo", "mps": "gloo"}
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where one process stands among its peers.
+
+    `node` counts nodes from 0. `ports` are those on which rank 0 may be met, `token` names this very start of
+    a job where the ports were derived, `served` says that the launcher has a store listening there already.
+    """
+
+    launcher: str = "none"
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    node: int = 0
+    node_name: str = dataclasses.field(default_factory=socket.gethostname)
+    master_addr: str = "127.0.0.1"
+    ports: tuple[int, ...] = ()
+    token: str = ""
+    served: bool = False
 
 
 @dataclasses.dataclass(eq=False)
 class Process:
     """This process among its peers. All methods also work when it is alone; then nothing is communicated.
 
-    `node` counts nodes from 0, `node_name` is for people, `backend` is "" for a lone process. `waits_in` names
-    the collective this process is inside of (the watchdog reads it from its thread).
+    `backend` is "" for a lone process. `waits_in` names the collective this process is inside of (the
+    watchdog reads it from its thread).
     """
 
     place: Place
@@ -70,7 +93,11 @@ class Process:
                 dist.all_reduce(tensor, op=getattr(dist.ReduceOp, op.upper()), group=group)
         return tensor
 
-    def broadcast_object(self, obj: Any = None, source: int = 0) -> Any:
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any process: one small reduction between the hosts."""
+        return bool(self.all_reduce_(torch.tensor([int(flag)], dtype=torch.int32), "max"))
+
+    def broadcast_object(self, obj: T, source: int = 0) -> T:
         """The picklable object of process `source`, on every process."""
         if self.world_size == 1:
             return obj
@@ -79,7 +106,7 @@ class Process:
             dist.broadcast_object_list(box, src=source, group=self.side)
         return box[0]
 
-    def all_gather_object(self, obj: Any) -> list[Any]:
+    def all_gather_object(self, obj: T) -> list[T]:
         """The picklable objects of all processes in order of rank, on every process."""
         box = [obj] * self.world_size
         if self.world_size > 1:
@@ -87,23 +114,23 @@ class Process:
                 dist.all_gather_object(box, obj, group=self.side)
         return box
 
-    def on_rank_zero(self, work: Callable[[], Any]) -> Any:
+    def on_rank_zero(self, work: Callable[[], T]) -> T:
         """What `work` returns on rank 0, on every process; its UserError is raised on every process too.
 
-        So the run folder and the checkpoint to resume need to be seen by rank 0's node only.
+        So only rank 0's node needs to see the run folder and the checkpoint to resume.
         """
-        outcome = None, None
+        result = error = None
         if self.is_main:
             try:
-                outcome = work(), None
-            except UserError as error:
-                outcome = None, str(error)
-        result, sentence = self.broadcast_object(outcome)
-        if sentence is not None:
-            raise UserError(sentence)
-        return result
+                result = work()
+            except UserError as refusal:
+                error = refusal
+        result, error = self.broadcast_object((result, error))
+        if error is not None:
+            raise error
+        return result  # pyright: ignore[reportReturnType]
 
-    def local_first(self, work: Callable[[], Any]) -> Any:
+    def local_first(self, work: Callable[[], T]) -> T:
         """`work()`, done by one process of each node before the others, who then find its caches."""
         if self.local_rank != 0:
             self.barrier()
@@ -116,20 +143,28 @@ class Process:
         """DistributedDataParallel around `model`, or the model itself when this process is alone.
 
         Without `device_ids`, for all inputs are on the device already and would be copied once more; without
-        buffer broadcasts, because HorNet has no buffers that training changes. Accumulate gradients by setting
-        `require_backward_grad_sync` before the forward of each micro-batch.
+        buffer broadcasts, because HorNet has no buffers that training changes. Accumulate gradients by
+        setting `require_backward_grad_sync` before the forward of each micro-batch.
         """
         if self.world_size == 1:
             return model
         ddp = torch.nn.parallel.DistributedDataParallel
         # Renamed in torch 2.15.
         renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters
-        buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-        # After its first backward pass DDP sorts its buckets anew. The order of additions in a ring of three or more
-        # depends on the place in the bucket, so a resumed run, whose first update has the old buckets, would differ in
-        # its last bits. Looking for unused parameters (there are none) keeps the buckets as they are.
+        # After its first backward pass DDP sorts its buckets again. The order of additions in a ring of three
+        # or more depends on the place in the bucket, so a resumed run, whose first update has the old buckets,
+        # would differ in its last bits. Looking for unused parameters (there are none) keeps the buckets.
         exact = self.backend == "gloo" or torch.are_deterministic_algorithms_enabled()
-        return ddp(model, gradient_as_bucket_view=True, find_unused_parameters=exact, **buffers)
+        given = {"forward_sync_buffers" if renamed else "broadcast_buffers": False, "find_unused_parameters": exact}
+        return ddp(model, gradient_as_bucket_view=True, **given)
+
+    def set_timeout(self, limit: timedelta) -> None:
+        """How long a collective waits for a peer before it raises."""
+        if self.side is not None:
+            # Public since torch 2.15.
+            change = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+            for group in {dist.group.WORLD, self.side}:
+                change(limit, group)
 
     def close(self, failed: bool = False) -> None:
         """Leave the process group. After a failure nobody waits for peers that may be gone."""
@@ -137,17 +172,16 @@ class Process:
             return
         if not failed:
             self.barrier()
-        # A group destroyed while autograd still holds DDP's buckets sometimes aborts the interpreter at its end.
+        # A group destroyed while autograd holds DDP's buckets sometimes aborts the interpreter at its end.
         gc.collect()
         self.side = None
-        if failed and self.backend == "nccl":
-            return  # destroy_process_group would wait for the collectives in flight; the exit of the process ends them
-        dist.destroy_process_group()
+        if not failed or self.backend != "nccl":  # which would wait for the collectives in flight
+            dist.destroy_process_group()
 
     def __enter__(self) -> "Process":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(failed=kind is not None)
 
     @contextmanager
@@ -159,74 +193,168 @@ class Process:
             self.waits_in = ""
 
 
-def start(options: Any) -> Process:
+def start(device: str = "auto", rendezvous_timeout: float = 180.0) -> Process:
     """Find this process' place, choose its device and join the process group.
 
-    Reads `options.device` (auto, cuda, xpu, mps, cpu, or one device such as cuda:1) and, where present,
-    `rendezvous_timeout` (180 s) and `hang_timeout` (180 s; 0 switches the watchdog off).
-    Raises UserError for a device that is not there, a device used twice, and processes that did not arrive.
+    Args:
+        device: auto, cuda, xpu, mps, cpu, or one device such as cuda:1.
+        rendezvous_timeout: seconds to wait for the other processes.
+
+    Raises UserError for a device that is missing or used twice and for a launcher's environment that makes no
+    sense, Failure for processes that did not arrive.
     """
-    place = find_place(os.environ)
-    device = choose_device(getattr(options, "device", "auto") or "auto", place.local_rank, place.local_world_size)
-    if device.type in ("cuda", "xpu"):
-        torch.get_device_module(device).set_device(device)
-    process = Process(place, device)
-    if place.launcher != "none":
-        end_with_launcher()
+    place = find_place()
+    chosen = choose_device(device, place.local_rank, place.local_world_size)
+    if chosen.type in ("cuda", "xpu"):
+        torch.get_device_module(chosen).set_device(chosen)
+    process = Process(place, chosen)
     if place.world_size == 1:
         return process
     if place.local_world_size == place.world_size and os.path.isdir("/sys/class/net/lo"):
         # On one node nothing needs to listen on an outside interface.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    limit = datetime.timedelta(seconds=float(getattr(options, "rendezvous_timeout", None) or 180))
-    process.store = meet(place, limit)
-    process.backend = BACKENDS[device.type]
-    timeout = datetime.timedelta(seconds=group_timeout(float(getattr(options, "hang_timeout", 180))))
+    process.store, process.backend = meet(place, rendezvous_timeout), BACKENDS[chosen.type]
+    limit = timedelta(seconds=rendezvous_timeout)
     # No device_id: NCCL would connect at once and fail on a shared device before it can be named below.
-    dist.init_process_group(process.backend, store=process.store, rank=place.rank, world_size=place.world_size,
-                            timeout=timeout)
-    process.side = dist.group.WORLD if process.backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+    dist.init_process_group(process.backend, store=process.store, timeout=limit,
+                            rank=place.rank, world_size=place.world_size)
+    group = dist.group.WORLD if process.backend == "gloo" else dist.new_group(backend="gloo", timeout=limit)
+    process.side = cast(dist.ProcessGroup, group)
     try:
-        refuse_shared_devices(process.all_gather_object((place.node, device_identity(device))))
+        refuse_shared_devices(process.all_gather_object((place.node, device_identity(chosen))))
     except UserError:
         process.close()
         raise
+    process.set_timeout(timedelta(minutes=30))  # PyTorch's own; a watchdog, where one watches, replaces it
     return process
 
 
-def group_timeout(hang_timeout: float) -> float:
-    """Seconds the process group itself waits: above the watchdog's patience, so that its sentence comes first."""
-    return max(300.0, 11 * hang_timeout + 60) if hang_timeout else 1800.0
+# ------------------------------------------------------------------------------------------------ places
 
+def find_place(env: Mapping[str, str] = os.environ) -> Place:
+    """The place of this process: torchrun first (it may itself run under srun), then submitit, srun, mpirun.
+
+    A plain `python` inside a Slurm allocation or an interactive shell is a single process, although
+    SLURM_NTASKS may say otherwise: only srun's own step variables count. Raises UserError (code
+    "environment") for variables that are missing, no numbers, or out of range.
+    """
+    node_name = env.get("SLURMD_NODENAME") or socket.gethostname()
+    if "RANK" in env and "WORLD_SIZE" in env:
+        world = number(env, "WORLD_SIZE", 1)
+        local = number(env, "LOCAL_WORLD_SIZE", 1, world, default=world)
+        return _at_master(env, Place("torchrun", number(env, "RANK", 0, world - 1), world,
+                                     number(env, "LOCAL_RANK", 0, local - 1, default=0), local,
+                                     number(env, "GROUP_RANK", 0, default=0), node_name))
+    if env.get("SUBMITIT_EXECUTOR") == "local":
+        tasks = number(env, "SUBMITIT_LOCAL_NTASKS", 1)
+        rank = number(env, "SUBMITIT_LOCAL_GLOBALID", 0, tasks - 1)
+        return _derived(Place("submitit-local", rank, tasks, rank, tasks,
+                              token=f"local {env.get('SUBMITIT_LOCAL_JOB_ID')}"))
+    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env and "SLURM_PTY_PORT" not in env:
+        return _slurm(env, node_name)
+    if number(env, "OMPI_COMM_WORLD_SIZE", 1, default=1) > 1:
+        world = number(env, "OMPI_COMM_WORLD_SIZE", 1)
+        local = number(env, "OMPI_COMM_WORLD_LOCAL_SIZE", 1, world)
+        rank = number(env, "OMPI_COMM_WORLD_RANK", 0, world - 1)
+        return _at_master(env, Place("mpirun", rank, world, number(env, "OMPI_COMM_WORLD_LOCAL_RANK", 0, local - 1),
+                                     local, rank // local, node_name))
+    return Place()
+
+
+def _at_master(env: Mapping[str, str], place: Place) -> Place:
+    if place.world_size == 1:
+        return place
+    if not env.get("MASTER_ADDR"):
+        raise _misplaced(env, "MASTER_ADDR", "the name of rank 0's node")
+    return dataclasses.replace(place, master_addr=env["MASTER_ADDR"], ports=(number(env, "MASTER_PORT", 1, 65535),),
+                               served=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+
+
+def _derived(place: Place) -> Place:
+    """With ports that follow from the token, for launchers that name none."""
+    return dataclasses.replace(place, ports=tuple(20000 + key(0, place.token, i) % 12000 for i in range(4)))
+
+
+def _slurm(env: Mapping[str, str], node_name: str) -> Place:
+    world = number(env, "SLURM_STEP_NUM_TASKS", 1)
+    counts = tasks_per_node(env)
+    node = number(env, "SLURM_NODEID", 0, len(counts) - 1)
+    # The step is named, so that two steps of one job don't meet, and the attempt, so that a requeued job
+    # doesn't meet what is left of its predecessor. On one node the store listens on loopback alone.
+    token = " ".join(env.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    return _derived(Place("submitit-slurm" if env.get("SUBMITIT_EXECUTOR") == "slurm" else "srun",
+                          number(env, "SLURM_PROCID", 0, world - 1), world,
+                          number(env, "SLURM_LOCALID", 0, counts[node] - 1), counts[node], node, node_name,
+                          first_node(env) if len(counts) > 1 else "127.0.0.1", token=token))
+
+
+def tasks_per_node(env: Mapping[str, str]) -> list[int]:
+    """Slurm's "2(x3),1" as [2, 2, 2, 1]."""
+    name = "SLURM_STEP_TASKS_PER_NODE" if "SLURM_STEP_TASKS_PER_NODE" in env else "SLURM_TASKS_PER_NODE"
+    parts = [re.fullmatch(r"([1-9]\d{0,5})(?:\(x([1-9]\d{0,5})\))?", part) for part in env.get(name, "").split(",")]
+    counts = [int(part[1]) for part in parts if part for _ in range(int(part[2] or 1))]
+    if None in parts:
+        raise _misplaced(env, name, "numbers such as 2(x3),1")
+    return counts
+
+
+def first_node(env: Mapping[str, str]) -> str:
+    """The first name of a Slurm node list: "gpu[07-09,12],login1" gives gpu07. Rank 0 runs there."""
+    name = "SLURM_STEP_NODELIST" if "SLURM_STEP_NODELIST" in env else "SLURM_JOB_NODELIST"
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", env.get(name, ""))
+    if first is None:
+        raise _misplaced(env, name, "names such as gpu[07-09]")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group())
+
+
+def number(env: Mapping[str, str], name: str, least: int, most: int = 99999, default: int | None = None) -> int:
+    """The whole number from `least` to `most` in an environment variable; `default` where it is not set."""
+    if default is not None and name not in env:
+        return default
+    if re.fullmatch(r"-?\d{1,9}", env.get(name, "")) and least <= int(env[name]) <= most:
+        return int(env[name])
+    raise _misplaced(env, name, f"a whole number from {least} to {most}")
+
+
+def _misplaced(env: Mapping[str, str], name: str, expected: str) -> UserError:
+    found = f"is {env[name][:80]!r}" if name in env else "is missing"
+    return UserError(f"the environment variable {name} {found}; expected is {expected}: start with torchrun, srun, or "
+                     "python -m launch.run_with_submitit.", code="environment")
+
+
+# ----------------------------------------------------------------------------------------------- devices
 
 def choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:
     """The device of this process. Works when a task sees all GPUs of its node and when it sees only its own.
 
-    CUDA_VISIBLE_DEVICES is not asked: on machines without a GPU a scheduler may set it all the same.
+    CUDA_VISIBLE_DEVICES is not asked: on machines without a GPU a scheduler may set it all the same. Raises
+    UserError (code "device").
     """
     available = {"cuda": torch.cuda.is_available(), "xpu": hasattr(torch, "xpu") and torch.xpu.is_available(),
                  "mps": torch.backends.mps.is_available(), "cpu": True}
+    usable = ", ".join(name for name, there in available.items() if there)
     kind, _, index = wanted.partition(":")
-    if kind == "auto":
-        kind = next(name for name, there in available.items() if there)
+    kind = usable.split(",")[0] if kind == "auto" else kind
     if kind not in available or (index and not index.isdigit()):
-        raise UserError(f"--device {wanted}: not a device; use auto, cuda, xpu, mps, cpu, or one of them such as "
-                        f"cuda:1.")
+        raise _no_device(f"--device {wanted}: use auto, cuda, xpu, mps, cpu, or one of them such as cuda:1.")
     if not available[kind]:
-        usable = ", ".join(name for name, there in available.items() if there)
-        raise UserError(f"--device {wanted}: PyTorch finds no {kind} device on this machine; use --device auto "
-                        f"(here: {usable}).")
+        raise _no_device(f"--device {wanted}: PyTorch finds no {kind} device on this machine; use --device auto "
+                         f"(here: {usable}).")
     if kind in ("cpu", "mps"):
         return torch.device(kind)
     count = torch.get_device_module(kind).device_count()
     if not index and 1 < count < local_world_size:
-        raise UserError(f"{local_world_size} processes on this node but {count} {kind} devices: start {count} "
-                        f"processes per node.")
-    number = int(index) if index else (local_rank if count > 1 else 0)
-    if number >= count:
-        raise UserError(f"--device {wanted}: this process sees {count} {kind} device(s), numbered 0 to {count - 1}.")
-    return torch.device(kind, number)
+        raise _no_device(f"{local_world_size} processes on this node but {count} {kind} devices: start {count} "
+                         "processes per node.")
+    chosen = int(index) if index else (local_rank if count > 1 else 0)
+    if chosen >= count:
+        raise _no_device(f"--device {wanted}: this process sees {count} {kind} device(s), numbered 0 to {count - 1}.")
+    return torch.device(kind, chosen)
+
+
+def _no_device(sentence: str) -> UserError:
+    return UserError(sentence, code="device")
 
 
 def device_identity(device: torch.device) -> str:
@@ -246,108 +374,116 @@ def refuse_shared_devices(found: list[tuple[int, str]]) -> None:
     owners: dict[tuple[int, str], int] = {}
     for rank, (node, identity) in enumerate(found):
         if identity and (node, identity) in owners:
-            raise UserError(f"ranks {owners[node, identity]} and {rank} on node {node} share one device ({identity}): "
-                            f"start one process per device, and leave the number out of --device.")
+            raise _no_device(f"ranks {owners[node, identity]} and {rank} on node {node} share one device "
+                             f"({identity}): start one process per device, and leave the number out of --device.")
         owners[node, identity] = rank
 
 
-# ---------------------------------------------------------------------------------------------------- rendezvous
+# -------------------------------------------------------------------------------------------- rendezvous
 
-def meet(place: Place, limit: datetime.timedelta) -> dist.Store:
-    """A store shared by all processes, once all are there; UserError naming the missing ranks after `limit`."""
-    try:
-        store = _connect(place, limit)
-    except (dist.DistError, RuntimeError, OSError) as error:
-        sentence = (f"rank {place.rank} ({place.node_name}) found no rank 0 at {place.master_addr} within "
-                    f"{limit.total_seconds():.0f} s: check that rank 0 has started there and that this node reaches it "
-                    f"(--rendezvous_timeout).")
-        logger.error("%s (%s)", sentence, str(error).splitlines()[0])  # rank 0, which speaks for all, isn't there
-        raise UserError(sentence) from None
-    return dist.PrefixStore(name_this_start(store, place, limit), store)
+def meet(place: Place, limit: float) -> dist.Store:
+    """A store shared by all processes, once all are there.
 
-
-def name_this_start(store: dist.Store, place: Place, limit: datetime.timedelta) -> str:
-    """What rank 0 calls this start, once all ranks have answered to that very name.
-
-    A store may outlive its processes (torchrun keeps one over its restarts), and what an earlier start left in it must
-    not be taken for this one's: so rank 0 draws a name, each rank answers to it with a word of its own, and a rank
-    believes a name only when it finds its own word among the answers that rank 0 has seen.
+    Raises Failure (code "rendezvous") after `limit` seconds, naming the missing ranks, and UserError (code
+    "port") on rank 0 where another program listens on the port it was given.
     """
-    word, deadline = uuid.uuid4().hex, time.monotonic() + limit.total_seconds()
+    store = _serve(place) if place.rank == 0 and not place.served else _find(place, limit)
     try:
-        if place.rank == 0:
-            store.set("start", word)
-            answers = [f"{word}/{rank}" for rank in range(1, place.world_size)]
-            while not store.check(answers):
-                if time.monotonic() > deadline:
-                    raise UserError(_missing(store, word, place, limit))
-                time.sleep(0.02)
-            store.set(f"{word}/complete", json.dumps([answer.decode() for answer in store.multi_get(answers)]))
-            return word
-        start = ""
-        while time.monotonic() < deadline:
-            if store.check(["start"]):
-                start = store.get("start").decode()
-                store.set(f"{start}/{place.rank}", word)
-                if store.check([f"{start}/complete"]) and word in json.loads(store.get(f"{start}/complete")):
-                    return start
-            time.sleep(0.05)
-        if not start:
-            raise UserError(f"rank {place.rank} ({place.node_name}): rank 0 did not arrive within "
-                            f"{limit.total_seconds():.0f} s (--rendezvous_timeout).")
-        raise UserError(_missing(store, start, place, limit))
-    except (dist.DistError, RuntimeError):
-        raise UserError(f"rank {place.rank}: rank 0 has given up waiting; see its message.") from None
+        return dist.PrefixStore(name_this_start(store, place, limit), store)
+    except RuntimeError:
+        raise _absent(place, f"rank {place.rank}: rank 0 has given up waiting; see its message.") from None
 
 
-def _missing(store: dist.Store, start: str, place: Place, limit: datetime.timedelta) -> str:
-    missing = [rank for rank in range(1, place.world_size) if not store.check([f"{start}/{rank}"])]
-    return (f"only {place.world_size - len(missing)} of {place.world_size} processes arrived within "
-            f"{limit.total_seconds():.0f} s; missing rank(s): {', '.join(map(str, missing))} (--rendezvous_timeout).")
+def _absent(place: Place, sentence: str) -> Failure:
+    if place.rank:  # which else leaves it to rank 0 to speak, and that may be the one that is missing
+        logger.error("%s", sentence)
+    return Failure(sentence, code="rendezvous")
 
 
-def _connect(place: Place, limit: datetime.timedelta) -> dist.Store:
-    if place.launcher in ("torchrun", "mpirun"):
-        store, _, _ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=limit))
-        return store
-    ports = [20000 + key(0, place.token, i) % 12000 for i in range(4)]
-    if place.rank == 0:
-        return _serve(place, ports, limit)
-    return _find(place, ports, limit)
-
-
-def _serve(place: Place, ports: list[int], limit: datetime.timedelta) -> dist.Store:
-    address = "127.0.0.1" if place.local_world_size == place.world_size else ""
-    for port in ports:
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def _serve(place: Place) -> dist.Store:
+    """Rank 0's store, on the first of its ports that is free; on one node at that node's address alone."""
+    for port in place.ports:
         try:
-            listener.bind((address, port))
-        except OSError:
-            listener.close()
+            family, *_, address = socket.getaddrinfo(place.master_addr, port, type=socket.SOCK_STREAM)[0]
+            address = address if place.local_world_size == place.world_size else ("", port)
+            listener = socket.create_server(address[:2], family=family, backlog=1024)
+        except OSError as error:
+            reason = error.strerror
             continue
-        listener.listen(1024)
-        store = dist.TCPStore("127.0.0.1", port, is_master=True, timeout=limit, wait_for_workers=False,
+        store = dist.TCPStore(str(address[0]) or "127.0.0.1", port, is_master=True, wait_for_workers=False,
                               master_listen_fd=listener.detach())
         store.set("token", place.token)
         return store
-    raise UserError(f"ports {ports} on {place.node_name} are all taken; start again.")
+    raise UserError(f"rank 0 cannot listen at {place.master_addr}, port {' or '.join(map(str, place.ports))} ({reason}): "
+                    "start again with another MASTER_PORT (torchrun --master_port) and an address of this node.",
+                    code="port")
 
 
-def _find(place: Place, ports: list[int], limit: datetime.timedelta) -> dist.Store:
+def _find(place: Place, limit: float) -> dist.Store:
     """Try the ports rank 0 may have taken until one answers with this very start's token."""
-    deadline = datetime.datetime.now() + limit
-    while True:
-        for port in ports:
+    deadline, last = time.monotonic() + limit, "nobody answers"
+    while (left := deadline - time.monotonic()) > 0:
+        for port in place.ports:
             try:
-                socket.create_connection((place.master_addr, port), timeout=5).close()
-                store = dist.TCPStore(place.master_addr, port, is_master=False, wait_for_workers=False,
-                                      timeout=datetime.timedelta(seconds=5))
-                if store.get("token").decode() == place.token:
-                    store.set_timeout(limit)
+                socket.create_connection((place.master_addr, port), timeout=min(5, left)).close()
+                store, token = _within(min(5, left), lambda: _connect(place, port, limit))
+                if token == place.token or place.served:
                     return store
-            except (OSError, dist.DistError, RuntimeError):
-                pass
-        if datetime.datetime.now() > deadline:
-            raise OSError("nobody answers")
+                last = f"another program's store listens on port {port}"
+            except TimeoutError:
+                last = f"what listens on port {port} does not answer"
+            except (OSError, RuntimeError) as error:
+                last = str(error).splitlines()[0]
         time.sleep(0.2)
+    raise _absent(place, f"rank {place.rank} ({place.node_name}) found no rank 0 at {place.master_addr} within {limit:.0f} s "
+                  f"({last}): check that rank 0 has started there and that this node reaches it "
+                  "(--rendezvous_timeout).")
+
+
+def _connect(place: Place, port: int, limit: float) -> tuple[dist.Store, str]:
+    store = dist.TCPStore(place.master_addr, port, is_master=False, wait_for_workers=False,
+                          timeout=timedelta(seconds=limit))
+    return store, store.get("token").decode() if store.check(["token"]) else ""
+
+
+def _within(seconds: float, work: Callable[[], T]) -> T:
+    """`work()`, or TimeoutError: TCPStore waits for ever for a listener that accepts and says nothing."""
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(work())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name="rendezvous", daemon=True).start()
+    return answer.result(seconds)
+
+
+def name_this_start(store: dist.Store, place: Place, limit: float) -> str:
+    """What rank 0 calls this start, once all ranks have answered to that very name.
+
+    A store may outlive its processes (torchrun keeps one over its restarts), and what an earlier start left in
+    it must not be taken for this one's: so rank 0 draws a name, each rank answers to it with a word of its own,
+    and a rank believes a name only when it finds its own word among the answers that rank 0 has seen.
+    """
+    word, start, deadline = uuid.uuid4().hex, "", time.monotonic() + limit
+    answers = [f"{word}/{rank}" for rank in range(1, place.world_size)]
+    if place.rank == 0:
+        store.set("start", word)
+    while time.monotonic() < deadline:
+        if place.rank == 0 and store.check(answers):
+            store.set(f"{word}/complete", b" ".join(store.multi_get(answers)).decode())
+            return word
+        if place.rank and store.check(["start"]):
+            start = store.get("start").decode()
+            store.set(f"{start}/{place.rank}", word)
+            if store.check([f"{start}/complete"]) and word in store.get(f"{start}/complete").decode():
+                return start
+        time.sleep(0.03)
+    missing = [int(name.rpartition("/")[2]) for name in answers if place.rank == 0 and not store.check([name])]
+    if place.rank:
+        raise _absent(place, f"rank {place.rank} ({place.node_name}): not all of {place.world_size} processes arrived within "
+                      f"{limit:.0f} s; rank 0 names the missing ones (--rendezvous_timeout).")
+    raise _absent(place, f"only {place.world_size - len(missing)} of {place.world_size} processes arrived within "
+                  f"{limit:.0f} s; missing rank(s): {', '.join(map(str, missing))} (--rendezvous_timeout).")

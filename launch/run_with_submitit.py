@@ -4,7 +4,7 @@
     python -m launch.run_with_submitit status runs/12345
 
 Every option that isn't the launcher's own goes to main.py. The job runs a snapshot of the code and the
-configuration taken now, is requeued after a preemption or at its time limit, and goes on where it was.
+configuration taken now, is requeued after a preemption or at its time limit, and resumes where it was.
 """
 import argparse
 import dataclasses
@@ -17,18 +17,20 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Sequence
+from typing import NoReturn
 
 import submitit
 import yaml
 
 from common.errors import UserError
 from common.files import read_json, write_json
+from common.ledger import RUNNING, Ledger, Record
 from common.log import logger, setup_logging
-from launch import ExitCode
-from launch.slurm import Job, job_records
-from launch.processes import alive
+from common.outcome import ExitCode, Outcome
+from launch.slurm import Job
+from launch.stop import alive
 
 ROOT = Path(__file__).resolve().parent.parent
 SIGNAL_DELAY = 120  # seconds before the time limit at which Slurm signals: more than one update and one save
@@ -45,23 +47,37 @@ def _truth(text: str) -> bool:
     return text.lower() == "true"
 
 
+def _number(kind: type, least: float, most: float = float("inf")):
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value <= most:
+            to = f" to {most:g}" if most < float("inf") else " or more"
+            raise argparse.ArgumentTypeError(f"{text!r}: a number of {least:g}{to} is accepted")
+        return value
+    return parse
+
+
 def parser() -> argparse.ArgumentParser:
     """The launcher's own options; the published launcher's names, without any site's defaults."""
     p = _Parser(prog="python -m launch.run_with_submitit", allow_abbrev=False, description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--nodes", type=int, default=1, help="number of nodes")
-    p.add_argument("--ngpus", type=int, default=8, help="processes, and GPUs unless --device cpu, per node")
-    p.add_argument("--timeout", type=float, default=72, help="time limit in hours")
+                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--nodes", type=_number(int, 1), default=1, help="number of nodes")
+    p.add_argument("--ngpus", type=_number(int, 1), default=8,
+                   help="processes, and GPUs unless --device cpu, per node")
+    p.add_argument("--timeout", type=_number(float, 1 / 60, 24 * 366), default=72, help="time limit in hours")
     p.add_argument("--job_name", default="hornet")
     p.add_argument("--job_dir", default="runs/%j", help="folder of the logs and, by default, the run; %%j: job id")
     p.add_argument("--partition", help="where to submit; Slurm's default if not given")
     p.add_argument("--comment", help="comment for the scheduler")
-    p.add_argument("--cpus_per_task", type=int, default=10, help="CPU cores per process")
+    p.add_argument("--cpus_per_task", type=_number(int, 1), default=10, help="CPU cores per process")
     p.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE",
                    help="any other sbatch option, such as --slurm account=vision --slurm constraint=a100; repeatable")
     p.add_argument("--cluster", choices=("auto", "slurm", "local"), default="auto",
                    help="auto: Slurm where there is sbatch")
-    p.add_argument("--max_requeue", type=int, default=100, help="how often the job may be requeued")
+    p.add_argument("--max_requeue", type=_number(int, 0), default=100, help="how often the job may be requeued")
     p.add_argument("--dry_run", nargs="?", const=True, default=False, type=_truth,
                    help="print the job's script and stop")
     p.add_argument("--use_volta32", action="store_true", help="published flag: accepted with a notice")
@@ -82,36 +98,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         return submit(options, rest)
     except UserError as error:
         logger.error("%s", error)
-        return ExitCode.USAGE
+        return error.exit_code
 
 
 def submit(options: argparse.Namespace, argv: list[str]) -> int:
     """Check, take the snapshot, submit, and say where to look. `argv` is main.py's."""
     if options.use_volta32:
         logger.warning("--use_volta32 names GPUs of one cluster and has no effect; use --slurm constraint=NAME.")
-    check_numbers(options)
     cluster = choose_cluster(options, argv)
     check_main_options(argv)
     folder = str(Path(options.job_dir).expanduser().absolute())
     argv, output_dir = with_output_dir(argv, folder)
-    executor = build_executor(cluster, folder, options, argv)
     if options.dry_run:
-        sys.stdout.write(script(cluster, executor, argv))
+        sys.stdout.write(script(cluster, build_executor(cluster, folder, options, argv), argv))
         return ExitCode.DONE
-    code = snapshot_folder(folder)
-    argv = snapshot(code, argv)
-    job = Job(argv, os.getcwd(), str(code), folder, output_dir, options.max_requeue)
-    before = os.getcwd()
-    os.chdir(code)  # the job's tasks unpickle and import from here
+    code, before = snapshot_folder(folder), os.getcwd()
     try:
+        argv = snapshot(code, argv)
+        job = Job(argv, before, str(code), folder, output_dir, options.max_requeue)
+        executor = build_executor(cluster, folder, options, argv)
+        os.chdir(code)  # the job's tasks unpickle and import from here
         submitted = executor.submit(job)
+        output_dir = output_dir.replace("%j", submitted.job_id)
+        write_json(submitted.paths.folder / "job.json", dict(
+            dataclasses.asdict(job), id=submitted.job_id, cluster=cluster, output_dir=output_dir, submitted=time.time()))
+    except OSError as error:
+        raise UserError(f"--job_dir {options.job_dir} cannot be used: {error.filename or folder}: {error.strerror}; choose "
+                        "a folder that all nodes can write to.", code="unusable_folder") from None
+    except submitit.core.utils.FailedJobError as error:
+        raise UserError(f"sbatch refused the job: {' '.join(str(error).split())[-400:]}", code="sbatch") from None
     finally:
         os.chdir(before)
-    folder = submitted.paths.folder
-    write_json(folder / "job.json", dict(dataclasses.asdict(job), id=submitted.job_id, cluster=cluster,
-                                         output_dir=output_dir.replace("%j", submitted.job_id), submitted=time.time()))
-    logger.info("Submitted job %s. Its logs: %s", submitted.job_id, folder)
-    logger.info("python -m launch.run_with_submitit status %s", shlex.quote(str(folder)))
+    logger.info("Submitted job %s. Its logs: %s", submitted.job_id, submitted.paths.folder)
+    logger.info("python -m launch.run_with_submitit status %s", shlex.quote(str(submitted.paths.folder)))
     return ExitCode.DONE
 
 
@@ -126,21 +145,10 @@ def choose_cluster(options: argparse.Namespace, argv: list[str]) -> str:
         several = " --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29500" if options.nodes > 1 else ""
         raise UserError(f"--cluster slurm: there is no sbatch on this machine; without Slurm start"
                         f"{', on each node,' if several else ''} torchrun --nnodes={options.nodes}{several} "
-                        f"--nproc_per_node={options.ngpus} main.py {shlex.join(argv)}")
+                        f"--nproc_per_node={options.ngpus} main.py {shlex.join(argv)}", code="no_slurm")
     if cluster == "local" and options.nodes > 1:
         raise UserError(f"--nodes {options.nodes}: a local job has one node; use --nodes 1, or torchrun on each node.")
     return cluster
-
-
-def check_numbers(options: argparse.Namespace) -> None:
-    """UserError for numbers of nodes, processes, hours … that no job can have."""
-    for name in ("nodes", "ngpus", "cpus_per_task"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)}: 1 or more is accepted.")
-    if not 0 < options.timeout < 24 * 366:
-        raise UserError(f"--timeout {options.timeout}: hours above 0 and up to a year are accepted.")
-    if options.max_requeue < 0:
-        raise UserError(f"--max_requeue {options.max_requeue}: 0 or more is accepted.")
 
 
 def check_main_options(argv: list[str]) -> None:
@@ -152,7 +160,7 @@ def check_main_options(argv: list[str]) -> None:
     sentence = answer.stderr.strip() or f"main.py ended with {answer.returncode}"
     if answer.returncode == ExitCode.USAGE:
         sentence = sentence.splitlines()[-1].removeprefix("error: ")
-    raise UserError(own_flag_meant(sentence) or sentence)
+    raise UserError(own_flag_meant(sentence) or sentence, code="main_options")
 
 
 def own_flag_meant(sentence: str) -> str | None:
@@ -204,7 +212,7 @@ def snapshot_folder(folder: str) -> Path:
 
 
 def snapshot(code: Path, argv: list[str]) -> list[str]:
-    """Copy the program (its modules, packages and recipes) to `code`, and the configuration; `argv` naming the copy."""
+    """Copy the program (its modules, packages, recipes) to `code`, and the configuration; `argv` naming the copy."""
     code.mkdir(parents=True)
     for path in sorted(ROOT.iterdir()):
         if path.is_file() and path.suffix == ".py":
@@ -218,7 +226,7 @@ def snapshot(code: Path, argv: list[str]) -> list[str]:
     return ["--config", str(code / "submitted_config.yaml"), *without_flag(argv, "config")]
 
 
-def build_executor(cluster: str, folder: str, options: argparse.Namespace, argv: list[str]) -> Any:
+def build_executor(cluster: str, folder: str, options: argparse.Namespace, argv: list[str]) -> submitit.Executor:
     """submitit's executor with the launcher's options in Slurm's terms."""
     gpus = 0 if flag(argv, "device") == "cpu" else options.ngpus
     minutes = max(1, round(options.timeout * 60))
@@ -245,7 +253,7 @@ def build_executor(cluster: str, folder: str, options: argparse.Namespace, argv:
     return executor
 
 
-def script(cluster: str, executor: Any, argv: list[str]) -> str:
+def script(cluster: str, executor: submitit.Executor, argv: list[str]) -> str:
     """What would be submitted."""
     command = f"# each task then runs: main.py {shlex.join(argv)}\n"
     if cluster == "local":
@@ -254,30 +262,40 @@ def script(cluster: str, executor: Any, argv: list[str]) -> str:
 
 
 def status(folder: Path) -> str:
-    """State, attempt, last update and the last lines of the first rank that failed, of the job in `folder`."""
+    """State, attempts, last update and first cause of the job in `folder`, with the last lines of the failed rank."""
     try:
         job = read_json(folder / "job.json")
     except (OSError, ValueError):
         raise UserError(f"{folder} holds no job.json: give the folder of the logs that run_with_submitit named when it "
-                        f"submitted the job.") from None
-    records = job_records(folder, job["id"])
-    attempt = max((record["attempt"] for record in records), default=0)
+                        "submitted the job.", code="no_job") from None
+    attempts = [a for path in dict.fromkeys((job["output_dir"], str(folder))) for a in Ledger(path).attempts()
+                if a.get("job") == job["id"]]
+    last = attempts[-1] if attempts else {}
     lines = [f"job      {job['id']} ({job['cluster']})", f"state    {job_state(job)}",
-             f"attempt  {attempt + 1} of at most {job['max_requeue'] + 1}"]
-    for name in ("progress.json", "failure.json"):
-        try:
-            found = read_json(Path(job["output_dir"]) / name)
-        except (OSError, ValueError):
-            continue
-        ago = time.time() - found["time"]
-        if name == "progress.json":
-            lines.append(f"update   {found['update']} ({found['phase']}, {ago:.0f} s ago, "
-                         f"{found['world_size']} processes)")
-        else:
-            lines += [f"failure  {found['cause']} ({ago:.0f} s ago)", *last_lines(folder, job["id"], found["rank"])]
-    lines += [f"         attempt {record['attempt'] + 1}: {record['what']}"
-              + (f" ({record['reason']})" if "reason" in record else "") for record in records[-6:]]
+             f"attempt  {last.get('restarts', 0) + 1} of at most {job['max_requeue'] + 1}"]
+    if last.get("state") == RUNNING:
+        lines += progress(Path(job["output_dir"]), job["id"])
+    elif last:
+        lines.append(f"update   {last['update']}")
+    for attempt in attempts[-6:]:
+        at = f" at update {attempt['update']}" if "update" in attempt else ""
+        then = "" if "requeued" not in attempt else "; requeued" if attempt["requeued"] else "; not requeued"
+        because = f": {attempt.get('reason') or attempt['cause']}" if attempt.get("reason") or attempt.get("cause") else ""
+        lines.append(f"         attempt {attempt['restarts'] + 1}: {attempt['state']}{at}{then}{because}")
+    if last.get("state") == Outcome.FAILED:
+        lines += [f"failure  {last['cause']}", *last_lines(folder, job["id"], last.get("rank", 0))]
     return "\n".join(lines) + "\n"
+
+
+def progress(output_dir: Path, job_id: str) -> list[str]:
+    """How far the run is, from the watchdog's own record; nothing where that is another job's."""
+    try:
+        found = read_json(output_dir / "progress.json")
+    except (OSError, ValueError):
+        return []
+    ago = time.time() - found["time"]
+    return [f"update   {found['update']} ({found['phase']}, {ago:.0f} s ago, {found['world_size']} processes)"
+            ] if found.get("job") == job_id else []
 
 
 def last_lines(folder: Path, job_id: str, rank: int, count: int = 12) -> list[str]:
@@ -291,13 +309,11 @@ def last_lines(folder: Path, job_id: str, rank: int, count: int = 12) -> list[st
     return [f"         {log.name}:", *(f"         | {line}" for line in text[-count:])]
 
 
-def job_state(job: dict[str, Any]) -> str:
+def job_state(job: Record) -> str:
     """What Slurm says, or for a local job whether its controller runs and what it recorded last."""
     if job["cluster"] == "local":
-        if alive(int(job["id"])):
-            return "RUNNING"
-        records = job_records(Path(job["folder"].replace("%j", job["id"])), job["id"])
-        return "COMPLETED" if records and records[-1]["what"] == "done" else "ENDED"
+        ended = Ledger(job["output_dir"]).newest().get("state", "ENDED")
+        return RUNNING if alive(int(job["id"])) else "COMPLETED" if ended == Outcome.DONE else "ENDED"
     for command in (["squeue", "--noheader", "--states=all", f"--jobs={job['id']}", "--format=%T"],
                     ["sacct", "--noheader", "--allocations", f"--jobs={job['id']}", "--format=State"]):
         try:

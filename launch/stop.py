@@ -1,51 +1,55 @@
-"""Stopping in order: a signal or a time limit becomes one decision of all processes, between two updates."""
+"""How a process ends: when it is asked to, at a point that all processes agree on, or at once."""
 import os
 import re
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from types import FrameType
-from typing import Mapping
-
-import torch
+from typing import TYPE_CHECKING
 
 from common.log import logger
-from launch.process import Process
 
-STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
+if TYPE_CHECKING:
+    from launch.process import Process
+
+STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP")
+SAME_CTRL_C = 1.0  # seconds in which a second SIGINT is the same Ctrl-C: torchrun passes on what a terminal sends to all
+OTHERS = "another process was asked to stop"
 
 
 class StopRequest:
     """Signal handlers that only set a flag, and the agreement of all processes on it.
 
-    Use as a context manager around training; must be entered in the main thread. SIGTERM, SIGUSR1, SIGUSR2 and the
-    first SIGINT ask for a stop; a second SIGINT interrupts at once. `stop_before_end` is in seconds before the time
-    limit of the Slurm job this process runs in (0: none).
+    Use as a context manager around training; must be entered in the main thread. SIGTERM, SIGUSR1, SIGUSR2,
+    SIGHUP (unless nohup has it ignored) and the first SIGINT ask for a stop; a second SIGINT interrupts at once.
+    `stop_before_end` is in seconds before the time limit of the Slurm job this process runs in (0: none).
     """
 
     def __init__(self, stop_before_end: float = 0.0) -> None:
         self.reason = ""
-        self.stop_before_end = float(stop_before_end or 0)
-        self._stop_at = float("inf")
+        self.stop_before_end = stop_before_end
+        self._stop_at = self._interrupted = float("inf")
         self._pid = os.getpid()
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
         for name in STOP_SIGNALS:
             number = getattr(signal, name, None)  # Windows has no SIGUSR1
-            if number is not None:
+            if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
                 self._previous[number] = signal.signal(number, self._on_signal)
-        if self.stop_before_end:
-            end = job_end_time(os.environ)
-            self._stop_at = end - self.stop_before_end
-            if end < float("inf"):
-                logger.info("This job ends in %.0f min; training stops %.0f s before that and can be resumed.",
-                            (end - time.time()) / 60, self.stop_before_end)
+        end = job_end_time(os.environ) if self.stop_before_end else float("inf")
+        self._stop_at = end - self.stop_before_end
+        if end < float("inf"):
+            logger.info("This job ends in %.0f min; training stops %.0f s before that and can be resumed.",
+                        (end - time.time()) / 60, self.stop_before_end)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            if not self.reason or number == signal.SIGINT:
+                signal.signal(number, handler or signal.SIG_DFL)  # pyright: ignore[reportArgumentType]
+        # After a stop the others stay: a second SIGTERM, while the process is ending, must not change its exit code.
         self._previous.clear()
 
     @property
@@ -59,20 +63,17 @@ class StopRequest:
         """Ask for a stop from the program itself."""
         self.reason = self.reason or reason
 
-    def agreed(self, process: Process) -> bool:
+    def agreed(self, process: "Process") -> bool:
         """Whether any process has been asked to stop. All processes must call it at the same point of the run.
 
-        The same answer everywhere, hence a checkpoint of the same update. One small reduction between the hosts; the
-        device's queue is not waited for.
+        The same answer everywhere, hence a checkpoint of the same update; the device's queue is not waited for.
         """
-        flag = process.all_reduce_(torch.tensor([int(self.requested)], dtype=torch.int32), "max")
-        if not int(flag):
-            return False
-        self.reason = self.reason or "another process was asked to stop"
-        return True
+        if process.any(self.requested):
+            self.request(OTHERS)
+        return self.requested
 
-    def heard(self, process: Process) -> bool:
-        """Whether any process has been asked to stop, as far as this one knows. It tells the others and waits for none.
+    def heard(self, process: "Process") -> bool:
+        """Whether any process has been asked to stop, as far as this one knows; it tells the others, waits for none.
 
         For work that processes leave at different points, such as an evaluation of unequal shares.
         """
@@ -80,19 +81,21 @@ class StopRequest:
             if self.requested:
                 process.store.set("stop", "")
             elif process.store.check(["stop"]):
-                self.request("another process was asked to stop")
+                self.request(OTHERS)
         return self.requested
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            # A forked loader worker. Schedulers signal every process of a job; a worker that ended now would take the
-            # batch, and so the save, with it. SIGTERM is also how its owner ends it, hence an end after two minutes.
+            # A forked loader worker. Schedulers signal every process of a job; a worker that ended now would take
+            # the batch, and so the save, with it. SIGTERM is also how its owner ends it: hence two minutes more.
             if number == signal.SIGTERM:
                 signal.alarm(120)
             return
-        self.reason = self.reason or signal.Signals(number).name
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if time.monotonic() - self._interrupted > SAME_CTRL_C:
+                raise KeyboardInterrupt
+            self._interrupted = min(self._interrupted, time.monotonic())
+        self.request(signal.Signals(number).name)
 
 
 def job_end_time(env: Mapping[str, str]) -> float:
@@ -120,3 +123,29 @@ def time_left(text: str) -> float:
         return float("inf")
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this machine runs; one that ended but wasn't collected by its parent doesn't."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def end_now(code: int) -> None:
+    """End this process at once, with its loader workers, without waiting for threads or collectives."""
+    # The main thread may be about to fork a loader worker, which would be missed below: it waits for the end.
+    os.register_at_fork(before=lambda: time.sleep(3600))
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children") as file:
+            pids = [int(pid) for pid in file.read().split()]
+    except OSError:
+        pids = []
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    os._exit(code)

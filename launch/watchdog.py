@@ -1,51 +1,75 @@
-"""Nobody waits for ever and in silence: heartbeats, words about who waits for whom, and an end for every process.
+"""Nobody waits for ever and in silence: heartbeats, sentences about who waits for whom, an end for every process.
 
 Every rank has a thread that writes a heartbeat to the process group's store once a second, over a connection of
 its own, and asks whether a cause to end has been declared. The first cause wins: it is declared once, by the rank
-that failed or by one that noticed, the others end with one line, and the cause is printed last.
+that failed or by one that noticed, and every rank ends with it. Collectives have no time-out meanwhile, for that
+could not tell a peer that hangs from a job that was suspended.
 """
 import dataclasses
 import faulthandler
 import itertools
 import json
-import logging
 import os
 import signal
 import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from common.files import write_json
+from common.ledger import Ledger, job_id
 from common.log import logger
-from launch.processes import alive, end_now
+from common.outcome import ExitCode
+from launch.stop import alive, end_now
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
+
     from launch.process import Process
 
 BEAT_EVERY = 1.0
+LONGEST_STEP = 3.0  # seconds between two ticks of the clock beyond which the process did not run
 SILENT_AFTER = 4.0  # seconds without a heartbeat after which a rank whose peers lost it counts as gone
-# The patience is hang_timeout times this: an index of a million pictures on a cold network disk takes its time, and the
-# first update, which compiles and fills caches, has three times the patience too.
+GRACE_WITHOUT_LAUNCHER = 15.0
+LINGER = 2.5  # seconds in which the others read a cause; launchers blame the rank that ends first, its teller
+# The patience is hang_timeout times this: an index of a million images on a cold network disk takes its time, and
+# the first update, which compiles and fills caches, has three times the patience too.
 PATIENCE = {"start": 10, "saving": 3}
 FIRST_UPDATE_PATIENCE = 3
 WORDS = {"start": "start-up", "data": "data loading", "forward": "the forward pass", "backward": "the backward pass",
-         "step": "the optimizer step", "evaluation": "evaluation", "saving": "saving"}
+         "step": "the optimizer step"}
 # What gloo and NCCL say when a peer is gone: never the first cause, that is what ended the peer.
-LOST_PEER = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Socket closed",
-             "remote process exited", "Timed out waiting", "failed to recv", "Connection was likely closed",
-             "Failed to send")
-GONE = "killed by a signal, out of memory, or its node is down"
+LOST_PEER = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "socket closed",
+             "remote process exited", "timed out waiting", "failed to recv", "connection was likely closed",
+             "failed to send")
 _instances = itertools.count()
+
+
+class RunningClock:
+    """Seconds in which this process ran: while it is stopped (SIGSTOP, Ctrl-Z, scontrol suspend) it stands still.
+
+    Whoever reads it first after a stop reads at most LONGEST_STEP more than before; `tick` is called once a second.
+    """
+
+    def __init__(self) -> None:
+        self._read = 0.0, time.monotonic()
+
+    def __call__(self) -> float:
+        ran, at = self._read
+        return ran + min(time.monotonic() - at, LONGEST_STEP)
+
+    def tick(self) -> None:
+        self._read = self(), time.monotonic()
 
 
 @dataclasses.dataclass
 class Beat:
-    """One rank's heartbeat. `order` grows with the work done and is the same on all ranks at the same point."""
+    """One rank's heartbeat. `order` grows with the work done, the same on all ranks; `age` is since progress."""
 
     rank: int
     node: str
@@ -69,38 +93,46 @@ class Beat:
         return f"{WORDS.get(self.phase, self.phase)}{at}"
 
 
-class Watchdog:
-    """Context manager around everything after `distributed.start`; `phase` is called as work goes on.
+@dataclasses.dataclass
+class Cause(Beat):
+    """The last heartbeat of the rank for which all end, with the reason in one sentence; `teller` declared it."""
 
-    `folder` receives stacks-rank*.txt, failure.json and progress.json (None: stacks go to standard error).
-    `hang_timeout` in seconds without progress, three times that for the first update and while saving, ten times at
-    start-up; 0: never.
-    When several processes run, leaving the block with an exception prints it (a UserError without traceback) after
-    the other ranks have ended, and raises SystemExit with 1, or 2 for a UserError.
+    text: str = ""
+    hang: str = ""  # "slow", or "silent" where not even its watchdog answers
+    code: int = ExitCode.FAILED
+    teller: int = -1
+
+
+class Watchdog:
+    """Context manager around everything after `process.start`; `phase` is called as work proceeds.
+
+    `folder` receives stacks-rank*.txt, progress.json and, in its ledger, how a run failed (None: stacks go to
+    standard error). `hang_timeout` in seconds of its own running time without progress, three times that for the
+    first update and while saving, ten times at start-up; 0: never.
+    When several processes run, leaving the block with an exception prints it (a UserError without traceback) and
+    ends the process, as do its peers, with the exit code of the first cause.
     """
 
     def __init__(self, process: "Process", folder: str | Path | None = None, hang_timeout: float = 180.0) -> None:
         self.process, self.hang_timeout = process, float(hang_timeout)
-        self.record_in(folder)
         self.beat = Beat(process.rank, process.node_name, os.getpid())
-        self._since = time.monotonic()
-        self._first_update: int | None = None
-        self._stop, self._settling = threading.Event(), threading.Event()
-        self._ending = threading.Lock()  # taken once, by the thread that speaks this rank's last words
-        self._prefix = f"watchdog{next(_instances)}/"
+        self.record_in(folder)
+        self._clock, self._prefix = RunningClock(), f"watchdog{next(_instances)}/"
+        self._since = self._orphaned = 0.0
+        self._asked: float | None = None  # when the store was asked what it has not answered yet
+        self._written, self._first_update = float("-inf"), None
+        self._stop, self._ending = threading.Event(), threading.Lock()
+        self._error: BaseException | None = None  # why the main thread has left the block, and since when
         self._seen: dict[int, tuple[int, float]] = {}
         self._visible: set[int] = set()
-        self._progress_written = 0.0
-        self._parent = os.getppid()
-        self._asked = float("inf")  # when the store was asked what it hasn't answered yet
-        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._parent, self._main_pid = os.getppid(), os.getpid()
 
     def record_in(self, folder: str | Path | None) -> None:
         """Write to `folder` from now on."""
         self.folder = Path(folder) if folder else None
 
     def phase(self, name: str, update: int = -1) -> None:
-        """Say what this rank does now: start, data, forward, backward, step, evaluation or saving, and at which update.
+        """Note what this rank does: start, data, forward, backward, step, evaluation or saving, at which update.
 
         Calling it again with the same name is a sign of progress within the phase (batches of an evaluation).
         """
@@ -110,289 +142,215 @@ class Watchdog:
             self._first_update = update
         self.beat.first = self._first_update is None or update <= self._first_update
         self.beat.phase, self.beat.update = name, update
-        self._since = time.monotonic()
+        self._since = self._clock()
 
     def __enter__(self) -> "Watchdog":
+        with suppress(AttributeError, ValueError, RuntimeError):  # stacks even of a rank whose interpreter is locked
+            faulthandler.register(signal.SIGQUIT, all_threads=True, chain=True)
         if self.process.store is not None:
             self._store = self.process.store.clone()
-            self._store.set_timeout(timedelta(seconds=self.hang_timeout or 600))
             self._send(self._store)
             self.process.barrier()
-            threading.Thread(target=self._watch_store, name="watchdog_store", daemon=True).start()
-        self._thread.start()
+            self._main_pid = self._beats(range(1))[0].pid
+            if self.hang_timeout:
+                self.process.set_timeout(timedelta(days=365))
+        for run in (self._tick, self._watch):
+            threading.Thread(target=run, name=f"watchdog{run.__name__}", daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
-        failed = kind is not None and not issubclass(kind, SystemExit)
-        together = self.process.store is not None
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        failed, together = not isinstance(error, SystemExit | None), self.process.store is not None
         if together and not failed:
             try:
                 self.process.barrier()
                 self.beat.left = True
-                self._send(self.process.store)
+                self._send(self.process.store)  # pyright: ignore[reportArgumentType]
             except Exception as lost:  # a peer failed after this rank was done
                 error, failed = lost, True
         if together and failed:
-            self._settling.set()
-            self._settle(error)
-        elif failed and isinstance(error, Exception) and not isinstance(error, UserError):
-            self._record(f"{kind.__name__}: {error}", self.beat)
+            for number in (signal.SIGTERM, signal.SIGINT):  # torchrun ends the peers of a dead rank; first the words
+                signal.signal(number, signal.SIG_IGN)
+            self._since, self._error = self._clock(), error
+            threading.Event().wait()  # the watching thread says why, and ends the process
         self._stop.set()
-        self._thread.join(timeout=5)
-        faulthandler.cancel_dump_traceback_later()
+        if failed:
+            self._record(self._cause(self.beat, _sentence(error)))
 
-    # ------------------------------------------------------------------------------------------- the thread
+    # ------------------------------------------------------------------------------------- the two threads
 
-    def _run(self) -> None:
+    def _tick(self) -> None:
+        """Keep the clock; end with the launcher, or when the store does not answer. This thread never waits."""
         while not self._stop.wait(BEAT_EVERY):
-            if self.hang_timeout:
-                # Should something hold the interpreter's lock, this thread is mute; a C thread then ends the process.
-                faulthandler.dump_traceback_later(self.hang_timeout + 30, exit=True)
+            self._clock.tick()
+            if self.process.place.launcher != "none" and os.getppid() != self._parent:
+                if not self._orphaned:  # first let training save
+                    self._orphaned = self._clock()
+                    os.kill(os.getpid(), signal.SIGTERM)
+                elif self._clock() - self._orphaned > GRACE_WITHOUT_LAUNCHER:
+                    end_now(ExitCode.FAILED)
+            asked = self._asked
+            if self.hang_timeout and asked is not None and self._clock() - asked > self.hang_timeout:
+                self._end(self._store_gone(f"no answer for {self._clock() - asked:.0f} s"))
+
+    def _watch(self) -> None:
+        """Beat and look; this thread may wait for a disk, or for a store whose owner was stopped."""
+        while not self._stop.wait(BEAT_EVERY):
             self._write_progress()
-            if self.process.store is None:
-                self._watch_alone()
-                continue
             try:
-                self._asked = time.monotonic()
-                self._watch_together()
-                self._asked = float("inf")
+                self._asked = self._clock()
+                cause = self._look_alone() if self.process.store is None else self._look()
+                self._asked = None
             except Exception as error:  # any failure of the store, whose exceptions differ between torch versions
-                if self._stop.is_set() or os.getppid() != self._parent:  # end_with_launcher deals with it
+                if os.getppid() != self._parent or self._stop.wait(2):  # the launcher is gone, or all are done
                     return
-                if not self._settling.wait(2) and self._ending.acquire(blocking=False):
-                    self._end_without_store(str(error).splitlines()[0][:200])
-                return
+                cause = self._store_gone(str(error).splitlines()[0][:200])
+            if cause is not None:
+                self._end(cause)
 
-    def _watch_store(self) -> None:
-        """A store whose owner was stopped never answers, whatever its timeout: a thread of its own must notice."""
-        while self.hang_timeout and not self._stop.wait(BEAT_EVERY):
-            waited = time.monotonic() - self._asked
-            if waited > self.hang_timeout and self._ending.acquire(blocking=False):
-                self._end_without_store(f"no answer for {waited:.0f} s")
+    def _look_alone(self) -> Cause | None:
+        self.beat.age = self._clock() - self._since
+        if not self.hang_timeout or self.beat.age <= self._patience(self.beat):
+            return None
+        return self._cause(self.beat, f"this process has been in {self.beat.where} for {self.beat.age:.0f} s "
+                           "(--hang_timeout)", hang="slow")
 
-    def _watch_alone(self) -> None:
-        self.beat.age = time.monotonic() - self._since
-        if self.hang_timeout and self.beat.age > self._patience(self.beat):
-            cause = f"this process has been in {self.beat.where} for {self.beat.age:.0f} s (--hang_timeout)"
-            self._dump_stacks()
-            self._record(cause, self.beat)
-            _say(f"{cause}; Python stacks: {self._stacks_name()}.")
-            end_now(1)
-
-    def _watch_together(self) -> None:
+    def _look(self) -> Cause | None:
+        """The cause that has been declared, or that this rank has or sees, and declares."""
         self._send(self._store)
         if self._store.check([self._prefix + "cause"]):
-            cause = json.loads(self._store.get(self._prefix + "cause"))
-            if cause["hang"]:
-                self._dump_stacks()
-            if cause["rank"] != self.beat.rank and not self._settling.wait(2):
-                self._end(self._follow, cause)
-            return
-        watcher = self.beat.rank < 2  # rank 1 watches too, because rank 0 may be the one that hangs
-        beats = self._beats(self._store) if watcher else self._beats(self._store, local=True)
-        cause = self._dead_neighbour(beats) or (self._hang(beats) if watcher and self.hang_timeout else None)
-        if cause and self._declare(self._store, cause):
-            if cause["hang"]:
-                self._dump_stacks()
-            if cause["hang"] or not self._settling.wait(2):
-                self._end(self._tell, cause)
+            return Cause(**json.loads(self._store.get(self._prefix + "cause")))
+        place, cause = self.process.place, None
+        lost = isinstance(self._error, RuntimeError) and any(text in str(self._error).lower() for text in LOST_PEER)
+        if self._error is not None and (not lost or self._clock() - self._since > 2 * SILENT_AFTER):
+            cause = self._cause(self.beat, f"{self.beat.name} failed in {self.beat.where}: {_sentence(self._error)}",
+                                code=_exit_code(self._error))
+        elif lost or place.rank < 2:  # rank 1 watches too, for rank 0 may be the one that hangs
+            cause = self._silent_or_slow(self._beats(range(place.world_size)), lost)
+        else:
+            first = place.rank - place.local_rank
+            cause = self._dead_neighbour(self._beats(range(first, min(first + place.local_world_size, place.world_size))))
+        if cause is None:
+            return None
+        return Cause(**json.loads(self._store.compare_set(self._prefix + "cause", "", json.dumps(dataclasses.asdict(cause)))))
 
-    def _send(self, store: Any) -> None:
-        self.beat.age = time.monotonic() - self._since
-        self.beat.waits_in = self.process.waits_in
+    def _send(self, store: "dist.Store") -> None:
+        self.beat.age, self.beat.waits_in = self._clock() - self._since, self.process.waits_in
         self.beat.count += 1
         store.set(f"{self._prefix}{self.beat.rank}", json.dumps(dataclasses.asdict(self.beat)))
 
-    def _beats(self, store: Any, local: bool = False) -> list[Beat]:
-        """Heartbeats with `age` brought up to now, of all ranks or of those on this node."""
-        place = self.process.place
-        ranks = range(place.world_size)
-        if local:
-            first = place.rank - place.local_rank
-            ranks = range(first, min(first + place.local_world_size, place.world_size))
-        now, beats = time.monotonic(), []
-        for text in store.multi_get([f"{self._prefix}{rank}" for rank in ranks]):
-            beat = Beat(**json.loads(text))
-            count, seen = self._seen.get(beat.rank, (-1, 0.0))
-            if beat.count != count:
-                self._seen[beat.rank] = (beat.count, now)
-            else:
-                beat.age += now - seen
-            beats.append(beat)
+    def _beats(self, ranks: range) -> list[Beat]:
+        """The heartbeats of `ranks` that are still at work, with `age` brought up to now."""
+        beats = [Beat(**json.loads(text)) for text in self._store.multi_get([f"{self._prefix}{r}" for r in ranks])]
+        for beat in beats:
+            if beat.count != self._seen.get(beat.rank, (-1, 0.0))[0]:
+                self._seen[beat.rank] = beat.count, self._clock()
+            beat.age += self._silence(beat)
         return [beat for beat in beats if not beat.left]
 
     def _silence(self, beat: Beat) -> float:
-        return time.monotonic() - self._seen[beat.rank][1]
+        return self._clock() - self._seen[beat.rank][1]
 
-    # ------------------------------------------------------------------------------------------- causes
+    # ----------------------------------------------------------------------------------------------- causes
 
-    def _dead_neighbour(self, beats: list[Beat]) -> dict[str, Any] | None:
-        """A rank on this node whose process is gone. Only processes seen alive once count: containers hide others."""
+    def _dead_neighbour(self, beats: list[Beat]) -> Cause | None:
+        """A rank of this node whose process is gone. Only one seen alive once counts: containers hide others."""
         for beat in beats:
-            if beat.node != self.beat.node or beat.rank == self.beat.rank:
-                continue
-            if alive(beat.pid):
+            if beat.node == self.beat.node and alive(beat.pid):
                 self._visible.add(beat.rank)
             elif beat.rank in self._visible:
-                return _cause(beat, f"{beat.name} is gone without a word, last in {beat.where}: {GONE}")
+                return self._gone(beat)
         return None
 
-    def _hang(self, beats: list[Beat]) -> dict[str, Any] | None:
-        """Who keeps the others waiting for too long: the least advanced rank that isn't in a collective."""
-        silent = [beat for beat in beats if self._silence(beat) > self._patience(beat)]
-        if silent:
-            worst = max(silent, key=self._silence)
-            return _cause(worst, f"{worst.name} has given no sign of life for {self._silence(worst):.0f} s, last in "
-                                 f"{worst.where} (stopped, or its node is gone)", hang=True)
-        busy = [beat for beat in beats if not beat.waits_in] or beats
-        if not busy:
+    def _silent_or_slow(self, beats: list[Beat], lost: bool = False) -> Cause | None:
+        """Who is gone, or keeps the others waiting for too long: the least advanced rank outside a collective.
+
+        `lost` says that a connection to some rank broke: one that is silent now is the one.
+        """
+        worst = max(beats, key=self._silence, default=None)
+        if worst is None or (dead := self._dead_neighbour(beats)):
+            return worst and dead
+        if lost and self._silence(worst) > SILENT_AFTER:
+            return self._gone(worst)
+        if not self.hang_timeout:
             return None
-        least = min(beat.order for beat in busy)
-        behind = [beat for beat in busy if beat.order == least]
-        worst = min(behind, key=lambda beat: beat.age)
+        if self._silence(worst) > self._patience(worst):
+            return self._cause(worst, f"{worst.name} has given no sign of life for {self._silence(worst):.0f} s, last in "
+                               f"{worst.where} (stopped, or its node is gone)", hang="silent")
+        busy = [beat for beat in beats if not beat.waits_in] or beats
+        worst = min(busy, key=lambda beat: (beat.order, beat.age))
         if worst.age <= self._patience(worst):
             return None
-        names = ", ".join(beat.name for beat in behind[:4]) + (" and others" if len(behind) > 4 else "")
-        text = f"{names} {'has' if len(behind) == 1 else 'have'} been in {worst.where} for {worst.age:.0f} s"
-        waiting = sorted({beat.waits_in or WORDS.get(beat.phase, beat.phase) for beat in beats if beat not in behind})
-        if waiting:
-            text += f"; the others wait in {', '.join(waiting)}"
-        elif worst.waits_in:
-            text += "; all wait for each other: " + ", ".join(f"rank {b.rank} in {b.waits_in}" for b in behind[:8])
-        return _cause(worst, text + " (--hang_timeout)", hang=True)
+        others = [f"rank {b.rank} in {b.waits_in or b.where}" for b in beats if b is not worst]
+        return self._cause(worst, f"{worst.name} has been in {worst.where}{worst.waits_in and ', ' + worst.waits_in} for "
+                           f"{worst.age:.0f} s (--hang_timeout); the others: {', '.join(others[:8])}", hang="slow")
 
     def _patience(self, beat: Beat) -> float:
         return self.hang_timeout * PATIENCE.get(beat.phase, FIRST_UPDATE_PATIENCE if beat.first else 1)
 
-    def _declare(self, store: Any, cause: dict[str, Any]) -> bool:
-        """Make `cause` the first one; False when another rank was first."""
-        mine = json.dumps(dict(cause, rank=self.beat.rank, teller=[self.beat.node, self.beat.pid]))
-        return store.compare_set(self._prefix + "cause", "", mine).decode() == mine
+    def _cause(self, beat: Beat, text: str, hang: str = "", code: int = ExitCode.FAILED) -> Cause:
+        return Cause(**dataclasses.asdict(beat), text=text, hang=hang, code=code, teller=self.beat.rank)
 
-    # ------------------------------------------------------------------------------------------- the end
+    def _gone(self, beat: Beat) -> Cause:
+        return self._cause(beat, f"{beat.name} is gone without a word, last in {beat.where}: killed by a signal, out of "
+                           "memory, or its node is down")
 
-    def _end(self, last_words: Callable[[Any, dict[str, Any]], None], cause: dict[str, Any]) -> None:
-        if self._ending.acquire(blocking=False):
-            last_words(self._store, cause)
-            end_now(cause["code"])
+    def _store_gone(self, detail: str) -> Cause:
+        cause = self._cause(self.beat, f"{self.beat.name} in {self.beat.where}: rank 0 ({self.process.place.master_addr}) "
+                            f"is gone or doesn't answer: killed, stopped, or its node is down ({detail})", hang="slow")
+        return dataclasses.replace(cause, rank=0)
 
-    def _settle(self, error: BaseException) -> None:
-        """The main thread has failed: tell the cause last, or end with one line when it is another rank's."""
-        self._ending.acquire()  # for ever when the other thread is about to end the process
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the peers of a dead rank; first the words
-        store, name = self.process.store, type(error).__name__
-        lost = not isinstance(error, UserError) and any(text.lower() in str(error).lower() for text in LOST_PEER)
-        code = 2 if isinstance(error, UserError) else 1
-        text = str(error) if code == 2 else "".join(traceback.format_exception(error)).rstrip()
-        cause = _cause(self.beat, f"{self.beat.name} failed in {self.beat.where}: {name}: {error}", code=code)
-        try:
-            first = self._wait_for_cause(store) if lost else None
-            if first is None and self._declare(store, cause):
-                self._tell(store, cause, text, record=code != 2)
-            else:
-                first = first or json.loads(store.get(self._prefix + "cause"))
-                code = first["code"]
-                # This rank's own thread may have declared it just before and left the words to this one.
-                (self._tell if first["teller"] == [self.beat.node, self.beat.pid] else self._follow)(store, first)
-        except Exception as broken:  # the store died with rank 0
-            if lost:
-                self._say_store_is_gone(str(broken).splitlines()[0][:200])
-            else:
-                self._record(cause["text"], self.beat)
-                _say(text)
-        self._stop.set()
-        raise SystemExit(code) from None
+    # ---------------------------------------------------------------------------------------------- the end
 
-    def _wait_for_cause(self, store: Any) -> dict[str, Any] | None:
-        """What ended the peer this rank has lost: its own words, or its silence."""
-        deadline = time.monotonic() + 2 * SILENT_AFTER
-        while time.monotonic() < deadline:
-            if store.check([self._prefix + "cause"]):
-                return json.loads(store.get(self._prefix + "cause"))
-            gone = [beat for beat in self._beats(store) if self._silence(beat) > SILENT_AFTER]
-            if gone:
-                cause = _cause(gone[0], f"{gone[0].name} is gone without a word, last in {gone[0].where}: {GONE}")
-                if self._declare(store, cause):
-                    self._tell(store, cause)
-                    raise SystemExit(1)
-            time.sleep(0.2)
-        return None
+    def _end(self, cause: Cause) -> None:
+        """Record and say the cause, and end this process."""
+        self._ending.acquire()  # for ever when the other thread is at it
+        if cause.hang:
+            self._dump_stacks()
+        if cause.hang == "silent" and cause.node == self.beat.node:
+            with suppress(OSError):  # should its interpreter be locked, a signal still reaches it
+                os.kill(cause.pid, signal.SIGQUIT)
+        if self.process.is_main or cause.teller == self.beat.rank:
+            self._record(cause)
+        text = cause.text.rstrip(".") + (f"; Python stacks: {self._stacks('*')}" if cause.hang else "")
+        if cause.teller != self.beat.rank:
+            logger.error("%s ends: %s.", self.beat.name, text)
+        elif cause.rank != self.beat.rank or self._error is None:
+            logger.error("%s.", text)
+        else:
+            logger.error("%s", self._error if isinstance(self._error, UserError)
+                         else "".join(traceback.format_exception(self._error)).rstrip())
+        sys.stderr.flush()
+        time.sleep(LINGER + (cause.teller != self.beat.rank) if self.process.store is not None else 0)
+        end_now(cause.code)
 
-    def _tell(self, store: Any, cause: dict[str, Any], text: str = "", record: bool = True) -> None:
-        """Say the cause once the other ranks have said their line, so that it stands last on the screen."""
-        if record:
-            self._record(cause["text"], Beat(**cause["beat"]))
-        others = [r for r in range(self.process.world_size) if r not in (self.beat.rank, cause["beat"]["rank"])]
-        deadline = time.monotonic() + 7
-        while time.monotonic() < deadline and not all(store.check([f"{self._prefix}ended{r}"]) for r in others):
-            time.sleep(0.1)
-        stacks = f" Python stacks of the ranks: {self._stacks_name('*')}." if cause["hang"] else ""
-        _say((text or cause["text"] + ".") + stacks)
-        store.set(self._prefix + "told", "1")
-        time.sleep(0.2)
-
-    def _follow(self, store: Any, cause: dict[str, Any]) -> None:
-        """End because of another rank's cause, after its teller: launchers blame the process that ends first."""
-        logger.warning("%s ends because of rank %s.", self.beat.name, cause["beat"]["rank"])
-        store.set(f"{self._prefix}ended{self.beat.rank}", "1")
-        deadline = time.monotonic() + 9
-        while time.monotonic() < deadline and not store.check([self._prefix + "told"]):
-            time.sleep(0.1)
-        node, pid = cause["teller"]
-        while time.monotonic() < deadline and node == self.beat.node and alive(pid):
-            time.sleep(0.1)
-        time.sleep(0.5)
-
-    def _end_without_store(self, detail: str) -> None:
-        self._dump_stacks()
-        self._say_store_is_gone(detail)
-        end_now(1)
-
-    def _say_store_is_gone(self, detail: str) -> None:
-        cause = (f"{self.beat.name} in {self.beat.where}: rank 0 ({self.process.place.master_addr}) is gone or doesn't "
-                 f"answer: killed, stopped, or its node is down ({detail})")
-        self._record(cause, self.beat)
-        _say(cause + ".")
-
-    def _record(self, cause: str, beat: Beat) -> None:
-        """failure.json, from which a requeued job sees whether it fails at the same update again."""
-        if self.folder is None:
-            return
-        try:
-            write_json(self.folder / "failure.json", {"rank": beat.rank, "node": beat.node, "phase": beat.phase,
-                                                      "update": self.beat.update, "cause": cause, "time": time.time()})
-        except OSError as error:
-            logger.warning("failure.json was not written: %s", error)
+    def _record(self, cause: Cause) -> None:
+        if self.folder is not None and self.folder.is_dir():
+            Ledger(self.folder).fail(cause.text, pid=self._main_pid, update=cause.update, rank=cause.rank,
+                                     node=cause.node, phase=cause.phase)
 
     def _write_progress(self) -> None:
-        if self.folder is None or not self.process.is_main or time.monotonic() - self._progress_written < 10:
+        if self.folder is None or not self.process.is_main or time.monotonic() - self._written < 10:
             return
-        self._progress_written = time.monotonic()
-        try:
-            write_json(self.folder / "progress.json", {"update": self.beat.update, "phase": self.beat.phase,
-                                                       "world_size": self.process.world_size, "time": time.time()})
-        except OSError:
-            pass  # a full disk is the checkpoints' business to report
+        self._written, beat = time.monotonic(), self.beat
+        with suppress(OSError):  # a full disk is the checkpoints' business to report
+            write_json(self.folder / "progress.json", dict(
+                update=beat.update, phase=beat.phase, world_size=self.process.world_size, time=time.time(), job=job_id()))
 
-    def _stacks_name(self, rank: int | str | None = None) -> str:
-        rank = self.beat.rank if rank is None else rank
+    def _stacks(self, rank: int | str) -> str:
         return str(self.folder / f"stacks-rank{rank}.txt") if self.folder else "above"
 
     def _dump_stacks(self) -> None:
-        try:
-            with open(self._stacks_name(), "a") if self.folder else os.fdopen(os.dup(2), "w") as file:
-                file.write(f"{time.strftime('%F %T')} {self.beat.name} in {self.beat.where} {self.process.waits_in}\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
-        except OSError:
-            faulthandler.dump_traceback(all_threads=True)
+        with suppress(OSError), open(self._stacks(self.beat.rank) if self.folder else os.dup(2), "a") as file:
+            file.write(f"{time.strftime('%F %T')} {self.beat.name} in {self.beat.where} {self.process.waits_in}\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
 
 
-def _cause(beat: Beat, text: str, hang: bool = False, code: int = 1) -> dict[str, Any]:
-    return {"text": text, "beat": dataclasses.asdict(beat), "hang": hang, "code": code}
+def _sentence(error: BaseException | None) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
-def _say(text: str) -> None:
-    logger.log(logging.ERROR, "%s", text)
-    sys.stderr.flush()
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, UserError):
+        return error.exit_code
+    return ExitCode.INTERRUPTED if isinstance(error, KeyboardInterrupt) else ExitCode.FAILED

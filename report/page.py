@@ -1,43 +1,128 @@
-"""The sections of a report page; each takes the runs (one or two) and gives HTML that needs nothing from outside."""
+"""One HTML page about a run, or about two runs side by side: what is in the folder, in one file without script or network.
+
+`read_run` collects a folder; the functions after it turn a Run into plain values; page.html, a jinja2 template with
+autoescape, says how they look. Curves are SVG drawn by matplotlib.
+"""
 import base64
 import io
 import json
 import math
-from html import escape
+import re
+import shlex
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 import numpy as np
 
+from common.errors import UserError
+from common.files import read_json, read_json_lines, write_text
+from common.ledger import Ledger
+from common.text import printable
+from config.options import Options
+from config.parse import Resolved
+from config.parse import published_recipe
+from config.parse import read_recipe as read
 from datasets.images import BadImage, decode_path
 from models.inspect import class_titles
-from report.metrics import compare, confusion_pairs
-from report.results import summary_line
-from report.data import Run
-from report.svg import Line, heat_map, line_chart
+from report.metrics import Predictions, compare, confusion_pairs, metrics
+from report.results import per_class, read_predictions, summary_line
 
 COLORS = ("#2457c5", "#d6540c", "#16803c")
-MOST_EVENTS, MOST_CLASSES, MOST_THUMBNAILS, THUMBNAIL_SIDE = 60, 24, 24, 112
+MOST_EVENTS, MOST_CLASSES, MOST_FILES, MOST_IN_MATRIX, MOST_THUMBNAILS, THUMBNAIL_SIDE = 60, 1000, 500, 24, 24, 112
+UNREADABLE = ("unreadable_image", "bad_images", "bad_pictures")  # the kind of event, and what earlier versions called it
 
 
-def page(runs: list[Run], recipe_differences: list[dict]) -> str:
-    """The whole HTML document for one run or two."""
-    title = " and ".join(run.name for run in runs)
-    sections = [_header(runs), _comparison(runs), _curves(runs)]
-    sections += [_each(runs, "Evaluation", _evaluation), _each(runs, "Incidents", _incidents)]
-    sections += [_each(runs, "Mistakes", _mistakes), _config(runs, recipe_differences), _environment(runs)]
-    body = "".join(sections)
-    style = Path(__file__).with_name("report.css").read_text("utf-8")
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)} · HorNet run</title>'
-            f'<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">'
-            f"<style>{style}</style></head><body><main>{body}</main></body></html>\n")
+# ------------------------------------------------------------------------------------------------------ the run folder
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder, read; any part may be missing, not all. `log` has one dictionary per epoch, in order."""
+    name: str
+    folder: Path
+    log: list[dict] = field(default_factory=list)
+    unread_lines: int = 0
+    events: list[dict] = field(default_factory=list)
+    attempts: list[dict] = field(default_factory=list)
+    status: dict = field(default_factory=dict)
+    config: dict = field(default_factory=dict)
+    origins: dict = field(default_factory=dict)
+    environment: dict = field(default_factory=dict)
+    data: dict = field(default_factory=dict)
+    evaluation: dict = field(default_factory=dict)
+    predictions: Predictions | None = None
+    predictions_error: str = ""
+
+    def values(self, key: str) -> list[float]:
+        """The values of one key of the log, not-a-number where an epoch lacks it."""
+        return [float(v) if isinstance(v := row.get(key), (int, float)) else math.nan for row in self.log]
+
+    def finite(self, key: str) -> list[float]:
+        """The finite values of one key of the log."""
+        return [v for v in self.values(key) if math.isfinite(v)]
+
+    @property
+    def recipe_difference(self) -> dict:
+        """Published values of the options in which the run departs from its model's recipe; {} where none is known."""
+        options = Options(**self.config)
+        published = published_recipe(options.model, asdict(options)) if self.config else None
+        return {name: theirs for name, (_, theirs) in Resolved(options, {}, published=published).differences().items()}
 
 
-# ---------------------------------------------------------------- top of the page
+def read_run(path: str | Path) -> Run:
+    """Read a run folder, or a lone log.txt. Raises UserError when there is nothing to report."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist: name a run folder (the --output_dir of a training) or its log.txt.",
+                        code="missing_run")
+    folder, log_file = (path, path / "log.txt") if path.is_dir() else (path.parent, path)
+    rows = read_json_lines(log_file)
+    lines = log_file.read_bytes().split(b"\n") if log_file.exists() else []
+    epochs = {row["epoch"]: row for row in rows if isinstance(row.get("epoch"), int)}  # a repeated epoch: the last one
+    run = Run(name=folder.resolve().name, folder=folder, log=[epochs[epoch] for epoch in sorted(epochs)],
+              unread_lines=sum(bool(line.strip()) for line in lines) - len(rows),
+              **(_records(folder) if path.is_dir() else {}))
+    if not run.log and not run.evaluation:
+        raise UserError(f"{path} has neither a log.txt with epochs, an eval.json nor a predictions.npz: is it the "
+                        "--output_dir of a run, or the --report of an evaluation?", code="missing_run")
+    return run
+
+
+def _records(folder: Path) -> dict:
+    evaluation, predictions, error = _json(folder / "eval.json"), None, ""
+    if (folder / "predictions.npz").is_file():
+        try:
+            predictions = read_predictions(folder / "predictions.npz")
+        except UserError as failure:
+            error = str(failure)
+    if predictions is not None and not evaluation:  # the --report folder of an evaluation kept elsewhere
+        counts = predictions.counts()
+        evaluation = {"acc1": counts.acc1, "acc5": counts.acc5, "loss": counts.loss, "hits1": counts.hits1,
+                      "images": counts.images, **metrics(predictions, len(predictions.classes))}
+    try:
+        config = dict(read(str(folder / "config.yaml")).values)
+        origins = dict(re.findall(r"(?m)^(\w+):.*  # (\w+)$", (folder / "config.yaml").read_text("utf-8", "replace")))
+    except (OSError, UserError):
+        config, origins = {}, {}
+    return {"events": read_json_lines(folder / "events.jsonl"), "attempts": Ledger(folder).attempts(),
+            "evaluation": evaluation, "predictions": predictions, "predictions_error": error,
+            "config": config, "origins": origins,
+            **{name: _json(folder / f"{name}.json") for name in ("status", "environment", "data")}}
+
+
+def _json(path: Path) -> dict:
+    try:
+        value = read_json(path)
+    except (OSError, UserError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
 
 class Figure(NamedTuple):
-    """One figure at the head of a page, with the number of its decimals and what is to be said about it."""
+    """One figure at the head of a page, with the number of its decimals and a remark."""
     value: float
     decimals: int = 0
     unit: str = ""
@@ -53,287 +138,227 @@ class Figure(NamedTuple):
 
 
 def headline(run: Run) -> dict[str, Figure]:
-    """The figures of one run that a reader looks for first, by their labels."""
+    """The figures of one run that a reader looks for first, by their labels. Epochs count from 1."""
     found = {}
     for key, label in (("test_acc1", "top-1"), ("test_acc1_ema", "top-1 of the EMA")):
-        if best := run.best(key):
-            found[f"best {label}"] = Figure(best[0], 2, "%", f"epoch {best[1]}")
-            found[f"last {label}"] = Figure(run.last(key), 2, "%")
+        if scores := run.finite(key):
+            epoch = next(row["epoch"] for row in run.log if row.get(key) == max(scores))
+            found[f"best {label}"] = Figure(max(scores), 2, "%", f"epoch {epoch + 1}")
+            found[f"last {label}"] = Figure(scores[-1], 2, "%")
     if run.evaluation.get("acc1") is not None:
-        found["evaluated top-1"] = Figure(run.evaluation["acc1"], 2, "%", f"{run.evaluation.get('images', '?')} pictures")
-    for key, label, decimals in (("train_loss", "last training loss", 4), ("n_parameters", "parameters", 0)):
-        if (last := run.last(key)) is not None:
-            found[label] = Figure(last, decimals)
+        found["evaluated top-1"] = Figure(run.evaluation["acc1"], 2, "%", f"{run.evaluation.get('images', '?')} images")
+    for part in ("train", "val"):
+        if part in run.data:
+            found[f"{part} images"] = Figure(run.data[part]["images"], note=f"{len(run.data['classes'])} classes")
     if run.log:
         found["epochs"] = Figure(len(run.log), note=f"planned {run.config['epochs']}" if "epochs" in run.config else "")
-    for key, label, factor, decimals, unit in (("train_images_per_second", "images per second", 1, 0, ""),
-                                               ("train_data_wait", "waiting for data", 100, 1, "%")):
-        if values := run.values(key):
-            found[label] = Figure(factor * median(values), decimals, unit, "median of the epochs")
-    if values := run.values("seconds"):
-        found["time"] = _time(sum(values))
+    for key, label, factor, decimals, unit in (
+            ("train_loss", "last training loss", None, 4, ""), ("n_parameters", "parameters", None, 0, ""),
+            ("train_images_per_second", "images per second", 1, 0, ""), ("train_data_wait", "waiting for data", 100, 1, "%")):
+        if values := run.finite(key):
+            found[label] = (Figure(values[-1], decimals, unit) if factor is None else
+                            Figure(factor * median(values), decimals, unit, "median of the epochs"))
+    if seconds := sum(run.finite("seconds")):
+        divisor, decimals, unit = (1, 0, "s") if seconds < 120 else (60, 0, "min") if seconds < 7200 else (3600, 1, "h")
+        found["time"] = Figure(seconds / divisor, decimals, unit)
     return found
 
 
-def _time(seconds: float) -> Figure:
-    if seconds < 120:
-        return Figure(seconds, 0, "s")
-    return Figure(seconds / 60, 0, "min") if seconds < 7200 else Figure(seconds / 3600, 1, "h")
-
-
-def _header(runs: list[Run]) -> str:
-    lines = []
-    for run in runs:
-        model = run.config.get("model") or run.evaluation.get("model") or ""
-        state = str(run.status.get("state") or "")
-        kind = "good" if state.upper() == "DONE" else "bad" if state.upper() == "FAILED" else ""
-        chip = f' <span class="chip {kind}">{escape(state)}</span>' if state else ""
-        about = " · ".join(escape(str(t)) for t in (model, run.folder.resolve()) if t)
-        lines.append(f'<h1>{escape(run.name)}{chip}</h1><p class="soft mono">{about}</p>')
-        if run.unread_lines:
-            lines.append(f'<p class="soft">{run.unread_lines} lines of log.txt could not be read.</p>')
-    if len(runs) == 1:
-        tiles = [f'<div class="tile"><b>{figure}</b><span>{escape(", ".join(filter(None, (label, figure.note))))}</span></div>'
-                 for label, figure in headline(runs[0]).items()]
-        lines.append(f'<div class="tiles">{"".join(tiles)}</div>')
-    return "".join(lines)
-
-
-def _comparison(runs: list[Run]) -> str:
-    if len(runs) < 2:
-        return ""
-    heads, rows = [headline(run) for run in runs], []
-    for label in dict.fromkeys([*heads[0], *heads[1]]):
-        both = [head.get(label) for head in heads]
-        rows.append([label, *("–" if f is None else f"{f} ({f.note})" if f.note else str(f) for f in both),
-                     both[1].minus(both[0]) if all(both) else ""])
-    html = "<h2>Side by side</h2>"
-    html += table(["", *(run.name for run in runs), "second − first"], rows, numeric={1, 2, 3})
-    if all(run.predictions is not None for run in runs):
-        try:
-            html += f'<p class="verdict">{escape(compare(runs[0].predictions, runs[1].predictions).sentence)}</p>'
-        except ValueError as error:
-            html += f'<p class="missing">No paired test: {escape(str(error))}.</p>'
-    else:
-        html += ('<p class="missing">No paired test (McNemar, bootstrap): both folders need a predictions.npz, which '
-                 "<code>python main.py --eval true --report DIR</code> writes.</p>")
-    return html
-
-
-def table(head: list[str], rows: list[list[str]], numeric: set[int] = frozenset(), changed: set[int] = frozenset(),
-          card: bool = True) -> str:
-    """A table of plain texts; columns in `numeric` stand to the right, rows in `changed` are tinted."""
-    def line(cells: list[str], tag: str, row: int = -1) -> str:
-        out = "".join(f'<{tag}{" class=n" * (i in numeric)}>{escape(str(c))}</{tag}>' for i, c in enumerate(cells))
-        return f'<tr{" class=changed" if row in changed else ""}>{out}</tr>'
-    body = "".join(line(row, "td", i) for i, row in enumerate(rows))
-    return (f'<div class="{"card " * card}wide"><table><thead>{line(head, "th")}</thead>'
-            f"<tbody>{body}</tbody></table></div>")
-
-
-def _each(runs: list[Run], title: str, section) -> str:
-    parts = [(f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else "") + section(run) for run in runs]
-    return f"<h2>{title}</h2>" + "".join(parts)
-
-
-# ---------------------------------------------------------------- curves
-
-CHARTS = (  # title, axis label, from zero, factor, ((key, label, dash), …)
-    ("Top-1 on the validation pictures", "top-1 (%)", False, 1,
-     (("test_acc1", "model", ""), ("test_acc1_ema", "EMA", "6 4"))),
+CHARTS = (  # title, axis label, from zero, factor, ((key, label, line style), …)
+    ("Top-1 on the validation images", "top-1 (%)", False, 1, (("test_acc1", "model", "-"), ("test_acc1_ema", "EMA", "--"))),
     ("Loss", "loss (nats)", False, 1,
-     (("train_loss", "training", ""), ("test_loss", "validation", "6 4"), ("test_loss_ema", "validation, EMA", "2 3"))),
+     (("train_loss", "training", "-"), ("test_loss", "validation", "--"), ("test_loss_ema", "validation, EMA", ":"))),
     ("Learning rate", "learning rate", True, 1,
-     (("train_lr", "largest group", ""), ("train_min_lr", "smallest group", "6 4"))),
-    ("Throughput", "images per second", True, 1, (("train_images_per_second", "training", ""),)),
-    ("Gradient norm before clipping", "norm", True, 1, (("train_grad_norm", "mean of the epoch", ""),)),
-    ("Waiting for data", "share of the time (%)", True, 100, (("train_data_wait", "training", ""),)),
+     (("train_lr", "largest group", "-"), ("train_min_lr", "smallest group", "--"))),
+    ("Throughput", "images per second", True, 1, (("train_images_per_second", "training", "-"),)),
+    ("Gradient norm before clipping", "norm", True, 1, (("train_grad_norm", "mean of the epoch", "-"),)),
+    ("Waiting for data", "share of the time (%)", True, 100, (("train_data_wait", "training", "-"),)),
 )
 
 
-def _curves(runs: list[Run]) -> str:
-    if not any(run.log for run in runs):
-        return '<h2>Curves</h2><p class="missing">No log.txt, so there are no curves.</p>'
-    figures = []
+def charts(runs: list[Run]) -> list[tuple[str, str]]:
+    """(title, SVG text) of each chart for which a log has values."""
+    drawn = []
     for title, y_label, from_zero, factor, keys in CHARTS:
         lines = []
         for r, run in enumerate(runs):
-            epochs = [row["epoch"] for row in run.log]
-            for k, (key, label, dash) in enumerate(keys):
-                values = [None if v is None else v * factor for v in run.column(key)]
-                if any(v is not None for v in values):
-                    if key == "train_min_lr" and values == run.column("train_lr"):
-                        continue  # without layer decay both lines are one
-                    name = label if len(runs) == 1 else f"{run.name}: {label}"
-                    lines.append(Line(name, epochs, values, COLORS[r if len(runs) > 1 else k], dash))
-        if lines or title.startswith(("Top-1", "Loss")):
-            figures.append(line_chart(title, y_label, lines, from_zero=from_zero))
-    return (f'<h2>Curves</h2><div class="charts">{"".join(figures)}</div>'
-            '<p class="soft">Epochs count from 0, as in log.txt and in the names of checkpoints.</p>')
+            for k, (key, label, style) in enumerate(keys):
+                if run.finite(key) and (key != "train_min_lr" or run.values(key) != run.values("train_lr")):
+                    name = label if len(runs) == 1 else f"{_short(run.name)}: {label}"
+                    lines.append((run, [v * factor for v in run.values(key)],
+                                  {"label": name, "linestyle": style, "color": COLORS[r if len(runs) > 1 else k]}))
+        if lines:
+            drawn.append((title, _draw(title, y_label, from_zero, lines)))
+    return drawn
 
 
-# ---------------------------------------------------------------- evaluation and incidents
-
-EVALUATION_COLUMNS = (
-    ("weights", "weights", str), ("checkpoint", "checkpoint", lambda path: str(path).replace("\\", "/").split("/")[-1]),
-    ("acc1", "top-1 %", "{:.2f}".format), ("interval", "95 %", "±{:.2f}".format), ("acc5", "top-5 %", "{:.2f}".format),
-    ("loss", "loss", "{:.4f}".format), ("mean_class_acc1", "per-class %", "{:.2f}".format),
-    ("calibration_error", "calibration", "{:.4f}".format), ("hits1", "hits", str), ("images", "pictures", str))
+def _short(name: str) -> str:
+    """A run's name for a legend; a dollar sign would begin a formula there."""
+    name = printable(name).replace("$", r"\$")
+    return name if len(name) <= 18 else name[:17] + "…"
 
 
-def _evaluation(run: Run) -> str:
-    if not run.evaluation:
-        return '<p class="missing">No eval.json: <code>python main.py --eval true</code> writes it.</p>'
-    results = run.evaluation.get("results") or [run.evaluation]
-    rows = [["–" if r.get(key) is None else show(r[key]) for key, _, show in EVALUATION_COLUMNS] for r in results]
-    html = table([head for _, head, _ in EVALUATION_COLUMNS], rows, numeric=set(range(2, 10)))
-    for result in results:
-        if result.get("verdict"):
-            kind = {"PASS": "good", "FAIL": "bad"}.get(result["verdict"], "")
-            html += (f'<p class="verdict"><span class="chip {kind}">{escape(result["verdict"])}</span> '
-                     f'{escape(summary_line(result))}</p>')
-            html += "".join(f'<p class="soft">{escape(text)}</p>' for text in result.get("departures", []))
-        if real := result.get("real"):
-            html += (f"<p>ReaL: top-1 {real['acc1']:.2f} %, top-5 {real['acc5']:.2f} % of the {real['images']} "
-                     "pictures with labels.</p>")
-    settings = [str(run.evaluation[k]) for k in ("crop", "dtype", "dataset") if run.evaluation.get(k)]
-    return html + f'<p class="soft">{escape("; ".join([*settings, "95 %: sampling interval of top-1 in points"]))}.</p>'
+def _draw(title: str, y_label: str, from_zero: bool, lines: list[tuple[Run, list[float], dict]]) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas  # without pyplot, which keeps every figure and looks for a screen
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = {row["epoch"] + 1 for run, _, _ in lines for row in run.log}
+    # The salt makes the names inside the SVG the same each time, and different between the charts of one page.
+    settings = {"svg.hashsalt": title, "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 9,
+                "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e9ef",
+                "axes.edgecolor": "#9aa3b1", "axes.formatter.useoffset": False, "legend.frameon": False,
+                "lines.linewidth": 1.6, "lines.markersize": 3.5, "lines.marker": "o" if len(epochs) <= 40 else "None"}
+    with matplotlib.rc_context(settings):
+        canvas = Canvas(figsize=(5.6, 3.2), layout="constrained")
+        axes = canvas.subplots()
+        for run, values, looks in lines:
+            axes.plot([row["epoch"] + 1 for row in run.log], values, **looks)
+        axes.set(xlabel="epoch", ylabel=y_label)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        if len(epochs) == 1:
+            axes.set(xlim=(min(epochs) - 1, min(epochs) + 1), xticks=[min(epochs)])
+        if from_zero or len(epochs) == 1:
+            axes.set_ylim(bottom=0)
+        canvas.legend(loc="outside upper left", ncols=3 if len({id(run) for run, _, _ in lines}) == 1 else 2)
+        svg = io.StringIO()
+        canvas.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    text = re.sub(r".*?(<svg.*?)<metadata>.*?</metadata>", r"\1", svg.getvalue(), count=1, flags=re.DOTALL)
+    return re.sub(r'<g id="[^"]*">', "<g>", text)  # every chart has the same ones
 
 
-def _incidents(run: Run) -> str:
-    if not run.events and not run.attempts and not run.status:
-        return '<p class="missing">No record of incidents in this folder.</p>'
-    html = ""
-    if len(run.attempts) > 1:
-        html += f"<p>{len(run.attempts)} attempts:</p>" + _records(run.attempts)
-    if not run.events:
-        return html + "<p>No incident was recorded.</p>"
-    kinds = {}
+# ---------------------------------------------------------------------------------------------- tables of the sections
+
+def best_checkpoint(run: Run) -> dict | None:
+    """The best checkpoint (the moving average wins a tie), its score, and the commands that use it."""
+    found = [(about["score"], name, about) for name in ("checkpoint-best.pth", "checkpoint-best-ema.pth")
+             if (run.folder / name).is_file() and (about := _json(run.folder / f"{name}.json")).get("score") is not None]
+    if not found:
+        return None
+    score, name, about = max(found, key=lambda item: item[0] + (item[1] == "checkpoint-best-ema.pth") * 1e-9)
+    folder, path = shlex.quote(str(run.folder)), shlex.quote(str(run.folder / name))
+    return {"name": name, "score": score, "epoch": about.get("epoch"), "commands": (
+        ("evaluate it, with results per class on this page", f"python main.py --eval true --output_dir {folder} --report {folder}"),
+        ("classify images", f"python -m tools.predict IMAGES --resume {path}"),
+        ("from Python", f"models.load({str(run.folder)!r})"))}
+
+
+def unreadable_files(run: Run) -> list[tuple[str, str]]:
+    """(path, when it was met) of each unreadable image that the events name, each once."""
+    found = {}
     for event in run.events:
-        kinds[_kind(event)] = kinds.get(_kind(event), 0) + 1
-    html += "<p>" + " · ".join(f"{n} × {escape(kind)}" for kind, n in kinds.items()) + "</p>"
-    more = len(run.events) - MOST_EVENTS
-    return html + _records(run.events[:MOST_EVENTS]) + (f'<p class="soft">and {more} more.</p>' if more > 0 else "")
+        if event.get("kind") in UNREADABLE:
+            epoch = event.get("epoch")
+            for path in event.get("images", event.get("pictures", ())):
+                found.setdefault(str(path), f"epoch {epoch + 1}" if isinstance(epoch, int) else event.get("time", ""))
+    return sorted(found.items())
 
 
-def _kind(event: dict) -> str:
-    return str(event.get("kind") or event.get("state") or "event").replace("_", " ")
-
-
-def _records(records: list[dict]) -> str:
+def incidents(run: Run) -> list[tuple[str, str, str]]:
+    """(when, what, details) of each event; those that name unreadable files are left to `unreadable_files`."""
     rows = []
-    for record in records:
-        when = record.get("time") or record.get("started") or ""
-        shown = ("time", "started", "kind", "state", "message", "command")
-        rest = [f"{k} {_text(v)}" for k, v in record.items() if k not in shown and v not in (None, "", [], False)]
-        rows.append([when, _kind(record), f"{record.get('message') or ''} {'; '.join(rest)}".strip()])
-    return table(["when", "what", "details"], rows)
+    for event in run.events:
+        if event.get("kind") not in UNREADABLE:
+            rest = {name: value + 1 if name == "epoch" and isinstance(value, int) else value for name, value in event.items()
+                    if name not in ("time", "kind", "message") and value not in (None, "", [], False)}
+            details = "; ".join([str(event.get("message") or ""), *(f"{k} {text(v)}" for k, v in rest.items())])
+            rows.append((event.get("time", ""), str(event.get("kind", "event")).replace("_", " "), details.strip("; ")))
+    return rows
 
 
-def _text(value: object) -> str:
+def class_rows(run: Run) -> list[dict]:
+    """One row per class: its name, training and validation images, and, once evaluated with --report, its accuracy."""
+    names = run.predictions.classes if run.predictions is not None else run.data.get("classes", [])
+    titles = class_titles(names)
+    counts = [run.data.get(part, {}).get("per_class", []) if run.data.get("classes") == names else []
+              for part in ("train", "val")]
+    found = per_class(run.predictions) if run.predictions is not None else [None] * len(names)
+    return [{"title": titles[i], "train": counts[0][i] if counts[0] else None,
+             "val": row.images if row else counts[1][i] if counts[1] else None, "result": row,
+             "mistaken_for": titles[row.mistaken_for] if row and row.mistaken_for >= 0 else ""}
+            for i, row in enumerate(found)]
+
+
+def mistakes(run: Run) -> dict | None:
+    """Confusion matrix, most frequent confusions and most confident mistakes; None without predictions."""
+    p = run.predictions
+    if p is None or not len(p.labels):
+        return None
+    titles, pairs = [*class_titles(p.classes), "unreadable"], confusion_pairs(p.labels, p.top5[:, 0])
+    shown = list(range(len(p.classes)))
+    if len(shown) > MOST_IN_MATRIX:
+        shown = sorted(list(dict.fromkeys(c for *both, _ in pairs for c in both if c >= 0))[:MOST_IN_MATRIX])
+    inside = np.isin(p.labels, shown) & np.isin(p.top5[:, 0], shown)
+    matrix = np.zeros((len(shown), len(shown)), int)
+    np.add.at(matrix, (np.searchsorted(shown, p.labels[inside]), np.searchsorted(shown, p.top5[inside, 0])), 1)
+    incorrect = np.flatnonzero((p.top5[:, 0] != p.labels) & (p.labels >= 0))
+    worst = incorrect[np.argsort(-p.probabilities[incorrect, 0], kind="stable")][:MOST_THUMBNAILS]
+    evaluated = {run.evaluation.get("hits1"), *(r.get("hits1") for r in run.evaluation.get("results", []))}
+    return {"images": len(p.labels), "hits": (hits := p.counts().hits1), "other": hits not in evaluated, "all": len(shown) == len(p.classes),
+            "names": [titles[c] for c in shown], "matrix": matrix.tolist(),
+            "totals": np.bincount(p.labels[p.labels >= 0], minlength=len(p.classes))[shown].tolist(),
+            "pairs": [(titles[t], titles[w], n) for t, w, n in pairs[:14]],
+            "thumbnails": [{"path": path, "name": path.replace("\\", "/").split("/")[-1], "jpeg": _thumbnail(path),
+                            "answer": titles[p.top5[i, 0]], "label": titles[p.labels[i]],
+                            "share": float(p.probabilities[i, 0])} for i in worst for path in [str(p.paths[i])]]}
+
+
+def _thumbnail(path: str) -> str:
+    """A small JPEG in base64; "" where the image is not there any more."""
+    try:
+        small, packed = decode_path(path), io.BytesIO()
+    except (BadImage, ValueError):  # a name with a NUL character is a ValueError
+        return ""
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    small.save(packed, "JPEG", quality=82)
+    return base64.b64encode(packed.getvalue()).decode()
+
+
+def text(value: object) -> str:
     """A value of a configuration or record as a person writes it, at most 200 characters."""
     if isinstance(value, (tuple, list)):
-        text = " ".join(map(_text, value)) or "none"
+        words = " ".join(map(text, value)) or "none"
     elif isinstance(value, dict):
-        text = json.dumps(value, default=str)
+        words = json.dumps(value, default=str)
     else:
-        text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return text if len(text) <= 200 else text[:199] + "…"
+        words = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return words if len(words) <= 200 else words[:199] + "…"
 
 
-# ---------------------------------------------------------------- confusion and thumbnails
+# ------------------------------------------------------------------------------------------------------------ the page
 
-def _mistakes(run: Run) -> str:
-    p = run.predictions
-    if run.predictions_error:
-        return f'<p class="missing">{escape(run.predictions_error)}.</p>'
-    if p is None or not len(p.labels):
-        return ('<p class="missing">No predictions.npz: <code>python main.py --eval true --report DIR</code> writes it '
-                "(give the run folder as DIR).</p>")
-    titles, pairs = class_titles(p.classes), confusion_pairs(p.labels, p.top5[:, 0])
-    html, hits = "", p.counts().hits1
-    told = run.evaluation.get("hits1")
-    if told is not None and told not in {hits, *(r.get("hits1") for r in run.evaluation.get("results", []))}:
-        html += f'<p class="missing">predictions.npz has {hits} hits, eval.json {told}: two different evaluations.</p>'
-    if not pairs:
-        return html + f"<p>All {len(p.labels)} pictures are right.</p>"
-    rows = [[titles[t], titles[w] if w >= 0 else "unreadable", n] for t, w, n in pairs[:14]]
-    html += (f'<div class="pair">{_heat(p, titles, pairs)}<figure><figcaption>Most frequent confusions</figcaption>'
-             f'{table(["is", "taken for", "pictures"], rows, numeric={2}, card=False)}</figure></div>')
-    wrong = np.flatnonzero((p.top5[:, 0] != p.labels) & (p.labels >= 0))
-    worst = wrong[np.argsort(-p.probabilities[wrong, 0], kind="stable")][:MOST_THUMBNAILS]
-    return html + ("<h3>Most confident mistakes</h3><div class='thumbs'>"
-                   + "".join(_thumbnail(p, int(i), titles) for i in worst) + "</div>")
-
-
-def _heat(p, titles: list[str], pairs: list[tuple[int, int, int]]) -> str:
-    shown = list(range(len(p.classes)))
-    if len(shown) > MOST_CLASSES:
-        confused = dict.fromkeys(c for true, wrong, _ in pairs for c in (true, wrong) if c >= 0)
-        shown = sorted(list(confused)[:MOST_CLASSES])
-    true, said = p.labels, p.top5[:, 0]
-    both = np.isin(true, shown) & np.isin(said, shown)
-    matrix = np.zeros((len(shown), len(shown)), int)
-    np.add.at(matrix, (np.searchsorted(shown, true[both]), np.searchsorted(shown, said[both])), 1)
-    totals = np.bincount(true[true >= 0], minlength=len(p.classes))[shown]
-    note = "all classes" if len(shown) == len(p.classes) else f"the {len(shown)} classes that are confused most"
-    return (f'<figure><figcaption>Confusion, {note}</figcaption><p class="soft">Rows: the true class; columns: the '
-            f"answer. Blue is right, orange wrong; the number is pictures.</p>"
-            f'{heat_map([titles[c] for c in shown], matrix.tolist(), totals.tolist())}</figure>')
-
-
-def _thumbnail(p, index: int, titles: list[str]) -> str:
-    path, said = str(p.paths[index]), int(p.top5[index, 0])
+def paired_test(runs: list[Run]) -> str:
+    """McNemar's test of two runs in one sentence, or what it lacks; "" for one run."""
+    if len(runs) < 2:
+        return ""
+    first, second = (run.predictions for run in runs)
+    if first is None or second is None:
+        return ("No paired test (McNemar, bootstrap): both folders need a predictions.npz, which "
+                "python main.py --eval true --report DIR writes.")
     try:
-        small = decode_path(path)
-        small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-        packed = io.BytesIO()
-        small.save(packed, "JPEG", quality=82)
-        picture_html = f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(packed.getvalue()).decode()}">'
-    except (BadImage, ValueError):  # a name with a NUL character is a ValueError
-        picture_html = '<span class="none">no picture</span>'
-    confidence = float(p.probabilities[index, 0])
-    share = f"{100 * confidence:.1f} %" if math.isfinite(confidence) else "–"
-    name, answer = escape(path.replace("\\", "/").split("/")[-1]), escape(titles[said] if said >= 0 else "–")
-    return (f'<div class="thumb" title="{escape(path)}">{picture_html}said <b>{answer}</b> ({share})<br>'
-            f'is <b>{escape(titles[int(p.labels[index])])}</b><br><span class="soft">{name}</span></div>')
+        return compare(first, second).sentence
+    except UserError as error:
+        return f"No paired test: {error}."
 
 
-# ---------------------------------------------------------------- configuration and environment
+def write_report(folders: list[str | Path], out: str | Path | None = None) -> Path:
+    """Write the page about one or two run folders (or log.txt files) and return its path.
 
-def _config(runs: list[Run], recipe_differences: list[dict]) -> str:
-    html = "<h2>Configuration</h2>"
-    if not any(run.config for run in runs):
-        return html + '<p class="missing">No config.yaml in the folder.</p>'
-    if len(runs) == 2:
-        keys = sorted({*runs[0].config, *runs[1].config})
-        rows = [[k, *(_text(run.config.get(k, "–")) for run in runs)] for k in keys
-                if runs[0].config.get(k) != runs[1].config.get(k)]
-        html += "<h3>Differences</h3>" + (table(["option", *(run.name for run in runs)], rows) if rows
-                                         else "<p>The two configurations are equal.</p>")
-    for run, differs in zip(runs, recipe_differences):
-        chosen = [k for k in run.config if run.origins.get(k) != "default" or k in differs]
-        name = f"{escape(run.name)} · " if len(runs) == 2 else ""
-        html += f"<h3>{name}Given by flag or recipe{f'; {len(differs)} differ from the published recipe' * bool(differs)}</h3>"
-        html += _options(run, chosen, differs)
-        html += (f"<details><summary>{name}All {len(run.config)} options</summary>"
-                 f"{_options(run, list(run.config), differs)}</details>")
-    return html
+    `out` defaults to report.html in the first run's folder. Raises UserError for a folder without a run.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-
-def _options(run: Run, names: list[str], differs: dict) -> str:
-    columns = 4 if differs else 3  # the last one says what the published recipe has instead
-    rows = [[k, _text(run.config[k]), run.origins.get(k, ""), _text(differs[k]) if k in differs else ""][:columns]
-            for k in names]
-    return table(["option", "value", "from", "published recipe"][:columns], rows,
-                 changed={i for i, k in enumerate(names) if k in differs})
-
-
-def _environment(runs: list[Run]) -> str:
-    if not any(run.environment for run in runs):
-        return '<h2>Environment</h2><p class="missing">No environment.json in the folder.</p>'
-    flat = [{name: value for key, entry in run.environment.items()
-             for name, value in (entry.items() if isinstance(entry, dict) else [(key, entry)])} for run in runs]
-    rows = [[k, *(_text(values.get(k, "–")) for values in flat)] for k in dict.fromkeys([*flat[0], *flat[-1]])]
-    differ = {i for i, row in enumerate(rows) if len(runs) == 2 and row[1] != row[2]}
-    return "<h2>Environment</h2>" + table(["", *(run.name for run in runs)], rows, changed=differ)
+    runs = [read_run(folder) for folder in folders]
+    out = Path(out) if out is not None else runs[0].folder
+    out = out / "report.html" if out.is_dir() else out
+    world = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
+                        lstrip_blocks=True, undefined=StrictUndefined, extensions=["jinja2.ext.do"])
+    world.filters["text"] = text
+    names = (headline, best_checkpoint, unreadable_files, incidents, class_rows, mistakes, summary_line)
+    html = world.get_template("page.html").render(
+        {f.__name__: f for f in names}, runs=runs, charts=charts(runs), paired=paired_test(runs),
+        most=MOST_EVENTS, most_classes=MOST_CLASSES, most_files=MOST_FILES)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Names with bytes that are not text are shown with a question mark: the page has to be valid UTF-8.
+    write_text(out, html.encode("utf-8", "replace").decode("utf-8"))
+    return out

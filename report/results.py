@@ -1,19 +1,19 @@
-"""What an evaluation says: its settings, the comparison with the published figure, and the files that keep both."""
+"""What an evaluation found: its settings, the comparison with the published figure, and the files that keep both."""
 import csv
 import io
 import zipfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from common.errors import UserError
 from common.files import atomic_write, write_json, write_text
+from models.zoo import Variant
 from report.metrics import Counts, Predictions, confusion_pairs, metrics, sampling_interval
 
-IMAGENET_VAL_PICTURES = 50_000
+IMAGENET_VAL_IMAGES = 50_000
 PASS_LIMIT_FLOAT32, PASS_LIMIT_REDUCED, CLOSE_LIMIT = 0.05, 0.15, 0.30  # points of top-1
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PUBLISHED_CROP_PCT, WARP_FROM_SIZE = 224 / 256, 384  # from 384 on the published protocol warps and does not crop
@@ -24,7 +24,7 @@ class Protocol:
     """The settings of one evaluation that its number depends on, as written into eval.json.
 
     `crop_pct` None means: warp to input_size x input_size without a crop. `dtype` is torch's name without the
-    prefix. `dataset` is `imagenet-val` for ILSVRC2012's validation pictures, otherwise any name.
+    prefix. `dataset` is `imagenet-val` for ILSVRC2012's validation images, otherwise any name.
     """
     model: str
     num_classes: int
@@ -50,6 +50,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Verdict:
+    """PASS, CLOSE or FAIL, the line that says why, and the difference in points."""
     word: str
     line: str
     difference: float
@@ -61,10 +62,10 @@ def explain_difference(protocol: Protocol, counts: Counts, published_input_size:
     crop = None if size >= WARP_FROM_SIZE else PUBLISHED_CROP_PCT
     found = _precision_departures(protocol)
     if protocol.dataset != "imagenet-val":
-        found.append(f"the pictures are {protocol.dataset}, not ImageNet-1k's validation set: the accuracies are not "
+        found.append(f"the images are {protocol.dataset}, not ImageNet-1k's validation set: the accuracies are not "
                      "comparable.")
-    elif counts.images != IMAGENET_VAL_PICTURES:
-        found.append(f"{counts.images} pictures instead of {IMAGENET_VAL_PICTURES}: chance alone moves top-1 by about "
+    elif counts.images != IMAGENET_VAL_IMAGES:
+        found.append(f"{counts.images} images instead of {IMAGENET_VAL_IMAGES}: chance alone moves top-1 by about "
                      f"±{sampling_interval(83.0, counts.images):.2f} points.")
     if protocol.input_size != size:
         found.append(f"input size {protocol.input_size} instead of {size}: one to several points.")
@@ -78,10 +79,10 @@ def explain_difference(protocol: Protocol, counts: Counts, published_input_size:
             found.append(f"{name} {tuple(value)} instead of {usual}: typically 0.2 to 1 point lower.")
     for number, what in ((counts.bad, "could not be read"), (counts.nonfinite, "gave logits that are not numbers")):
         if number:
-            found.append(f"{number} pictures {what} and count as wrong: at most "
+            found.append(f"{number} images {what} and count as incorrect: at most "
                          f"{100 * number / max(counts.images, 1):.3f} points lower.")
     if protocol.pillow.split(".")[0].isdigit() and int(protocol.pillow.split(".")[0]) >= 13:
-        found.append(f"Pillow {protocol.pillow} resizes tall pictures with other pixels than versions before 13: "
+        found.append(f"Pillow {protocol.pillow} resizes tall images with other pixels than versions before 13: "
                      "typically under 0.05 points.")
     return found
 
@@ -95,32 +96,28 @@ def _precision_departures(protocol: Protocol) -> list[str]:
     return found
 
 
-def verdict(counts: Counts, protocol: Protocol, published_top1: float | None, published_input_size: int | None,
-            published_classes: int = 1000) -> Verdict | None:
+def verdict(counts: Counts, protocol: Protocol, published: Variant | None) -> Verdict | None:
     """Compare with the published top-1; None unless model, number of classes, input size and data are the published.
 
-    PASS: the published protocol on all 50,000 pictures and a difference of at most 0.05 points in float32, 0.15 in
+    PASS: the published protocol on all 50,000 images and a difference of at most 0.05 points in float32, 0.15 in
     reduced precision. CLOSE: at most 0.30. Otherwise FAIL. The sampling interval is information and decides nothing.
     """
-    if published_top1 is None or protocol.num_classes != published_classes:
+    if published is None or published.top1 is None or protocol.num_classes != published.classes:
         return None
-    if protocol.input_size != published_input_size or protocol.dataset != "imagenet-val":
+    if protocol.input_size != published.input_size or protocol.dataset != "imagenet-val":
         return None
-    departures = explain_difference(protocol, counts, published_input_size)
-    difference = counts.acc1 - published_top1
+    departures = explain_difference(protocol, counts, published.input_size)
+    difference = counts.acc1 - published.top1
     reduced = _precision_departures(protocol)
     limit = PASS_LIMIT_REDUCED if reduced else PASS_LIMIT_FLOAT32
     size = abs(difference) - 1e-9  # 84.37 - 84.32 is 0.050000000000011 in binary
     as_published = len(departures) == len(reduced)
     word = "PASS" if as_published and size <= limit else "CLOSE" if size <= CLOSE_LIMIT else "FAIL"
-    line = (f"top-1 {counts.acc1:.2f} (published {published_top1:.2f}, difference {_signed(difference)}; "
-            f"{counts.images}/{max(counts.images, IMAGENET_VAL_PICTURES)} pictures; sampling interval "
+    signed = f"{round(difference, 2) + 0.0:+.2f}"  # adding zero turns -0.00 into +0.00
+    line = (f"top-1 {counts.acc1:.2f} (published {published.top1:.2f}, difference {signed}; "
+            f"{counts.images}/{max(counts.images, IMAGENET_VAL_IMAGES)} images; sampling interval "
             f"±{sampling_interval(counts.acc1, counts.images):.2f}) {word}")
     return Verdict(word, line, difference)
-
-
-def _signed(value: float) -> str:
-    return f"{round(value, 2) + 0.0:+.2f}"  # adding zero turns -0.00 into +0.00
 
 
 def _same(a: float | None, b: float | None) -> bool:
@@ -131,12 +128,9 @@ def _crop_text(crop_pct: float | None) -> str:
     return "warp without a crop" if crop_pct is None else f"crop_pct {crop_pct:g}"
 
 
-def results_from(counts: Any, protocol: Protocol, published: Any = None,
+def results_from(counts: Counts, protocol: Protocol, published: Variant | None = None,
                  predictions: Predictions | None = None) -> dict:
-    """The dictionary written as eval.json.
-
-    `counts` is a `Counts` or the engine's `EvalResult`; `published` an entry of `models.zoo.PUBLISHED` or None.
-    """
+    """The dictionary written as eval.json; `published`: the model's entry of `models.zoo.PUBLISHED`."""
     result = {"acc1": counts.acc1, "acc5": counts.acc5, "loss": counts.loss, "hits1": counts.hits1,
               "hits5": counts.hits5, "images": counts.images, "bad_images": counts.bad,
               "nonfinite_images": counts.nonfinite, **asdict(protocol),
@@ -144,13 +138,12 @@ def results_from(counts: Any, protocol: Protocol, published: Any = None,
               "departures": explain_difference(protocol, counts, published.input_size if published else None)}
     if predictions is not None:
         result |= metrics(predictions, protocol.num_classes)
-    if published is not None:
-        said = verdict(counts, protocol, published.top1, published.input_size, published.classes)
-        if said is not None:
-            figures = {"top1": published.top1, "top5": published.top5, "source": "OpenMMLab",
-                       "authors_top1": published.authors_top1}
-            result |= {"published": figures, "verdict": said.word, "verdict_line": said.line,
-                       "difference": said.difference}
+    found = verdict(counts, protocol, published)
+    if published is not None and found is not None:
+        figures = {"top1": published.top1, "top5": published.top5, "source": "OpenMMLab",
+                   "authors_top1": published.authors_top1}
+        result |= {"published": figures, "verdict": found.word, "verdict_line": found.line,
+                   "difference": found.difference}
     return result
 
 
@@ -158,15 +151,14 @@ def summary_line(result: dict) -> str:
     """The last line of an evaluation: the verdict, or top-1, top-5, loss and the count where nothing is published."""
     return result.get("verdict_line") or (
         f"top-1 {result['acc1']:.2f}, top-5 {result['acc5']:.2f}, loss {result['loss']:.4f} "
-        f"({result['hits1']} of {result['images']} pictures right; sampling interval ±{result['interval']:.2f})")
+        f"({result['hits1']} of {result['images']} images correct; sampling interval ±{result['interval']:.2f})")
 
 
-def write_eval_json(path: str | Path, results: list[dict] | dict) -> dict:
+# ------------------------------------------------------------------------------------------------------------- files
+
+def write_eval_json(path: str | Path, results: list[dict]) -> None:
     """Write one or several results atomically: the first at the top level, all of them under `results` when several."""
-    several = [results] if isinstance(results, dict) else list(results)
-    document = dict(several[0]) if len(several) == 1 else {**several[0], "results": several}
-    write_json(path, document)
-    return document
+    write_json(path, results[0] if len(results) == 1 else {**results[0], "results": results})
 
 
 def write_predictions(path: str | Path, predictions: Predictions) -> None:
@@ -187,45 +179,54 @@ def read_predictions(path: str | Path) -> Predictions:
                                file["classes"].tolist())
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not a predictions.npz of this project ({error}): make one with "
-                        "--eval true --report DIR") from error
+                        "--eval true --report DIR", code="unreadable_predictions") from error
 
 
-def per_class_csv(predictions: Predictions, names: list[str] | None = None) -> str:
-    """A table with one row per class: index, class, name, pictures, hits, accuracies, most frequent mistake."""
-    classes = predictions.classes
-    pairs = confusion_pairs(predictions.labels, predictions.top5[:, 0])
-    usual = {true: (wrong, n) for true, wrong, n in reversed(pairs)}
-    images = np.bincount(predictions.labels[predictions.labels >= 0], minlength=len(classes))
-    hits1 = np.bincount(predictions.labels[predictions.hit1], minlength=len(classes))
-    hits5 = np.bincount(predictions.labels[predictions.hit5], minlength=len(classes))
+@dataclass(frozen=True)
+class ClassRow:
+    """One class of an evaluation. Accuracies in percent, None without images; `mistaken_for` is the index of the class
+    it is most often taken for, -1 where that is none, and `times` how often."""
+    index: int
+    images: int
+    hits1: int
+    hits5: int
+    acc1: float | None
+    acc5: float | None
+    mistaken_for: int
+    times: int
+
+
+def per_class(predictions: Predictions) -> list[ClassRow]:
+    """One row for each class, in the order of the logits."""
+    count, labels = len(predictions.classes), predictions.labels
+    usual = {true: (other, n) for true, other, n in reversed(confusion_pairs(labels, predictions.top5[:, 0]))}
+    images = np.bincount(labels[labels >= 0], minlength=count).tolist()
+    hits1 = np.bincount(labels[predictions.hit1], minlength=count).tolist()
+    hits5 = np.bincount(labels[predictions.hit5], minlength=count).tolist()
     rows = []
-    for i, label in enumerate(classes):
-        wrong, times = usual.get(i, (-1, 0))
-        accuracies = [f"{100 * h[i] / images[i]:.2f}" if images[i] else "" for h in (hits1, hits5)]
-        rows.append([i, label, names[i] if names else label, images[i], hits1[i], hits5[i], *accuracies,
-                     classes[wrong] if wrong >= 0 else "", times])
-    return _table(["index", "class", "name", "images", "hits1", "hits5", "acc1", "acc5", "most_mistaken_for", "times"],
-                  rows)
+    for i in range(count):
+        acc1, acc5 = (100 * hits[i] / images[i] if images[i] else None for hits in (hits1, hits5))
+        rows.append(ClassRow(i, images[i], hits1[i], hits5[i], acc1, acc5, *usual.get(i, (-1, 0))))
+    return rows
 
 
-def confusion_csv(predictions: Predictions) -> str:
-    """The confusion pairs as a table: true class, predicted class, pictures; most frequent first."""
-    names = [*predictions.classes, "unreadable"]  # the answer to a picture that could not be read is -1
-    return _table(["true", "predicted", "images"],
-                  ([names[true], names[said], n]
-                   for true, said, n in confusion_pairs(predictions.labels, predictions.top5[:, 0])))
+def write_report_files(folder: str | Path, predictions: Predictions, titles: list[str]) -> None:
+    """What `--report DIR` leaves: predictions.npz, per_class.csv (`titles`: names for people) and confusion.csv."""
+    folder, names = Path(folder), [*predictions.classes, ""]
+    write_predictions(folder / "predictions.npz", predictions)
+    acc1, acc5 = (lambda r: "" if r.acc1 is None else f"{r.acc1:.2f}"), (lambda r: "" if r.acc5 is None else f"{r.acc5:.2f}")
+    write_text(folder / "per_class.csv", _table(
+        ("index", "class", "name", "images", "hits1", "hits5", "acc1", "acc5", "most_mistaken_for", "times"),
+        ((r.index, names[r.index], titles[r.index], r.images, r.hits1, r.hits5, acc1(r), acc5(r),
+          names[r.mistaken_for], r.times) for r in per_class(predictions))))
+    names[-1] = "unreadable"  # the answer to an image that could not be read is -1
+    write_text(folder / "confusion.csv", _table(
+        ("true", "predicted", "images"),
+        ((names[true], names[predicted], n)
+         for true, predicted, n in confusion_pairs(predictions.labels, predictions.top5[:, 0]))))
 
 
-def _table(head: list[str], rows: Iterable[list]) -> str:
+def _table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([head, *rows])
     return text.getvalue()
-
-
-def write_report_files(folder: str | Path, predictions: Predictions, names: list[str] | None = None) -> None:
-    """What `--report DIR` leaves: predictions.npz, per_class.csv and confusion.csv."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_predictions(folder / "predictions.npz", predictions)
-    write_text(folder / "per_class.csv", per_class_csv(predictions, names))
-    write_text(folder / "confusion.csv", confusion_csv(predictions))

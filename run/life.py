@@ -229,7 +229,7 @@ class TrainingRun:
 
     def _say_failures(self) -> None:
         for sentence in self.to.checkpoints.failures():
-            self.to.tracker.incident("save_failed", sentence, say=False, update=self.update)
+            self.to.tracker.incident("save_failed", sentence, log=False, update=self.update)
 
     def _roll_back(self) -> None:
         """Take the weights of the last good checkpoint and go on with the next data, not with the same."""

@@ -2,80 +2,94 @@
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from common.files import append_json_line, read_json_lines, write_json, write_text
 from common.log import logger
 from common.text import duration
+from engine import Progress
 from run.folder import environment
 
 _WAIT_UPDATES, _WAIT_SHARE = 100, 0.10
+_TRAIN = ("loss", "lr", "min_lr", "weight_decay", "grad_norm", "class_acc", "images_per_second", "data_wait")
 
 
-@dataclass
-class Plan:
-    """What the console needs to know of a run. `cpus` and `num_workers` are those of one process."""
-    epochs: int
-    updates_per_epoch: int
-    n_parameters: int = 0
-    num_workers: int = 0
-    cpus: int = 1
-
-
-@dataclass
+@dataclass(frozen=True)
 class WandbRun:
-    """Where Weights & Biases shall keep a run; `config` are plain values."""
+    """What Weights & Biases is asked to keep: `config` (plain values), and the checkpoints of the end or not."""
     project: str
     name: str
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
     checkpoints: bool = False
 
 
-class Tracker:
-    """Rank 0's record of a run; made with `folder=None` it keeps none and speaks on the console only.
+class Sink(NamedTuple):
+    """A service outside this project that keeps figures; nothing it raises ends a training."""
+    name: str
+    scalars: Callable[[Mapping[str, float], int], object]
+    close: Callable[[], object]
+    checkpoint: Callable[[str], object] = lambda path: None
 
-    Nothing here stops a run: a file that cannot be written is said in the log, and log.txt catches up when the
-    disk has room again.
+
+class Tracker:
+    """Rank 0's record of a run; made with `folder=None` it keeps none and only writes to the console.
+
+    Nothing here stops a run: a file that cannot be written is logged, and log.txt catches up when the disk has
+    room again. People see epochs from 1; log.txt counts them from 0.
+
+    Args:
+        epochs, updates_per_epoch: of the whole run.
+        n_parameters: written into each line of log.txt.
+        num_workers, cpus: of one process, for the advice against waiting for data.
+        log_dir: TensorBoard's folder, None: `tensorboard` in the run's folder.
+        terminal: show a progress bar; None: where standard error is a terminal.
     """
 
-    def __init__(self, folder: str | os.PathLike | None, plan: Plan, log_dir: str | os.PathLike | None = None,
-                 wandb: WandbRun | None = None, terminal: bool | None = None):
-        self.folder, self.plan = None if folder is None else Path(folder), plan
+    def __init__(self, folder: str | os.PathLike | None, *, epochs: int, updates_per_epoch: int,
+                 n_parameters: int = 0, num_workers: int = 0, cpus: int = 1,
+                 log_dir: str | os.PathLike | None = None, wandb: WandbRun | None = None,
+                 terminal: bool | None = None):
+        self.folder = None if folder is None else Path(folder)
+        self.epochs, self.updates_per_epoch, self.n_parameters = epochs, updates_per_epoch, n_parameters
+        self.num_workers, self.cpus = num_workers, cpus
         self.terminal = sys.stderr.isatty() if terminal is None else terminal
         self._lines: list[dict] = []
         self._bar, self._hinted, self._stack = None, False, ExitStack()
         self._waits: deque[tuple[int, float, float]] = deque()
         self._pace: deque[tuple[float, int]] = deque(maxlen=20)
-        self._board, self._wandb = self._open_board(log_dir), _open_wandb(wandb)
-        self._wandb_checkpoints = wandb is not None and wandb.checkpoints
+        log_dir = log_dir or (self.folder and self.folder / "tensorboard")
+        self._sinks = _tensorboard(log_dir) + _wandb(wandb, self.folder)
         if self.terminal:
             from tqdm.contrib.logging import logging_redirect_tqdm
-            self._stack.enter_context(logging_redirect_tqdm(loggers=[logger]))
+            self._stack.enter_context(logging_redirect_tqdm(loggers=[logger]))  # log lines go above the bar
+            # A forked loader process has a copy of the bar as it was, and would draw that below its own lines.
+            os.register_at_fork(after_in_child=self._stack.close)
 
-    # The run's start
+    # ---------------------------------------------------------------------------------------- the run's start
 
-    def go_on(self, first_epoch: int) -> None:
-        """Keep the lines of log.txt before `first_epoch`; those after it will be made anew."""
+    def resume(self, first_epoch: int) -> None:
+        """Keep the lines of log.txt before `first_epoch` (from 0); those after it will be made again."""
         if self.folder is not None:
             earlier = {line["epoch"]: line for line in read_json_lines(self.folder / "log.txt")
                        if isinstance(line.get("epoch"), int) and line["epoch"] < first_epoch}
             self._lines = [earlier[epoch] for epoch in sorted(earlier)]
-            self._guard("log.txt", self._write_log)
+            self._write("log.txt", self._write_log)
 
-    def write_setup(self, config_yaml: str, **more: Any) -> None:
-        """config.yaml (the resolved options with their origins) and environment.json."""
-        if self.folder is not None:
-            self._guard("config.yaml", lambda: write_text(self.folder / "config.yaml", config_yaml))
-            self._guard("environment.json", lambda: write_json(self.folder / "environment.json", environment() | more))
+    def write_setup(self, config_yaml: str, data: Mapping[str, object], **more: object) -> None:
+        """config.yaml (the options with their origins), data.json (images and classes) and environment.json."""
+        self._write("config.yaml", lambda path: write_text(path, config_yaml))
+        self._write("data.json", lambda path: write_json(path, data))
+        self._write("environment.json", lambda path: write_json(path, environment() | more))
 
-    # The epoch
+    # ---------------------------------------------------------------------------------------------- the epoch
 
     def start_epoch(self, epoch: int, first_update: int = 0) -> None:
         """`first_update` is the first update within the epoch, above 0 after resuming in its middle."""
@@ -83,37 +97,39 @@ class Tracker:
         self._pace.clear()
         if self.terminal:
             from tqdm import tqdm
-            self._bar = tqdm(total=self.plan.updates_per_epoch, initial=first_update, leave=False, unit="update",
-                             dynamic_ncols=True, desc=f"epoch {epoch + 1}/{self.plan.epochs}")
+            # Not dynamic_ncols, which draws nothing where a terminal does not know its width (some containers).
+            self._bar = tqdm(total=self.updates_per_epoch, initial=first_update, leave=False, miniters=1,
+                             ncols=min(shutil.get_terminal_size().columns, 140),
+                             desc=f"epoch {epoch + 1}/{self.epochs}",
+                             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}")
 
     def tick(self) -> None:
         """One update is done; moves the bar only."""
         if self._bar is not None:
             self._bar.update()
 
-    def progress(self, p: Any) -> None:
-        """Show engine.Progress: every print_freq updates and at the end of an epoch."""
-        done = p.next_update - p.epoch * self.plan.updates_per_epoch
+    def progress(self, p: Progress) -> None:
+        """Show the figures so far: every print_freq updates and at the end of an epoch."""
+        done = p.next_update - p.epoch * self.updates_per_epoch
         self._pace.append((time.monotonic(), p.next_update))
         values = (f"loss {p.recent_loss:.4f}  lr {p.lr:.3g}  {p.images_per_second:.1f} img/s  "
-                  f"data wait {100 * p.data_wait:.0f} %")
+                  f"data wait {100 * p.data_wait:.0f} %  ETA {self._eta(p)}")
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{values}  run {self._eta(p)}")
+            self._bar.set_postfix_str(values)
         else:
-            logger.info(f"epoch {p.epoch + 1}/{self.plan.epochs}  update {done}/{self.plan.updates_per_epoch}  "
-                        f"{values}  ETA {self._eta(p)}")
-        self._scalars({"train/loss": p.recent_loss, "train/lr": p.lr, "train/weight_decay": p.weight_decay,
-                       "train/grad_norm": p.grad_norm, "train/images_per_second": p.images_per_second,
-                       "train/data_wait": p.data_wait}, p.next_update)
+            logger.info("epoch %d/%d  update %d/%d  %s", p.epoch + 1, self.epochs, done, self.updates_per_epoch,
+                        values)
+        self._scalars({"train/loss": p.recent_loss} | {f"train/{name}": getattr(p, name) for name in (
+            "lr", "weight_decay", "grad_norm", "images_per_second", "data_wait")}, p.next_update)
         self._watch_waiting(p)
 
-    def _eta(self, p: Any) -> str:
-        left = self.plan.epochs * self.plan.updates_per_epoch - p.next_update
+    def _eta(self, p: Progress) -> str:
+        left = self.epochs * self.updates_per_epoch - p.next_update
         (start, first), (end, last) = self._pace[0], self._pace[-1]
         first_of_epoch = p.seconds / max(p.next_update - p.first_update, 1)
         return duration(left * ((end - start) / (last - first) if last > first else first_of_epoch))
 
-    def _watch_waiting(self, p: Any) -> None:
+    def _watch_waiting(self, p: Progress) -> None:
         self._waits.append((p.next_update, p.data_wait * p.seconds, p.seconds))
         while len(self._waits) > 2 and self._waits[1][0] <= p.next_update - _WAIT_UPDATES:
             self._waits.popleft()
@@ -122,124 +138,125 @@ class Tracker:
         share = (p.data_wait * p.seconds - waited) / span if span > 0 else 0.0
         if not self._hinted and p.next_update - update >= _WAIT_UPDATES and share > _WAIT_SHARE:
             self._hinted = True
-            self.incident("data_wait", f"{100 * share:.0f} % of the last {p.next_update - update} updates was spent "
-                          f"waiting for data; {remedy(self.plan.num_workers, self.plan.cpus)}.", update=p.next_update)
+            self.incident("data_wait", f"{100 * share:.0f} % of the last {p.next_update - update} updates was "
+                          f"spent waiting for data; {remedy(self.num_workers, self.cpus)}.", update=p.next_update)
 
-    def end_epoch(self, p: Any, results: Mapping[str, Any], seconds: float | None = None) -> dict[str, Any]:
-        """Write the epoch's line to log.txt, which is returned.
+    def end_epoch(self, p: Progress, results: Mapping[str, float | None], seconds: float) -> None:
+        """Write the epoch's line to log.txt.
 
         Args:
-            p: engine.Progress of the whole epoch.
+            p: of the whole epoch.
             results: test_loss, test_acc1, test_acc5, the same with `_ema`, and whatever else belongs there.
-            seconds: of the epoch with its evaluation; default those of training.
+            seconds: of the epoch with its evaluation.
         """
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-        train = {"train_loss": p.loss, "train_lr": p.lr, "train_min_lr": p.min_lr, "train_weight_decay": p.weight_decay,
-                 "train_grad_norm": p.grad_norm, "train_class_acc": p.class_acc,
-                 "train_images_per_second": p.images_per_second, "train_data_wait": p.data_wait}
-        line = {**train, **results, "epoch": p.epoch, "update": p.next_update, "n_parameters": self.plan.n_parameters,
-                "nonfinite_updates": p.nonfinite, "seconds": p.seconds if seconds is None else seconds}
-        line = {name: _plain(value) for name, value in line.items()}
+        self._close_bar()
+        line = {f"train_{name}": getattr(p, name) for name in _TRAIN} | dict(results) | {
+            "epoch": p.epoch, "update": p.next_update, "n_parameters": self.n_parameters,
+            "nonfinite_updates": p.nonfinite, "seconds": seconds}
+        # JSON has no NaN or infinity: they become null.
+        line = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}
         self._lines = [old for old in self._lines if old["epoch"] < p.epoch] + [line]
-        self._guard("log.txt", self._write_log)
+        self._write("log.txt", self._write_log)
         self._scalars({f"epoch/{k}": v for k, v in line.items() if k not in ("epoch", "update")}, p.next_update)
-        shown = [f"{words} {line[name]:.2f}" for name, words in (("test_acc1", "top-1"), ("test_acc5", "top-5"),
-                 ("test_acc1_ema", "EMA top-1"), ("test_acc5_ema", "EMA top-5")) if line.get(name) is not None]
-        loss = line["train_loss"] if line["train_loss"] is not None else math.nan
-        logger.info(f"epoch {p.epoch + 1}/{self.plan.epochs} done in {duration(line['seconds'])}  "
-                    + "  ".join([f"train loss {loss:.4f}", *shown]))
-        return line
+        scores = (("test_acc1", "top-1"), ("test_acc5", "top-5"), ("test_acc1_ema", "EMA top-1"),
+                  ("test_acc5_ema", "EMA top-5"))
+        shown = [f"{words} {line[name]:.2f}" for name, words in scores if line.get(name) is not None]
+        logger.info("epoch %d/%d done in %s  %s", p.epoch + 1, self.epochs, duration(seconds),
+                    "  ".join([f"train loss {p.loss:.4f}", *shown]))
 
-    @property
-    def lines(self) -> list[dict]:
-        """The lines of log.txt so far."""
-        return list(self._lines)
+    # ---------------------------------------------------------------------------------- incidents and the end
 
-    def _write_log(self) -> None:
-        if self.folder is not None:
-            write_text(self.folder / "log.txt", "".join(json.dumps(line) + "\n" for line in self._lines))
-
-    # Incidents and the end
-
-    def incident(self, kind: str, sentence: str, say: bool = True, **more: Any) -> None:
-        """Say something out of the ordinary (unless it was said already) and keep it in events.jsonl."""
-        if say:
+    def incident(self, kind: str, sentence: str, log: bool = True, **more: object) -> None:
+        """Log something out of the ordinary (unless that was done already) and keep it in events.jsonl."""
+        if log:
             logger.warning(sentence)
-        if self.folder is not None:
-            record = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "kind": kind, "message": sentence, **more}
-            self._guard("events.jsonl", lambda: append_json_line(self.folder / "events.jsonl", record))
+        record = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "kind": kind, "message": sentence, **more}
+        self._write("events.jsonl", lambda path: append_json_line(path, record))
 
     def log_checkpoint(self, path: str | os.PathLike) -> None:
         """Store a checkpoint at Weights & Biases when that was asked for."""
-        if self._wandb is not None and self._wandb_checkpoints and Path(path).exists():
-            self._outside("wandb", lambda: self._wandb.log_artifact(str(path), type="model"))
+        for sink in self._sinks:
+            _outside(sink, lambda: sink.checkpoint(str(path)))
 
     def close(self) -> None:
         """Close the bar and the writers; may be called twice."""
-        if self._bar is not None:
-            self._bar.close()
-        if self._board is not None:
-            self._outside("TensorBoard", self._board.close)  # a full disk shows here
-        if self._wandb is not None:
-            self._outside("wandb", self._wandb.finish)
-        self._bar = self._board = self._wandb = None
+        self._close_bar()
+        for sink in self._sinks:
+            _outside(sink, sink.close)  # a full disk shows here
+        self._sinks = []
         self._stack.close()
 
-    def _open_board(self, log_dir: str | os.PathLike | None):
-        if self.folder is None and log_dir is None:
-            return None
-        try:
-            from tensorboardX import SummaryWriter
-            return SummaryWriter(str(log_dir or self.folder / "tensorboard"))
-        except (ImportError, OSError) as error:
-            logger.warning(f"No TensorBoard log: {error} (pip install tensorboardX).")
-            return None
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
 
-    def _scalars(self, values: Mapping[str, Any], update: int) -> None:
+    def _scalars(self, values: Mapping[str, object], update: int) -> None:
         numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
-        if self._board is not None:
-            for name, value in numbers.items():
-                self._outside("TensorBoard", lambda: self._board.add_scalar(name, value, update))
-        if self._wandb is not None:
-            self._outside("wandb", lambda: self._wandb.log(numbers, step=update))
+        for sink in self._sinks:
+            _outside(sink, lambda: sink.scalars(numbers, update))
 
-    def _outside(self, name: str, call) -> None:
-        try:
-            call()
-        except Exception as error:  # other people's services must not end a training
-            logger.warning(f"{name} failed ({error}); the run goes on without this record.")
+    def _write_log(self, path: Path) -> None:
+        write_text(path, "".join(json.dumps(line) + "\n" for line in self._lines))
 
-    def _guard(self, name: str, write) -> None:
-        try:
-            write()
-        except OSError as error:
-            logger.error(f"{name} was not written in {self.folder}: {error.strerror}; the run goes on.")
+    def _write(self, name: str, write: Callable[[Path], None]) -> None:
+        if self.folder is not None:
+            try:
+                write(self.folder / name)
+            except OSError as error:
+                logger.error(f"{name} was not written in {self.folder}: {error.strerror}; the run continues.")
 
 
-def _open_wandb(run: WandbRun | None):
+def _outside(sink: Sink, call: Callable[[], object]) -> None:
+    try:
+        call()
+    except Exception as error:
+        logger.warning(f"{sink.name} failed ({error}); the run continues without this record.")
+
+
+def _tensorboard(folder: str | os.PathLike | None) -> list[Sink]:
+    if folder is None:
+        return []
+    try:
+        from tensorboardX import SummaryWriter
+        board = SummaryWriter(str(folder))
+    except (ImportError, OSError) as error:
+        logger.warning(f"No TensorBoard log: {error} (pip install tensorboardX).")
+        return []
+
+    def scalars(values: Mapping[str, float], update: int) -> None:
+        for name, value in values.items():
+            board.add_scalar(name, value, update)
+    return [Sink("TensorBoard", scalars, board.close)]
+
+
+def _wandb(run: WandbRun | None, folder: Path | None) -> list[Sink]:
     if run is None:
-        return None
+        return []
     try:
         import wandb
-        return wandb.init(project=run.project, name=run.name, config=dict(run.config), resume="allow")
+        service = wandb.init(project=run.project, name=run.name, config=dict(run.config), resume="allow",
+                             dir=folder)
     except ImportError:
-        logger.warning("--enable_wandb true needs the package wandb: pip install wandb. The run goes on without it.")
+        logger.warning("--enable_wandb true needs the package wandb: pip install wandb. The run continues "
+                       "without it.")
+        return []
     except Exception as error:  # wandb raises its own types for a missing login or network
-        logger.warning(f"wandb cannot be used ({error}); the run goes on without it.")
-    return None
+        logger.warning(f"wandb cannot be used ({error}); the run continues without it.")
+        return []
 
+    def checkpoint(path: str) -> None:
+        if run.checkpoints and os.path.exists(path):
+            service.log_artifact(path, type="model")
 
-def _plain(value: Any) -> Any:
-    """JSON has no NaN or infinity: they become null."""
-    value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    def scalars(values: Mapping[str, float], update: int) -> None:
+        service.log(dict(values), step=update)
+    return [Sink("wandb", scalars, service.finish, checkpoint)]
 
 
 def remedy(num_workers: int, cpus: int) -> str:
     """The one change that would help most against waiting for data; both numbers are those of one process."""
     if num_workers < cpus:
         return f"--num_workers {cpus} would use all CPUs of this process (now {num_workers})"
-    return ("all CPUs load pictures already: store the pictures with a shorter side of about twice the input "
+    return ("all CPUs load images already: store the images with a shorter side of about twice the input "
             "size, on a local disk")

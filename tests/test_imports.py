@@ -14,7 +14,7 @@ MAY_KNOW = {
     "datasets": {"common", "native"},
     "optim": {"common"},
     "launch": {"common"},
-    "run": {"common", "config"},
+    "run": {"common", "config", "engine"},  # the figures of an epoch
     "engine": {"common"},
 }
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import models  # noqa: F401  (registers the models with timm)
 from datasets.transforms import eval_transform
-from models.inspect import class_titles, extract_features, heatmap, overlay, picture_transform, predict
+from models.inspect import class_titles, extract_features, heatmap, overlay, image_transform, predict
 from tools.loading import load_trained
 from tools.predict import main
 
@@ -60,7 +60,7 @@ def test_json_output_has_the_checkpoints_names_transform_and_bad_files(checkpoin
     rows = {row["path"]: row for row in json.loads(capsys.readouterr().out)}
     assert len(rows) == 5
     bad = rows[str(pictures / "broken.jpg")]
-    assert bad["top"] == [] and "picture" in bad["error"]
+    assert bad["top"] == [] and "WebP" in bad["error"]
     for name in ("a.png", "déjà vu/猫 \n.jpg", "grey.png"):
         row, wanted = rows[str(pictures / name)], expected(model, pictures / name)
         assert row["error"] is None and [t["index"] for t in row["top"]] == wanted.argsort(descending=True).tolist()
@@ -130,7 +130,7 @@ def test_only_bad_files_end_with_1(checkpoint, pictures):
 def test_predict_from_python_takes_pictures_and_tensors(checkpoint, pictures):
     _, model = checkpoint
     images = [Image.open(pictures / "a.png"), Image.open(pictures / "grey.png")]
-    transform = picture_transform(model)
+    transform = image_transform(model)
     from_pictures = predict(model, images, topk=2, class_names=CLASSES)
     batch = torch.stack([transform(i.convert("RGB")) for i in images])
     from_tensor = predict(model, batch, topk=2, class_names=CLASSES)

@@ -60,7 +60,7 @@ def load_trained(model: str | None = None, resume: str | None = None, weights: s
         resume = str(fetch_published(model))
     path = Path(local_file(resume))
     checkpoint = safe_torch_load(path)
-    state = published_names(select_weights(checkpoint, path.name, weights=weights, where=str(path))[0])
+    state = published_names(select_weights(checkpoint, str(path), weights=weights)[0])
     args = checkpoint.get("args") if isinstance(checkpoint.get("args"), dict) else {}
     name = model or args.get("model") or identify(state)
     if name not in models.MODEL_NAMES:

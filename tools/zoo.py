@@ -66,7 +66,7 @@ def _verify(path: Path, known: dict) -> str:
     name, file = known.get(path.name, (None, None))
     if file is not None and not digest.startswith(file.sha256_prefix):
         raise UserError(f"its sha256 begins with {digest[:8]}, published is {file.sha256_prefix}")
-    state, key = select_weights(checkpoint, path.name, where=str(path))
+    state, key = select_weights(checkpoint, str(path))
     looks = identify(published_names(state)) or "no model of this project"
     if name is not None and looks != name and not name.startswith(looks):
         raise UserError(f"it should hold {name}, and its tensors are of {looks}")
@@ -84,7 +84,7 @@ def convert(given: argparse.Namespace) -> int:
     if out.exists() and out.samefile(source):
         raise UserError(f"--out {out} is the file that is converted; name another.")
     checkpoint = safe_torch_load(source)
-    state, key = select_weights(checkpoint, source.name, weights=given.weights, where=str(source))
+    state, key = select_weights(checkpoint, str(source), weights=given.weights)
     state = published_names(state)
     if given.names == "openmmlab":
         state = to_openmmlab(state)

@@ -2,18 +2,16 @@
 
 A row runs in this process, because a start costs seconds and tests the same.
 """
-import io
 import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import main
+from tests.kits.images import fill_folder
 
 MODEL = "hornet_pico_7x7"
 # Whatever a row does not say: two updates of eight pictures, without workers, mixing or erasing.
@@ -103,18 +101,3 @@ def check(row: Row, place: Place, capture) -> str:
     if row.after is not None:
         row.after(place)
     return text
-
-
-def jpeg(seed: int, size: tuple[int, int] = (40, 36)) -> bytes:
-    """A small picture of noise as a JPEG."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def fill_folder(folder: Path, count: int) -> None:
-    """`count` JPEGs named 0.JPEG, 1.JPEG, …"""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        (folder / f"{number}.JPEG").write_bytes(jpeg(number))

@@ -1,4 +1,4 @@
-"""The few places where tests/parity/test_same_numbers.py touches the program; everything else there is names and figures.
+"""The few places where tests/parity/test_same_numbers.py touches the program.
 
 A training is started through `main.main(argv)`, in one child process per rank. Two methods are wrapped there for as
 long as that child lives: `datasets.device.TrainPrepare.__call__(batch) → (images, targets)` shows each prepared
@@ -14,43 +14,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from tests.kits.fill import parity_image
-from tests.kits.processes import FORKS, environment
-from tests.kits.runs import places
-
-SECONDS = 120
+from tests.kits.processes import Child, codes, environment, places
 
 
-def write_images(folder: Path, train: int, val: int) -> Path:
-    """Textured images of several sizes and modes in three classes, train/ and val/; always the same bits."""
-    for part, count, first in (("train", train, 0), ("val", val, 1000)):
-        for index in range(count):
-            pixels = parity_image(first + index, 34 + 5 * (index % 4), 30 + 7 * (index % 3))
-            path = folder / part / f"class{index % 3}" / f"{index:03}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).convert("L" if index % 7 == 3 else "RGB").save(path)
-    return folder
-
-
-def train(argv: list[str], work: Path, world_size: int = 1, stop_after: int | None = None) -> tuple[list[int], list[dict]]:
+def train(argv: list[str], work: Path, world_size: int = 1,
+          stop_after: int | None = None) -> tuple[list[int], list[dict]]:
     """Run main.py with plain operators and one thread per rank; SIGUSR1 reaches rank 0 in update `stop_after`.
 
-    Returns the ranks' exit codes and the updates, each with the mean `loss`, the `grad_norm` and the sha256 `batch` of
-    the global batch: images as the network gets them, targets and erased boxes in order of position.
+    Returns the ranks' exit codes and the updates, each with the mean `loss`, the `grad_norm` and the sha256
+    `batch` of the global batch: images as the network gets them, targets and erased boxes in order of position.
     """
-    variables = places(world_size) if world_size > 1 else [{}]
-    ranks = [FORKS.Process(target=_child, args=(argv, one, str(work / f"rank{rank}"), stop_after if rank == 0 else None))
-             for rank, one in enumerate(variables)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(SECONDS)
-        rank.kill()
+    ranks = []
+    for rank, place in enumerate(places(world_size) if world_size > 1 else [{}]):
+        # No compiler on the path: plain operators, Pillow's decoder.
+        variables = environment(**place, PATH="/nonexistent", CXX="")
+        (work / f"rank{rank}.txt").unlink(missing_ok=True)
+        ranks.append(Child(_train, (argv, work / f"rank{rank}.json", stop_after if rank == 0 else None), variables,
+                           work / f"rank{rank}.txt"))
+    ended = codes(ranks)
     seen = [json.loads(path.read_text()) if path.exists() else [] for path in
             (work / f"rank{rank}.json" for rank in range(world_size))]
-    return [rank.exitcode for rank in ranks], [_merged(parts) for parts in zip(*seen)]
+    return ended, [_merged(parts) for parts in zip(*seen)]
 
 
 def console(work: Path) -> str:
@@ -79,21 +64,13 @@ def _merged(parts: tuple[dict, ...]) -> dict:
             "loss": sum(part["loss"] for part in parts) / len(parts), "grad_norm": parts[0]["grad_norm"]}
 
 
-def _child(argv: list[str], variables: dict[str, str], output: str, stop_after: int | None) -> None:
-    file = os.open(output + ".txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.environ.clear()
-    os.environ.update(environment(**variables))
-    os.environ.pop("CXX", None)
-    os.environ["PATH"] = "/nonexistent"  # no compiler: plain operators, Pillow's decoder
-    torch.backends.mkldnn.is_available = lambda: False  # nor oneDNN's products on AMD CPUs
-    torch.set_num_threads(1)
+def _train(argv: list[str], output: Path, stop_after: int | None) -> int:
+    torch.backends.mkldnn.is_available = lambda: False  # plain operators on AMD CPUs too
     seen = _record(stop_after)
     import main
     code = main.main(argv)
-    Path(output + ".json").write_text(json.dumps(seen))
-    os._exit(code)
+    output.write_text(json.dumps(seen))
+    return code
 
 
 def _record(stop_after: int | None) -> list[dict]:

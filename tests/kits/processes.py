@@ -1,4 +1,4 @@
-"""Starting and watching small groups of processes in the tests of launch/."""
+"""Groups of processes: started within 0.1 s from a server that has PyTorch loaded, watched, ended."""
 import atexit
 import multiprocessing
 import os
@@ -9,18 +9,17 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, Sequence
 
 import torch
 
-from launch.processes import alive as alive
+from launch.stop import alive as alive
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAMS = Path(__file__).with_name("programs")
 TOY = PROGRAMS / "toy_training.py"
 FORKS = multiprocessing.get_context("forkserver")
-# One server for all tests of a worker, hence also what tests/kits/runs.py needs.
 FORKS.set_forkserver_preload(["main", "training", "evaluation", "tests.kits.runs", "tools.report"])
 
 
@@ -40,15 +39,24 @@ def environment(**more: str) -> dict[str, str]:
     return dict(clean, OMP_NUM_THREADS="1", PYTHONPATH=str(REPOSITORY), **more)
 
 
-class Rank:
-    """`python command` in a process of its own, there within 0.1 s: forked from a server that has PyTorch loaded."""
+def places(world_size: int) -> list[dict[str, str]]:
+    """The variables of each rank of a new job on this machine, as a launcher without rendezvous gives them."""
+    job = uuid.uuid4().hex
+    return [dict(SUBMITIT_EXECUTOR="local", SUBMITIT_LOCAL_JOB_ID=job, SUBMITIT_LOCAL_GLOBALID=str(rank),
+                 SUBMITIT_LOCAL_LOCALID=str(rank), SUBMITIT_LOCAL_NTASKS=str(world_size))
+            for rank in range(world_size)]
 
-    def __init__(self, command: list[str], variables: dict[str, str]) -> None:
-        self._console = tempfile.NamedTemporaryFile(prefix="rank", suffix=".txt")
-        self._process = FORKS.Process(target=_run, args=(command, variables, self._console.name))
+
+class Child:
+    """`function(*arguments)` in a process of its own that ends with what it returns; its output goes to `console`."""
+
+    def __init__(self, function: Callable[..., int], arguments: tuple, variables: dict[str, str],
+                 console: Path | None = None):
+        self.console = console or Path(tempfile.mkdtemp(prefix="child")) / "console"
+        self._process = FORKS.Process(target=_child, args=(function, arguments, variables, str(self.console)))
         self._process.start()
-        atexit.register(self._process.kill)
-        self.pid, self.kill = self._process.pid, self._process.kill
+        atexit.register(self.kill)
+        self.pid = self._process.pid
 
     def poll(self) -> int | None:
         """Exit code, negative for a signal; None while it runs."""
@@ -59,23 +67,57 @@ class Rank:
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
+    def end(self, seconds: float = 120) -> int:
+        """Wait for the end; AssertionError (and kill -9) when there is none within `seconds`."""
+        self.wait(seconds)
+        code = self.poll()
+        if code is None:
+            self.kill()
+        assert code is not None, f"no end within {seconds:.0f} s:\n{self.text()}"
+        return code
+
     def communicate(self, timeout: float) -> tuple[str, None]:
-        """What it printed until its end; AssertionError when that takes longer than `timeout` seconds."""
-        self._process.join(timeout)
-        assert self.returncode is not None, f"no end within {timeout:.0f} s:\n{Path(self._console.name).read_text()}"
-        return Path(self._console.name).read_text(), None
+        """What it printed until its end."""
+        self.end(timeout)
+        return self.text(), None
 
-    def wait(self) -> None:
-        self._process.join()
+    def kill(self) -> None:
+        """SIGKILL, if it still runs."""
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join(10)
+
+    def wait(self, seconds: float | None = None) -> None:
+        self._process.join(seconds)
+
+    def text(self) -> str:
+        """What it has printed so far."""
+        return self.console.read_text() if self.console.exists() else ""
 
 
-def _run(command: list[str], variables: dict[str, str], console: str) -> None:
-    descriptor = os.open(console, os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+class Rank(Child):
+    """`python command`."""
+
+    def __init__(self, command: list[str], variables: dict[str, str]) -> None:
+        super().__init__(_run, (command,), variables)
+
+
+def _child(function: Callable[..., int], arguments: tuple, variables: dict[str, str], console: str) -> None:
+    file = os.open(console, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
     os.environ.clear()
     os.environ.update(variables)
     torch.set_num_threads(1)
+    try:
+        code = function(*arguments)
+    finally:
+        atexit._run_exitfuncs()  # as at the end of a program; multiprocessing's children skip this
+        sys.stdout.flush()
+    sys.exit(code)
+
+
+def _run(command: list[str]) -> None:
     if command[0] == "-c":
         exec(command[1], {"__name__": "__main__"})
     else:
@@ -86,12 +128,8 @@ def _run(command: list[str], variables: dict[str, str], console: str) -> None:
 
 def start_ranks(world_size: int, *command: str | Path, absent: tuple[int, ...] = ()) -> list[Rank]:
     """`python command` as `world_size` processes of one local job, without a launcher above them."""
-    job = uuid.uuid4().hex
-    ranks = [rank for rank in range(world_size) if rank not in absent]
-    return [Rank(list(map(str, command)),
-                 environment(SUBMITIT_EXECUTOR="local", SUBMITIT_LOCAL_JOB_ID=job, SUBMITIT_LOCAL_GLOBALID=str(rank),
-                             SUBMITIT_LOCAL_LOCALID=str(rank), SUBMITIT_LOCAL_NTASKS=str(world_size)))
-            for rank in ranks]
+    return [Rank(list(map(str, command)), environment(**place))
+            for rank, place in enumerate(places(world_size)) if rank not in absent]
 
 
 def start_torchrun(world_size: int, *command: str | Path, restarts: int = 0) -> subprocess.Popen:
@@ -102,7 +140,7 @@ def start_torchrun(world_size: int, *command: str | Path, restarts: int = 0) -> 
                             stderr=subprocess.STDOUT, text=True, env=environment())
 
 
-def finish(processes: Sequence[subprocess.Popen | Rank], seconds: float = 120) -> list[tuple[int, str]]:
+def finish(processes: Sequence[subprocess.Popen | Child], seconds: float = 120) -> list[tuple[int, str]]:
     """(exit code, output) of each process; none outlives this call."""
     try:
         deadline = time.monotonic() + seconds
@@ -113,6 +151,28 @@ def finish(processes: Sequence[subprocess.Popen | Rank], seconds: float = 120) -
             if process.poll() is None:
                 process.kill()
                 process.wait()
+
+
+def codes(children: Sequence[Child], seconds: float = 120) -> list[int]:
+    """The exit codes of all; none outlives this call."""
+    return [code for code, _ in finish(children, seconds)]
+
+
+def descendants(pid: int) -> list[int]:
+    """The running processes below `pid`: loader workers, ranks below a launcher."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = [int(child) for child in task.read_text().split()]
+        except OSError:
+            continue
+        found += [p for child in children for p in (child, *descendants(child))]
+    return [p for p in found if alive(p)]
+
+
+def assert_gone(pids: list[int], seconds: float = 10) -> None:
+    """No process of `pids` is left after `seconds`."""
+    wait_for(lambda: not any(map(alive, pids)), seconds)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tests.kits import numbers
+from tests.kits.images import write_textures
 
 STORED = Path(__file__).resolve().parents[1] / "data" / "parity" / "same_numbers.json"
 TRAIN, VAL, GLOBAL_BATCH, EPOCHS = 28, 9, 8, 2  # three updates per epoch; four images are left over
@@ -108,7 +109,7 @@ def write(rows: dict[str, dict]) -> None:
 
 def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        data = numbers.write_images(Path(folder) / "data", TRAIN, VAL)
+        data = write_textures(Path(folder) / "data", TRAIN, VAL)
         results = {}
         for name in ROWS:
             result = run(name, data, Path(folder) / name)

@@ -5,7 +5,7 @@ the commit); with `--bits` it prints what the rows end with to the bit, for comp
 """
 import pytest
 
-from tests.kits import numbers
+from tests.kits.images import write_textures
 from tests.parity import store_same_numbers as store
 
 STORED = store.read()
@@ -13,7 +13,7 @@ STORED = store.read()
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return numbers.write_images(tmp_path_factory.mktemp("images") / "data", store.TRAIN, store.VAL)
+    return write_textures(tmp_path_factory.mktemp("images") / "data", store.TRAIN, store.VAL)
 
 
 def assert_same(found: dict, stored: dict, *, exact: bool) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from common.outcome import Outcome
 from main import main
-from tests.kits import numbers
+from tests.kits.images import write_textures
 from tools.report import main as report
 
 STORED = Path(__file__).resolve().parents[1] / "data" / "run_v2"
@@ -20,7 +20,7 @@ TRAIN, VAL, STOPPED_AT, UPDATES = 22, 9, 7, 10
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return numbers.write_images(tmp_path_factory.mktemp("images"), TRAIN, VAL)
+    return write_textures(tmp_path_factory.mktemp("images"), TRAIN, VAL)
 
 
 @pytest.fixture

@@ -7,20 +7,8 @@ import time
 
 import pytest
 
-from tests.kits.processes import PROGRAMS, finish, start_torchrun
-from tests.kits.runs import (
-    EPOCHS,
-    UPDATES,
-    arguments,
-    assert_equal_bits,
-    assert_gone,
-    codes,
-    descendants,
-    now,
-    result,
-    start,
-    write_images,
-)
+from tests.kits.processes import PROGRAMS, assert_gone, codes, descendants, finish, start_torchrun
+from tests.kits.runs import EPOCHS, UPDATES, arguments, assert_equal_bits, now, result, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 MOMENTS = 20 if os.environ.get("HORNET_SOAK") else 3
@@ -29,14 +17,9 @@ RECIPE = dict(update_freq=1, num_workers=1, save_every_minutes=1e-9)
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(pictures, tmp_path_factory):
+def undisturbed(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    ranks = start(arguments(pictures, folder, **RECIPE), folder.with_suffix(".console"), 2)
+    ranks = start(arguments(images, folder, **RECIPE), folder.with_suffix(".console"), 2)
     assert codes(ranks) == [0, 0], ranks[0].text()
     return result(folder)
 
@@ -62,10 +45,10 @@ def disturb(launcher, tmp_path, name, target, draw) -> list[int]:
 
 
 @pytest.mark.parametrize("number", range(MOMENTS))
-def test_a_signal_at_any_moment_loses_nothing(pictures, undisturbed, tmp_path, number):
+def test_a_signal_at_any_moment_loses_nothing(images, undisturbed, tmp_path, number):
     draw, folder = random.Random(number), tmp_path / "run"
     name, target = CASES[(number * 4) % len(CASES)]
-    argv = arguments(pictures, folder, **RECIPE)
+    argv = arguments(images, folder, **RECIPE)
     launcher = launch(argv, tmp_path)
     everyone = disturb(launcher, tmp_path, name, target, draw)
     at = now(tmp_path)[:2]

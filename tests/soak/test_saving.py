@@ -1,7 +1,7 @@
-"""The long form of tests/test_checkpoint_kill.py: `make soak`."""
+"""The long form of tests/system/test_checkpoint_kill.py: `make soak`."""
 import pytest
 
-from tests.test_checkpoint_kill import damaged_newest, flip, kill_while_saving, truncate
+from tests.system.test_checkpoint_kill import damaged_newest, flip, kill_while_saving, truncate
 
 pytestmark = pytest.mark.slow
 

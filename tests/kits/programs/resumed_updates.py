@@ -1,6 +1,4 @@
 """Six updates at once, and three and three with a fresh wrapper between them: prints whether the bits are equal."""
-import types
-
 import torch
 
 from launch.process import start
@@ -22,7 +20,7 @@ def updates(process, net, first, last):
         optimizer.step()
 
 
-with start(types.SimpleNamespace(device="cpu", hang_timeout=60)) as process:
+with start("cpu") as process:
     whole, resumed = make(), make()
     updates(process, whole, 0, 6)
     updates(process, resumed, 0, 3)

@@ -4,7 +4,6 @@
 Faults: sleep=RANK@UPDATE:PHASE, raise=RANK@UPDATE, user_error=RANK@UPDATE, hang_timeout=SECONDS, pace=SECONDS.
 Writes FOLDER/state.json (update, value), and FOLDER/pids/RANK.
 """
-import dataclasses
 import json
 import os
 import sys
@@ -14,19 +13,12 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError
+from common.ledger import Ledger
 from common.log import setup_logging
-from launch import ExitCode
+from common.outcome import ExitCode, Outcome
 from launch.process import start
 from launch.stop import StopRequest
 from launch.watchdog import Watchdog
-
-
-@dataclasses.dataclass
-class Options:
-    device: str = "cpu"
-    hang_timeout: float = 60.0
-    rendezvous_timeout: float = 30.0
-    stop_before_end: float = 0.0
 
 
 def fault(given: dict, kind: str, rank: int, update: int, phase: str = "data") -> bool:
@@ -38,6 +30,9 @@ def train(process, watchdog, stop, folder: Path, updates: int, given: dict) -> i
     state_file = folder / "state.json"
     state = json.loads(state_file.read_text()) if state_file.exists() else {"update": 0, "value": 0.0}
     state = process.broadcast_object(state)
+    ledger = Ledger(folder)
+    if process.is_main:
+        ledger.begin(update=state["update"])
     for update in range(state["update"], updates):
         for phase in ("data", "forward", "backward"):
             watchdog.phase(phase, update)
@@ -56,23 +51,23 @@ def train(process, watchdog, stop, folder: Path, updates: int, given: dict) -> i
             watchdog.phase("saving", update)
             if process.is_main:
                 state_file.write_text(json.dumps(state))
+                ledger.end(Outcome.PAUSED, update=update + 1, cause=stop.reason)
             (folder / f"stopped{process.rank}").write_text(str(update + 1))
             return ExitCode.PAUSED
     if process.is_main:
         state_file.write_text(json.dumps(state))
-        (folder / "DONE").write_text("")
+        ledger.end(Outcome.DONE, update=updates)
     return ExitCode.DONE
 
 
 def main(argv: list[str]) -> int:
     folder, updates = Path(argv[0]), int(argv[1])
     given = dict(argument.split("=", 1) for argument in argv[2:])
-    options = Options(hang_timeout=float(given.get("hang_timeout", 60)))
     (folder / "pids").mkdir(parents=True, exist_ok=True)
-    with start(options) as process:
+    with start("cpu", 30) as process:
         setup_logging(process.rank)
         (folder / "pids" / str(process.rank)).write_text(str(os.getpid()))
-        with StopRequest() as stop, Watchdog(process, folder, options.hang_timeout) as watchdog:
+        with StopRequest() as stop, Watchdog(process, folder, float(given.get("hang_timeout", 60))) as watchdog:
             return train(process, watchdog, stop, folder, updates, given)
 
 

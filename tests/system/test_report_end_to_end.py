@@ -57,7 +57,7 @@ def test_eval_predictions_and_report_agree_exactly(world, tmp_path, capfd):
     assert (counts.hits1, counts.hits5, counts.images) == (result["hits1"], result["hits5"], 60)
     assert counts.loss == pytest.approx(result["loss"], rel=1e-12)
     html = write_report([tmp_path]).read_text("utf-8")
-    assert f"<td class=n>{result['hits1']}</td>" in html and "two different evaluations" not in html
+    assert f"<td class=\"n\">{result['hits1']}</td>" in html and "two different evaluations" not in html
     out = tmp_path / "answers.json"
     assert predict([str(world / "data" / "val"), "--resume", str(world / "ours.pth"), "--out", str(out)]) == 0
     rows = json.loads(out.read_text("utf-8"))
@@ -74,7 +74,7 @@ def test_the_report_folders_of_two_evaluations_are_compared(world, tmp_path, cap
         hits.append(result["hits1"])
     assert report([str(tmp_path / "model"), str(tmp_path / "ema"), "--out", str(tmp_path / "two.html")]) == 0
     html = (tmp_path / "two.html").read_text("utf-8")
-    assert all(f"<td class=n>{n}</td>" in html for n in hits) and "60 pictures" in html
+    assert all(f"<td class=\"n\">{n}</td>" in html for n in hits) and "60 pictures" in html
     assert "The two cannot be told apart" in html or "is better" in html or "Both get the same number" in html
 
 

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from tests.kits.processes import wait_for
-from tests.kits.runs import UPDATES, arguments, assert_gone, codes, descendants, now, start, write_images
+from tests.kits.processes import assert_gone, codes, descendants, wait_for
+from tests.kits.runs import UPDATES, arguments, now, start
 
 BRIEF = [("SIGUSR2", "one"), ("SIGTERM", "all")]
 
@@ -16,10 +16,10 @@ BRIEF = [("SIGUSR2", "one"), ("SIGTERM", "all")]
 @pytest.mark.parametrize("name, target", [
     *BRIEF, *(pytest.param(n, t, marks=pytest.mark.slow) for n in ("SIGTERM", "SIGUSR1", "SIGUSR2")
               for t in ("one", "all") if (n, t) not in BRIEF)])
-def test_a_signal_saves_and_ends_at_one_update(tmp_path, name, target):
+def test_a_signal_saves_and_ends_at_one_update(images, tmp_path, name, target):
     """"all" are the loader workers too, as a scheduler signals them."""
-    folder, pictures = tmp_path / "run", write_images(tmp_path / "pictures")
-    argv = arguments(pictures, folder, epochs=1000, update_freq=1, num_workers=1, save_every_minutes=0)
+    folder = tmp_path / "run"
+    argv = arguments(images, folder, epochs=1000, update_freq=1, num_workers=1, save_every_minutes=0)
     ranks = start(argv, tmp_path / "console", 2, now=str(tmp_path))
     wait_for(lambda: min(now(tmp_path, rank)[1] for rank in range(2)) > 8, 120)
     workers = [pid for rank in ranks for pid in descendants(rank.pid)]
@@ -39,10 +39,10 @@ def test_a_signal_saves_and_ends_at_one_update(tmp_path, name, target):
             if "update" in line] == [update]
 
 
-def test_a_signal_to_one_rank_ends_an_evaluation_on_all(tmp_path):
-    """It is left at the next batch, saved, and made when the run goes on: not once it has gone through all pictures."""
-    folder, pictures = tmp_path / "run", write_images(tmp_path / "pictures")
-    argv = arguments(pictures, folder, update_freq=1)
+def test_a_signal_to_one_rank_ends_an_evaluation_on_all(images, tmp_path):
+    """It is left at the next batch, saved, and made when the run goes on: not once it has gone through all images."""
+    folder = tmp_path / "run"
+    argv = arguments(images, folder, update_freq=1)
     at = dict(rank=1, phase="evaluation", update=UPDATES, do="SIGUSR1")
     ranks = start(argv, tmp_path / "console", 2, at=[at], now=str(tmp_path))
     assert codes(ranks, 60) == [75, 75], ranks[0].text()

@@ -6,26 +6,21 @@ import time
 
 import pytest
 
-from tests.kits.processes import wait_for
-from tests.kits.runs import UPDATES, arguments, assert_gone, descendants, now, start, write_images
+from tests.kits.processes import assert_gone, descendants, wait_for
+from tests.kits.runs import UPDATES, arguments, now, start
 
 PHASES = {"data": UPDATES + 2, "forward": UPDATES + 2, "backward": UPDATES + 2, "evaluation": UPDATES, "saving": UPDATES}
 BRIEF = [("backward", 1), ("data", 0)]
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("pictures"))
 
 
 def last_line(text: str) -> str:
     return text.strip().splitlines()[-1]
 
 
-def disturbed(pictures, tmp_path, phase, rank, what, **changes):
+def disturbed(images, tmp_path, phase, rank, what, **changes):
     """Both ranks and the moment at which `rank` was disturbed, by its last heartbeat."""
     at = dict(rank=rank, phase=phase, update=PHASES[phase], do=what)
-    argv = arguments(pictures, tmp_path / "run", update_freq=1, num_workers=1, **changes)
+    argv = arguments(images, tmp_path / "run", update_freq=1, num_workers=1, **changes)
     ranks = start(argv, tmp_path / "console", 2, at=[at], now=str(tmp_path))
     wait_for(lambda: now(tmp_path, rank)[:2] == (phase, PHASES[phase]), 120)
     return ranks, time.monotonic()
@@ -33,8 +28,8 @@ def disturbed(pictures, tmp_path, phase, rank, what, **changes):
 
 @pytest.mark.parametrize("phase, rank", [
     *BRIEF, *(pytest.param(p, r, marks=pytest.mark.slow) for p in PHASES for r in (0, 1) if (p, r) not in BRIEF)])
-def test_a_killed_rank_ends_the_other_which_names_it(pictures, tmp_path, phase, rank):
-    ranks, began = disturbed(pictures, tmp_path, phase, rank, "SIGKILL")
+def test_a_killed_rank_ends_the_other_which_names_it(images, tmp_path, phase, rank):
+    ranks, began = disturbed(images, tmp_path, phase, rank, "SIGKILL")
     killed = time.time() - (time.monotonic() - began)
     workers = [pid for each in ranks for pid in descendants(each.pid)]
     survivor = ranks[1 - rank]
@@ -50,8 +45,8 @@ def test_a_killed_rank_ends_the_other_which_names_it(pictures, tmp_path, phase, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
-def test_an_exception_on_one_rank_ends_both_and_stands_last(pictures, tmp_path, phase):
-    ranks, began = disturbed(pictures, tmp_path, phase, 1, "raise")
+def test_an_exception_on_one_rank_ends_both_and_stands_last(images, tmp_path, phase):
+    ranks, began = disturbed(images, tmp_path, phase, 1, "raise")
     assert [rank.end(60) for rank in ranks] == [1, 1]
     assert time.monotonic() - began < 30
     assert last_line(ranks[1].text()) == "ArithmeticError: one divided by nothing"
@@ -60,9 +55,9 @@ def test_an_exception_on_one_rank_ends_both_and_stands_last(pictures, tmp_path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase, rank", [("forward", 1), ("evaluation", 0), ("saving", 1)])
-def test_a_stopped_rank_is_named_within_the_limit(pictures, tmp_path, phase, rank):
+def test_a_stopped_rank_is_named_within_the_limit(images, tmp_path, phase, rank):
     limit = 6
-    ranks, began = disturbed(pictures, tmp_path, phase, rank, "SIGSTOP", hang_timeout=limit)
+    ranks, began = disturbed(images, tmp_path, phase, rank, "SIGSTOP", hang_timeout=limit)
     try:
         survivor = ranks[1 - rank]
         assert survivor.end(90) == 1

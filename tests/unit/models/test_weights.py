@@ -2,13 +2,11 @@
 import argparse
 import json
 import logging
-from pathlib import Path
+from contextlib import contextmanager
 
 import pytest
 import timm
 import torch
-import yaml
-from timm.data import ImageNetInfo
 
 import models  # noqa: F401  registers the models
 from common.errors import UserError
@@ -20,7 +18,7 @@ from models.weights import (
     select_weights,
     to_openmmlab,
 )
-from models.zoo import PUBLISHED, published_files, synsets
+from models.zoo import synsets
 from tests.kits.fill import PARITY, parity_tensor
 
 STATE_DICTS = json.loads((PARITY / "state_dicts.json").read_text())
@@ -39,6 +37,14 @@ def weights_of(model, seed=0):
 def saved(tmp_path, content, name="file.pth"):
     torch.save(content, tmp_path / name)
     return tmp_path / name
+
+
+@contextmanager
+def refused(code, *named):
+    """One sentence with `code` that names each of `named`."""
+    with pytest.raises(UserError) as error:
+        yield
+    assert error.value.code == code and all(word in str(error.value) for word in named), error.value
 
 
 def same(model, state):
@@ -103,15 +109,15 @@ def test_the_files_own_word_on_what_scored_wins():
     assert select_weights({**states, "scored": "model"}, "checkpoint-best-ema.pth")[1] == "model"
 
 
-@pytest.mark.parametrize("checkpoint,options,words", [
-    ({"model": {"w": torch.zeros(1)}}, dict(weights="ema"), "no weights under model_ema; its entries are: model"),
-    ({"epoch": 1}, {}, "no weights under model or module or state_dict or model_ema"),
-    ({"model": {"w": torch.zeros(1)}}, dict(model_key="net"), "no weights under net"),
-    ([1], {}, "holds a list"), ({}, {}, "entries are: nothing"), ({}, dict(weights="best"), "auto, model or ema"),
+@pytest.mark.parametrize("checkpoint,options,named", [
+    ({"model": {"w": torch.zeros(1)}}, dict(weights="ema"), "model_ema"), ({"epoch": 1}, {}, "epoch"),
+    ({"model": {"w": torch.zeros(1)}}, dict(model_key="net"), "net"), ([1], {}, "list"), ({}, {}, "a.pth"),
 ])
-def test_no_weights_is_one_sentence(checkpoint, options, words):
-    with pytest.raises(UserError, match=words):
+def test_no_weights_is_one_sentence(checkpoint, options, named):
+    with refused("missing_weights", named):
         select_weights(checkpoint, "a.pth", **options)
+    with refused("invalid_value", "best"):
+        select_weights({}, "a.pth", weights="best")
 
 
 def test_prefix_is_removed(tmp_path):
@@ -119,13 +125,6 @@ def test_prefix_is_removed(tmp_path):
     model = make(seed=1)
     load_for_model(model, saved(tmp_path, {"model": {"encoder." + k: v for k, v in state.items()}}), prefix="encoder.")
     assert same(model, state)
-
-
-def test_22k_class_list():
-    names = synsets(10459)
-    assert len(set(names)) == 10459 and set(synsets(1000)) <= set(names)
-    assert (names[10450], names[10458]) == ("n02085782", "n04399382")
-    assert list(synsets(1000)) == ImageNetInfo("imagenet-1k").label_names() and synsets(10) is None
 
 
 @pytest.mark.parametrize("class_names", [None, "1k", "few"])
@@ -146,7 +145,7 @@ def test_classes_are_matched_by_name(tmp_path):
     model = make(num_classes=3, seed=1)
     load_for_model(model, path, class_names=["owl", "cat", "dog"])
     assert torch.equal(model.head.bias, state["head.bias"][[2, 0, 1]])
-    with pytest.raises(UserError, match="trained on other classes: eel of the data"):
+    with refused("other_classes", "eel"):
         load_for_model(model, path, class_names=["cat", "dog", "eel"])
     fresh = make(num_classes=3, seed=1).head.weight
     model = make(num_classes=3, seed=1)
@@ -156,7 +155,7 @@ def test_classes_are_matched_by_name(tmp_path):
 
 def test_another_head_is_an_error_unless_a_new_one_is_wanted(tmp_path):
     path = saved(tmp_path, {"model": weights_of(make(num_classes=7))})
-    with pytest.raises(UserError, match="a head for 7 classes, and the model has one for 10; use --nb_classes 7"):
+    with refused("other_classes", "--nb_classes 7", "10", "--finetune"):
         load_for_model(make(), path)
     report = load_for_model(make(), path, new_head=True)
     assert report.missing == ("head.weight", "head.bias") and not report.unexpected
@@ -166,7 +165,7 @@ def test_another_head_is_an_error_unless_a_new_one_is_wanted(tmp_path):
 
 def test_a_headless_file_is_an_error_unless_allowed(tmp_path):
     path = saved(tmp_path, {"model": {k: v for k, v in weights_of(make()).items() if not k.startswith("head.")}})
-    with pytest.raises(UserError, match="no head that fits the model's 10 classes"):
+    with refused("other_classes", "10", "--allow_partial"):
         load_for_model(make(), path)
     assert load_for_model(make(), path, allow_partial=True).missing == ("head.weight", "head.bias")
 
@@ -189,11 +188,10 @@ def test_filters_are_resized_to_the_models_grid():
 
 def test_another_model_is_named(tmp_path):
     path = saved(tmp_path, {"model": weights_of(make("hornet_nano_7x7"))})
-    with pytest.raises(UserError, match="not hold this model, it looks like hornet_nano_7x7: loaded .*missing .*"
-                                        "--allow_partial true"):
+    with refused("other_model", "hornet_nano_7x7", "missing", "--allow_partial true"):
         load_for_model(make(), path)
     other = saved(tmp_path, {"model": {"conv1.weight": torch.zeros(3)}}, "other.pth")
-    with pytest.raises(UserError, match="not those of a HorNet: loaded 0, missing"):
+    with refused("other_model", "loaded 0"):
         load_for_model(make(), other)
     assert load_for_model(make(), other, allow_partial=True).unexpected == ("conv1.weight",)
 
@@ -208,7 +206,7 @@ def test_the_limit_is_95_percent_of_tensors(tmp_path, caplog):
     assert len(report.missing) == few
     assert f"loaded {len(keys) - few}, missing {few} (downsample_layers.0.0.weight" in caplog.text
     path = saved(tmp_path, {"model": {key: state[key] for key in keys[few + 1:]}})
-    with pytest.raises(UserError, match="it looks like|not those of a HorNet"):
+    with refused("other_model"):
         load_for_model(model, path)
 
 
@@ -220,7 +218,7 @@ def test_unreadable_files_are_one_sentence(tmp_path, content):
         load_for_model(make(), path)
     with pytest.raises(UserError):
         load_for_model(make(), tmp_path)
-    with pytest.raises(UserError, match="https"):
+    with refused("not_https", "http://example.org/a.pth"):
         load_for_model(make(), "http://example.org/a.pth")
 
 
@@ -234,21 +232,6 @@ def test_dtype_and_device_of_the_model_stay(tmp_path):
 @pytest.mark.parametrize("name", STATE_DICTS)
 def test_state_dicts_are_recognised(name):
     assert identify({key: torch.empty(shape, device="meta") for key, shape in STATE_DICTS[name]}) == name
-
-
-@pytest.mark.parametrize("name", [n for n in PUBLISHED if published_files(n)])
-def test_published_files_have_hashes_and_addresses(name):
-    for file in published_files(name):
-        assert file.url.startswith("https://") and file.name.endswith(".pth")
-        assert len(file.sha256_prefix) == (8 if file.source == "openmmlab" else 0)
-    assert timm.get_pretrained_cfg(name).url == published_files(name)[0].url
-
-
-@pytest.mark.parametrize("name", [n for n in PUBLISHED if PUBLISHED[n].recipe])
-def test_the_registry_and_the_recipes_agree(name):
-    entry = PUBLISHED[name]
-    recipe = yaml.safe_load((Path(__file__).parents[1] / "recipes" / f"{entry.recipe}.yaml").read_text())
-    assert (recipe["model"], recipe["drop_path"], recipe["clip_grad"]) == (name, entry.drop_path, entry.clip_grad)
 
 
 def test_pretrained_from_a_folder_without_network(tmp_path, monkeypatch):

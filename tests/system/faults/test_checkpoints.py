@@ -10,7 +10,8 @@ import torch
 
 import main
 from run.checkpoint import Checkpoints
-from tests.kits.faults import TRAIN, Place, Row, check, command, fill_folder, start, table
+from tests.kits.faults import TRAIN, Place, Row, check, command, start, table
+from tests.kits.images import fill_folder
 
 TRAINED = "{trained}/checkpoint-0.pth"
 BAD = "{here}/w.pth"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.kits.faults import Place, Row, check, jpeg, table
-from tests.test_pictures import bomb, encoded
+from tests.kits.faults import Place, Row, check, table
+from tests.kits.images import bomb, encoded, jpeg
 
 TRAINED = "--resume {trained}/checkpoint-0.pth --output_dir {here}/out"
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 44, 3), dtype=np.uint8)

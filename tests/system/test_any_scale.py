@@ -10,8 +10,9 @@ from launch.process import start as start_process
 from launch.stop import StopRequest
 from models import MODEL_NAMES
 from run.life import Services
-from tests.kits.processes import environment
-from tests.kits.runs import FORKS, arguments, codes, places, result, start, write_images
+from tests.kits.images import write_images
+from tests.kits.processes import FORKS, codes, environment, places
+from tests.kits.runs import arguments, result, start
 from training import build_run, plan_run
 
 GLOBAL_BATCH, UPDATES, ACCUMULATIONS = 32, 3, (1, 2, 4)
@@ -75,18 +76,18 @@ def worker(data, folder, place: dict) -> None:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("pictures"), train=UPDATES * GLOBAL_BATCH + 5)
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"), train=UPDATES * GLOBAL_BATCH + 5)
 
 
 @pytest.fixture(scope="module")
-def results(pictures, tmp_path_factory):
+def results(images, tmp_path_factory):
     """{(processes, accumulation, rank): what was left}, made once per number of processes."""
     folder, found = tmp_path_factory.mktemp("results"), {}
 
     def of(world_size: int) -> dict:
         if not any(size == world_size for size, _, _ in found):
-            ranks = [FORKS.Process(target=worker, args=(pictures, folder, place)) for place in places(world_size)]
+            ranks = [FORKS.Process(target=worker, args=(images, folder, place)) for place in places(world_size)]
             for rank in ranks:
                 rank.start()
             for rank in ranks:
@@ -114,14 +115,14 @@ def test_weights_and_schedules_are_those_of_one_process_without_accumulation(res
 
 
 @pytest.mark.parametrize("before, after", [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
-def test_another_number_of_processes_goes_on_with_the_global_batch(pictures, tmp_path, before, after):
+def test_another_number_of_processes_goes_on_with_the_global_batch(images, tmp_path, before, after):
     kept = dict(batch_size=8, update_freq=4 // before, warmup_epochs=0, epochs=2)
     whole = tmp_path / "whole"
-    assert set(codes(start(arguments(pictures, whole, **kept), tmp_path / "console0", before))) == {0}
+    assert set(codes(start(arguments(images, whole, **kept), tmp_path / "console0", before))) == {0}
     folder = tmp_path / "run"
     at = dict(phase="step", update=UPDATES, do="SIGUSR1")
-    assert codes(start(arguments(pictures, folder, **kept), tmp_path / "console1", before, at=[at])) == [75] * before
-    ranks = start(arguments(pictures, folder, **kept), tmp_path / "console2", after)
+    assert codes(start(arguments(images, folder, **kept), tmp_path / "console1", before, at=[at])) == [75] * before
+    ranks = start(arguments(images, folder, **kept), tmp_path / "console2", after)
     assert codes(ranks) == [0] * after, ranks[0].text()
     told = [line for line in ranks[0].text().splitlines() if "global batch of 32 is kept" in line]
     assert len(told) == 1 and f"update_freq is {4 // after} on {after} process" in told[0]

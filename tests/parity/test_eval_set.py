@@ -13,7 +13,7 @@ import main
 import models  # noqa: F401
 from tests.kits.fill import parity_tensor
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "tests" / "data" / "parity" / "eval_set"
 EXPECTED = json.loads((DATA / "expected.json").read_text())
 

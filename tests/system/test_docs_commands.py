@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 import models
-from config.parse import parse, plan_batch, validate_after_index
+from config.parse import parse
+from config.rules import plan_batch, validate_after_index
 from datasets.build import build_data
 from tests.kits.docs import ROOT, commands, parse_block
 

@@ -4,14 +4,15 @@ import json
 import pytest
 import torch
 
-from tests.kits.runs import UPDATES, arguments, assert_equal_bits, codes, result, start, write_images
+from tests.kits.processes import codes
+from tests.kits.runs import UPDATES, arguments, assert_equal_bits, result, start
 
 
 @pytest.mark.parametrize("what", ["infinite_input", pytest.param("infinite_loss", marks=pytest.mark.slow)])
-def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_on_both(tmp_path, what):
+def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_on_both(images, tmp_path, what):
     folder, bad = tmp_path / "run", UPDATES + 2
     at = dict(rank=1, phase="forward", update=bad, do=what)
-    argv = arguments(write_images(tmp_path / "pictures"), folder, epochs=2, batch_size=2, update_freq=2)
+    argv = arguments(images, folder, epochs=2, batch_size=2, update_freq=2)
     ranks = start(argv, tmp_path / "console", 2, at=[at], states=str(tmp_path))
     assert codes(ranks) == [0, 0], ranks[0].text()
     states = {(rank, update): torch.load(tmp_path / f"{rank}-{update}.pth", weights_only=True)
@@ -25,7 +26,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_on_both(tmp_path,
     assert result(folder)["log"][1]["nonfinite_updates"] == 1
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     [event] = [event for event in events if event["kind"] == "nonfinite"]
-    # The file, which rank 0 writes, has the pictures and the module of the rank that met it.
+    # The file, which rank 0 writes, has the images and the module of the rank that met it.
     assert event["update"] == bad and event["rank"] == 1 and event["reproduced"] and len(event["pictures"]) == 4
     assert bool(event["first_module"]) == (what == "infinite_input")
     assert "Update" not in ranks[1].text() and ranks[0].text().count(f"Update {bad} was not applied") == 1

@@ -11,7 +11,8 @@ import torch
 
 import models  # noqa: F401
 from common.synsets import imagenet_synsets, published_22k_synsets
-from tests.kits.faults import EVAL, MODEL, Place, Row, check, command, fill_folder, start, table
+from tests.kits.faults import EVAL, MODEL, Place, Row, check, command, start, table
+from tests.kits.images import fill_folder
 
 TRAINED = "--resume {trained}/checkpoint-0.pth"
 

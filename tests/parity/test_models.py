@@ -7,8 +7,8 @@ import timm
 import torch
 
 import models
-from models.complexity import count
 from models.hornet import CONFIGS
+from models.inspect import complexity
 from models.zoo import PUBLISHED, VARIANTS
 from tests.kits.fill import PARITY, parity_input, parity_tensor
 
@@ -50,15 +50,15 @@ def test_every_published_architecture_is_there():
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_and_flops(name):
-    complexity = count(on_meta(name), VARIANTS[name].input_size)
-    assert complexity.params == PARAMETERS[name] == PUBLISHED[name].params
+    size = complexity(on_meta(name), VARIANTS[name].input_size)
+    assert size.params == PARAMETERS[name] == PUBLISHED[name].params
     if name in GFLOPS:
-        assert complexity.flops == pytest.approx(GFLOPS[name] * 1e9, rel=0.005)
+        assert size.flops == pytest.approx(GFLOPS[name] * 1e9, rel=0.005)
         assert PUBLISHED[name].flops == pytest.approx(GFLOPS[name] * 1e9, rel=1e-12)
 
 
 def test_parameters_with_the_22k_head():
-    millions = {name: count(on_meta(name, num_classes=10459), 224).params / 1e6
+    millions = {name: complexity(on_meta(name, num_classes=10459), 224).params / 1e6
                 for name in ("hornet_large_7x7", "hornet_large_gf", "hornet_large_gf_img384")}
     assert {name: round(value) for name, value in millions.items()} == {
         "hornet_large_7x7": 209, "hornet_large_gf": 211, "hornet_large_gf_img384": 216}

@@ -1,0 +1,129 @@
+"""`attempts.jsonl` and `status.json`: the one ledger of a run, which training, watchdog and launcher keep.
+
+`status.json` tells how the run stands where exit codes cannot (launchers turn any code into 1). `attempts.jsonl`
+has a line for the beginning and the end of each attempt; a beginning without an end is an attempt that was killed.
+"""
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import append_json_line, read_json, read_json_lines, write_json
+from common.log import logger
+from common.outcome import Outcome
+
+RUNNING = "RUNNING"  # an attempt under way, or one that was killed
+Record = dict[str, Any]
+
+
+class Ledger:
+    """The ledger in the folder `path`. Writing raises nothing: the log says what a disk refuses, the run continues.
+
+    `attempt` is the number of the attempt this object has begun, 0 before.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.attempt = 0
+
+    def begin(self, *, update: int, epoch: int | None = None, pid: int | None = None, **more: object) -> None:
+        """Begin an attempt at `update`; `pid` is rank 0's process, by default this one."""
+        self.attempt = int(self.newest().get("attempt", 0)) + 1
+        pid = pid or os.getpid()
+        self._append(started=now(), from_update=update, host=socket.gethostname(), pid=pid, job=job_id(),
+                     restarts=restarts(), command=sys.argv, **more)
+        self._write_status(RUNNING, update=update, epoch=epoch, pid=pid)
+
+    def end(self, outcome: Outcome, *, update: int, epoch: int | None = None, cause: str = "", **more: object) -> None:
+        """End the attempt in both files; a failure whose rank is known already keeps its first cause."""
+        if outcome == Outcome.FAILED and "rank" not in more and "rank" in self.newest():
+            return
+        self._append(ended=now(), state=outcome.value, update=update, epoch=epoch, cause=cause, **more)
+        self._write_status(outcome.value, update=update, epoch=epoch, cause=cause, **more)
+
+    def fail(self, cause: str, *, pid: int, update: int, **where: object) -> None:
+        """Record the first cause of the failure of the attempt of rank 0's process `pid`, begun or not.
+
+        `where` has the rank. Rank 0's own words are replaced: mostly it only knows that it has lost a peer.
+        """
+        newest = self.newest()
+        if newest.get("pid") != pid:
+            self.begin(update=update, pid=pid)
+        elif "rank" in newest:
+            return
+        else:
+            self.attempt = newest["attempt"]
+        self.end(Outcome.FAILED, update=update, cause=cause, **where)
+
+    def note(self, **more: object) -> None:
+        """Add to what is recorded of the newest attempt."""
+        self.attempt = int(self.newest().get("attempt", 0)) or 1
+        self._append(**more)
+
+    def attempts(self) -> list[Record]:
+        """One dict per attempt, oldest first: what its lines say, later ones over earlier ones, and its `state`."""
+        found: dict[int, Record] = {}
+        try:
+            lines = read_json_lines(self.path / "attempts.jsonl")
+        except OSError:
+            return []
+        for line in lines:
+            if isinstance(line.get("attempt"), int):
+                found.setdefault(line["attempt"], {"state": RUNNING}).update(line)
+        for attempt in found.values():
+            attempt["state"] = known(attempt["state"])
+        return [found[number] for number in sorted(found)]
+
+    def newest(self) -> Record:
+        """The newest attempt; {} before the first."""
+        return (self.attempts() or [{}])[-1]
+
+    def status(self) -> Record:
+        """The last record: state, update, epoch, cause, attempt, time; {} in a folder without one."""
+        try:
+            status = read_json(self.path / "status.json", max_bytes=1 << 20)
+        except (OSError, UserError):
+            return {}
+        return {**status, "state": known(status.get("state"))} if isinstance(status, dict) else {}
+
+    def _append(self, **line: object) -> None:
+        self._guard("attempts.jsonl",
+                    lambda path: append_json_line(path, {"attempt": self.attempt, **line}))
+
+    def _write_status(self, state: str, **more: object) -> None:
+        status = {"state": state, "cause": "", "attempt": self.attempt, "time": now(), "host": socket.gethostname(),
+                  "job": job_id(), **more}
+        status = {name: value for name, value in status.items() if value is not None}
+        self._guard("status.json", lambda path: write_json(path, status))
+
+    def _guard(self, name: str, write: Callable[[Path], object]) -> None:
+        try:
+            write(self.path / name)
+        except OSError as error:
+            logger.error("%s was not written in %s: %s; the run continues.", name, self.path, error.strerror)
+
+
+def known(state: object) -> str:
+    """A state as this version writes it."""
+    return Outcome.PAUSED.value if state == "PREEMPTED" else str(state or "")
+
+
+def job_id() -> str | None:
+    """The scheduler's job id, None outside a job."""
+    names = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "SUBMITIT_LOCAL_JOB_ID")
+    return next((os.environ[name] for name in names if os.environ.get(name)), None)
+
+
+def restarts() -> int:
+    """How often a scheduler, not a person, has started this job again."""
+    text = os.environ.get("SLURM_RESTART_COUNT", "")
+    return int(text) if text.isdigit() else 0
+
+
+def now() -> str:
+    """The time as the ledger has it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S%z")

@@ -1,0 +1,349 @@
+"""The command line and recipes: origins, mistakes answered with a code and one sentence, what is written back."""
+import ast
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from common.errors import UserError
+from config.options import COMMON, NO_EFFECT, OPTIONS, Options
+from config.parse import help_text, parse, read_recipe
+from config.rules import plan_batch
+
+ROOT = Path(__file__).resolve().parents[3]
+RECIPES = ROOT / "recipes"
+MODELS = ("hornet_tiny_7x7", "hornet_tiny_gf", "hornet_small_7x7", "hornet_nano_7x7")
+DATA = ["--data_path", "/data"]
+
+
+def refused(argv, code, *named):
+    """`argv` is refused with `code`, in one sentence that names the given words."""
+    with pytest.raises(UserError) as caught:
+        parse(argv, MODELS)
+    sentence = str(caught.value)
+    assert caught.value.code == code, (caught.value.code, sentence)
+    assert "\n" not in sentence and sentence[-1] in ".?" and len(sentence) < 500, sentence
+    assert all(word in sentence for word in named), sentence
+    return sentence
+
+
+# Flags
+
+def test_published_training_command():
+    resolved = parse("--model hornet_tiny_7x7 --drop_path 0.2 --clip_grad 5 --batch_size 128 --lr 4e-3 --update_freq 4 "
+                     "--model_ema true --model_ema_eval true --data_path /imagenet --output_dir ./logs".split(), MODELS)
+    o = resolved.options
+    assert (o.drop_path, o.clip_grad, o.batch_size, o.lr, o.update_freq, o.model_ema, o.data_path) == (
+        0.2, 5, 128, 4e-3, 4, True, "/imagenet")
+    assert resolved.notices == []
+    assert resolved.differences() == {"clip_grad": (5, 100)}
+
+
+@pytest.mark.parametrize("text, value", [("true", True), ("True", True), ("1", True), ("yes", True), ("", True),
+                                         ("false", False), ("False", False), ("0", False), ("no", False)])
+def test_switches(text, value):
+    argv = ["--model_ema", text] if text else ["--model_ema"]
+    assert parse([*argv, *DATA]).options.model_ema is value
+    if text:
+        assert parse([f"--model_ema={text}", *DATA]).options.model_ema is value
+
+
+def test_several_values_and_none():
+    argv = "--eval --resume a.pth b.pth --scale 0.5 1 --opt_betas=0.9 0.99 --aa None --clip_grad none"
+    o = parse(argv.split() + DATA).options
+    assert (o.resume, o.scale, o.opt_betas, o.aa, o.clip_grad) == (
+        ("a.pth", "b.pth"), (0.5, 1.0), (0.9, 0.99), None, None)
+    assert parse(["--resume", "", *DATA]).options.resume == ()
+
+
+def test_the_last_of_two_equal_flags_wins_and_paths_may_hold_hyphens():
+    o = parse(["--lr", "1", "--lr", "2", "--output_dir", "runs/a--model", *DATA]).options
+    assert (o.lr, o.output_dir) == (2, "runs/a--model")
+
+
+@pytest.mark.parametrize("argv", ["--local-rank=3", "--local_rank=3", "--local_rank 3", "--local-rank 3"])
+def test_the_launchers_rank_is_accepted_quietly(argv):
+    assert parse([*argv.split(), *DATA]).notices == []
+
+
+def test_published_flags_without_effect_are_accepted_with_one_notice_each(tmp_path):
+    argv = "--dist_on_itp true --world_size 8 --dist-eval false --dist_url tcp://x --resplit".split()
+    names = ["--dist_on_itp", "--world_size", "--dist_eval", "--dist_url", "--resplit"]
+    assert sorted(notice.split()[0] for notice in parse([*argv, *DATA]).notices) == sorted(names)
+    # A config.yaml of an earlier version holds them all, with their defaults.
+    old = "".join(f"{name}: {default or -1}\n" for name, (default, _) in NO_EFFECT.items())
+    (tmp_path / "config.yaml").write_text(old)
+    assert parse(["--config", str(tmp_path / "config.yaml"), *DATA]).notices == []
+
+
+STRAY, UNKNOWN, INVALID, MISSING = "stray_backslash", "unknown_flag", "invalid_value", "missing_value"
+
+
+@pytest.mark.parametrize("argv, code, named", [
+    # What the shell makes of the original README's `--clip_grad 5\`: the next line's flag joins the value.
+    ("--model hornet_tiny_7x7 --clip_grad 5--batch_size 128 --lr 4e-3", STRAY, ["5--batch_size", "`5 \\`"]),
+    ("--data_path /imagenet--output_dir logs", STRAY, ["--output_dir"]),
+    ("--model_ema true--model_ema_eval true", STRAY, ["--model_ema_eval"]), ("--model_ema true--lr=1", STRAY, ["--lr"]),
+    ("--bach_size 3", UNKNOWN, ["--bach_size", "--batch_size?"]), ("--batch-size 3", UNKNOWN, ["--batch_size?"]),
+    ("--batch 3", UNKNOWN, ["not abbreviated", "--batch_size?"]), ("--zzzz", UNKNOWN, ["--zzzz", "--help all"]),
+    ("-lr 3", UNKNOWN, ["--lr?"]), ("\u2014lr 3", UNKNOWN, ["--lr?"]), ("--", UNKNOWN, []), ("--=3", UNKNOWN, []),
+    ("train", "stray_value", ["'train'"]), ("--lr 1 2", "stray_value", ["'2'"]), ("--lr=1 2", "stray_value", ["'2'"]),
+    ("--lr", MISSING, ["--lr"]), ("--lr --epochs 3", MISSING, ["--lr"]), ("--resume", MISSING, ["--resume"]),
+    ("--lr=", INVALID, ["--lr ''"]), ("--lr fast", INVALID, ["--lr 'fast'", "above 0"]),
+    ("--lr nan", INVALID, ["--lr nan"]), ("--lr inf", INVALID, ["--lr inf"]), ("--lr 0", INVALID, ["--lr 0"]),
+    ("--lr -1", INVALID, ["--lr -1"]), ("--epochs 1.5", INVALID, ["--epochs '1.5'"]),
+    ("--epochs " + "9" * 5000, INVALID, ["--epochs '9", "..."]), ("--batch_size 0", INVALID, ["--batch_size 0"]),
+    ("--batch_size none", INVALID, ["--batch_size 'none'"]), ("--drop_path 1", INVALID, ["from 0 to below 1"]),
+    ("--weight_decay -0.05", INVALID, ["--weight_decay -0.05"]), ("--clip_grad 0", INVALID, ["or none"]),
+    ("--input_size 16", INVALID, ["from 32"]), ("--scale 0.5", INVALID, ["--scale"]), ("--scale 1 0.5", INVALID, []),
+    ("--cutmix_minmax 0.2 nan", INVALID, ["nan"]), ("--opt_betas 0.9 1", INVALID, ["--opt_betas"]),
+    ("--model_ema maybe", INVALID, ["true or false"]), ("--clip_by norms", INVALID, ["norm, value or agc"]),
+    ("--device gpu", INVALID, ["auto, cpu"]), ("--aa rnd-m9", INVALID, ["rand-m9-mstd0.5-inc1"]),
+    ("--model hornet_tny_7x7", "unknown_model", ["hornet_tiny_7x7?"]),
+    ("--model resnet50", "unknown_model", ["known are hornet_tiny_7x7"]),
+    ("--model " + "x" * 300, "unknown_model", ["..."]), ("--finetune x --model " + "x" * 300, "unknown_model", []),
+])
+def test_a_mistake_is_one_sentence_with_value_and_fix(argv, code, named):
+    refused([*argv.split(), *DATA] if argv == "--lr=" else [*DATA, *argv.split()], code, *named)
+
+
+@pytest.mark.parametrize("argv", [["--data_path", "/d", " "], ["--lr", "4e-3", " "], ["--model_ema", "true", "\\ "],
+                                  ["--model_ema", " "], ["--resume", "a", " \r"], ["\\"]])
+def test_a_backslash_with_a_space_after_it(argv):
+    refused(argv, "stray_backslash")
+
+
+def test_a_model_name_of_any_length_is_harmless_without_a_list_of_models():
+    assert parse(["--model", "x" * 300, *DATA]).published is None
+
+
+def test_help_shows_twenty_options_and_help_all_every_one(capsys):
+    for argv, count in ((["--help"], 20), (["-h"], 20), (["--lr", "nonsense", "--help"], 20),
+                        (["--help", "all"], len(OPTIONS)), (["--help=all"], len(OPTIONS))):
+        with pytest.raises(SystemExit) as ended:
+            parse(argv)
+        assert ended.value.code == 0
+        text = capsys.readouterr().out
+        assert sum(line.startswith("  --") for line in text.splitlines()) == count
+        assert max(map(len, text.splitlines())) <= 125
+    assert all(option.help for option in OPTIONS.values()) and set(COMMON) <= set(OPTIONS)
+    assert "[0.004]" in help_text()
+
+
+def test_print_config_shows_value_origin_and_difference():
+    resolved = parse(["--config", str(RECIPES / "hornet_tiny_7x7.yaml"), "--print_config", "--lr", "1e-3"])
+    rows = {line.split()[0]: line for line in resolved.describe().splitlines() if line.startswith("  ")}
+    assert set(rows) == set(OPTIONS)
+    assert rows["lr"].split()[1:] == ["0.001", "flag", "published:", "0.004"]
+    assert "recipe" in rows["drop_path"] and "published" not in rows["drop_path"]
+    assert rows["seed"].split()[1:] == ["0", "default"]
+    resolved = parse(["--model", "hornet_nano_7x7", *DATA], MODELS)
+    assert resolved.differences() == {} and "no published recipe" in resolved.describe()
+
+
+def test_to_dict_is_plain():
+    values = parse(["--resume", "a", *DATA]).to_dict()
+    assert values["resume"] == ["a"] and values["scale"] == [0.08, 1.0]
+    plain = (str, int, float, bool, type(None), list)
+    assert all(type(v) in plain for v in values.values()) and set(values) == set(OPTIONS)
+
+
+def test_options_do_not_import_torch():
+    code = "import sys, config.parse; assert 'torch' not in sys.modules and 'timm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_every_option_that_the_code_reads_exists():
+    unknown = []
+    rooms = ("datasets", "optim", "launch", "models", "run", "report")
+    for path in [*ROOT.glob("*.py"), *(path for room in rooms for path in (ROOT / room).rglob("*.py"))]:
+        if path.name == "run_with_submitit.py":  # it calls the launcher's own options so
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "options":
+                if node.attr not in OPTIONS:
+                    unknown.append(f"{path.name}:{node.lineno} {node.attr}")
+    assert unknown == []
+
+
+# Recipes
+
+# model, drop path, clipping, images per process, global batch, GPUs of the published run, RandAugment magnitude
+PUBLISHED = {
+    "hornet_tiny_7x7": ("hornet_tiny_7x7", 0.2, 100, 128, 4096, 32, 9),
+    "hornet_tiny_gf": ("hornet_tiny_gf", 0.2, 1, 128, 4096, 32, 9),
+    "hornet_small_7x7": ("hornet_small_7x7", 0.4, 5, 64, 4096, 32, 9),
+    "hornet_small_gf": ("hornet_small_gf", 0.4, 1, 64, 4096, 32, 12),
+    "hornet_base_7x7": ("hornet_base_7x7", 0.5, 5, 64, 4096, 32, 9),
+    "hornet_base_gf": ("hornet_base_gf", 0.5, 1, 64, 4096, 32, 15),
+    "hornet_large_7x7_in22k": ("hornet_large_7x7", 0.2, 5, 32, 4096, 64, 9),
+    "hornet_large_gf_in22k": ("hornet_large_gf", 0.2, 1, 32, 4096, 64, 9),
+    "hornet_large_7x7_ft1k_384": ("hornet_large_7x7", 0.4, 1, 16, 512, 32, 9),
+    "hornet_large_gf_ft1k_384": ("hornet_large_gf_img384", 0.4, 1, 16, 512, 32, 9),
+}
+
+
+def resolve(name, *flags):
+    return parse(["--config", str(RECIPES / f"{name}.yaml"), *DATA, *flags])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_recipe_has_the_published_values(name):
+    model, drop_path, clip, batch, global_batch, gpus, magnitude = PUBLISHED[name]
+    resolved = resolve(name)
+    o = resolved.options
+    assert (o.model, o.drop_path, o.clip_grad, o.batch_size, o.global_batch) == (
+        model, drop_path, clip, batch, global_batch)
+    assert global_batch % (batch * gpus) == 0
+    assert o.aa == f"rand-m{magnitude}-mstd0.5-inc1"
+    assert o.model_ema and o.model_ema_eval and o.model_ema_decay == 0.9999 and o.min_lr == 1e-6
+    if "ft1k" in name:
+        expected = (30, 5e-5, 1e-8, 0, 0.7, 384, 0, 0)
+    elif "in22k" in name:
+        expected = (90, 4e-3, 0.1, 5, 1.0, 224, 0.8, 1.0)
+    else:
+        expected = (300, 4e-3, 0.05, 20, 1.0, 224, 0.8, 1.0)
+    assert (o.epochs, o.lr, o.weight_decay, o.warmup_epochs, o.layer_decay, o.input_size, o.mixup, o.cutmix) == expected
+    assert resolved.published is not None and resolved.published.name == f"recipes/{name}.yaml"
+    assert resolved.differences() == {}
+    assert resolved.notices == []
+
+
+def test_values_that_a_published_recipe_omits_are_the_defaults():
+    values = asdict(resolve("hornet_tiny_gf").options)
+    standard = asdict(Options())
+    named = read_recipe(str(RECIPES / "hornet_tiny_gf.yaml")).values
+    assert all(values[name] == standard[name] for name in values if name not in named | {"config": 0, "data_path": 0})
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_parses_and_its_head_holds_a_command_that_names_it(path):
+    head = path.read_text().split("\nmodel:")[0]
+    assert all(line.startswith("#") for line in head.splitlines())
+    commands = [line[1:].split() for line in head.splitlines() if "main.py" in line]
+    assert commands
+    for command in commands:
+        argv = command[command.index("main.py") + 1:]
+        argv[argv.index("--config") + 1] = str(ROOT / argv[argv.index("--config") + 1])
+        assert parse(argv).recipe.name.endswith(path.name)
+
+
+def test_quickstart_turns_everything_on():
+    o = parse(["--config", str(RECIPES / "quickstart.yaml")]).options
+    assert o.data_set == "SAMPLE" and o.data_path == "data/digits" and o.opt == "adamw"
+    assert o.model_ema and o.mixup > 0 and o.drop_path > 0 and o.clip_grad > 0 and o.hflip == 0
+    assert o.global_batch == 2 * o.batch_size
+
+
+def write(tmp_path, text):
+    path = tmp_path / "r.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return ["--config", str(path), *DATA]
+
+
+def test_yaml_values_are_converted_as_flags_are(tmp_path):
+    for text in ("lr: 4e-3", "lr: 0.004", "lr: '4e-3'", "lr: 4E-3  # absolute"):
+        assert parse(write(tmp_path, text)).options.lr == 4e-3
+    o = parse(write(tmp_path, "scale: [0.5, 1.0]\nmodel_ema: yes\nclip_grad: null\nresume: [a, b]\neval: True\n"
+                              "aa: none\nexp_name: 010\nepochs: 030\n")).options
+    assert (o.scale, o.model_ema, o.clip_grad, o.resume, o.aa) == ((0.5, 1.0), True, None, ("a", "b"), None)
+    assert (o.exp_name, o.epochs) == ("010", 30)
+    assert parse(write(tmp_path, "# nothing\n")).options.lr == 4e-3
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    o = parse([*write(tmp_path, "output_dir: ~/run\nlog_dir: ~\n"), "--finetune=~/x.pth", "--exp_name", "~run"]).options
+    assert (o.output_dir, o.finetune, o.log_dir, o.exp_name) == ("/home/me/run", "/home/me/x.pth", None, "~run")
+
+
+@pytest.mark.parametrize("text, code, named", [
+    ("lr: 1\nlr: 2", "invalid_recipe", ["'lr'", "line 2"]), ("learning_rate: 1", "unknown_key", ["'learning_rate'"]),
+    ("batch-size: 8", "unknown_key", ["'batch-size'", "batch_size?"]), ("epoch: 8", "unknown_key", ["epochs?"]),
+    ("lr: .nan", INVALID, ["lr", ".nan"]), ("lr: nan", INVALID, ["lr nan"]), ("epochs: 1.5", INVALID, ["'1.5'"]),
+    ("lr:", INVALID, ["lr"]), ("lr: {a: 1}", "invalid_recipe", ["lr"]), ("- lr", "invalid_recipe", []),
+    ("just words", "invalid_recipe", []), ("lr: [1, 2", "invalid_recipe", []),
+    ("lr: 1\n\tepochs: 2", "invalid_recipe", ["line 2"]), ("? [a]\n: 1", "invalid_recipe", []),
+    ("lr: !!python/object/apply:os.system [ls]", INVALID, ["lr 'ls'"]), ("<<: {lr: 1}", "unknown_key", ["'<<'"]),
+    ("[" * 3000, "invalid_recipe", []), (b"\xff\xfe\x00lr", "missing_recipe", ["not a text file"]),
+    (b"lr: 1\x00", "invalid_recipe", []), ("data_path: \"a\\0b\"", INVALID, ["data_path"]),
+    ("#" * (1 << 20) + "#", "missing_recipe", ["larger"]),
+])
+def test_a_mistake_in_a_recipe_is_one_sentence(tmp_path, text, code, named):
+    refused(write(tmp_path, text), code, "r.yaml", *named)
+
+
+@pytest.mark.parametrize("path, named", [
+    ("recipes/quickstrat.yaml", ["quickstrat.yaml", "did you mean recipes/quickstart.yaml?"]),
+    ("recipes", ["--config recipes "]), ("", []), ("x" * 300, ["..."]), ("x" * 5000, ["..."])])
+def test_a_recipe_that_is_missing(path, named, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    refused(["--config", path, *DATA], "missing_recipe", *named)
+
+
+def test_from_another_folder_the_whole_path_of_a_recipe_is_suggested(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = RECIPES / "quickstart.yaml"
+    refused(["--config", "recipes/quickstart.yaml"], "missing_recipe", f"did you mean {path}?")
+
+
+def test_flags_override_the_recipe_and_origins_show_it():
+    resolved = resolve("hornet_tiny_7x7", "--lr", "1e-3", "--epochs=10", "--warmup_epochs", "1")
+    assert (resolved.options.lr, resolved.options.epochs, resolved.options.drop_path) == (1e-3, 10, 0.2)
+    assert [resolved.origins[n] for n in ("lr", "epochs", "drop_path", "seed")] == ["flag", "flag", "recipe", "default"]
+    assert resolved.differences() == {"lr": (1e-3, 4e-3), "epochs": (10, 300), "warmup_epochs": (1, 20)}
+
+
+def test_the_saved_configuration_is_itself_a_recipe(tmp_path):
+    first = resolve("hornet_small_gf", "--scale", "0.3", "0.9", "--exp_name", "ünï 'x': #y\n\x7f",
+                    "--opt_betas", "0.9", "0.95", "--seed", "123456789012345678")
+    again = parse(write(tmp_path, first.to_yaml()))
+    assert again.notices == []
+    assert again.to_dict() | {"config": None} == first.to_dict() | {"config": None}
+
+
+# Anything at all
+
+flag = st.sampled_from([f"--{f.name}" for f in fields(Options) if f.name != "config"] + ["--config", "--local-rank"])
+word = st.one_of(st.text(max_size=12),
+                 st.sampled_from(["true", "none", "0", "-1", "1e-3", "nan", "a.pth", " ", "\\", "=", "", "-", "--"]),
+                 st.floats().map(str), st.integers().map(str))
+token = st.one_of(flag, word, st.builds("{}={}".format, flag, word), st.builds("{}{}".format, word, flag))
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(token, max_size=8))
+@example(["--lr", "\ud800"])
+def test_no_command_line_makes_a_traceback(argv):
+    try:
+        resolved = parse(argv, MODELS)
+        plan_batch(resolved, 3)
+    except UserError as error:
+        assert str(error).strip()
+    except SystemExit as ended:
+        assert ended.code == 0 and any(part.startswith(("-h", "--help")) for part in argv)
+
+
+yaml_text = st.one_of(
+    st.text(max_size=80), st.binary(max_size=80),
+    st.lists(st.builds("{}: {}".format, st.sampled_from([f.name for f in fields(Options)]), word), max_size=5)
+    .map("\n".join))
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(text=yaml_text)
+@example(text="a: &a [*a]")
+@example(text="lr: &a [*a]")
+@example(text="!!timestamp 2001-99-99: 1")
+def test_no_recipe_makes_a_traceback(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+    try:
+        resolved = parse(["--config", str(path)], MODELS)
+        assert parse(["--config", str(path)], MODELS).to_dict() == resolved.to_dict()
+    except UserError as error:
+        assert str(error).strip()

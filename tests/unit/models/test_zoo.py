@@ -1,0 +1,65 @@
+"""The rows of models/zoo.py agree with the registry, the recipes, the option's help, README and the class lists."""
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from timm.data import ImageNetInfo
+
+import models
+from models.inspect import complexity
+from models.zoo import MODEL_NAMES, PUBLISHED, VARIANTS, default_classes, published_files, synsets
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_every_row_is_registered_and_nothing_else():
+    own = {name for name in timm.list_models("hornet*") if timm.model_entrypoint(name).__module__ == "models.hornet"}
+    assert own == set(MODEL_NAMES) == set(models.MODEL_NAMES)
+    assert list(PUBLISHED) == list(MODEL_NAMES[:10])
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_parameters_flops_and_input_size_are_those_of_the_model(name):
+    variant = VARIANTS[name]
+    with torch.device("meta"):
+        size = complexity(timm.create_model(name), variant.input_size)
+    if variant.params:
+        assert size.params == variant.params and size.flops == pytest.approx(variant.flops, rel=0.005)
+    config = timm.get_pretrained_cfg(name)
+    assert config.input_size == (3, variant.input_size, variant.input_size)
+    assert config.url == (variant.files[0].urls[0] if variant.files else "")
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if PUBLISHED[name].recipe])
+def test_the_recipe_trains_this_model(name):
+    recipe = yaml.safe_load((ROOT / "recipes" / f"{PUBLISHED[name].recipe}.yaml").read_text())
+    assert recipe["model"] == name
+
+
+def test_published_files():
+    assert [len(published_files(name)) for name in PUBLISHED] == [2] * 6 + [0, 1, 1, 1]
+    files = [file for name in PUBLISHED for file in published_files(name)]
+    assert len({file.name for file in files}) == len({file.urls for file in files}) == 15
+    assert all(url.startswith("https://") for file in files for url in file.urls)
+    for file in files:
+        assert (file.source, len(file.sha256_prefix)) in (("openmmlab", 8), ("authors", 0))
+        assert file.name.endswith(f"{file.sha256_prefix}.pth")
+        assert file.source == "openmmlab" or re.search(r"/f/[0-9a-f]{20}/", file.urls[0])
+    assert published_files("hornet_tiny_7x7")[0].source == "openmmlab" and published_files("other") == ()
+
+
+def test_class_lists():
+    names = synsets(10459)
+    assert len(set(names)) == 10459 and set(synsets(1000)) <= set(names)
+    assert (names[10450], names[10458]) == ("n02085782", "n04399382")
+    assert list(synsets(1000)) == ImageNetInfo("imagenet-1k").label_names()
+    assert synsets(10) is None and default_classes(3) == ["0", "1", "2"]
+
+
+def test_readmes_table_is_made_of_the_rows():
+    """`python -m tools.zoo list --markdown` prints it."""
+    from tools.zoo import markdown_table
+    assert markdown_table() in (ROOT / "README.md").read_text("utf-8")

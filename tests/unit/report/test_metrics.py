@@ -1,0 +1,102 @@
+"""Figures from the answer for every image, against loops and closed forms, and the paired test of two evaluations."""
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from common.errors import UserError
+from report.metrics import Predictions, calibration_error, compare, confusion_pairs, metrics, multi_label_accuracy
+
+CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox"]
+
+
+def predictions(n=200, seed=0, correct=0.7, paths=None):
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % len(CLASSES)
+    top5 = np.argsort(rng.random((n, len(CLASSES))), axis=1)[:, :5].astype(np.int64)
+    for i in np.flatnonzero(rng.random(n) < correct):
+        top5[i] = [labels[i], *[c for c in top5[i] if c != labels[i]][:4]]
+    probabilities = np.sort(rng.dirichlet(np.ones(6), n).astype(np.float32), axis=1)[:, ::-1][:, :5]
+    paths = np.array(paths or [f"/data/val/{CLASSES[c]}/{i}.png" for i, c in enumerate(labels)])
+    return Predictions(paths, labels, top5, probabilities, rng.random(n).astype(np.float32), CLASSES)
+
+
+def test_counts_equal_a_loop_over_the_images():
+    p = predictions()
+    counts = p.counts()
+    assert counts.hits1 == sum(int(row[0] == label) for row, label in zip(p.top5, p.labels))
+    assert counts.hits5 == sum(int(label in row) for row, label in zip(p.top5, p.labels))
+    assert counts.images == 200 and counts.loss_sum == pytest.approx(sum(p.nll.astype(np.float64)), rel=1e-12)
+
+
+def test_unlabelled_and_unreadable_images_are_never_hits():
+    top5 = np.array([[-1] * 5, [0, 1, 2, 3, 4], [-1] * 5])
+    p = Predictions(np.array(["a", "b", "c"]), np.array([-1, -1, 2]), top5, np.zeros((3, 5)), np.zeros(3), CLASSES)
+    assert (p.counts().hits1, p.counts().hits5, p.counts().images, p.counts().bad) == (0, 0, 3, 3)
+
+
+def test_answers_that_are_not_numbers_are_never_hits():
+    shares = np.full((2, 5), np.nan, np.float32)
+    p = Predictions(np.array(["a", "b"]), np.array([0, 1]), np.array([[0, 1, 2, 3, 4]] * 2), shares, np.zeros(2), CLASSES)
+    assert (p.counts().hits1, p.counts().hits5, p.counts().nonfinite) == (0, 0, 2)
+    found = metrics(p, 6)
+    assert found["mean_class_acc1"] == 0.0 and found["nll"] is None  # incorrect, and its confidence is unknown
+
+
+def test_mean_class_accuracy_leaves_out_classes_without_images():
+    top5 = np.array([[0], [0], [1], [1]])
+    p = Predictions(np.array(list("abcd")), np.array([0, 0, 0, 2]), top5, np.full((4, 1), 0.5), np.ones(4), CLASSES)
+    found = metrics(p, 6)
+    assert found["mean_class_acc1"] == pytest.approx((200 / 3 + 0) / 2) and found["classes_seen"] == 2
+    assert metrics(predictions(correct=1.1), 6)["mean_class_acc1"] == 100.0
+
+
+def test_calibration_error_of_known_cases():
+    hits = np.array([True, False, True, False])
+    assert calibration_error(np.full(4, 0.5), hits) == pytest.approx(0.0)
+    assert calibration_error(np.full(4, 1.0), hits) == pytest.approx(0.5)
+    # Two bins, each with half the images: |0.9 - 1| and |0.3 - 0|, averaged.
+    assert calibration_error(np.array([0.9, 0.9, 0.3, 0.3]), np.array([1, 1, 0, 0])) == pytest.approx(0.2)
+
+
+def test_several_correct_answers_and_images_without_any():
+    top5 = np.array([[3, 1, 2, 0, 4]] * 3)
+    found = multi_label_accuracy(top5, [[3, 5], [], [0, 5]])
+    assert (found["hits1"], found["hits5"], found["images"]) == (1, 2, 2) and found["acc1"] == 50.0
+
+
+def test_confusion_pairs_are_counted_and_sorted():
+    labels, answers = np.array([0, 0, 0, 1, 1, 2]), np.array([1, 1, 0, 0, 2, 2])
+    assert confusion_pairs(labels, answers) == [(0, 1, 2), (1, 0, 1), (1, 2, 1)]
+    assert confusion_pairs(labels, answers, limit=1) == [(0, 1, 2)]
+    assert confusion_pairs(labels, labels) == []
+
+
+def test_paired_comparison_matches_images_by_class_folder_and_name():
+    first, second = predictions(2000, correct=0.6), predictions(2000, seed=1, correct=0.75)
+    moved = Predictions(np.array([p.replace("/data/val", "/elsewhere") for p in second.paths])[::-1].copy(),
+                        second.labels[::-1], second.top5[::-1], second.probabilities[::-1], second.nll[::-1], CLASSES)
+    same = compare(first, second)
+    assert same == compare(first, moved)
+    expected = 100 * (second.hit1.mean() - first.hit1.mean())
+    only_first, only_second = (int((a.hit1 & ~b.hit1).sum()) for a, b in ((first, second), (second, first)))
+    assert same.p_value == binomtest(only_first, only_first + only_second).pvalue < 1e-6
+    assert same.difference == pytest.approx(expected) and same.low < expected < same.high
+    assert same.sentence.startswith("The second is better")
+    assert compare(second, first).difference == pytest.approx(-expected)
+    assert compare(second, first).sentence.startswith("The first is better")
+    assert compare(first, first).p_value == 1.0 and "same number of the 2000" in compare(first, first).sentence
+
+
+def test_bootstrap_interval_has_the_width_theory_gives():
+    first, second = predictions(5000, correct=0.6), predictions(5000, seed=1, correct=0.6)
+    found = compare(first, second)
+    differences = second.hit1.astype(float) - first.hit1
+    assert (found.high - found.low) / 2 == pytest.approx(196 * differences.std() / math.sqrt(5000), rel=0.05)
+
+
+def test_comparison_of_different_data_is_refused():
+    with pytest.raises(UserError) as error:
+        compare(predictions(4), predictions(4, paths=["x/1", "x/2", "x/3", "x/4"]))
+    assert error.value.code == "other_data"

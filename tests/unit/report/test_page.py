@@ -1,0 +1,244 @@
+"""The report page: from a whole run folder, from log.txt alone, and of two runs; seen by a real browser."""
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.errors import UserError
+from report.metrics import Predictions
+from report.page import write_report
+from report.results import Protocol, results_from, write_eval_json, write_predictions
+from tools.report import main
+
+CLASSES = ["n01440764", "naïve <b>&", "猫"]
+
+
+def log_row(epoch, **changes):
+    return {"train_loss": 6.9 - 0.01 * epoch, "train_lr": 1e-3, "train_min_lr": 1e-3, "train_grad_norm": 1.0,
+            "train_images_per_second": 950.0, "train_data_wait": 0.02, "test_loss": 3.0, "test_acc1": 0.2 * epoch,
+            "test_acc5": 0.3 * epoch, "test_acc1_ema": 0.21 * epoch, "epoch": epoch, "update": 10 * epoch,
+            "n_parameters": 22409512, "seconds": 60.0, **changes}
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path.parent
+
+
+def whole_run(folder, seed=0, lr="0.004"):
+    write_lines(folder / "log.txt", [log_row(e) for e in range(300)])
+    (folder / "config.yaml").write_text(f"model: 'hornet_tiny_7x7'  # flag\nlr: {lr}  # flag\nepochs: 300  # default\n")
+    (folder / "environment.json").write_text(json.dumps({"torch": "2.15.0", "world_size": 8}))
+    (folder / "status.json").write_text(json.dumps({"state": "DONE"}))
+    (folder / "data.json").write_text(json.dumps({
+        "classes": CLASSES, "train": {"images": 900, "per_class": [500, 300, 100]},
+        "val": {"images": 90, "per_class": [30, 30, 30]}, "notes": ["train: 120 files were left out"]}))
+    (folder / "checkpoint-best.pth").write_bytes(b"")
+    (folder / "checkpoint-best.pth.json").write_text(json.dumps({"score": 59.8, "epoch": 299}))
+    write_lines(folder / "events.jsonl", [
+        {"time": "2026-01-01 00:00:00", "kind": "save_failed", "message": "the disk is full", "epoch": 4},
+        {"kind": "unreadable_image", "epoch": 0, "images": ["/data/a.png", "/data/b.png"]},
+        {"kind": "bad_pictures", "epoch": 1, "pictures": ["/data/a.png"]}])  # an earlier version's, met again
+    write_lines(folder / "attempts.jsonl", [
+        {"attempt": 1, "started": "10:00", "from_update": 0}, {"attempt": 1, "state": "PREEMPTED", "update": 99},
+        {"attempt": 2, "started": "11:00", "from_update": 99}, {"attempt": 2, "state": "DONE", "update": 300}])
+    rng = np.random.default_rng(seed)
+    labels = np.arange(90) % 3
+    top5 = np.stack([rng.permutation(3) for _ in labels])
+    paths = [str(folder / f"p{i}.png") for i in range(90)]
+    for i in np.flatnonzero(top5[:, 0] != labels):
+        Image.new("RGB", (200, 100), (int(i), 50, 50)).save(paths[i])
+    predictions = Predictions(np.array(paths), labels, top5, np.tile([0.6, 0.3, 0.1], (90, 1)), np.ones(90), CLASSES)
+    write_predictions(folder / "predictions.npz", predictions)
+    protocol = Protocol("hornet_tiny_7x7", 3, 224, dataset="mine")
+    write_eval_json(folder / "eval.json", [results_from(predictions.counts(), protocol, predictions=predictions)])
+    return folder, predictions
+
+
+class Checker(HTMLParser):
+    """Every opened element is closed in order, and nothing points outside the page."""
+    def __init__(self):
+        super().__init__()
+        self.open, self.outside, self.ids = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.handle_startendtag(tag, attributes)
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attributes):
+        self.ids += [value for name, value in attributes if name == "id"]
+        self.outside += [v for k, v in attributes if k in ("src", "href", "xlink:href", "action") and v[0] != "#"
+                         and not v.startswith("data:")]
+
+
+def page(folders, out=None):
+    """The page's HTML and its text without tags, after checking that it stands alone and is well formed."""
+    path = write_report(folders, out)
+    html = path.read_text("utf-8")
+    checker = Checker()
+    checker.feed(html)
+    assert not checker.open and not checker.outside and len(checker.ids) == len(set(checker.ids))
+    assert "<script" not in html and "@import" not in html and not re.search(r"url\((?!#)", html)
+    assert len(html) < 3e6
+    return html, " ".join(re.sub(r"<[^>]*>", " ", re.sub(r"<style.*?</style>", "", html, flags=re.S)).split())
+
+
+def rows(html):
+    """The cells of every table row."""
+    return [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.S) for row in re.findall(r"<tr.*?</tr>", html, re.S)]
+
+
+def test_a_whole_run_gives_one_page_with_every_section(tmp_path):
+    folder, predictions = whole_run(tmp_path / "run <1>")
+    html, text = page([folder])
+    for words in ("run &lt;1&gt;", "DONE", "59.80 % best top-1, epoch 300", "1 × save failed", "2 attempts", "2.15.0",
+                  "Most confident mistakes", "900 train images, 3 classes", "train: 120 files were left out",
+                  "2 unreadable files"):
+        assert words in text, words
+    assert html.count("data:image/jpeg;base64,") == 24  # thumbnails
+    assert "missing" not in re.sub(r"<style.*?</style>", "", html, flags=re.S)  # no section lacks anything
+    found = rows(html)
+    assert ["1", "10:00", "", "PAUSED", "0", "99", ""] in found  # what earlier versions called PREEMPTED
+    assert [row for row in found if row[0].startswith("/data/")] == [["/data/a.png", "epoch 1"], ["/data/b.png", "epoch 1"]]
+    assert ["2026-01-01 00:00:00", "save failed", "the disk is full; epoch 5"] in found
+    assert [row[1:3] for row in found if row[0] in ("tench, Tinca tinca", "naïve &lt;b&gt;&amp;", "猫") and len(row) == 6] == [
+        ["500", "30"], ["300", "30"], ["100", "30"]]
+    hits = [int(n) for n in re.findall(r"taken for [^\"]*?: (\d+) of 30", html)]
+    assert sum(hits) == 90 and sum(hits[::4]) == predictions.counts().hits1  # the diagonal of three rows
+
+
+def test_the_best_checkpoint_comes_with_commands_that_use_it(tmp_path):
+    text = page([whole_run(tmp_path / "my run")[0]])[1]
+    assert "checkpoint-best.pth : top-1 59.80 %, from epoch 300" in text
+    quoted = f"&#39;{tmp_path}/my run&#39;"
+    assert f"python main.py --eval true --output_dir {quoted} --report {quoted}" in text
+
+
+def test_the_difference_from_the_published_recipe_is_shown(tmp_path):
+    html, _ = page([whole_run(tmp_path / "run", lr="0.001")[0]])
+    assert ["lr", "0.001", "flag", "0.004"] in rows(html)
+
+
+def test_log_alone_is_enough_for_curves_and_the_rest_is_named(tmp_path):
+    write_lines(tmp_path / "run" / "log.txt", [log_row(e) for e in range(300)])
+    for given in (tmp_path / "run", tmp_path / "run" / "log.txt"):
+        html, text = page([given], tmp_path / "page.html")
+        assert html.count("<svg") == 6
+        for name in ("eval.json", "incidents", "predictions.npz", "config.yaml", "environment.json"):
+            assert f"No {name}" in text or f"No record of {name}" in text
+
+
+def labels(svg):
+    """The texts of a chart."""
+    return re.findall(r"<text [^>]*>([^<]*)</text>", svg)
+
+
+def test_one_epoch_has_an_axis_with_one_epoch_and_points_to_see(tmp_path):
+    html, _ = page([write_lines(tmp_path / "log.txt", [log_row(0, test_acc1=46.0)])])
+    for svg in re.findall(r"<svg.*?</svg>", html, re.S):
+        texts = labels(svg)
+        assert texts[:texts.index("epoch")] == ["1"] and "<use " in svg
+        ticks = [float(text.replace("\u2212", "-")) for text in texts if re.fullmatch(r"[\u2212\d.]+", text)][1:]
+        assert min(ticks) == 0 < max(ticks), texts  # from zero: the height of a lone point means something
+
+
+def test_a_page_is_the_same_each_time(tmp_path):
+    folder = write_lines(tmp_path / "log.txt", [log_row(e) for e in range(3)])
+    assert page([folder]) == page([folder])
+
+
+def test_a_log_with_broken_lines_repeats_and_missing_numbers(tmp_path):
+    log = [log_row(0), log_row(1, test_acc1=99.0), log_row(1, test_acc1=12.5), log_row(2, train_loss=math.nan)]
+    folder = write_lines(tmp_path / "run" / "log.txt", log)
+    with open(folder / "log.txt", "a") as file:
+        file.write('{"train_loss": 1.0, "epo\n\n[1, 2]\n' + json.dumps({"epoch": 3, "train_loss": None}) + "\n")
+    _, text = page([folder])
+    assert "2 lines of log.txt could not be read" in text
+    assert "12.50 %" in text and "99.00 %" not in text  # the repeated epoch counts once, as it ended
+
+
+def test_two_runs_side_by_side(tmp_path):
+    whole_run(tmp_path / "a", seed=0)
+    whole_run(tmp_path / "b", seed=1, lr="0.002")
+    for folder in ("a", "b"):  # the same images, in two folders of one name
+        p = np.load(tmp_path / folder / "predictions.npz")
+        arrays = {k: p[k] for k in p.files} | {"path": np.array([f"val/x/p{i}.png" for i in range(90)])}
+        np.savez(tmp_path / folder / "predictions.npz", **arrays)
+    html, text = page([tmp_path / "a", tmp_path / "b"], tmp_path / "two.html")
+    assert "Side by side" in text and "McNemar p" in text and "a: EMA" in text and "b: EMA" in text
+    assert ["lr", "0.004", "0.002"] in rows(html)
+
+
+def test_the_differences_of_the_figures_are_those_of_the_values(tmp_path):
+    """Not of what was rounded for the page: 51.388 - 79.444 is -28.06, and 51.39 - 79.44 would be -28.05."""
+    for name, accuracy, seconds in (("a", 100 * 286 / 360, 7000.0), ("b", 100 * 185 / 360, 7300.0)):
+        write_lines(tmp_path / name / "log.txt", [log_row(0, test_acc1=accuracy, seconds=seconds)])
+    html, text = page([tmp_path / "a", tmp_path / "b"], tmp_path / "two.html")
+    assert "-28.06 points" in rows(html)[1]
+    assert ["time", "117 min", "2.0 h", ""] in rows(html)  # other units: no difference
+    assert "No paired test" in text
+
+
+@pytest.mark.parametrize("name", ["nowhere", "empty", "log.txt is a folder"])
+def test_a_folder_without_a_run_is_one_sentence(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "log.txt is a folder" / "log.txt").mkdir(parents=True)
+    assert main([str(tmp_path / name)]) == 2
+    with pytest.raises(UserError) as error:
+        write_report([tmp_path / name])
+    assert error.value.code in ("missing_run", "unreadable_file") and str(tmp_path / name) in str(error.value)
+
+
+def test_three_runs_are_refused():
+    assert main(["a", "b", "c"]) == 2
+
+
+def test_names_that_are_not_text_do_not_stop_the_page(tmp_path):
+    folder, p = whole_run(tmp_path / "run")
+    paths = np.array([f"\udcff{i}.png" for i in range(90)])
+    write_predictions(folder / "predictions.npz", Predictions(paths, p.labels, p.top5, p.probabilities, p.nll, CLASSES))
+    assert "no image" in page([folder])[1]
+
+
+def test_a_browser_shows_the_page_and_no_label_covers_another(tmp_path):
+    """The page is laid out at two widths; a script added for the test reports texts of charts that overlap."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium on this machine")
+    whole_run(tmp_path / "a run with quite a long name, as people like them")
+    write_lines(tmp_path / "one" / "log.txt", [log_row(0)])
+    folders = [tmp_path / "a run with quite a long name, as people like them", tmp_path / "one"]
+    check = """<script>
+    const found = [];
+    for (const svg of document.querySelectorAll("figure > svg")) {
+      const boxes = [...svg.querySelectorAll("text")].map(t => [t.textContent, t.getBoundingClientRect()]);
+      const frame = svg.getBoundingClientRect();
+      for (const [i, [one, a]] of boxes.entries()) {
+        if (a.left < frame.left - 1 || a.right > frame.right + 1) found.push(one + " leaves the chart");
+        for (const [two, b] of boxes.slice(i + 1))
+          if (a.left < b.right && b.left < a.right && a.top + 2 < b.bottom && b.top + 2 < a.bottom) found.push(one + " x " + two);
+      }
+    }
+    document.title = "overlaps: " + JSON.stringify(found);
+    </script>"""
+    for chosen in (folders[:1], folders[1:], folders):
+        html, _ = page(chosen, tmp_path / "page.html")
+        (tmp_path / "checked.html").write_text(html + check)
+        done = subprocess.run(
+            [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
+             f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,3000", "--dump-dom",
+             (tmp_path / "checked.html").as_uri()], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and not re.findall(r".*CONSOLE.*", done.stderr)
+        assert re.search(r"<title>(.*?)</title>", done.stdout)[1] == "overlaps: []"

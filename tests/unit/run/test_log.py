@@ -1,0 +1,238 @@
+"""What a person sees: console lines, a bar, one log.txt line per epoch whatever happens, incidents, one hint."""
+import fcntl
+import json
+import logging
+import math
+import os
+import pty
+import select
+import struct
+import sys
+import termios
+import types
+from pathlib import Path
+
+import pytest
+
+import main
+from common.errors import UserError
+from common.log import logger, setup_logging
+from engine import Progress
+from run.log import Tracker, WandbRun
+from tests.kits.images import write_images
+from tests.kits.runs import arguments, start
+
+
+def at(epoch=0, done=10, updates=10, **more):
+    values = dict(loss=2.5, recent_loss=2.0, grad_norm=1.0, lr=4e-3, min_lr=1e-3, weight_decay=0.05,
+                  images_per_second=123.4, data_wait=0.02, seconds=float(done))
+    return Progress(epoch, epoch * updates, epoch * updates + done, **values | more)
+
+
+@pytest.fixture
+def logged():
+    """The sentences logged during a test."""
+    lines, handler = [], logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def tracker(folder, updates_per_epoch=10, **more):
+    return Tracker(folder, epochs=4, updates_per_epoch=updates_per_epoch, n_parameters=99, **{"terminal": False, **more})
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def test_the_console_line_says_where_the_run_is_and_no_folder_means_no_file(tmp_path, logged, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    t = tracker(None)
+    t.resume(0)
+    t.start_epoch(1)
+    t.progress(at(1, done=5))
+    assert logged == ["epoch 2/4  update 5/10  loss 2.0000  lr 0.004  123.4 img/s  data wait 2 %  ETA 25 s"]
+    t.write_setup("", {})
+    t.incident("kind", "sentence")
+    t.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_epoch_has_the_published_keys(tmp_path, logged):
+    t = tracker(tmp_path)
+    t.end_epoch(at(0, class_acc=50.0), {"test_loss": 1.0, "test_acc1": 81.25, "test_acc5": 95.0}, seconds=61.0)
+    t.close()
+    (line,) = log(tmp_path)
+    assert set(line) == {"train_loss", "train_lr", "train_min_lr", "train_weight_decay", "train_grad_norm",
+                         "train_class_acc", "train_images_per_second", "train_data_wait", "test_loss", "test_acc1",
+                         "test_acc5", "epoch", "n_parameters", "update", "seconds", "nonfinite_updates"}
+    assert None not in line.values() and (line["epoch"], line["update"]) == (0, 10)
+    assert logged[-1] == "epoch 1/4 done in 1:01 min  train loss 2.5000  top-1 81.25  top-5 95.00"
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_each_epoch_stands_once_after_a_crash_and_a_resume(tmp_path):
+    t = tracker(tmp_path)
+    for epoch in range(3):
+        t.end_epoch(at(epoch), {"test_acc1": float(epoch)}, 1.0)
+    with open(tmp_path / "log.txt", "a") as file:
+        file.write('{"epoch": 3, "trai')
+    again = tracker(tmp_path)
+    again.resume(2)
+    assert [line["epoch"] for line in log(tmp_path)] == [0, 1]
+    for epoch, accuracy in ((2, 12.0), (3, 13.0), (3, 14.0)):  # the last one twice, kept once
+        again.end_epoch(at(epoch), {"test_acc1": accuracy}, 1.0)
+    assert [(line["epoch"], line["test_acc1"]) for line in log(tmp_path)] == [(0, 0.0), (1, 1.0), (2, 12.0), (3, 14.0)]
+    t.close(), again.close()
+
+
+def test_undefined_values_are_null_and_logged(tmp_path, logged):
+    t = tracker(tmp_path)
+    t.end_epoch(at(0, loss=math.nan, grad_norm=math.inf), {}, 1.0)
+    assert log(tmp_path)[0]["train_loss"] is None and log(tmp_path)[0]["train_grad_norm"] is None
+    assert "train loss nan" in logged[-1]
+    t.close()
+
+
+def test_a_disk_without_room_costs_no_line(tmp_path, logged):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    t = tracker(folder)
+    folder.rename(tmp_path / "away")
+    t.end_epoch(at(0), {}, 1.0)
+    t.incident("nonfinite", "The loss of update 3 is not finite.")
+    assert sum("log.txt" in line or "events.jsonl" in line for line in logged) == 2
+    (tmp_path / "away").rename(folder)
+    t.end_epoch(at(1), {}, 1.0)
+    assert [line["epoch"] for line in log(folder)] == [0, 1]
+    t.close()
+
+
+def test_folders_in_place_of_the_records_are_one_sentence(tmp_path, logged):
+    for name in ("log.txt", "events.jsonl"):
+        (tmp_path / name).mkdir()
+    t = tracker(tmp_path)
+    with pytest.raises(UserError) as error:
+        t.resume(0)
+    assert error.value.code == "unreadable_file" and str(tmp_path / "log.txt") in str(error.value)
+    t.incident("kind", "sentence")
+    assert "events.jsonl" in logged[-1] and "Is a directory" in logged[-1]
+    t.close()
+
+
+@pytest.mark.parametrize("workers, cpus, words", [(2, 8, "--num_workers 8"), (8, 8, "all CPUs load images")])
+def test_waiting_for_data_gives_one_hint_naming_the_change(tmp_path, logged, workers, cpus, words):
+    t = tracker(tmp_path, 1000, num_workers=workers, cpus=cpus)
+    for done in range(10, 400, 10):
+        t.progress(at(0, done=done, updates=1000, data_wait=0.3))
+    hints = [line for line in logged if "waiting for data" in line]
+    assert len(hints) == 1 and words in hints[0] and "30 % of the last" in hints[0]
+    (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert event["kind"] == "data_wait" and event["update"] == 110
+    t.close()
+
+
+def test_a_slow_start_alone_gives_no_hint(logged):
+    t = tracker(None, 1000)
+    for done in range(10, 400, 10):  # 5 s for the first batch, none after it
+        t.progress(at(0, done=done, updates=1000, seconds=5.0 + done, data_wait=5.0 / (5.0 + done)))
+    assert not any("waiting for data" in line for line in logged)
+
+
+def test_a_bar_moves_on_after_a_forked_loader_has_logged(capfd):
+    setup_logging()
+    t = tracker(None, terminal=True)
+    t.start_epoch(1, first_update=4)
+    t.tick()
+    if (child := os.fork()) == 0:
+        logger.warning("from a loader process")
+        os._exit(0)
+    os.waitpid(child, 0)
+    logger.warning("from the run")
+    for _ in range(5):
+        t.tick()
+    t.progress(at(1))
+    t.end_epoch(at(1), {"test_acc1": 5.0}, 1.0)
+    t.close()
+    t.close()
+    shown = capfd.readouterr().err
+    assert "epoch 2/4" in shown and shown.count("4/10") == 1 and "10/10" in shown and "img/s" in shown
+    assert "from a loader process\n" in shown and "from the run\n" in shown
+
+
+def test_a_training_on_a_terminal_shows_each_epoch_from_its_start_to_its_end_once(tmp_path):
+    """With unreadable images in it, which made the bar go back to 0 % until the next update."""
+    data = write_images(tmp_path / "images")
+    for path in sorted((data / "train").rglob("*.*"))[::9]:
+        path.write_bytes(b"not an image")
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    argv = arguments(data, tmp_path / "run", epochs=2, num_workers=1, print_freq=1)
+    (run,) = start(argv, Path(os.ttyname(slave)))
+    shown = b""
+    while run.process.is_alive() or select.select([master], [], [], 0)[0]:
+        shown += os.read(master, 1 << 16) if select.select([master], [], [], 0.1)[0] else b""
+    os.close(slave), os.close(master)
+    assert run.end() == 0
+    lines = shown.decode().replace("\r", "\n").splitlines()
+    for epoch in ("epoch 1/2", "epoch 2/2"):
+        bars = [int(line.split("%")[0].split()[-1]) for line in lines if line.startswith(epoch) and "%|" in line]
+        assert bars == sorted(bars) and bars[0] == 0 and bars[-1] == 100
+    assert any("unreadable" in line or "could not be read" in line for line in lines)
+
+
+def test_the_setup_is_written(tmp_path):
+    t = tracker(tmp_path)
+    t.write_setup("lr: 0.004  # default\n", {"classes": ["a"]}, code_paths={"filter": "fft"})
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["packages"]["torch"] and environment["code_paths"] == {"filter": "fft"}
+    assert (tmp_path / "config.yaml").read_text().startswith("lr:")
+    assert json.loads((tmp_path / "data.json").read_text()) == {"classes": ["a"]}
+    t.close()
+
+
+class Wandb(types.ModuleType):
+    """Stands for the package, which the tests do not install."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.calls: list[tuple] = []
+
+    def init(self, **settings):
+        self.calls.append(("init", settings["project"], settings["name"], settings["dir"]))
+        return self
+
+    def log(self, numbers, step):
+        self.calls.append(("log", step, sorted(numbers)))
+
+    def log_artifact(self, path, type):
+        self.calls.append(("artifact", Path(path).name, type))
+
+    def finish(self):
+        self.calls.append(("finish",))
+        raise RuntimeError("the network is gone")  # which ends no training
+
+
+def test_wandb_gets_figures_and_at_the_end_the_best_and_the_last_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
+    argv = arguments(write_images(tmp_path / "images"), tmp_path / "run", epochs=1, enable_wandb="true",
+                     wandb_ckpt="true", exp_name="first")
+    assert main.main(argv) == 0
+    calls = wandb.calls
+    assert calls[0] == ("init", "hornet", "first", tmp_path / "run") and calls[-1] == ("finish",)
+    assert any("epoch/test_acc1" in call[2] for call in calls if call[0] == "log")
+    assert [call[1] for call in calls if call[0] == "artifact"] == [
+        "checkpoint-best.pth", "checkpoint-best-ema.pth", "checkpoint-0.pth"]
+
+
+def test_missing_wandb_is_one_line(logged, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    t = tracker(None, wandb=WandbRun("hornet", "default", {}))
+    t.end_epoch(at(0), {}, 1.0)
+    assert len([line for line in logged if "pip install wandb" in line]) == 1
+    t.close()
