@@ -1,20 +1,34 @@
-"""The two loops: one epoch of training and one exact evaluation. No files, no options; what they need is passed in."""
+"""The two loops: one epoch of training and one exact evaluation. No files, no options; what they need is
+passed in."""
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from operator import attrgetter
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from common.outcome import Outcome
 from common.random import uniforms
+from datasets.dataset import Batch, ImageLoader
+from datasets.sampler import GlobalBatchSampler
+from launch.process import Process
+from optim.finite import FiniteWatch, Incident, diagnose
+from optim.update import Update, UpdateStats
+
+Sums = list[float]
+SumsOverRanks = Callable[[], Sums]
+Figures = dict[str, float]
+_AFTER = {"skip": Outcome.DONE, "rollback": Outcome.ROLLED_BACK, "stop": Outcome.FAILED}
 
 
 class Observer:
-    """What a run wants to know while the loops go on; every call comes on every rank. This one wants nothing."""
+    """What a run wants to know while the loops go on; every call comes on every rank. This one wants
+    nothing."""
 
     def on_phase(self, phase: str, update: int) -> None:
         """A heartbeat: "data", "forward", "backward", "step" or "evaluation" begins."""
@@ -23,8 +37,12 @@ class Observer:
         """Asked before each batch of an evaluation. True, on any rank, ends it on all, without results."""
         return False
 
-    def after_update(self, update: int, stats: Any) -> bool:
-        """Global update `update` is done (`stats`: tensors on the device). True, on all ranks, stops here."""
+    def after_update(self, update: int, stats: UpdateStats, sums: SumsOverRanks) -> bool:
+        """Global update `update` is done (`stats`: tensors on the device). True, on all ranks, stops here.
+
+        `sums()` gives the sums of the epoch so far over all ranks, for a checkpoint; then every rank must
+        call it.
+        """
         return False
 
     def on_progress(self, progress: "Progress") -> None:
@@ -33,42 +51,66 @@ class Observer:
     def on_nonfinite(self, record: dict) -> None:
         """An update was not applied; `record`, plain values, says where it went wrong."""
 
+    def on_incident(self, kind: str, sentence: str, **more: object) -> None:
+        """Something out of the ordinary; `more` are plain values."""
 
-@dataclass
-class Training:
-    """What training needs. `model` may be wrapped (DDP, compiled); `plain` is the network inside it.
 
-    `loader` yields batches in the order of `sampler` (`set_start(epoch, update)`); `prepare(batch)` gives images
-    (B, 3, H, W) and targets on the device. `update`: optim.update.Update; `watch`: optim.finite.FiniteWatch.
-    `path_of(index)` names pictures in reports. `process`: world_size and `all_reduce_`; None when alone.
+class Task(Protocol):
+    """What a run learns: how a batch becomes a loss, and what an evaluation measures.
+
+    `score` names the figure by which one epoch is better than another; that of the moving average ends in
+    `_ema`. `loaders` are those of its evaluation: the run reports what they could not read, and closes them.
+    """
+    score: str
+    loaders: list[ImageLoader]
+
+    def losses(self, model: nn.Module, batch: Batch, update: int) -> tuple[Tensor, Tensor | None]:
+        """Of one micro-batch: its mean loss (0-dim, float32) and its top-1 hits (0-dim; None without hard
+        labels).
+
+        All random draws are keyed by `update` and the images' global positions, so that a replay gives the
+        same.
+        """
+        ...
+
+    def evaluate(self, networks: Sequence[tuple[str, nn.Module]], observer: Observer,
+                 update: int) -> Figures | None:
+        """The `test_…` figures of (suffix, network) pairs on every rank; None when an observer left the
+        evaluation."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """What the training loop works with. `model` may be wrapped (DDP, compiled); `plain` is the network
+    inside it.
+
+    `loader` yields batches in the order of `sampler` (`set_start(epoch, update)`). `path_of(index)` names
+    images in reports.
     """
     model: nn.Module
     plain: nn.Module
-    update: Any
-    criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    loader: Any
-    sampler: Any
-    prepare: Callable
-    watch: Any
-    seed: int = 0
-    updates_per_epoch: int = 1
-    update_freq: int = 1
-    autocast_dtype: torch.dtype | None = None
+    task: Task
+    update: Update
+    loader: ImageLoader
+    sampler: GlobalBatchSampler
+    watch: FiniteWatch
+    process: Process
+    updates_per_epoch: int
     print_freq: int = 10
-    observer: Observer = field(default_factory=Observer)
-    process: Any = None
-    path_of: Callable[[int], str] | None = None
-    sums_over_ranks: Callable[[], list[float]] | None = None  # set by the epoch under way; see _Meter.over_ranks
+    path_of: Callable[[int], str] = str
 
 
 @dataclass
 class Progress:
-    """Host values of an epoch so far: means over its applied updates, of this rank, at the end over all ranks.
+    """Host values of an epoch so far: means over its applied updates, of this rank, at the end over all
+    ranks.
 
-    `recent_loss` is the mean since the last report, `class_acc` top-1 in percent where labels are hard, `data_wait`
-    the share of the time spent waiting for the loader. `next_update` is the first global update not done. `request`
-    is "" when the epoch is complete, "interrupted" when the observer asked to stop before, "rollback" or "stop" when
-    the non-finite updates demand it.
+    `recent_loss` is the mean since the last report, `class_acc` top-1 in percent where labels are hard,
+    `data_wait` the share of the time spent waiting for the loader. `next_update` is the first global update
+    not done. `outcome`: DONE when the epoch is complete, PAUSED when the observer asked to stop before,
+    ROLLED_BACK or FAILED when the non-finite updates demand it. `sums` are those over all ranks at the end,
+    to continue from.
     """
     epoch: int
     first_update: int
@@ -85,172 +127,169 @@ class Progress:
     seconds: float = 0.0
     loss_scale: float = 1.0
     nonfinite: int = 0
-    request: str = ""
+    outcome: Outcome = Outcome.DONE
+    sums: Sums = field(default_factory=list)
 
 
 class _Meter:
     """Sums of an epoch, kept on the device until they are read."""
 
-    def __init__(self, training: Training, epoch: int, first_update: int, sums: Sequence[float] | None = None):
-        self.training, self.progress = training, Progress(epoch, first_update, first_update)
-        self.start, self.waited, self.pictures = time.perf_counter(), 0.0, 0
-        # Loss and gradient norm per picture, pictures in applied updates, hits, hard-labelled pictures. By pictures,
+    def __init__(self, loop: Loop, epoch: int, first_update: int, sums: Sums | None):
+        self.loop, self.progress = loop, Progress(epoch, first_update, first_update)
+        self.start, self.waited, self.images = time.perf_counter(), 0.0, 0
+        # Loss and gradient norm per image, images in applied updates, hits, hard-labelled images. By images,
         # so that an epoch begun on two processes and ended on one weighs its updates alike.
-        self.window, self.sums = [], np.zeros(5) if sums is None else np.array(sums[:5], dtype=np.float64)
-        self.progress.nonfinite = int(sums[5]) if sums is not None and len(sums) > 5 else 0
+        self.sums = np.zeros(5) if sums is None else np.array(sums[:5], dtype=np.float64)
+        self.progress.nonfinite = 0 if sums is None else int(sums[5])
+        self.window: list[Tensor] = []
 
-    def add(self, stats: Any, hits: torch.Tensor | None, pictures: int) -> None:
-        labelled = 0 if hits is None else pictures
-        row = [torch.where(stats.finite > 0, stats.loss, 0), torch.where(stats.finite > 0, stats.grad_norm, 0),
-               stats.finite, torch.zeros_like(stats.loss) if hits is None else hits.float(),
-               torch.full_like(stats.loss, labelled), torch.full_like(stats.loss, pictures)]
-        self.window.append(torch.stack(row))
-        self.pictures += pictures
+    def add(self, stats: UpdateStats, hits: Tensor | None, images: int) -> None:
+        zero, count = torch.zeros_like(stats.loss), torch.full_like(stats.loss, images)
+        applied = stats.finite > 0
+        self.window.append(torch.stack([
+            torch.where(applied, stats.loss, 0), torch.where(applied, stats.grad_norm, 0), stats.finite,
+            zero if hits is None else hits.float(), zero if hits is None else count, count]))
+        self.images += images
         self.progress.next_update += 1
 
-    def read(self, over_ranks: bool = False) -> Progress:
-        """Bring the sums to the host; `over_ranks` sums them over the processes first."""
-        progress, process = self.progress, self.training.process
-        self._read_window()
-        loss, norm, applied, hits, labelled = self.over_ranks()[:5] if over_ranks else self.sums.tolist()
-        progress.loss, progress.grad_norm = (loss / applied, norm / applied) if applied else (float("nan"),) * 2
-        progress.class_acc = 100 * hits / labelled if labelled else None
-        groups = self.training.update.optimizer.param_groups
-        progress.lr, progress.min_lr = max(g["lr"] for g in groups), min(g["lr"] for g in groups)
-        progress.weight_decay = max(g["weight_decay"] for g in groups)
-        progress.loss_scale = self.training.update.scaler.scale.item()
-        progress.seconds = time.perf_counter() - self.start
-        progress.images_per_second = self.pictures * (1 if process is None else process.world_size) / progress.seconds
-        progress.data_wait = self.waited / progress.seconds
-        return progress
-
-    def over_ranks(self) -> list[float]:
-        """The sums so far over all ranks, for a checkpoint within the epoch; every rank must call it."""
-        self._read_window()
-        process, sums = self.training.process, torch.from_numpy(self.sums.copy())
-        if process is not None and process.world_size > 1:
-            process.all_reduce_(sums, "sum")
-        return [*sums.tolist(), self.progress.nonfinite]  # rank 0 carries the count on
-
-    def _read_window(self) -> None:
+    def read(self) -> Progress:
+        """Bring the sums to the host."""
         if self.window:
             rows = torch.stack(self.window).cpu().double().numpy()
             window = np.concatenate([rows[:, :3] * rows[:, 5:], rows[:, 3:5]], axis=1).sum(0)
             self.window, self.sums = [], self.sums + window
             self.progress.recent_loss = float(window[0] / window[2]) if window[2] else float("nan")
+        return self._means(self.sums.tolist())
+
+    def read_over_ranks(self) -> Progress:
+        """The same with the sums of all ranks; every rank must call it."""
+        self.read()
+        total = self.loop.process.all_reduce_(torch.from_numpy(self.sums.copy()), "sum").tolist()
+        self.progress.sums = [*total, self.progress.nonfinite]
+        return self._means(total)
+
+    def _means(self, sums: Sums) -> Progress:
+        progress, groups = self.progress, self.loop.update.optimizer.param_groups
+        loss, norm, applied, hits, labelled = sums
+        progress.loss, progress.grad_norm = (loss / applied, norm / applied) if applied else (np.nan, np.nan)
+        progress.class_acc = 100 * hits / labelled if labelled else None
+        progress.lr, progress.min_lr = max(g["lr"] for g in groups), min(g["lr"] for g in groups)
+        progress.weight_decay = max(g["weight_decay"] for g in groups)
+        progress.loss_scale = self.loop.update.scaler.scale.item()
+        progress.seconds = time.perf_counter() - self.start
+        progress.images_per_second = self.images * self.loop.process.world_size / progress.seconds
+        progress.data_wait = self.waited / progress.seconds
+        return progress
 
 
-def train_one_epoch(training: Training, epoch: int, first_update: int = 0,
-                    sums: Sequence[float] | None = None) -> Progress:
-    """Train `epoch` from its update `first_update` on; returns the epoch's means and what the run must do next.
+def train_one_epoch(loop: Loop, observer: Observer, *, epoch: int, first_update: int = 0,
+                    sums: Sums | None = None) -> Progress:
+    """Train `epoch` from its update `first_update` on; returns the epoch's means and how it ended.
 
-    `sums` are those of the updates before, from `sums_over_ranks` (on one rank only).
+    `sums` are `Progress.sums` of the updates before (on one rank only, which carries them on).
 
     Losses, hits and finiteness stay on the device; the host reads them every `print_freq` updates, and an
     update's flags when the next one has been started (on the CPU at once).
     """
-    training.model.train()
-    training.sampler.set_start(epoch, first_update)
-    base = epoch * training.updates_per_epoch
-    end = base + training.updates_per_epoch
-    meter = _Meter(training, epoch, base + first_update, sums)
-    training.sums_over_ranks = meter.over_ranks
-    progress, batches = meter.progress, iter(training.loader)
-    if first_update == training.updates_per_epoch:
-        # Stopped between the last update and the evaluation: the epoch's line still tells that update's settings.
-        training.update.schedule.apply(training.update.optimizer, end - 1)
+    loop.model.train()
+    loop.sampler.set_start(epoch, first_update)
+    base = epoch * loop.updates_per_epoch
+    end = base + loop.updates_per_epoch
+    meter = _Meter(loop, epoch, base + first_update, sums)
+    progress, batches = meter.progress, iter(loop.loader)
+    if first_update == loop.updates_per_epoch:
+        # Stopped between the last update and the evaluation: the epoch's line still has that update's
+        # settings.
+        loop.update.schedule.apply(loop.update.optimizer, end - 1)
     for number in range(base + first_update, end):
-        held, hits = [], None
-        for micro in range(training.update_freq):
-            held.append(_next_batch(training, batches, meter, number))
-            right = _micro_batch(training, held[-1], number, last=micro == training.update_freq - 1)
-            hits = right if hits is None else hits + right
-        training.observer.on_phase("step", number)
-        stats = training.update.step(number)
-        meter.add(stats, hits, sum(len(batch.images) for batch in held))
-        lr = max(group["lr"] for group in training.update.optimizer.param_groups)
-        _report(training, progress, training.watch.add(number, stats, (held, lr)))
-        if training.observer.after_update(number, stats) or progress.request:
+        held, stats = _train_one_update(loop, observer, batches, meter, number)
+        lr = max(group["lr"] for group in loop.update.optimizer.param_groups)
+        _report(loop, observer, progress, loop.watch.add(number, stats, (held, lr)))
+        stops = observer.after_update(number, stats, lambda: meter.read_over_ranks().sums)
+        if stops or progress.outcome is not Outcome.DONE:
             break
-        if (number + 1 - base) % training.print_freq == 0 and number + 1 < end:
-            training.observer.on_progress(meter.read())
-    _report(training, progress, training.watch.flush())
-    if not progress.request and progress.next_update < end:
-        progress.request = "interrupted"
-    meter.read(over_ranks=True)
-    if progress.next_update > progress.first_update:  # nothing to tell where only the evaluation was left
-        training.observer.on_progress(progress)
+        if (number + 1 - base) % loop.print_freq == 0 and number + 1 < end:
+            observer.on_progress(meter.read())
+    _report(loop, observer, progress, loop.watch.flush())
+    if progress.outcome is Outcome.DONE and progress.next_update < end:
+        progress.outcome = Outcome.PAUSED
+    meter.read_over_ranks()
+    if progress.next_update > progress.first_update:  # nothing to report where only the evaluation was left
+        observer.on_progress(progress)
     return progress
 
 
-def _next_batch(training: Training, batches: Iterator, meter: _Meter, number: int) -> Any:
-    training.observer.on_phase("data", number)
-    start = time.perf_counter()
-    batch = next(batches)
-    meter.waited += time.perf_counter() - start
-    return batch
+def _train_one_update(loop: Loop, observer: Observer, batches: Iterator[Batch], meter: _Meter,
+                      number: int) -> tuple[list[Batch], UpdateStats]:
+    """The training step: forward and backward of each micro-batch, then one update of the weights."""
+    held: list[Batch] = []
+    hits: Tensor | None = None
+    update_freq = loop.update.config.update_freq
+    for micro in range(update_freq):
+        observer.on_phase("data", number)
+        start = time.perf_counter()
+        batch = next(batches)
+        meter.waited += time.perf_counter() - start
+        observer.on_phase("forward", number)
+        with loop.update.micro_batch(last=micro == update_freq - 1):
+            loss, correct = loop.task.losses(loop.model, batch, number)
+            observer.on_phase("backward", number)
+            loop.update.backward(loss)
+        held.append(batch)
+        hits = correct if hits is None or correct is None else hits + correct
+    observer.on_phase("step", number)
+    stats = loop.update.step(number)
+    meter.add(stats, hits, sum(len(batch.images) for batch in held))
+    return held, stats
 
 
-def _micro_batch(training: Training, batch: Any, number: int, last: bool) -> torch.Tensor | None:
-    """Accumulate one micro-batch's gradient; returns its top-1 hits where the labels are hard."""
-    training.observer.on_phase("forward", number)
-    images, targets = training.prepare(batch)
-    with training.update.micro_batch(last):
-        logits, loss = _loss(training, training.model, batch, images, targets, number)
-        training.observer.on_phase("backward", number)
-        training.update.backward(loss)
-    return None if targets.is_floating_point() else (logits.detach().argmax(1) == targets).sum()
+def drop_draws(count: int, seed: int, update: int, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """A HorNet's keyword argument with `count` draws of stochastic depth per image; nothing for 0.
 
-
-def _loss(training: Training, model: nn.Module, batch: Any, images: torch.Tensor, targets: torch.Tensor,
-          number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    draws = getattr(training.plain, "num_drop_draws", 0)
-    # Keyed by update and global position, so that no split over processes and no recomputation changes them.
+    Keyed by update and global position, so that no split over processes and no recomputation changes them.
+    """
+    draws = uniforms(seed, "drop", update, np.asarray(batch.positions), count)
     # Without `non_blocking` the host would wait here for all that the device still has to do.
-    dropped = {} if not draws else {"drop_draws": torch.from_numpy(uniforms(
-        training.seed, "drop", number, np.asarray(batch.positions), draws)).to(images.device, non_blocking=True)}
-    with _autocast(images.device, training.autocast_dtype):
-        logits = model(images, **dropped)
-    return logits, training.criterion(_full(logits), targets)
+    return {"drop_draws": torch.from_numpy(draws).to(device, non_blocking=True)} if count else {}
 
 
-def _autocast(device: torch.device, dtype: torch.dtype | None):
+def autocast(device: torch.device, dtype: torch.dtype | None):
+    """Mixed precision with `dtype`, or nothing for None."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
-def _full(logits: torch.Tensor) -> torch.Tensor:
+def full_precision(logits: Tensor) -> Tensor:
+    """Half-precision logits as float32, others as they are: losses and probabilities need the range."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def _report(training: Training, progress: Progress, incidents: Iterable) -> None:
-    """Tell the observer of updates that were not applied, and note what the run must do about them."""
+def _report(loop: Loop, observer: Observer, progress: Progress, incidents: Iterable[Incident]) -> None:
+    """Inform the observer of updates that were not applied, and note what follows for the epoch."""
     for incident in incidents:
         held, lr = incident.context
         progress.nonfinite += 1
-        progress.request = progress.request if incident.action == "skip" else incident.action
-        training.observer.on_nonfinite({
-            "update": incident.update, "epoch": progress.epoch, "action": incident.action, "learning_rate": lr,
-            "loss": incident.loss, "grad_norm": incident.grad_norm, "loss_scale": incident.loss_scale,
-            **_replay(training, incident.update, held)})
+        progress.outcome = progress.outcome if incident.action == "skip" else _AFTER[incident.action]
+        observer.on_nonfinite({
+            "update": incident.update, "epoch": progress.epoch, "action": incident.action,
+            "learning_rate": lr, "loss": incident.loss, "grad_norm": incident.grad_norm,
+            "loss_scale": incident.loss_scale,
+            **_replay(loop, incident.update, held)})
 
 
-def _replay(training: Training, number: int, held: list) -> dict:
-    """Run the micro-batches of update `number` again until one shows something non-finite, and say what."""
-    found, pictures = {}, [int(index) for batch in held for index in batch.indices]
+def _replay(loop: Loop, number: int, held: list[Batch]) -> dict:
+    """Run the micro-batches of update `number` again until one shows something non-finite, and name it."""
+    found, indices = {}, [int(index) for batch in held for index in batch.indices]
     for batch in held:
-        images, targets = training.prepare(batch)
-        found = training.watch.diagnose(
-            training.plain, lambda: _loss(training, training.plain, batch, images, targets, number)[1])
+        found = diagnose(loop.plain, lambda: loop.task.losses(loop.plain, batch, number)[0])
         if found["reproduced"]:
             break
-    paths = {"pictures": [training.path_of(index) for index in pictures]} if training.path_of else {}
-    return {**found, "indices": pictures, **paths}
+    return {**found, "indices": indices, "images": [loop.path_of(index) for index in indices]}
 
 
 @dataclass
 class Outputs:
-    """Per-picture results in order of index, NumPy: indices and targets int64 (N,), top int64 and probabilities
-    float32 (N, k) of the k = min(5, classes) best classes, nll float32 (N,) (0 for an unreadable picture)."""
+    """Per-image results in order of index, NumPy: indices and targets int64 (N,), top int64 and probabilities
+    float32 (N, k) of the k = min(5, classes) best classes, nll float32 (N,) (0 for an unreadable image)."""
     indices: np.ndarray
     targets: np.ndarray
     top: np.ndarray
@@ -260,8 +299,8 @@ class Outputs:
 
 @dataclass
 class EvalResult:
-    """Sums over all pictures of all ranks. `bad` pictures could not be read and count as wrong; `nonfinite` ones
-    gave logits that are not numbers and count as wrong too."""
+    """Sums over all images of all ranks. `bad` images could not be read and count as incorrect; `nonfinite`
+    ones gave logits that are not numbers and count as incorrect too."""
     name: str
     hits1: int
     hits5: int
@@ -284,18 +323,20 @@ class EvalResult:
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy per readable picture."""
+        """Mean cross-entropy per readable image."""
         return self.loss_sum / (self.images - self.bad) if self.images > self.bad else float("nan")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Evaluation:
-    """How to evaluate. `prepare(batch)` gives images and int64 targets on the device, -100 for unreadable pictures.
+    """How to evaluate. `prepare(batch)` gives images and int64 targets on the device, -100 for unreadable
+    images.
 
-    `columns` restricts the logits to these classes (targets then count within them). `outputs` keeps per-picture
-    results. `expected` pictures are insisted on. float32 is true float32 unless `tf32` or an `autocast_dtype`.
+    `columns` restricts the logits to these classes (targets then count within them). `outputs` keeps
+    per-image results. `expected` images are insisted on. float32 is true float32 unless `tf32` or an
+    `autocast_dtype`.
     """
-    prepare: Callable
+    prepare: Callable[[Batch], tuple[Tensor, Tensor]]
     device: torch.device
     autocast_dtype: torch.dtype | None = None
     tf32: bool = False
@@ -303,16 +344,17 @@ class Evaluation:
     outputs: bool = False
     expected: int | None = None
     observer: Observer = field(default_factory=Observer)
-    process: Any = None
+    process: Process = field(default_factory=lambda: Process(device=torch.device("cpu")))
 
 
 @torch.no_grad()
-def evaluate(models: Sequence[tuple[str, nn.Module]], loader: Any, evaluation: Evaluation, update: int = 0) -> list[EvalResult]:
-    """Score several (name, unwrapped model) in one pass over the pictures; the same results on every rank.
+def evaluate(models: Sequence[tuple[str, nn.Module]], loader: Iterable[Batch], evaluation: Evaluation,
+             update: int = 0) -> list[EvalResult]:
+    """Score several (name, unwrapped model) in one pass over the images; the same results on every rank.
 
-    Each rank passes its own share of the pictures, possibly none: nothing is padded, hits are integers, and the
-    models talk to no other rank. No results at all when the observer of any rank has left the evaluation. Raises
-    RuntimeError when not exactly `expected` pictures were seen.
+    Each rank passes its own share of the images, possibly none: nothing is padded, hits are integers, and the
+    models wait for no other rank. No results at all when the observer of any rank has left the evaluation.
+    Raises RuntimeError when not exactly `expected` images were seen.
     """
     start, modes = time.perf_counter(), [model.training for _, model in models]
     tallies, left = [_Tally(evaluation) for _ in models], False
@@ -325,19 +367,18 @@ def evaluate(models: Sequence[tuple[str, nn.Module]], loader: Any, evaluation: E
                 break
             images, targets = evaluation.prepare(batch)
             for (_, model), tally in zip(models, tallies):
-                with _autocast(evaluation.device, evaluation.autocast_dtype):
+                with autocast(evaluation.device, evaluation.autocast_dtype):
                     logits = model(images)
-                tally.add(_full(logits), targets, batch.indices)
+                tally.add(full_precision(logits), targets, batch.indices)
     for (_, model), mode in zip(models, modes):
         model.train(mode)
-    leavers = torch.tensor(int(left))
-    if leavers if evaluation.process is None else evaluation.process.all_reduce_(leavers, "max"):
+    if evaluation.process.all_reduce_(torch.tensor(int(left)), "max"):
         return []
     results = [tally.result(name) for (name, _), tally in zip(models, tallies)]
     for result in results:
         result.seconds = time.perf_counter() - start
         if evaluation.expected not in (None, result.images):
-            raise RuntimeError(f"{result.images} pictures were evaluated instead of {evaluation.expected}")
+            raise RuntimeError(f"{result.images} images were evaluated instead of {evaluation.expected}")
     return results
 
 
@@ -345,14 +386,14 @@ class _Tally:
     """Integer counts and the loss sum of one model, on the device until the end."""
 
     def __init__(self, evaluation: Evaluation):
-        self.evaluation = evaluation
-        self.columns = None if evaluation.columns is None else torch.as_tensor(evaluation.columns).to(evaluation.device)
-        self.counts = torch.zeros(5, dtype=torch.int64, device=evaluation.device)
-        wide = torch.float32 if evaluation.device.type == "mps" else torch.float64
-        self.loss = torch.zeros((), dtype=wide, device=evaluation.device)
+        self.evaluation, device = evaluation, evaluation.device
+        self.columns = None if evaluation.columns is None else torch.as_tensor(evaluation.columns).to(device)
+        self.counts = torch.zeros(5, dtype=torch.int64, device=device)
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self.loss = torch.zeros((), dtype=wide, device=device)
         self.rows: list[tuple] = []
 
-    def add(self, logits: torch.Tensor, targets: torch.Tensor, indices: torch.Tensor) -> None:
+    def add(self, logits: Tensor, targets: Tensor, indices: Tensor) -> None:
         if self.columns is not None:
             logits = logits.index_select(1, self.columns)
         nll = F.cross_entropy(logits, targets, reduction="none", ignore_index=-100)
@@ -368,18 +409,17 @@ class _Tally:
             self.rows.append((indices, targets.cpu(), top.cpu(), probabilities.cpu(), nll.float().cpu()))
 
     def result(self, name: str) -> EvalResult:
-        process, loss = self.evaluation.process, self.loss
-        if process is not None and process.world_size > 1:
-            process.all_reduce_(self.counts, "sum")
-            process.all_reduce_(loss, "sum")
-        return EvalResult(name, *self.counts.tolist(), loss.item(), outputs=self._gather())
+        for total in (self.counts, self.loss):
+            self.evaluation.process.all_reduce_(total, "sum")
+        hits1, hits5, images, bad, nonfinite = self.counts.tolist()
+        return EvalResult(name, hits1, hits5, images, bad, nonfinite, self.loss.item(),
+                          outputs=self._gather())
 
     def _gather(self) -> Outputs | None:
         if not self.evaluation.outputs:
             return None
         own = [torch.cat(column).numpy() for column in zip(*self.rows)]
-        process = self.evaluation.process
-        parts = [own] if process is None else process.all_gather_object(own)
+        parts = self.evaluation.process.all_gather_object(own)
         columns = [np.concatenate(column) for column in zip(*(part for part in parts if part))]
         order = np.argsort(columns[0], kind="stable")
         return Outputs(*(column[order] for column in columns))
@@ -387,14 +427,15 @@ class _Tally:
 
 @contextmanager
 def true_float32() -> Iterator[None]:
-    """Products and convolutions of float32 tensors in float32 (no TF32, no bf16), the settings restored afterwards."""
-    backends = torch.backends
-    places = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul, backends.mkldnn.conv]
-    before = [place.fp32_precision for place in places]
+    """Products and convolutions of float32 tensors in float32 (no TF32, no bf16), the settings restored
+    afterwards."""
+    names = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv")
+    settings = attrgetter(*names)(torch.backends)
+    before = [setting.fp32_precision for setting in settings]
     try:
-        for place in places:
-            place.fp32_precision = "ieee"
+        for setting in settings:
+            setting.fp32_precision = "ieee"
         yield
     finally:
-        for place, value in zip(places, before):
-            place.fp32_precision = value
+        for setting, value in zip(settings, before):
+            setting.fp32_precision = value

@@ -1,8 +1,8 @@
-"""What `--eval true` does: find the weights, evaluate all in one pass, compare with what is published, write it down."""
+"""`--eval true`: find the weights, evaluate them in one pass over the images, compare with what is published."""
 import sys
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL
@@ -12,34 +12,43 @@ from tqdm import tqdm
 
 import engine
 import models  # noqa: F401  registers the architectures with timm
+import native
 from common.errors import UserError
 from common.log import logger
+from common.outcome import ExitCode
 from common.safe_load import safe_torch_load
 from common.synsets import imagenet_synsets
+from common.text import plain
+from config.options import OPTIONS, ImageSettings, Options
+from config.parse import Resolved
 from datasets.build import Data, build_data, eval_loader
+from datasets.dataset import make_loader
 from datasets.device import EvalPrepare
+from datasets.sampler import spread_over_classes
 from datasets.subsets import Subset, real_labels, recognise_folder
-from datasets.transforms import DEFAULT_CROP_PCT, WARP_FROM, mean_std
-from launch import ExitCode
+from datasets.transforms import eval_transform
+from launch.process import Process
+from launch.watchdog import Watchdog
 from models import MODEL_NAMES
 from models.download import cache_folder, fetch_published, local_file
 from models.inspect import class_titles
-from native.paths import accelerate, code_paths, packed
+from models.trained import best_checkpoint
 from models.weights import load_for_model
 from models.zoo import PUBLISHED
-from run.checkpoint import Checkpoints
 from report.metrics import Predictions, multi_label_accuracy
-from config.parse import Resolved
-from config.options import OPTIONS
-from common.text import quote
+from report.page import write_report
 from report.results import Protocol, results_from, summary_line, write_eval_json, write_report_files
-from scoring import SAMPLED, strange_weights
+from run.checkpoint import Checkpoints
+from run.start import check_writable
 
-# What a checkpoint of ours knows about its own network and pictures, taken unless a flag or recipe says otherwise.
-_FROM_CHECKPOINT = ("model", "input_size", "crop_pct", "imagenet_default_mean_and_std", "layer_scale_init_value")
+# What a checkpoint of ours knows about its own network and data, taken unless a flag or recipe names it; the
+# data only together, and only from a run's own folder.
+_NETWORK = ("model", *(field.name for field in fields(ImageSettings)))
+_DATA = ("data_set", "data_path", "eval_data_path", "val_labels", "nb_classes", "allow_class_mismatch")
+SAMPLED, ENOUGH_CLASSES, ENOUGH_IMAGES, LOW_SCORE = 500, 100, 100, 0.02
 
 
-@dataclass
+@dataclass(frozen=True)
 class Candidate:
     """One set of weights to evaluate: the checkpoint's path and its entry, `model` or `model_ema`."""
     path: str
@@ -47,54 +56,66 @@ class Candidate:
     network: torch.nn.Module
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prepared:
-    """An evaluation up to its pictures: `source` is the first checkpoint's path, `options` have its own settings in
-    them, `subset` is that of ImageNet's companions, if it is one."""
-    source: str
-    options: Any
+    """An evaluation up to its images: `options` include the checkpoint's own settings, `subset` is the one of
+    ImageNet's validation sets that the images are, if any."""
+    options: Options
     data: Data
     subset: Subset | None
     candidates: list[Candidate]
     evaluation: engine.Evaluation
 
 
-def evaluate_checkpoints(resolved: Resolved, process: Any, watchdog: Any) -> int:
+class Heartbeats(engine.Observer):
+    """The engine's observer of an evaluation: heartbeats for the watchdog."""
+
+    def __init__(self, watchdog: Watchdog):
+        self.watchdog = watchdog
+
+    def on_phase(self, phase: str, update: int) -> None:
+        self.watchdog.phase(phase, update)
+
+
+def evaluate_checkpoints(resolved: Resolved, process: Process, watchdog: Watchdog) -> ExitCode:
     """Evaluate every checkpoint of `--resume` (else `--pretrained`, else the run folder's best); the exit code."""
-    prepared = prepare_evaluation(resolved, process, _Phases(watchdog))
-    options, data, candidates, evaluation = prepared.options, prepared.data, prepared.candidates, prepared.evaluation
+    prepared = prepare_evaluation(resolved, process, Heartbeats(watchdog))
+    options, data, candidates = prepared.options, prepared.data, prepared.candidates
     for note in data.notes:
         logger.info(note)
-    if not evaluation.columns and len(data.val) >= 2 * SAMPLED:
-        for candidate in candidates:
-            strange = strange_weights(candidate.network, candidate.weights, data, options, evaluation)
-            if strange and process.is_main:
-                logger.warning("%s: %s", candidate.path, strange)
-    loader = eval_loader(data, options, process.rank, process.world_size)
+    enough = not prepared.evaluation.columns and prepared.evaluation.expected >= 2 * SAMPLED
+    for candidate in candidates if enough else ():
+        warning = strange_weights(candidate.network, candidate.weights, data, options, prepared.evaluation)
+        if warning and process.is_main:
+            logger.warning("%s: %s", candidate.path, warning)
+    loader = eval_loader(data, options, process.rank, process.world_size,
+                         refuse_bad=not options.allow_bad_images)
     # None leaves the bar out where nobody watches a terminal.
     watched = tqdm(loader, "evaluation", unit="batch", leave=False, disable=None if process.is_main else True)
     try:
-        with packed(*(c.network for c in candidates), dtype=evaluation.autocast_dtype):
-            found = engine.evaluate([(c.weights, c.network) for c in candidates], watched, evaluation)
+        with native.packed(*(c.network for c in candidates), dtype=prepared.evaluation.autocast_dtype):
+            networks = [(candidate.weights, candidate.network) for candidate in candidates]
+            found = engine.evaluate(networks, watched, prepared.evaluation)
     finally:
         loader.close()
-    results = [_result(c, r, options, data, prepared.subset) for c, r in zip(candidates, found)]
-    written = True
+    results = [_result(prepared, candidate, each) for candidate, each in zip(candidates, found)]
+    complete = True
     if process.is_main:
-        written = _write(results, found, options, data, prepared.source)
-        _say(results, options)
+        complete = _write(prepared, results, found[0])
+        _log(results, options)
     passed = results[0].get("verdict") == "PASS" or not options.check
-    return ExitCode.DONE if passed and written else ExitCode.FAILED
+    return ExitCode.DONE if passed and complete else ExitCode.FAILED
 
 
-def prepare_evaluation(resolved: Resolved, process: Any, observer: engine.Observer) -> Prepared:
-    """Find checkpoints and pictures, and load the networks."""
+def prepare_evaluation(resolved: Resolved, process: Process, observer: engine.Observer) -> Prepared:
+    """Find checkpoints and images, and load the networks."""
     sources = process.on_rank_zero(lambda: find_sources(resolved))
     first = safe_torch_load(sources[0])
     first = first if isinstance(first, dict) else {}
-    options = with_checkpoint_settings(resolved, first)
+    options = with_checkpoint_settings(resolved, first, sources[0])
     if not options.dry_run:
-        process.on_rank_zero(lambda: _make_folders(options))
+        for name in ("output_dir", "report"):  # before hours are spent on what could not be written
+            process.on_rank_zero(lambda: check_writable(f"--{name}", getattr(options, name) or "."))
     classes = known_classes(first, options)
     subset = companion(options, classes)
     data = process.local_first(lambda: build_data(
@@ -106,55 +127,56 @@ def prepare_evaluation(resolved: Resolved, process: Any, observer: engine.Observ
         EvalPrepare(options, process.device), process.device, amp_dtype(options), tf32=options.fast_math,
         columns=subset.columns if subset else None, outputs=bool(options.report or subset),
         expected=len(data.val), observer=observer, process=process)
-    return Prepared(sources[0], options, data, subset, candidates, evaluation)
+    return Prepared(options, data, subset, candidates, evaluation)
 
 
 def find_sources(resolved: Resolved) -> list[str]:
     """Local paths of the checkpoints to evaluate; downloads what is given as an address. Never random weights.
 
-    The weights that a recipe begins with, as a run's own config.yaml has them, are taken only where nothing else is.
+    The weights that a recipe begins with, as a run's own config.yaml has them, count only where nothing else is.
     """
-    options = resolved.options
-    folder = Checkpoints(options.output_dir) if options.output_dir else None
+    options, folder = resolved.options, resolved.options.output_dir
     found = []
     for name in options.resume:
-        if name in ("best", "latest"):
-            if folder is None:
-                raise UserError(f"--resume {name} looks in the run folder: give --output_dir.")
-            found.append(str(folder.resolve(name).path))
-        else:
-            found.append(local_file(name))
-    named = "flag" in (resolved.origins[name] for name in ("pretrained", "finetune") if getattr(options, name))
-    best = folder.best() if folder and not found and not named else None
-    if best is not None:
-        found.append(str(best))
-    if options.pretrained and (named or not found):
-        found.append(str(fetch_published(options.model)))
-    if options.finetune and (named or not found):
-        found.append(local_file(options.finetune))
+        if name in ("best", "latest") and not folder:
+            raise UserError(f"--resume {name} looks in the run folder: give --output_dir.", code="missing_option")
+        path = str(Checkpoints(folder).resolve(name).path) if name in ("best", "latest") else local_file(name)
+        found.append(str(best_checkpoint(Path(path)) or path) if Path(path).is_dir() else path)
+    start = next((name for name in ("pretrained", "finetune") if getattr(options, name)), "")
+    if folder and not found and not (start and resolved.origins[start] == "flag"):
+        found += filter(None, [best_checkpoint(Path(folder))])
+    if start and (not found or resolved.origins[start] == "flag"):
+        found.append(fetch_published(options.model) if options.pretrained else local_file(options.finetune))
     if not found:
         raise UserError("--eval true has nothing to evaluate: give --resume CHECKPOINT, --pretrained true, or the "
-                        "--output_dir of a run with a best checkpoint.")
-    return found
+                        "--output_dir of a run.", code="missing_checkpoint")
+    return [*map(str, found)]
 
 
-def with_checkpoint_settings(resolved: Resolved, checkpoint: dict) -> Any:
-    """The options with the checkpoint's own network and picture settings where neither flag nor recipe names them."""
-    args = checkpoint.get("args") or {}
-    own = {}
-    if checkpoint.get("format"):
-        for name in _FROM_CHECKPOINT:
-            if resolved.origins.get(name) == "default" and name in args and args[name] != getattr(resolved.options, name):
-                own[name] = OPTIONS[name].convert([str(args[name])], f"the checkpoint's {name}")
+def with_checkpoint_settings(resolved: Resolved, checkpoint: dict, path: str) -> Options:
+    """The options with the checkpoint's own network and image settings where neither flag nor recipe names
+    them; in a run's folder with its data too, where none of that is named."""
+    origins, args = resolved.origins, checkpoint.get("args") if checkpoint.get("format") else None
+    names = [name for name in _NETWORK if origins[name] == "default"]
+    if Path(path).with_name("config.yaml").is_file() and {origins[name] for name in _DATA} == {"default"}:
+        names += _DATA
+    args = args if isinstance(args, dict) else {}
+    own = {name: OPTIONS[name].convert([str(args[name])], f"the checkpoint's {name}") for name in names
+           if name in args and args[name] != getattr(resolved.options, name)}
     if own.get("model", MODEL_NAMES[0]) not in MODEL_NAMES:
-        raise UserError(f"the checkpoint's model {quote(own['model'])} is not known here; if its weights are those of "
-                        f"another model, name it with --model: {', '.join(MODEL_NAMES)}.")
+        raise UserError(f"the checkpoint's model {plain(str(own['model']))} is not known here; if its weights are "
+                        f"those of another model, name it with --model: {', '.join(MODEL_NAMES)}.",
+                        code="unknown_model")
     if own:
         logger.info("From the checkpoint: %s", ", ".join(f"{name} {value}" for name, value in own.items()))
-    return replace(resolved.options, **own)
+    options = replace(resolved.options, **own)
+    if not options.data_path and not options.eval_data_path:
+        raise UserError(f"--data_path is missing, and {path} is not in the folder of a run that names its data; "
+                        "give the folder that holds val/.", code="missing_data")
+    return options
 
 
-def companion(options: Any, classes: list[str] | None) -> Subset | None:
+def companion(options: Options, classes: list[str] | None) -> Subset | None:
     """ImageNet's validation set, V2, -A, -R or -Sketch, when the model has ImageNet's 1000 classes; else None."""
     if options.data_set != "IMNET" or options.val_labels or options.nb_classes not in (None, 1000):
         return None
@@ -162,12 +184,12 @@ def companion(options: Any, classes: list[str] | None) -> Subset | None:
         return None
     subset = recognise_folder(options.eval_data_path or str(Path(options.data_path or "") / "val"))
     if subset and subset.columns:
-        logger.info("%s: judged among its %d classes alone", subset.name, len(subset.columns))
+        logger.info("%s: evaluated among its %d classes alone", subset.name, len(subset.columns))
     return subset
 
 
-def known_classes(checkpoint: dict, options: Any) -> list[str] | None:
-    """The checkpoint's class list, which the pictures' folders then must fit; None without one, or when
+def known_classes(checkpoint: dict, options: Options) -> list[str] | None:
+    """The checkpoint's class list, which the images' folders then must fit; None without one, or when
     `--nb_classes` asks for another number, as a part of its classes."""
     classes = checkpoint.get("classes")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
@@ -175,93 +197,125 @@ def known_classes(checkpoint: dict, options: Any) -> list[str] | None:
     return classes if options.nb_classes in (None, len(classes)) else None
 
 
-def load_candidates(path: str, options: Any, class_names: list[str], device: torch.device) -> list[Candidate]:
+def load_candidates(path: str, options: Options, class_names: list[str], device: torch.device) -> list[Candidate]:
     """The networks to evaluate of one checkpoint: one, or two for `--weights both`."""
     found = []
     for weights in ("model", "ema") if options.weights == "both" else (options.weights,):
         network = timm.create_model(options.model, num_classes=len(class_names),
                                     layer_scale_init_value=options.layer_scale_init_value)
-        report = load_for_model(network, path, model_key=options.model_key, prefix=options.model_prefix, weights=weights,
-                                allow_partial=options.allow_partial, class_names=class_names)
-        entry = "model_ema" if report.source_key == "model_ema" else "model"
+        report = load_for_model(network, path, model_key=options.model_key, prefix=options.model_prefix,
+                                weights=weights, allow_partial=options.allow_partial, class_names=class_names)
         network = network.to(device).eval()
-        accelerate(network, code_paths(device))
-        found.append(Candidate(path, entry, network))
+        native.attach(network)
+        found.append(Candidate(path, "model_ema" if report.source_key == "model_ema" else "model", network))
     return found
 
 
-class _Phases(engine.Observer):
-    """The engine's observer of an evaluation: heartbeats for the watchdog."""
-
-    def __init__(self, watchdog: Any):
-        self.watchdog = watchdog
-
-    def on_phase(self, phase: str, update: int) -> None:
-        self.watchdog.phase(phase, update)
-
-
-def amp_dtype(options: Any) -> torch.dtype | None:
+def amp_dtype(options: Options) -> torch.dtype | None:
     """The dtype of mixed precision, None for float32."""
     return None if not options.use_amp else torch.float16 if options.amp_dtype == "fp16" else torch.bfloat16
 
 
-def _result(candidate: Candidate, found: engine.EvalResult, options: Any, data: Data, subset: Subset | None) -> dict:
+# ------------------------------------------------------------------------------------- a sample of images
+
+def score_sample(networks: list[tuple[str, torch.nn.Module]], data: Data, options: Options,
+                 evaluation: engine.Evaluation, count: int) -> list[engine.EvalResult]:
+    """Score (name, network) pairs on `count` images spread over the classes: validation ones, else training ones.
+
+    Every rank must call it and gets the same results; unreadable images count as `bad`.
+    """
+    source, process = data.val, evaluation.process
+    if source is None:
+        source = copy(data.train)
+        source.transform = eval_transform(options.input_size, options.crop_pct)
+    chosen = spread_over_classes(source.targets, count)[process.rank::process.world_size].tolist()
+    size = max(1, int(1.5 * options.batch_size))
+    batches = [chosen[first:first + size] for first in range(0, len(chosen), size)]
+    workers = max(0, min(options.num_workers, len(batches) - 1))
+    loader = make_loader(source, replace(options, num_workers=workers), batches)
+    try:
+        return engine.evaluate(networks, loader, replace(evaluation, expected=None, outputs=False))
+    finally:
+        loader.close()
+
+
+def strange_weights(network: torch.nn.Module, weights: str, data: Data, options: Options,
+                    evaluation: engine.Evaluation) -> str | None:
+    """A sentence when loaded weights fail on 500 images, as they do with classes in another order; else None.
+
+    Only for 100 classes and more, where chance is at most 1 %. Every rank must call it; all get one answer.
+    """
+    if data.num_classes < ENOUGH_CLASSES:
+        return None
+    found = score_sample([(weights, network)], data, options, evaluation, SAMPLED)[0]
+    return low_score(found.hits1, found.images - found.bad, data.num_classes, weights)
+
+
+def low_score(hits: int, images: int, classes: int, weights: str = "model") -> str | None:
+    """A sentence when trained weights score below 2 % where even a poor network scores more; None otherwise.
+
+    Always None with less than 100 classes (chance is above 1 %) or 100 images.
+    """
+    if classes < ENOUGH_CLASSES or images < ENOUGH_IMAGES or hits >= LOW_SCORE * images:
+        return None
+    other = "model" if weights == "model_ema" else "ema"
+    return (f"the loaded weights get only {hits} of {images} images correct ({100 * hits / images:.1f} %, chance is "
+            f"{100 / classes:.2g} %), though their head has these {classes} classes; likely causes: another order "
+            "of the classes than the data's folders have, another normalisation "
+            f"(--imagenet_default_mean_and_std), or the other entry of the file (try --weights {other}).")
+
+
+# ------------------------------------------------------------------------------------- results
+
+def _result(prepared: Prepared, candidate: Candidate, found: engine.EvalResult) -> dict:
+    options, data, subset = prepared.options, prepared.data, prepared.subset
+    settings, dtype = ImageSettings.of(options), amp_dtype(options) or torch.float32
     imagenet = tuple(data.class_names) == imagenet_synsets()
-    mean, std = mean_std(options.imagenet_default_mean_and_std)
-    crop = None if options.input_size >= WARP_FROM else options.crop_pct or DEFAULT_CROP_PCT
-    dtype = amp_dtype(options) or torch.float32
     protocol = Protocol(
-        model=options.model, num_classes=data.num_classes, input_size=options.input_size, weights=candidate.weights,
-        checkpoint=candidate.path, crop_pct=crop, mean=tuple(mean), std=tuple(std),
-        dtype=str(dtype).removeprefix("torch."), tf32=options.fast_math,
-        dataset=subset.name if subset else "imagenet-val" if imagenet else options.data_set, pillow=PIL.__version__)
-    predictions = _predictions(found, data) if found.outputs is not None else None
+        model=options.model, num_classes=data.num_classes, input_size=options.input_size,
+        weights=candidate.weights, checkpoint=candidate.path, crop_pct=settings.eval_crop_pct,
+        mean=settings.mean, std=settings.std, dtype=str(dtype).removeprefix("torch."), tf32=options.fast_math,
+        dataset=subset.name if subset else "imagenet-val" if imagenet else options.data_set,
+        pillow=PIL.__version__)
+    predictions = predictions_of(found, data) if found.outputs is not None else None
     result = results_from(found, protocol, PUBLISHED.get(options.model), predictions) | {"seconds": found.seconds}
-    answers = real_labels(predictions.paths) if subset and subset.name == "imagenet-val" else None
-    return result if answers is None else result | {"real": multi_label_accuracy(predictions.top5, answers)}
+    if predictions is not None and subset is not None and subset.name == "imagenet-val":
+        answers = real_labels(predictions.paths.tolist())
+        result |= {} if answers is None else {"real": multi_label_accuracy(predictions.top5, answers)}
+    return result
 
 
-def _predictions(found: engine.EvalResult, data: Data) -> Predictions:
-    out = found.outputs
+def predictions_of(found: engine.EvalResult, data: Data) -> Predictions:
+    """The engine's per-image outputs with paths and class names; an unreadable image has the answer -1."""
+    out, val = found.outputs, data.val
+    assert out is not None and val is not None
     unreadable = out.targets == -100
-    labels = np.where(unreadable, data.val.targets[out.indices], out.targets)
-    return Predictions(np.array([data.val.path(int(i)) for i in out.indices]), labels,
-                       np.where(unreadable[:, None], -1, out.top), out.probabilities, out.nll.astype(np.float64),
-                       list(data.class_names))
+    return Predictions(
+        paths=np.array([val.path(int(i)) for i in out.indices]), probabilities=out.probabilities,
+        labels=np.where(unreadable, val.targets[out.indices], out.targets), nll=out.nll.astype(np.float64),
+        top5=np.where(unreadable[:, None], -1, out.top), classes=list(data.class_names))
 
 
-def _make_folders(options: Any) -> None:
-    """The folders asked for, before hours are spent on what could not be written there."""
-    for name in ("output_dir", "report"):
-        folder = getattr(options, name)
-        try:
-            if folder:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--{name} {folder} cannot be used: {error.strerror}; choose another.") from error
-
-
-def _write(results: list[dict], found: list, options: Any, data: Data, source: str) -> bool:
-    """eval.json and the report's files; False when a folder that was asked for could not take them."""
-    target = Path(options.output_dir) if options.output_dir else Path(source).parent
-    written = True
+def _write(prepared: Prepared, results: list[dict], first: engine.EvalResult) -> bool:
+    """eval.json, the report's files and page; False when a folder that was asked for could not take them."""
+    options, beside = prepared.options, Path(prepared.candidates[0].path).parent
+    asked = [Path(folder) for folder in (options.output_dir, options.report) if folder]
     try:
-        if options.output_dir or target != cache_folder():  # there is no place of the user's beside downloaded files
-            write_eval_json(target / "eval.json", results)
-    except OSError as error:
-        logger.warning("eval.json was not written in %s: %s", target, error.strerror)
-        written = not options.output_dir
-    try:
+        # Beside a downloaded file there is no folder of the user's.
+        for folder in asked or [beside] * (beside != cache_folder()):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_eval_json(folder / "eval.json", results)
         if options.report:
-            write_report_files(options.report, _predictions(found[0], data), class_titles(data.class_names))
-            write_eval_json(Path(options.report) / "eval.json", results)
+            predictions = predictions_of(first, prepared.data)
+            write_report_files(options.report, predictions, class_titles(predictions.classes))
+            logger.info("Report: %s", write_report([options.report]))
     except OSError as error:
-        logger.warning("The report's files were not written in %s: %s", options.report, error.strerror)
-        written = False
-    return written
+        logger.warning("The results were not written: %s", error)
+        return not asked
+    return True
 
 
-def _say(results: list[dict], options: Any) -> None:
+def _log(results: list[dict], options: Options) -> None:
     for result in results:
         if len(results) > 1:
             logger.info("%s, %s:", result["checkpoint"], result["weights"])
@@ -269,10 +323,10 @@ def _say(results: list[dict], options: Any) -> None:
             for sentence in result.get("departures", []) or ["no setting departs from the published protocol"]:
                 logger.info("- %s", sentence)
         if result["nonfinite_images"]:
-            logger.warning("%d of %d pictures gave outputs that are not numbers; they count as wrong",
+            logger.warning("%d of %d images gave outputs that are not numbers; they count as incorrect",
                            result["nonfinite_images"], result["images"])
         sys.stdout.write(summary_line(result) + "\n")
     sys.stdout.flush()
     if options.check and "verdict" not in results[0]:
-        logger.warning("--check true: nothing to compare with; a verdict takes a published model with all its classes "
-                       "at its own input size on ImageNet's validation set")
+        logger.warning("--check true has nothing to compare with: a verdict needs a published model with all its "
+                       "classes at its own input size on ImageNet's validation set")

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 import models
-from native import paths as kernels
+import native
 from models.inspect import complexity
 from models.zoo import VARIANTS
-from native.operators import product_dtype
+from native.paths import runner_of
+from native.runner import product_dtype
 from optim.ema import Ema
 from optim.update import Update, UpdateConfig
 from benchmarks.reference import PlainUpdate, plain_model
@@ -55,7 +56,7 @@ def _trio(name: str, drop_path: float = 0.0) -> tuple[nn.Module, nn.Module, nn.M
                 parameter.fill_(0.1)
     reference.load_state_dict(plain.state_dict())
     fast = copy.deepcopy(plain)
-    kernels.accelerate(fast, kernels.code_paths("cpu"))  # freed memory is kept from here on, for the reference too
+    native.attach(fast)  # freed memory is kept from here on, for the reference too
     return reference, plain, fast
 
 
@@ -82,15 +83,16 @@ def evaluation(name: str, setting: Setting) -> list[Row]:
                 logits[label] = model(x).float()
         return call
 
-    with kernels.packed(fast):
-        packed32 = dict(getattr(fast.ops, "packed", {}))
-    with kernels.packed(fast, dtype=BF16):
-        packed16 = dict(getattr(fast.ops, "packed", {}))
+    runner = runner_of(fast)
+    with native.packed(fast):
+        packed32 = dict(getattr(runner, "packed", {}))
+    with native.packed(fast, dtype=BF16):
+        packed16 = dict(getattr(runner, "packed", {}))
 
     def with_packed(weights: dict, call: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:  # packing itself is done once per evaluation and left out
-            if weights:
-                fast.ops.packed = weights
+            if runner is not None:
+                runner.packed = weights
             call()
         return run
 
@@ -146,11 +148,11 @@ def optimizer(name: str, setting: Setting) -> list[Row]:
     """Clipping, AdamW and EMA on every tensor of a model; the share is of a pass over memory that reads gradient,
     weight, two moments and average and writes the last four."""
     one, other = timm.create_model(name), timm.create_model(name)
-    kernels.accelerate(other, kernels.code_paths("cpu"))  # freed memory is kept, for the reference too
+    native.attach(other)  # freed memory is kept, for the reference too
     gradients = [torch.randn_like(p) * 1e-3 for p in one.parameters()]
     plain = PlainUpdate(one, copy.deepcopy(one))
     adamw = torch.optim.AdamW(other.parameters(), lr=4e-3, weight_decay=0.05, fused=True)
-    update = Update(other, adamw, _Constant(), UpdateConfig(clip_grad=1.0), Ema(other, 0.9999))
+    update = Update(other, adamw, _Constant(), UpdateConfig(clip_grad=1.0), ema=Ema(other, 0.9999))
 
     def give(model: nn.Module) -> None:
         for parameter, gradient in zip(model.parameters(), gradients):
@@ -175,7 +177,7 @@ def optimizer(name: str, setting: Setting) -> list[Row]:
 def family_member(name: str, setting: Setting, train: bool) -> float:
     """Pictures per second of one model on this machine's paths, evaluating or training, in float32."""
     model = timm.create_model(name, drop_path_rate=0.0)
-    kernels.accelerate(model, kernels.code_paths("cpu"))
+    native.attach(model)
     size = setting.size or VARIANTS[name].input_size
     x = torch.randn(setting.batch, 3, size, size)
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
@@ -189,7 +191,7 @@ def family_member(name: str, setting: Setting, train: bool) -> float:
         with torch.inference_mode():
             model.eval()(x)
 
-    with contextlib.nullcontext() if train else kernels.packed(model):
+    with contextlib.nullcontext() if train else native.packed(model):
         times = interleave({"": step if train else forward}, setting.repeats, setting.clock)[""]
     return setting.batch / sorted(times)[len(times) // 2]
 

@@ -5,6 +5,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.datasets import ImageFolder
 
-from datasets import readers
 from datasets.dataset import ImageDataset
 from datasets.device import EvalPrepare, TrainPrepare
-from datasets.readers import FolderIndex, FolderReader, Strings, index_folder
+from datasets.folders import Folders, read
+from datasets.readers import Index, IndexCache, Strings, save_index
 from datasets.sampler import GlobalBatchSampler
 from datasets.transforms import Erasing, eval_transform, train_transform
 from config.parse import Options
@@ -41,7 +42,7 @@ def loading(repeats: int, clock: str, pictures: int = 24) -> list[Row]:
             smooth = np.asarray(Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC), dtype=np.int64)
             pixels = np.clip(smooth + noise, 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / f"{number}.JPEG", quality=92)
-        reader = FolderReader(index_folder(str(folder.parent), cache_folder=str(Path(root) / "cache")))
+        reader = read(str(folder.parent), IndexCache(str(Path(root) / "cache")))
         found = []
         gc.collect()
         gc.freeze()  # as in the loader's workers
@@ -52,7 +53,7 @@ def loading(repeats: int, clock: str, pictures: int = 24) -> list[Row]:
     return found
 
 
-def _cases(root: str, reader: FolderReader, training: bool) -> dict[str, Callable[[], object]]:
+def _cases(root: str, reader: Folders, training: bool) -> dict[str, Callable[[], object]]:
     options = Options(mixup=0.0, cutmix=0.0)
     usual = create_transform(224, is_training=True, color_jitter=0.4, auto_augment=options.aa, interpolation="bicubic",
                              re_prob=0.25, re_mode="pixel", re_count=1) if training else \
@@ -87,15 +88,14 @@ def start_up(repeats: int, clock: str, pictures: int = IMAGENET) -> list[Row]:
             os.makedirs(os.path.join(data, name))
         labels = np.sort(np.arange(pictures) % 1000).astype(np.int32)
         names = Strings.of([f"{classes[label]}_{number}.JPEG" for number, label in enumerate(labels.tolist())])
-        times = np.array([os.stat(os.path.join(data, name)).st_mtime_ns for name in ["", *classes]], dtype=np.int64)
-        readers._save_cache(readers.cache_path(data, cache), FolderIndex(
-            data, classes, names, labels, Strings.of(["", *classes]), times))
+        empty = Index.of(data, classes, labels=[], names=[], seen=["", *classes], left_out={})
+        save_index(IndexCache(cache).path("folders", data), replace(empty, labels=labels, names=names))
 
-        def start() -> FolderReader:
-            reader = FolderReader(index_folder(data, cache_folder=cache, write_cache=False))
+        def start() -> Folders:
+            reader = read(data, IndexCache(cache, write=False))
             sampler = GlobalBatchSampler(len(reader), 4096, 128, 4, 0, 8)
             for _, index, _ in next(iter(sampler)):
-                reader.path(index)
+                reader.name(index)
             return reader
 
         work = f"start on {pictures:,} pictures"
@@ -109,12 +109,12 @@ def start_up(repeats: int, clock: str, pictures: int = IMAGENET) -> list[Row]:
                         "look-ups", f"10,000 look-ups in a worker, +{kilobytes / 1000:.1f} MB private")
 
 
-def _look_up(reader: FolderReader, clock: str, answers) -> None:
+def _look_up(reader: Folders, clock: str, answers) -> None:
     status = Path("/proc/self/smaps_rollup")
     chosen, now = np.random.default_rng(0).permutation(len(reader))[:10_000].tolist(), CLOCKS[clock]
     before, start = int(PRIVATE.search(status.read_text())[1]), now()
     for index in chosen:
-        reader.path(index), int(reader.labels[index])
+        reader.name(index), int(reader.labels[index])
     seconds = now() - start
     answers.put((seconds, int(PRIVATE.search(status.read_text())[1]) - before))
 

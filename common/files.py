@@ -4,13 +4,16 @@ import hashlib
 import json
 import os
 import secrets
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Callable
+from typing import Any, BinaryIO, cast
 
 from common.errors import UserError
 
 TEMPORARY_SUFFIX = ".tmp"
 _CHUNK = 1 << 20
+_NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF, errno.EROFS)
 
 
 class HashingWriter:
@@ -21,7 +24,7 @@ class HashingWriter:
         self._sha256 = hashlib.sha256()
         self.size = 0
 
-    def write(self, data) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         """Write bytes or any buffer; returns the number of bytes."""
         view = memoryview(data).cast("B")
         self._sha256.update(view)
@@ -38,7 +41,7 @@ class HashingWriter:
         return self._sha256.hexdigest()
 
 
-def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], None], reserve: int = 0,
+def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], object], reserve: int = 0,
                  before_rename: Callable[[str, int], None] | None = None) -> tuple[str, int]:
     """Write a file so that `path` is the old file or the whole new one, whatever happens in between.
 
@@ -60,7 +63,7 @@ def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], None], res
         with os.fdopen(descriptor, "wb", buffering=_CHUNK) as file:
             _reserve(file.fileno(), reserve)
             writer = HashingWriter(file)
-            write(writer)
+            write(cast(BinaryIO, writer))
             file.flush()
             os.ftruncate(file.fileno(), writer.size)
             os.fsync(file.fileno())
@@ -75,18 +78,17 @@ def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], None], res
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    if size <= 0 or not hasattr(os, "posix_fallocate"):
-        return
     try:
-        os.posix_fallocate(descriptor, 0, size)
+        if size > 0 and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
         # Some network file systems cannot reserve; there the write itself finds out.
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+        if error.errno not in _NOT_SUPPORTED:
             raise
 
 
 def fsync_folder(folder: str | os.PathLike) -> None:
-    """Make renames and removals in `folder` last; file systems that cannot fsync a folder are left as they are."""
+    """Make renames and removals in `folder` last, where the file system can."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
@@ -94,7 +96,7 @@ def fsync_folder(folder: str | os.PathLike) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.EROFS):
+        if error.errno not in _NOT_SUPPORTED:
             raise
     finally:
         os.close(descriptor)
@@ -113,21 +115,34 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 def read_json(path: str | os.PathLike, max_bytes: int = 64 << 20) -> Any:
     """The value in a JSON file.
 
-    Raises FileNotFoundError when there is none, UserError when it is longer than `max_bytes` or not JSON.
+    Raises: FileNotFoundError when it is missing; UserError (`unreadable_file`) when it cannot be read, is
+    longer than `max_bytes` or not JSON.
     """
-    with open(path, "rb") as file:
-        raw = file.read(max_bytes + 1)
-    if len(raw) > max_bytes:
-        raise UserError(f"{path} is larger than {max_bytes} bytes, too large for the JSON file expected there; "
-                        "remove it or name another.")
+    text = _read(path, max_bytes)
     try:
-        return json.loads(raw.decode("utf-8", "surrogateescape"))
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable as JSON ({error}); remove it or name another.") from error
+        raise UserError(f"{path} is not readable as JSON ({error}); remove it or name another.",
+                        code="unreadable_file") from error
+
+
+def _read(path: str | os.PathLike, max_bytes: int) -> str:
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(max_bytes + 1)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); remove it or name another.",
+                        code="unreadable_file") from error
+    if len(raw) > max_bytes:
+        raise UserError(f"{path} has more than the {max_bytes} bytes expected; remove it or name another.",
+                        code="unreadable_file")
+    return raw.decode("utf-8", "surrogateescape")
 
 
 def append_json_line(path: str | os.PathLike, record: dict) -> None:
-    """Append one record to a file of JSON lines; a line cut short by a crash before it is closed first."""
+    """Append one record to a file of JSON lines, after ending a line that a crash has cut short."""
     line = json.dumps(record, ensure_ascii=False, default=str) + "\n"
     with open(path, "ab+") as file:
         if file.tell():
@@ -137,27 +152,16 @@ def append_json_line(path: str | os.PathLike, record: dict) -> None:
 
 
 def read_json_lines(path: str | os.PathLike) -> list[dict]:
-    """The records of a file of JSON lines; [] when there is none. Lines cut short by a crash are left out.
+    """The records of a file of JSON lines, [] when it is missing; lines cut short by a crash are skipped.
 
-    Raises UserError when there is something that cannot be read as a file, such as a folder.
+    Raises: UserError (`unreadable_file`) when it cannot be read, as when it is a folder.
     """
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            lines = file.readlines()
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); expected a file of JSON lines: move it away.",
-                        code="unreadable_file") from error
     records = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+    with suppress(FileNotFoundError):
+        for line in _read(path, 1 << 30).split("\n"):
+            with suppress(ValueError, RecursionError):
+                records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
 
 
 def sha256_file(path: str | os.PathLike) -> str:

@@ -1,13 +1,16 @@
 """`attempts.jsonl` and `status.json`: the one ledger of a run, which training, watchdog and launcher keep.
 
-`status.json` tells how the run stands where exit codes cannot (launchers turn any code into 1). `attempts.jsonl`
-has a line for the beginning and the end of each attempt; a beginning without an end is an attempt that was killed.
+`status.json` tells how the run stands where exit codes cannot (launchers turn any code into 1).
+`attempts.jsonl` has a line for the beginning and the end of each attempt; a beginning without an end is an
+attempt that was killed.
+`progress.json` tells every ten seconds how far it is, and at the end how far it came.
 """
 import os
 import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ Record = dict[str, Any]
 
 
 class Ledger:
-    """The ledger in the folder `path`. Writing raises nothing: the log says what a disk refuses, the run continues.
+    """The ledger in the folder `path`. Writing raises nothing: what a disk refuses is logged.
 
     `attempt` is the number of the attempt this object has begun, 0 before.
     """
@@ -38,12 +41,20 @@ class Ledger:
                      restarts=restarts(), command=sys.argv, **more)
         self._write_status(RUNNING, update=update, epoch=epoch, pid=pid)
 
-    def end(self, outcome: Outcome, *, update: int, epoch: int | None = None, cause: str = "", **more: object) -> None:
+    def end(self, outcome: Outcome, *, update: int, epoch: int | None = None, cause: str = "",
+            **more: object) -> None:
         """End the attempt in both files; a failure whose rank is known already keeps its first cause."""
         if outcome == Outcome.FAILED and "rank" not in more and "rank" in self.newest():
             return
         self._append(ended=now(), state=outcome.value, update=update, epoch=epoch, cause=cause, **more)
         self._write_status(outcome.value, update=update, epoch=epoch, cause=cause, **more)
+        self._write_progress(outcome.value, update=update, phase="ended")
+
+    def progress(self, *, pid: int, **more: object) -> None:
+        """progress.json while rank 0's process `pid` works; once its attempt has ended, `end` wrote it."""
+        newest = self.newest()
+        if newest.get("pid") != pid or newest["state"] == RUNNING:
+            self._write_progress(RUNNING, job=job_id(), **more)
 
     def fail(self, cause: str, *, pid: int, update: int, **where: object) -> None:
         """Record the first cause of the failure of the attempt of rank 0's process `pid`, begun or not.
@@ -57,7 +68,7 @@ class Ledger:
             return
         else:
             self.attempt = newest["attempt"]
-        self.end(Outcome.FAILED, update=update, cause=cause, **where)
+        self.end(Outcome.FAILED, update=update, epoch=None, cause=cause, **where)
 
     def note(self, **more: object) -> None:
         """Add to what is recorded of the newest attempt."""
@@ -65,11 +76,11 @@ class Ledger:
         self._append(**more)
 
     def attempts(self) -> list[Record]:
-        """One dict per attempt, oldest first: what its lines say, later ones over earlier ones, and its `state`."""
+        """One dict per attempt, oldest first: what its lines say, later over earlier, and its `state`."""
         found: dict[int, Record] = {}
         try:
             lines = read_json_lines(self.path / "attempts.jsonl")
-        except OSError:
+        except UserError:
             return []
         for line in lines:
             if isinstance(line.get("attempt"), int):
@@ -90,15 +101,29 @@ class Ledger:
             return {}
         return {**status, "state": known(status.get("state"))} if isinstance(status, dict) else {}
 
+    def reached(self) -> Record:
+        """progress.json, where it is this job's; else {}."""
+        try:
+            found = read_json(self.path / "progress.json", max_bytes=1 << 20)
+            return found if found["job"] == self.newest()["job"] else {}
+        except (OSError, UserError, LookupError, TypeError):
+            return {}
+
     def _append(self, **line: object) -> None:
         self._guard("attempts.jsonl",
                     lambda path: append_json_line(path, {"attempt": self.attempt, **line}))
 
     def _write_status(self, state: str, **more: object) -> None:
-        status = {"state": state, "cause": "", "attempt": self.attempt, "time": now(), "host": socket.gethostname(),
-                  "job": job_id(), **more}
+        status = {"state": state, "cause": "", "attempt": self.attempt, "time": now(),
+                  "host": socket.gethostname(), "job": job_id(), **more}
         status = {name: value for name, value in status.items() if value is not None}
         self._guard("status.json", lambda path: write_json(path, status))
+
+    def _write_progress(self, state: str, **more: object) -> None:
+        path = self.path / "progress.json"
+        with suppress(OSError, UserError, TypeError):  # a full disk is the checkpoints' business to report
+            before = read_json(path) if path.is_file() else {}
+            write_json(path, before | {"state": state, "time": time.time(), **more})
 
     def _guard(self, name: str, write: Callable[[Path], object]) -> None:
         try:

@@ -6,7 +6,7 @@ logger = logging.getLogger("hornet")
 
 
 def setup_logging(rank: int = 0, level: int = logging.INFO) -> None:
-    """Send the project's log to standard error; ranks other than 0 only from WARNING on, prefixed `[rank N]`."""
+    """Log to standard error; ranks other than 0 only from WARNING on, prefixed `[rank N]`."""
     handler = logging.StreamHandler(sys.stderr)
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))

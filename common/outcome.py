@@ -6,8 +6,8 @@ class Outcome(str, Enum):
     """How something ended. The value is what status.json and the ledger of attempts hold."""
 
     DONE = "DONE"                # complete
-    PAUSED = "PAUSED"            # saved on request (signal, time limit, preemption); the same command resumes it
-    ROLLED_BACK = "ROLLED_BACK"  # an epoch only: non-finite updates sent the weights back to the last checkpoint
+    PAUSED = "PAUSED"            # saved on request (signal, time limit); the same command resumes it
+    ROLLED_BACK = "ROLLED_BACK"  # an epoch only: non-finite updates, back to the last checkpoint
     FAILED = "FAILED"            # anything else
 
     @classmethod

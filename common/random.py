@@ -19,7 +19,7 @@ def key(seed: int, stream: str, *counters: int) -> int:
 
 
 def numpy_generator(seed: int, stream: str, *counters: int) -> np.random.Generator:
-    """A generator seeded with `key(seed, stream, *counters)`; unlike torch's on the CPU it uses all bits of the key."""
+    """A generator seeded with `key(...)`; unlike torch's on the CPU it uses all bits of the key."""
     return np.random.Generator(np.random.Philox(key=key(seed, stream, *counters)))
 
 
@@ -45,7 +45,7 @@ def _mix(z: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def seeded(value: int):
-    """Seed Python's, NumPy's and torch's default CPU generators for a block and put their states back after it.
+    """Seed Python's, NumPy's and torch's default CPU generators for a block and restore them after it.
 
     timm's transforms draw from all three. Restoring keeps the main process' streams undisturbed when the
     data is loaded without workers. (`torch.default_generator` only: `torch.manual_seed` visits every
@@ -62,7 +62,7 @@ def seeded(value: int):
 
 
 def reseed(value: int) -> None:
-    """Seed the three generators; within a `seeded` block, whose keeping of the states takes ten times as long."""
+    """Seed the three generators, within a `seeded` block: saving their states takes ten times as long."""
     random.seed(value)
     np.random.seed(value & 0xFFFFFFFF)
     torch.default_generator.manual_seed(value)

@@ -7,60 +7,59 @@ that neither argparse nor NumPy takes part. torch does not notice flipped bits, 
 """
 import json
 import os
+import re
 import stat
-import struct
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from common.errors import UserError
 from common.files import atomic_write
+from common.text import plain
 
 _METADATA_KEY = "hornet"
 _MAX_PICKLE = 256 << 20
-_NUMPY_CODES = {"f2": "e", "f4": "f", "f8": "d", "b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q",
-                "u1": "B", "u2": "H", "u4": "I", "u8": "Q"}
 
 
 class _Arguments(dict):
     """Stands for argparse.Namespace: its attributes become entries, so that none can replace a method."""
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict) -> None:
         self.update(state)
 
 
 class _Dtype:
-    """Stands for numpy.dtype: remembers the code of a plain number and nothing else."""
+    """Stands for numpy.dtype: remembers what it was made of and does nothing."""
 
-    def __init__(self, code, *_):
-        self.code = _NUMPY_CODES[code.decode() if isinstance(code, bytes) else code]
-        self.order = "<"
+    def __init__(self, code: str, *_: object):
+        self.code, self.order = code, "<"
 
-    def __setstate__(self, state):
-        order = state[1].decode() if isinstance(state[1], bytes) else state[1]
-        self.order = ">" if order == ">" else "<"
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1]
 
 
-def _scalar(dtype: _Dtype, raw: bytes | str):
-    """Stands for numpy's scalar(): the Python number in `raw`."""
+def _scalar(dtype: _Dtype, raw: bytes | str) -> bool | int | float:
+    """Stands for numpy's scalar(): the Python number in `raw`; an error for objects."""
     raw = raw.encode("latin1") if isinstance(raw, str) else raw
-    return struct.unpack(dtype.order + dtype.code, raw)[0]
+    return np.frombuffer(raw, np.dtype(f"{dtype.order}{dtype.code}"), 1)[0].item()
 
 
 _ALLOWED = [(_Arguments, "argparse.Namespace"), (_Dtype, "numpy.dtype"),
             (_scalar, "numpy._core.multiarray.scalar"), (_scalar, "numpy.core.multiarray.scalar")]
 
 
-def safe_torch_load(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
+def safe_torch_load(path: str | os.PathLike, map_location: str | torch.device = "cpu") -> Any:
     """The content of a `.pth` (zip, or the older format) or `.safetensors` file: tensors and plain values.
 
     An `args` namespace comes back as a dict, NumPy scalars as Python numbers. A `.safetensors` file gives a
     flat dict of tensors, or {'model': tensors, ...} when `save_safetensors` wrote it with metadata.
 
-    Raises UserError with one sentence when the file is missing, a folder, text, truncated, damaged (CRC),
-    compressed (a small file could unpack to fill the memory) or would need code of its own to load.
+    Raises UserError with one sentence: `missing_checkpoint`, `not_a_checkpoint` (a folder, text, …),
+    `damaged_checkpoint` (truncated, CRC), `unsafe_checkpoint` (it needs code of its own, unpacks to more than
+    its size, holds tensors that are not dense).
     """
     path = Path(path)
     head, size = _read_head(path)
@@ -70,87 +69,91 @@ def safe_torch_load(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
         if head.startswith(b"PK\x03\x04"):
             _check_zip(path, size)
         elif not head.startswith(b"\x80"):
-            raise UserError(f"{path} is not a checkpoint: {_describe(head)}; expected a .pth file from torch.save "
-                            "or a .safetensors file.")
+            begins = f"begins with {head[:24]!r}" if head else "is empty"
+            raise UserError(f"{path} is not a checkpoint: it {begins}; expected is a .pth file from "
+                            "torch.save or a .safetensors file.", code="not_a_checkpoint")
         with torch.serialization.safe_globals(_ALLOWED):
             loaded = torch.load(path, map_location=map_location, weights_only=True)
     except UserError:
         raise
     except Exception as error:  # torch raises a dozen types for damaged files, and all mean the same here
-        raise UserError(f"{path} cannot be loaded: {_first_sentence(error)}") from error
-    return _plain(loaded)
+        raise _refusal(path, error) from None
+    _check_tensors(path, loaded, size)
+    if isinstance(loaded, dict):
+        return {name: dict(v) if isinstance(v, _Arguments) else v for name, v in loaded.items()}
+    return loaded
 
 
 def _read_head(path: Path) -> tuple[bytes, int]:
+    """The first bytes and the size of a regular file."""
     try:
         info = os.stat(path)
-        if stat.S_ISDIR(info.st_mode):
-            inside = sorted(p.name for p in path.glob("*") if p.suffix in (".pth", ".safetensors"))[:3]
-            raise UserError(f"{path} is a folder, not a checkpoint; name a file in it"
-                            + (f", such as {inside[-1]}." if inside else " (it holds no .pth file)."))
         if not stat.S_ISREG(info.st_mode):
-            raise UserError(f"{path} is not a regular file; name a .pth or .safetensors file.")
+            kind = "a folder" if stat.S_ISDIR(info.st_mode) else "not a regular file"
+            raise UserError(f"{path} is {kind}; name a .pth or .safetensors file.", code="not_a_checkpoint")
         with open(path, "rb") as file:
             return file.read(64), info.st_size
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"No checkpoint at {path}; check the path.") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
-
-
-def _describe(head: bytes) -> str:
-    if not head:
-        return "it is empty"
-    known = ((b"version https://git-lfs", "it is a Git LFS pointer, the file itself was not fetched"),
-             (b"\x1f\x8b", "it is a gzip archive, unpack it first"),
-             (b"<", "it is a web page or XML, perhaps an error page saved by a download"))
-    for magic, words in known:
-        if head.lstrip().startswith(magic):
-            return words
-    is_text = all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head)
-    return "it is a text file" if is_text else "its first bytes are of no known checkpoint format"
+        if isinstance(error, UserError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"No checkpoint at {plain(str(path), 300)}: {reason}; check the path.",
+                        code="missing_checkpoint") from None
 
 
 def _check_zip(path: Path, size: int) -> None:
+    """Refuse archives that unpack to more than they are, and damaged ones."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-                raise UserError(f"{path} holds compressed members, which torch.save never writes and which could "
-                                "unpack to any size; save it again with torch.save.")
-            if sum(member.file_size for member in members) > size:
-                raise UserError(f"{path} claims more bytes than it has; it is damaged or made to harm.")
-            if any(m.filename.endswith("data.pkl") and m.file_size > _MAX_PICKLE for m in members):
-                raise UserError(f"{path} has an object table above {_MAX_PICKLE >> 20} MiB; it is no checkpoint.")
-            damaged = archive.testzip()
-    except UserError:
-        raise
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is truncated or damaged ({_first_sentence(error)}); "
-                        "copy or download it again.") from error
-    if damaged is not None:
-        raise UserError(f"{path} is damaged: the checksum (CRC) of its member {damaged} does not match; "
-                        "copy or download it again.")
+            compressed = any(m.compress_type != zipfile.ZIP_STORED for m in members)
+            pickled = max((m.file_size for m in members if m.filename.endswith("data.pkl")), default=0)
+            if compressed or sum(m.file_size for m in members) > size or pickled > _MAX_PICKLE:
+                raise UserError(f"{path} could unpack to any size, unlike what torch.save writes; save it "
+                                "again with torch.save.", code="unsafe_checkpoint")
+            damaged = archive.testzip() and "the checksum (CRC) of a member does not match"
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+        damaged = str(error)
+    if damaged:
+        raise UserError(f"{path} is truncated or damaged ({damaged}); copy or download it again.",
+                        code="damaged_checkpoint")
 
 
-def _load_safetensors(path: Path, size: int, map_location: Any) -> Any:
+def _check_tensors(path: Path, loaded: object, size: int) -> None:
+    """Refuse tensors that a state of a network never has and that fail, or fill the memory, far from here."""
+    waiting, seen = [("", loaded)], set()
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            problem = ("no values (it is on the meta device)" if value.is_meta else
+                       "a sparse layout" if value.layout is not torch.strided else
+                       "quantised values" if value.is_quantized else
+                       "more values than the file has bytes" if value.numel() > size else "")
+            if problem:
+                raise UserError(f"{path}: the tensor {name[1:81]} has {problem}, and checkpoints hold dense "
+                                "tensors; save it again from a plain model.", code="unsafe_checkpoint")
+        elif isinstance(value, (dict, list, tuple, set)) and id(value) not in seen:
+            seen.add(id(value))
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
+            waiting.extend((f"{name}.{key}", inner) for key, inner in pairs)
+
+
+def _load_safetensors(path: Path, size: int, map_location: str | torch.device) -> Any:
     from safetensors import SafetensorError, safe_open
 
-    device = str(map_location if map_location is not None else "cpu")
     try:
-        with safe_open(path, framework="pt", device=device) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        with safe_open(path, framework="pt", device=str(map_location)) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
             metadata = (file.metadata() or {}).get(_METADATA_KEY)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a whole .safetensors file of {size} bytes ({_first_sentence(error)}); "
-                        "copy or download it again.") from error
+        raise UserError(f"{path} is not a whole .safetensors file of {size} bytes ({error}); copy or "
+                        "download it again.", code="damaged_checkpoint") from None
     return tensors if metadata is None else {"model": tensors, **json.loads(metadata)}
 
 
-def save_safetensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], metadata: dict | None = None) -> None:
-    """Write tensors atomically as `.safetensors`; `metadata` (plain values) comes back from `safe_torch_load`."""
+def save_safetensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor],
+                     metadata: dict | None = None) -> None:
+    """Write tensors atomically as `.safetensors`; `safe_torch_load` returns `metadata` (plain values) too."""
     from safetensors.torch import save
 
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -159,23 +162,13 @@ def save_safetensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], 
     atomic_write(path, lambda file: file.write(data), reserve=len(data))
 
 
-def _plain(loaded: Any) -> Any:
-    """Turn our stand-ins at the places where training files have them into ordinary dicts."""
-    if isinstance(loaded, _Arguments):
-        return dict(loaded)
-    if isinstance(loaded, dict):
-        for name, value in loaded.items():
-            if isinstance(value, _Arguments):
-                loaded[name] = dict(value)
-    return loaded
-
-
-def _first_sentence(error: Exception) -> str:
-    text = str(error) or type(error).__name__
-    if "Unsupported global" in text or "GLOBAL" in text:
-        name = text.split("GLOBAL ", 1)[-1].split(" ", 1)[0]
-        return f"it wants to run {name} while loading, which only an untrusted or foreign file does."
-    if "TorchScript" in text:
-        return "it is a TorchScript archive, not a state dict."
-    text = text.replace("Weights only load failed.", "").strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:200].rstrip(".") + "."
+def _refusal(path: Path, error: Exception) -> UserError:
+    """What torch.load's error means, without its advice to load with weights_only=False."""
+    needs = re.search(r"GLOBAL (\S+)", str(error))
+    if needs:
+        return UserError(f"{path} cannot be loaded: it needs {needs[1]}, which could run any code; save only "
+                         "tensors and plain values, such as a state_dict.", code="unsafe_checkpoint")
+    reason = str(error).split("WeightsUnpickler error:")[-1].strip().partition("\n")[0]
+    reason = type(error).__name__ if not reason or "weights_only" in reason else reason[:200].rstrip(".")
+    return UserError(f"{path} cannot be loaded: it is damaged or no checkpoint ({reason}); copy or download "
+                     "it again.", code="damaged_checkpoint")

@@ -1,6 +1,6 @@
-"""The orders of ImageNet's classes: rows of the published heads as WordNet synsets, from the lists in timm."""
+"""The order of ImageNet's classes: rows of the published heads as WordNet synsets, from timm's lists."""
 import importlib.resources
-from functools import lru_cache
+from functools import cache
 
 # The ImageNet-1k synsets that timm's 10,450-class list leaves out, in ImageNet-1k order: rows 10450 to 10458.
 _FIRST_ADDED, _LAST_ADDED = "n02085782", "n04399382"
@@ -10,13 +10,13 @@ def _timm_list(name: str) -> tuple[str, ...]:
     return tuple((importlib.resources.files("timm.data") / "_info" / name).read_text().split())
 
 
-@lru_cache(maxsize=None)
+@cache
 def imagenet_synsets() -> tuple[str, ...]:
     """The 1000 synsets of ImageNet-1k in the order of its labels."""
     return _timm_list("imagenet_synsets.txt")
 
 
-@lru_cache(maxsize=None)
+@cache
 def published_22k_synsets() -> tuple[str, ...]:
     """The 10,459 classes of the published 22k heads: timm's 10,450 of the MIIL winter-21 list, then the nine
     ImageNet-1k synsets missing from it."""
@@ -24,5 +24,5 @@ def published_22k_synsets() -> tuple[str, ...]:
     known = set(listed)
     added = tuple(synset for synset in imagenet_synsets() if synset not in known)
     if (len(added), added[0], added[-1]) != (9, _FIRST_ADDED, _LAST_ADDED):
-        raise RuntimeError("timm's class lists have changed: the 10,459 classes cannot be put in published order")
+        raise RuntimeError("timm's class lists have changed: the 10,459 classes have no published order")
     return listed + added

@@ -27,7 +27,8 @@ def plural(count: int, word: str) -> str:
     """`1 worker`, `2 processes`, `3 classes`."""
     if count == 1:
         return f"{count} {word}"
-    return f"{count} {word[:-1]}ies" if word.endswith("ry") else f"{count} {word}{'es' if word.endswith('s') else 's'}"
+    many = f"{word[:-1]}ies" if word.endswith("ry") else f"{word}es" if word.endswith("s") else f"{word}s"
+    return f"{count} {many}"
 
 
 def listed(words: Sequence[str], last: str = "or") -> str:
@@ -40,9 +41,9 @@ def quote(text: str) -> str:
     return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
-def plain(text: str) -> str:
-    """`text` as it is where it is short and printable, else quoted and shortened."""
-    return text if text.isprintable() and len(text) <= 80 else quote(text)
+def plain(text: str, longest: int = 80) -> str:
+    """`text` as it is where it is printable and not too long, else quoted and shortened."""
+    return text if text.isprintable() and len(text) <= longest else quote(text)
 
 
 def printable(path: str) -> str:

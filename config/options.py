@@ -6,17 +6,17 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from common.errors import UserError
-from common.text import listed, plain, quote
+from common.text import listed, plain
 
 Scalar = bool | int | float | str
 Value = Scalar | tuple[Scalar, ...] | None
 T = TypeVar("T")
-_TRUE, _FALSE = {"true", "yes", "y", "t", "1", "on"}, {"false", "no", "n", "f", "0", "off"}
-_NONE = {"none", "null", "~"}
+_SWITCH = {word: value for words, value in (("true yes y t 1 on", True), ("false no n f 0 off", False))
+           for word in words.split()}
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,13 @@ class Options:
     eval_data_path: str | None = _data(None, "folder of the evaluation images when it is not data_path/val")
     nb_classes: int | None = _data(None, "number of classes; none: 1000 for folders named by ImageNet's "
                                    "synsets, 100 for CIFAR, otherwise the number of folders", at_least(1))
-    val_labels: str | None = _data(None, "labels of a flat val folder: CSV of file name and synset, or the "
-                                   "ground-truth file of the devkit")
+    val_labels: str | None = _data(None, "labels of a flat val folder: CSV of name, synset; or the devkit's")
     allow_class_mismatch: bool = _data(False, "accept a val folder with classes missing or added")
     allow_bad_images: bool = _data(False, "evaluate unreadable images too, each counts as incorrect")
     reindex: bool = _data(False, "read the data folder again instead of using the saved index")
+    exif_orientation: bool = _data(False, "turn each image as its EXIF entry says; the published ones do not")
     index_cache: str | None = _data(None, "folder for the saved index of the data; none: the user's cache")
-    imagenet_default_mean_and_std: bool = _data(True, "normalise with ImageNet's mean and deviation; "
-                                                "false: Inception's")
+    imagenet_default_mean_and_std: bool = _data(True, "ImageNet's mean and deviation; false: Inception's")
     num_workers: int = _data(10, "loader processes per training process", at_least(0, 512))
     pin_mem: bool = _data(True, "keep batches in page-locked memory on the way to a GPU")
 
@@ -115,8 +114,7 @@ class Options:
     batch_size: int = _batch(64, "images per process in one forward pass", at_least(1, 2 ** 20))
     update_freq: int = _batch(1, "forward passes per update (gradient accumulation)", at_least(1, 2 ** 20))
     global_batch: int | None = _batch(None, "images per update, which gives update_freq", at_least(1))
-    lr_scale: str = _batch("none", "scale lr by global batch / recipe's or its "
-                                   "root", one_of("none", "linear", "sqrt"))
+    lr_scale: str = _batch("none", "scale lr with the global batch", one_of("none", "linear", "sqrt"))
 
     epochs: int = _train(300, "passes over the training images", at_least(1, 10 ** 6))
     lr: float = _train(4e-3, "highest learning rate, absolute (4e-3 is for 4096 images per update)", POSITIVE)
@@ -132,8 +130,7 @@ class Options:
     layer_decay: float = _train(1.0, "factor on the rate from each layer to the one below", PART)
     clip_grad: float | None = _train(None, "limit of the gradient; none: no clipping", POSITIVE)
     clip_by: str = _train("norm", "what clip_grad limits", one_of("norm", "value", "agc"))
-    clip_mode: str = _train("step", "step clips once per update; official, as the published code, after "
-                            "every forward pass", one_of("step", "official"))
+    clip_mode: str = _train("step", "once per update, or after every pass", one_of("step", "official"))
     model_ema: bool = _train(False, "keep a moving average of the weights")
     model_ema_decay: float = _train(0.9999, "decay of the moving average per update", BELOW_ONE)
     model_ema_eval: bool = _train(False, "evaluate the moving average after each epoch too")
@@ -155,8 +152,7 @@ class Options:
     mixup_switch_prob: float = _augment(0.5, "chance of CutMix where both are on", FRACTION)
     mixup_mode: str = _augment("batch", "one draw per group, pair or image", one_of("batch", "pair", "elem"))
 
-    crop_pct: float | None = _eval(None, "input_size / resized short side; none: 0.875; from 384 pixels on "
-                                   "images are evaluated whole", PART)
+    crop_pct: float | None = _eval(None, "input_size / resized short side, below 384; none: 0.875", PART)
     check: bool = _eval(False, "end with 0 only if the (first) checkpoint has the published accuracy")
     explain_difference: bool = _eval(False, "list what departs from the published protocol")
     report: str | None = _eval(None, "folder for per-class results, confusions and predictions")
@@ -164,27 +160,23 @@ class Options:
 
     use_amp: bool = _speed(False, "mixed precision")
     amp_dtype: str = _speed("bf16", "number format of mixed precision", one_of("bf16", "fp16"))
-    compile: bool = _speed(False, "torch.compile, once a batch agrees with eager PyTorch; for GPUs: on a "
-                           "CPU it takes the place of the native kernels")
+    compile: bool = _speed(False, "torch.compile, once one batch agrees with eager PyTorch; for GPUs")
     fast_math: bool = _speed(False, "allow TF32 on NVIDIA GPUs: faster, with other last digits")
     deterministic: bool = _speed(False, "deterministic algorithms on GPUs: bit-equal reruns, slower")
     model_ema_force_cpu: bool = _speed(False, "keep the moving average in main memory")
 
-    resume: tuple[str, ...] = _run((), "checkpoint to resume or evaluate: path, URL, latest or best; several "
-                                   "with --eval true")
+    resume: tuple[str, ...] = _run((), "checkpoint to resume or evaluate: path, URL, latest or best")
     auto_resume: bool = _run(True, "resume the newest valid checkpoint in output_dir")
     save_ckpt: bool = _run(True, "save checkpoints")
     save_ckpt_freq: int = _run(1, "epochs between checkpoints", at_least(1))
     save_ckpt_num: int = _run(3, "newest checkpoints to keep, beside best and every 50th", at_least(1))
     save_every_minutes: float = _run(15.0, "minutes between saves within an epoch; 0: none", NOT_NEGATIVE)
     on_nonfinite: str = _run("skip", "after a loss or gradient that is not finite: skip drops the update and "
-                             "rolls back to the last checkpoint after three in a row, rollback does so at "
-                             "once, stop ends the run", one_of("stop", "skip", "rollback"))
+                             "rolls back after three in a row", one_of("stop", "skip", "rollback"))
     seed: int = _run(0, "seed of every random draw", at_least(0, 2 ** 63 - 1))
 
-    hang_timeout: float = _process(180.0, "seconds without progress until the run ends; ten times that at "
-                                   "start, three times for the first update and saving; 0: "
-                                   "never", NOT_NEGATIVE)
+    hang_timeout: float = _process(180.0, "seconds without progress until the run ends, tenfold at start, "
+                                   "threefold for the first update and saving; 0: never", NOT_NEGATIVE)
     rendezvous_timeout: float = _process(180.0, "seconds to wait for all processes at the start", POSITIVE)
     stop_before_end: float = _process(120.0, "seconds before the time limit to save and stop", NOT_NEGATIVE)
 
@@ -230,48 +222,41 @@ class Option:
 
         Raises: UserError (`invalid_value`) for a wrong type or number of values, NaN, out of range.
         """
-        if any("\0" in text for text in texts):
-            raise UserError(f"{label} holds a NUL character; remove it.", code="invalid_value")
-        empty = _NONE | ({""} if self.several else set())
-        if (self.optional or self.several) and len(texts) == 1 and texts[0].strip().lower() in empty:
-            value: Value = None if self.optional else ()
-        elif self.several:
-            value = tuple(self._scalar(text, label) for text in texts)
-        elif len(texts) != 1:
-            raise UserError(f"{label} takes one value, {len(texts)} were given: {quote(' '.join(texts))}.",
-                            code="invalid_value")
-        else:
-            value = self._scalar(texts[0], label)
-        if value is not None and not (_finite(value) and (self.accepts is None or self.accepts.test(value))):
-            raise UserError(f"{label} {plain(' '.join(texts))} is out of range; it takes {self._accepted()}.",
-                            code="invalid_value")
+        try:
+            return self._value(texts)
+        except (KeyError, ValueError):
+            shown = plain(" ".join(texts)) or "''"
+            raise UserError(f"{label} {shown} is not accepted; it takes {self._accepted()}.",
+                            code="invalid_value") from None
+
+    def _value(self, texts: list[str]) -> Value:
+        empty = ("none", "null", "~", "") if self.several else ("none", "null", "~")
+        if (self.optional or self.several) and " ".join(texts).strip().lower() in empty:
+            return None if self.optional else ()
+        values = tuple(map(self._scalar, texts))
+        value = values if self.several else values[0]
+        if (len(values) > 1 and not self.several or self.accepts is not None and not self.accepts.test(value)
+                or any(isinstance(v, float) and not math.isfinite(v) for v in values)):
+            raise ValueError
         return value
 
-    def _scalar(self, text: str, label: str) -> Scalar:
-        if self.element is str:  # the shell leaves the tilde alone in --name=~/folder, and so does YAML
-            return os.path.expanduser(text) if text.startswith("~/") else text
-        word = text.strip()
-        try:
-            if self.element is not bool:
-                return self.element(word)
-        except ValueError:
-            pass
-        else:
-            if word.lower() in _TRUE | _FALSE:
-                return word.lower() in _TRUE
-        raise UserError(f"{label} {quote(text)} is not accepted; it takes {self._accepted()}.",
-                        code="invalid_value")
+    def _scalar(self, text: str) -> Scalar:
+        if self.element is not str:
+            word = text.strip().lower()
+            return _SWITCH[word] if self.element is bool else self.element(word)
+        # No file system takes longer names; they would fail at any of a hundred places.
+        longest = max(len(part.encode(errors="replace")) for part in text.split("/"))
+        if "\0" in text or "://" not in text and (longest > 255 or len(text) > 4000):
+            raise ValueError
+        # The shell leaves the tilde alone in --name=~/folder, and so does YAML.
+        return os.path.expanduser(text) if text.startswith("~/") else text
 
     def _accepted(self) -> str:
-        words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[self.element]
+        words = {bool: "true or false", int: "a whole number", float: "a number",
+                 str: "text, with names of at most 255 bytes"}[self.element]
         if self.accepts is not None:
             words = self.accepts.words if self.element is str else f"{words} {self.accepts.words}"
         return words + (", or none" if self.optional and "none" not in words else "")
-
-
-def _finite(value: Value) -> bool:
-    values = value if isinstance(value, tuple) else (value,)
-    return all(not isinstance(v, float) or math.isfinite(v) for v in values)
 
 
 def _table() -> dict[str, Option]:
@@ -298,12 +283,14 @@ class ImageSettings:
         input_size: height and width of the network's input in pixels.
         crop_pct: input_size / resized short side in evaluation, None: the default; unused from 384 pixels on.
         imagenet_default_mean_and_std: normalise with ImageNet's mean and deviation, else Inception's 0.5.
+        exif_orientation: turn each image as its EXIF entry says.
         train_interpolation: of the random crop in training; evaluation is always bicubic.
         layer_scale_init_value: 0 means that the network has no layer scale at all.
     """
     input_size: int = 224
     crop_pct: float | None = None
     imagenet_default_mean_and_std: bool = True
+    exif_orientation: bool = False
     train_interpolation: str = "bicubic"
     layer_scale_init_value: float = 1e-6
 
@@ -319,19 +306,14 @@ class ImageSettings:
         return cls(**{f.name: getattr(options, f.name) for f in fields(cls)})
 
     @classmethod
-    def from_args(cls, args: Mapping[str, object], **replaced: Value) -> "ImageSettings":
-        """Those in a checkpoint's `args`; defaults for what is missing. `replaced` values win unless None.
+    def from_args(cls, args: Mapping[str, object]) -> "ImageSettings":
+        """Those in a checkpoint's `args`; defaults for what is missing.
 
         Raises: UserError (`invalid_value`) for a value that the option does not take.
         """
-        found = dict(args) | {name: value for name, value in replaced.items() if value is not None}
-        names = [f.name for f in fields(cls) if f.name in found]
-        return replace(cls(), **{name: OPTIONS[name].convert([str(found[name])], f"the checkpoint's {name}")
+        names = [f.name for f in fields(cls) if f.name in args]
+        return replace(cls(), **{name: OPTIONS[name].convert([str(args[name])], f"the checkpoint's {name}")
                                  for name in names})
-
-    def args(self) -> dict[str, Value]:
-        """Plain values under the names of the options, for checkpoints and exported files."""
-        return asdict(self)
 
     @property
     def whole(self) -> bool:

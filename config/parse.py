@@ -6,7 +6,7 @@ import argparse
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from config.options import COMMON, NO_EFFECT, OPTIONS, Option, Options, Value
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 _LARGEST_RECIPE = 2 ** 20  # bytes
 _SOURCES = ("model", "finetune", "pretrained", "weights")
+_DASHES = "-\u2013\u2014\u2212"
 _PER_LAUNCH = ("config", "print_config", "dry_run")
 _SEVERAL = tuple(f"--{name}=" for name, option in OPTIONS.items() if option.several)
 _USAGE = """main.py [--config RECIPE] [--FLAG VALUE ...]
@@ -34,8 +35,7 @@ _USAGE = """main.py [--config RECIPE] [--FLAG VALUE ...]
 class Recipe:
     """The options of one YAML file, converted and checked one by one. `name` is the path as given."""
     name: str
-    values: dict[str, Value] = field(default_factory=dict)
-    no_effect: dict[str, str] = field(default_factory=dict)
+    values: dict[str, Value] = field(default_factory=dict)  # those of NO_EFFECT as text
 
     @property
     def global_batch(self) -> int | None:
@@ -71,28 +71,16 @@ class Resolved:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.options).items()}
 
     def to_yaml(self) -> str:
-        """The options as a recipe that `--config` reads back, with the origin of each value as a comment."""
+        """The options as a recipe that `--config` reads back; comments have origins and published values."""
+        different = self.differences()
         implied = "update_freq" if self.options.global_batch else "global_batch"
         skipped = (*_PER_LAUNCH, "resume", "eval", implied)
-        return "".join(f"{name}: {_yaml(value)}  # {self.origins[name]}\n"
-                       for name, value in self.to_dict().items() if name not in skipped)
-
-    def describe(self) -> str:
-        """Every value with its origin and its difference from the published recipe, for `--print_config`."""
-        different, lines, title = self.differences(), [], ""
-        for name, option in OPTIONS.items():
-            lines += ["", option.group] if option.group != title else []
-            title, origin = option.group, self.origins[name]
-            origin = f"{origin} ({self.recipe.name})" if origin == "recipe" and self.recipe else origin
-            note = f"   published: {_shown(different[name][1])}" if name in different else ""
-            lines.append(f"  {name:30s} {_shown(getattr(self.options, name)):32s} {origin}{note}")
-        if self.published is None:
-            last = f"{self.options.model} has no published recipe to compare with."
-        else:
-            count = f"{len(different)} value(s) differ from" if different else "All values are those of"
-            last = (f"{count} the published recipe {self.published.name}; its global batch is "
-                    f"{self.published.global_batch}.")
-        return "\n".join([*lines[1:], "", last])
+        lines = [f"{name}: {_yaml(value)}  # {self.origins[name]}"
+                 + (f", published: {_shown(different[name][1])}" if name in different else "")
+                 for name, value in self.to_dict().items() if name not in skipped]
+        compared = (f"{len(different)} differ from the published recipe {self.published.name}, whose global "
+                    f"batch is {self.published.global_batch}" if self.published else "no published recipe")
+        return "\n".join([*lines, f"# {compared}", ""])
 
 
 def parse(argv: Sequence[str], model_names: Sequence[str] = ()) -> Resolved:
@@ -102,21 +90,22 @@ def parse(argv: Sequence[str], model_names: Sequence[str] = ()) -> Resolved:
     Raises: UserError for every mistake; SystemExit(0) after `--help` or `--help all` has been written.
     """
     flags = _flags(list(argv))
-    given = {name: _convert_flag(OPTIONS[name], texts) for name, texts in flags.items() if name in OPTIONS}
+    given = {name: OPTIONS[name].convert(t, f"--{name}") for name, t in flags.items() if name in OPTIONS}
     config = given.get("config")
     recipe = read_recipe(config) if isinstance(config, str) else None
-    from_recipe = {n: v for n, v in recipe.values.items() if n not in _PER_LAUNCH} if recipe else {}
+    listed = recipe.values if recipe else {}
+    from_recipe = {name: v for name, v in listed.items() if name in OPTIONS and name not in _PER_LAUNCH}
     options = replace(Options(), **(from_recipe | given))
     origins = dict.fromkeys(OPTIONS, "default")
     origins |= dict.fromkeys(from_recipe, "recipe") | dict.fromkeys(given, "flag")
     if model_names:
         check_model(options.model, model_names)
-    ignored = (recipe.no_effect if recipe else {}) | {n: t[0] for n, t in flags.items() if n in NO_EFFECT}
-    notices = [f"--{name} has no effect: {NO_EFFECT[name][1]}." for name, text in ignored.items()
-               if NO_EFFECT[name][1] and text.lower() != NO_EFFECT[name][0]]
+    ignored = listed | {name: texts[0] for name, texts in flags.items()}
+    notices = [f"--{name} has no effect: {reason}." for name, (default, reason) in NO_EFFECT.items()
+               if reason and str(ignored.get(name, default)).lower() != default]
     notices += rules.settle(options, origins)
     rules.check(options)
-    return Resolved(options, origins, notices, recipe, published_recipe(options.model, asdict(options)))
+    return Resolved(options, origins, notices, recipe, published_recipe(options))
 
 
 def check_model(name: str, known: Sequence[str]) -> None:
@@ -136,24 +125,26 @@ def _flags(argv: list[str]) -> dict[str, list[str]]:
             sys.stdout.write(help_text(everything))
             raise SystemExit(0)
         if token and not token.strip(" \t\r\n\\"):
-            raise UserError("a stray backslash: a line of the command ends in a backslash followed by a "
-                            "space, so the next line became a command of its own; let the backslash be the "
-                            "line's last character.", code="stray_backslash")
+            raise UserError("a stray backslash: a line of the command ends in a backslash and a space; let "
+                            "the backslash be its last character.", code="stray_backslash")
         if token == "--":
-            raise UserError("`--` alone is not accepted; every value follows its flag, such as --lr 4e-3.",
-                            code="unknown_flag")
+            raise _unexpected(token, [])
     argv = [word for token in argv
             for word in (token.split("=", 1) if token.startswith(_SEVERAL) else [token])]
     try:
         found, others = _parser().parse_known_args(argv)
     except argparse.ArgumentError as error:
-        name = (error.argument_name or "").removeprefix("--").partition("/")[0]
-        raise UserError(f"--{name} needs a value; {OPTIONS[name].help}." if name in OPTIONS else f"{error}.",
-                        code="missing_value") from None
+        name = (error.argument_name or "").removeprefix("--")
+        raise UserError(f"--{name} needs a value; {OPTIONS[name].help}.", code="missing_value") from None
     if others:
         before = [word for word, after in zip(argv, argv[1:]) if after == others[0]]
         raise _unexpected(others[0], before)
-    return {name: text if isinstance(text, list) else [text] for name, text in vars(found).items()}
+    values = {name: text if isinstance(text, list) else [text] for name, text in vars(found).items()}
+    for name, texts in values.items():  # a path may hold two hyphens
+        joined = next(filter(None, map(_joined, texts)), None)
+        if joined and name in OPTIONS and OPTIONS[name].element is not str:
+            raise joined
+    return values
 
 
 def _parser(shown: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -192,37 +183,23 @@ def help_text(everything: bool = False) -> str:
 
 
 def _unexpected(token: str, before: list[str]) -> UserError:
-    """The sentence for a word that is neither a known flag nor the value of one; `before`: what stands before it."""
-    name = token.lstrip("-\u2013\u2014\u2212").partition("=")[0]
-    if token.startswith("--"):
-        hint = did_you_mean(name.replace("-", "_"), OPTIONS, "--{}") or "; `--help all` lists every flag."
-        part = name and any(flag.startswith(name) for flag in OPTIONS)
-        short = " (flags are not abbreviated)" if part else ""
-        return UserError(f"unknown flag --{name[:60]}{short}{hint}", code="unknown_flag")
+    """The sentence for a word that is no known flag nor the value of one; `before`: words it stands after."""
     joined = next(filter(None, map(_joined, [*before, token])), None)
-    if joined is None and token[:1] in ("-", "\u2013", "\u2014", "\u2212"):
-        hint = did_you_mean(name, OPTIONS, "--{}") or "; write --name value."
-        return UserError(f"{quote(token)} does not begin with two hyphens as flags do{hint}",
-                         code="unknown_flag")
+    if token[:1] in _DASHES and token and not joined:
+        name = token.lstrip(_DASHES).partition("=")[0]
+        hint = did_you_mean(name.replace("-", "_"), OPTIONS, "--{}") or "; `--help all` lists every flag."
+        return UserError(f"unknown flag {plain(token)}{hint}", code="unknown_flag")
     return joined or UserError(f"{quote(token)} belongs to no flag; write --name value, such as --lr 4e-3.",
                                code="stray_value")
 
 
 def _joined(value: str) -> UserError | None:
     """The error for `5--batch_size`: a line ending in `5\\` makes the shell join the next flag to it."""
-    match = re.fullmatch(r"(.+?)\\?\s*--([a-z_]+)(=.*)?", value, re.DOTALL)
-    if match is None or match[2] not in OPTIONS:
+    match = re.fullmatch(r".+?\\?\s*--([a-z_]+)(=.*)?", value, re.DOTALL)
+    if match is None or match[1] not in OPTIONS:
         return None
-    return UserError(f"{quote(value)} is a value and the flag --{match[2]} joined by a stray backslash: put "
-                     f"a space before the backslash that ends the line, as in `{match[1].strip()[-40:]} \\`.",
-                     code="stray_backslash")
-
-
-def _convert_flag(option: Option, texts: list[str]) -> Value:
-    joined = None if option.element is str else next(filter(None, map(_joined, texts)), None)
-    if joined:
-        raise joined
-    return option.convert(texts, f"--{option.name}")
+    return UserError(f"{quote(value)} joins a value and the flag --{match[1]} by a stray backslash: put a "
+                     "space before the backslash that ends the line.", code="stray_backslash")
 
 
 def _shown(value: Value) -> str:
@@ -238,37 +215,35 @@ def _shown(value: Value) -> str:
 def read_recipe(path: str) -> Recipe:
     """Read a recipe: a flat mapping of option names to values or lists of values.
 
-    PyYAML's BaseLoader leaves every scalar a string, so that flags and recipes share one conversion and
-    YAML 1.1's traps (4e-3 is a string, 0123 octal, 1:30 a number, `on` a boolean) do not arise.
+    YAML's nodes leave every scalar a string, so that flags and recipes share one conversion, YAML 1.1's traps
+    (4e-3 is a string, 0123 octal, 1:30 a number, `on` a boolean) do not arise, and a key given twice is seen.
     """
-    name = printable(path)
+    name, values = printable(path), {}
     try:
-        loaded = yaml.load(_text(path), Loader=_StrictLoader)
-    except UserError:
-        raise
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" in line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or "the file is not valid YAML"
-        raise UserError(f"recipe {name} cannot be read{place}: {reason}.", code="invalid_recipe") from None
-    if not isinstance(loaded or {}, dict):
-        raise UserError(f"recipe {name} must be lines of the form `name: value`, such as `lr: 4e-3`.",
-                        code="invalid_recipe")
-    texts = {str(key): _texts(name, str(key), value) for key, value in (loaded or {}).items()}
-    values = {key: OPTIONS[key].convert(words, f"recipe {name}: {key}") for key, words in texts.items()
-              if key in OPTIONS}
-    return Recipe(path, values, {key: words[0] for key, words in texts.items() if key in NO_EFFECT})
+        node = yaml.compose(_text(path), Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise _invalid(name, getattr(error, "problem", None) or "is not valid YAML",
+                       getattr(error, "problem_mark", None)) from None
+    if node is not None and not isinstance(node, yaml.MappingNode):
+        raise _invalid(name, "lines such as `lr: 4e-3` are accepted", node.start_mark)
+    for key, value in node.value if node else ():
+        nodes = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        texts = [node.value for node in nodes] or [""]
+        if not all(isinstance(text, str) for text in (key.value, *texts)):
+            raise _invalid(name, "a plain name with plain values is accepted", key.start_mark)
+        if key.value in values:
+            raise _invalid(name, f"the key {quote(key.value)} is given twice; keep one", key.start_mark)
+        if key.value not in OPTIONS and key.value not in NO_EFFECT:
+            hint = did_you_mean(key.value.replace("-", "_"), OPTIONS) or "; `--help all` lists all options."
+            raise UserError(f"recipe {name} has an unknown key {quote(key.value)}{hint}", code="unknown_key")
+        values[key.value] = (OPTIONS[key.value].convert(texts, f"recipe {name}: {key.value}")
+                             if key.value in OPTIONS else texts[0])
+    return Recipe(path, values)
 
 
-def _texts(recipe: str, key: str, value: Any) -> list[str]:
-    if key not in OPTIONS and key not in NO_EFFECT:
-        hint = did_you_mean(key.replace("-", "_"), OPTIONS) or "; `--help all` lists every option."
-        raise UserError(f"recipe {recipe} has an unknown key {quote(key)}{hint}", code="unknown_key")
-    texts = value if isinstance(value, list) else [value]
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"recipe {recipe}: {key} must be a plain value or a list of plain values.",
-                        code="invalid_recipe")
-    return texts or [""]
+def _invalid(recipe: str, problem: str, mark: yaml.Mark | None) -> UserError:
+    place = f", line {mark.line + 1}" if mark else ""
+    return UserError(f"recipe {recipe}{place}: {problem}.", code="invalid_recipe")
 
 
 def _text(path: str) -> str:
@@ -293,39 +268,22 @@ def _recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
 
 
-class _StrictLoader(yaml.BaseLoader):
-    """Strings only, and a key given twice is an error instead of the last one winning silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            problem = None if isinstance(key, yaml.ScalarNode) else "a key is not a plain word"
-            if problem is None and key.value in seen:
-                problem = f"the key {key.value!r} is given twice; keep one"
-            if problem:
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _yaml(value: Any) -> str:
+def _yaml(value: object) -> str:
     style = '"' if isinstance(value, str) else None
     text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=2 ** 31)
     return text.removesuffix("...\n").rstrip("\n")
 
 
-def published_recipe(model: str, values: Mapping[str, Any]) -> Recipe | None:
-    """The published recipe of `model` given the other option `values`, or None.
+def published_recipe(options: Options) -> Recipe | None:
+    """The published recipe of a run's model, or None.
 
     The large models have two, ImageNet-22k pre-training and 384-pixel fine-tuning, told apart by the start
     and the input size.
     """
-    endings = ["_ft1k_384"] if values["finetune"] else ["", "_in22k", "_ft1k_384"]
-    if values["input_size"] >= 384:
+    endings = ["_ft1k_384"] if options.finetune else ["", "_in22k", "_ft1k_384"]
+    if options.input_size >= 384:
         endings.reverse()
-    known = _recipes()
-    for ending in endings:
-        name = f"{model.removesuffix('_img384') if ending == '_ft1k_384' else model}{ending}"
-        if name in known:
-            return replace(read_recipe(str(known[name])), name=f"recipes/{name}.yaml")
-    return None
+    known, model = _recipes(), options.model
+    names = [(model.removesuffix("_img384") if "384" in ending else model) + ending for ending in endings]
+    path = next((known[name] for name in names if name in known), None)
+    return path and replace(read_recipe(str(path)), name=f"recipes/{path.name}")

@@ -1,5 +1,6 @@
-"""The data of a run from its options: what is where, which classes, which labels."""
+"""The data of a run from its options: what is where, which classes and labels; a look at a sample of it."""
 import os
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -7,19 +8,22 @@ from torch.utils.data import BatchSampler
 
 from common.errors import UserError
 from common.log import logger
+from common.random import numpy_generator
 from common.synsets import imagenet_synsets
-from datasets import labels as label_maps
+from common.text import plural, printable
+from config.options import Options
 from datasets.cifar import read_cifar
-from datasets.dataset import ImageDataset, ImageLoader, Reader, make_loader
-from datasets.images import show
-from datasets.readers import FolderReader, class_folders, index_folder
+from datasets.dataset import ImageDataset, ImageLoader, make_loader
+from datasets.folders import class_folders
+from datasets.images import BadImage
+from datasets.labels import classes_of, map_folders, read_val_labels
+from datasets.readers import IndexCache, Reader, open_reader
 from datasets.sample import ensure_sample
 from datasets.sampler import ExactEvalSampler, GlobalBatchSampler
-from datasets.shards import ShardReader, shards_in
 from datasets.transforms import Erasing, eval_transform, train_transform
 
 
-@dataclass
+@dataclass(frozen=True)
 class Data:
     """`train` and `val` (None when not asked for), the class names in logit order, and notes for the console."""
 
@@ -34,141 +38,175 @@ class Data:
         return len(self.class_names)
 
     def describe(self) -> dict[str, object]:
-        """Plain values for data.json in a run folder: classes, images per class and notes."""
-        return {"classes": self.class_names, "notes": self.notes} | {part: {
-            "images": len(dataset), "per_class": np.bincount(dataset.targets, minlength=self.num_classes).tolist()}
-            for part, dataset in (("train", self.train), ("val", self.val)) if dataset}
+        """Plain values for data.json in a run folder: classes, images per class, files left out, and notes."""
+        found: dict[str, object] = {"classes": self.class_names, "notes": self.notes}
+        for part, dataset in (("train", self.train), ("val", self.val)):
+            if dataset is not None:
+                counts = np.bincount(dataset.targets, minlength=self.num_classes).tolist()
+                found[part] = {"images": len(dataset), "per_class": counts, "left_out": dataset.reader.left_out}
+        return found
 
 
-def build_data(options, *, train: bool, evaluate: bool, class_names: list[str] | None = None,
+@dataclass(frozen=True)
+class _Split:
+    """A reader, and the labels and classes that count: its own, or those of a label file (`noun` synset)."""
+
+    part: str
+    reader: Reader
+    labels: np.ndarray
+    classes: list[str]
+    noun: str = "folder"
+
+
+def build_data(options: Options, *, train: bool, evaluate: bool, class_names: list[str] | None = None,
                rank_zero: bool = True) -> Data:
     """Find the images and their classes.
 
-    options: data_set (IMNET, image_folder, CIFAR, SAMPLE), data_path, eval_data_path, nb_classes, val_labels,
-        allow_class_mismatch, reindex and the transform options.
     class_names: the checkpoint's list in logit order, which then decides; the data must fit it.
     rank_zero: only this process of a node writes the index cache.
-    Raises UserError for everything the user can mend.
+    Raises UserError for everything the user can fix.
     """
-    if options.data_set not in ("IMNET", "image_folder", "CIFAR", "SAMPLE"):
-        raise UserError(f"--data_set {options.data_set} is not one of IMNET, image_folder, CIFAR, SAMPLE.")
     if options.data_set == "SAMPLE":
         ensure_sample(options.data_path)
+    cache = IndexCache(options.index_cache, options.reindex, rank_zero)
+    splits = [_split(options, part, cache) for part, wanted in (("train", train), ("val", evaluate)) if wanted]
     notes: list[str] = []
-    train_reader, val_reader = _readers(options, train, evaluate, rank_zero)
     names = class_names
     if names is None:
-        found = label_maps.classes_of(
-            _class_folders(options, train_reader, val_reader), options.nb_classes,
-            imagenet_layout=options.data_set in ("IMNET", "SAMPLE"), allow_mismatch=options.allow_class_mismatch,
-            evaluating=not train)
+        found = classes_of(_deciding_classes(options, splits[0]), options.nb_classes, evaluating=not train,
+                           imagenet_layout=options.data_set in ("IMNET", "SAMPLE"),
+                           allow_mismatch=options.allow_class_mismatch)
         names, notes = found.names, found.notes
-    parts = []
-    for reader, part in ((train_reader if train else None, "train"), (val_reader, "val")):
-        parts.append(None if reader is None else _dataset(options, reader, list(names), part, notes))
-    return Data(*parts, list(names), notes)
+    built = {split.part: _dataset(options, split, names, notes) for split in splits}
+    return Data(built.get("train"), built.get("val"), list(names), notes)
 
 
-def _roots(options) -> tuple[str, str]:
-    """Train and val folder; '' for one that the options do not name."""
-    if options.data_set == "image_folder":
-        return options.data_path, options.eval_data_path or ""
-    below = options.data_path and os.path.join(options.data_path, "")
-    return below and below + "train", options.eval_data_path or (below and below + "val")
-
-
-def _class_folders(options, train: Reader | None, val: Reader | None) -> list[str]:
-    """The class folders that decide: those of the train folder when there is one, trained on or not."""
-    if train is not None:
-        return train.classes
-    root = "" if options.data_set == "CIFAR" else _roots(options)[0]
-    return (class_folders(root) if root and os.path.isdir(root) else []) or val.classes
-
-
-def _readers(options, train: bool, evaluate: bool, write: bool) -> tuple[Reader | None, Reader | None]:
+def _split(options: Options, part: str, cache: IndexCache) -> _Split:
+    root, training = _root(options, part), part == "train"
     if options.data_set == "CIFAR":
-        classes = options.nb_classes or 100
-        return (read_cifar(options.data_path, classes, True) if train else None,
-                read_cifar(options.eval_data_path or options.data_path, classes, False) if evaluate else None)
-    train_root, val_root = _roots(options)
-    if evaluate and not val_root:
+        reader: Reader = read_cifar(root, options.nb_classes or 100, training)
+    elif root:
+        reader = open_reader(root, cache)
+    else:
         raise UserError("The evaluation images are not named; give --eval_data_path FOLDER with the validation "
-                        "classes, or --disable_eval true.")
-    arguments = dict(reindex=options.reindex, cache_folder=options.index_cache, write_cache=write)
-    train_reader = val_reader = None
-    if train:
-        train_reader = _pictures_in(train_root, arguments)
-        _check_classes(train_reader, options.allow_class_mismatch, options.data_set == "image_folder")
-    if evaluate:
-        val_reader = _pictures_in(val_root, arguments)
-        if val_reader.classes == [""]:
-            val_reader = _flat(val_reader, options.val_labels)
-        elif options.val_labels:
-            logger.info("--val_labels has no effect: the images in %s lie in class folders.", show(val_root))
-    return train_reader, val_reader
+                        "classes, or --disable_eval true.", code="missing_data")
+    shown = printable(reader.root)
+    if reader.classes != [""]:
+        if options.data_set == "image_folder" and {"train", "val"} <= set(reader.classes):
+            raise UserError(f"{shown} holds train/ and val/, which are no classes; give --data_set IMNET, or --data_path "
+                            f"{shown}/train --eval_data_path {shown}/val.", code="no_class_folders")
+        if options.val_labels and not training:
+            logger.info("--val_labels has no effect: the images in %s lie in class folders.", shown)
+        return _Split(part, reader, reader.labels, reader.classes)
+    if training or not options.val_labels:
+        raise UserError(f"{shown} holds images but no class folders; sort them into one folder per class" + (
+            "." if training else ", or give their classes with --val_labels FILE (a CSV of file name,synset, or the "
+            "devkit's ILSVRC2012_validation_ground_truth.txt with meta.mat beside it)."), code="no_class_folders")
+    file_names = [os.path.basename(reader.name(i)) for i in range(len(reader))]
+    classes, labels = np.unique(read_val_labels(options.val_labels, file_names), return_inverse=True)
+    return _Split(part, reader, labels.astype(np.int32), classes.tolist(), "synset")
 
 
-def _pictures_in(root: str, arguments: dict) -> FolderReader | ShardReader:
-    return ShardReader(root, **arguments) if shards_in(root) else FolderReader(index_folder(root, **arguments))
+def _root(options: Options, part: str) -> str:
+    """The folder of a split; '' for one that the options do not name."""
+    if part == "val" and (options.eval_data_path or options.data_set == "image_folder"):
+        return options.eval_data_path or ""
+    if not options.data_path or options.data_set in ("CIFAR", "image_folder"):
+        return options.data_path
+    return os.path.join(options.data_path, part)
 
 
-def _check_classes(train: FolderReader | ShardReader, allow_empty: bool, image_folder: bool) -> None:
-    root = show(_source(train))
-    if train.classes == [""]:
-        raise UserError(f"{root} holds images but no class folders; sort them into one folder per class.")
-    if image_folder and {"train", "val"} <= set(train.classes):
-        raise UserError(f"{root} holds train/ and val/, which are no classes; with --data_set image_folder --data_path is the "
-                        f"train folder itself: give --data_path {root}/train --eval_data_path {root}/val, or --data_set IMNET.")
-    empty = np.flatnonzero(np.bincount(train.labels, minlength=len(train.classes)) == 0)
-    if len(empty) and not allow_empty:
-        raise UserError(f"{len(empty)} class folders in {root} hold no image, such as "
-                        f"{show(train.classes[empty[0]])}; remove them, or train on with --allow_class_mismatch true.")
+def _deciding_classes(options: Options, split: _Split) -> list[str]:
+    """The class folders that decide: those of the train folder when there is one, trained on or not."""
+    root = _root(options, "train")
+    here = split.part == "val" and options.data_set != "CIFAR" and os.path.isdir(root)
+    return (class_folders(root) if here else []) or split.classes
 
 
-def _flat(reader: FolderReader, val_labels: str | None) -> FolderReader:
-    """Give the images of a flat val folder the classes of the label file."""
-    if not val_labels:
-        raise UserError(f"{show(reader.index.root)} holds images but no class folders; give their classes with "
-                        "--val_labels FILE (a CSV of file name,synset, or the devkit's "
-                        "ILSVRC2012_validation_ground_truth.txt with meta.mat beside it), or sort them into one folder "
-                        "per class.")
-    found = label_maps.read_val_labels(val_labels, [os.path.basename(reader.path(i)) for i in range(len(reader))])
-    reader.classes, places = (part.tolist() for part in np.unique(found, return_inverse=True))
-    reader.labels = np.array(places, dtype=np.int32)
-    return reader
-
-
-def _dataset(options, reader: Reader, names: list[str], part: str, notes: list[str]) -> ImageDataset:
-    training = part == "train"
-    places = label_maps.map_folders(
-        reader.classes, names, partial=set(names) >= set(imagenet_synsets()),
-        allow_mismatch=options.allow_class_mismatch, what=f"the {part} data ({show(_source(reader))})")
-    targets = places[reader.labels]
-    left_out = int((targets < 0).sum())
-    if left_out:
-        notes.append(f"{part}: {left_out} images of folders without a class are left out")
-    found = len(np.unique(targets[targets >= 0]))
-    notes.append(f"{part}: {len(targets) - left_out} images in {found} of {len(names)} classes")
-    if not training and tuple(names) == imagenet_synsets() and len(targets) != 50_000:
+def _dataset(options: Options, split: _Split, names: list[str], notes: list[str]) -> ImageDataset:
+    """The data set of a split with its logit positions; what a person should know is added to `notes`."""
+    part, reader, shown = split.part, split.reader, printable(split.reader.root)
+    empty = np.flatnonzero(np.bincount(split.labels, minlength=len(split.classes)) == 0)
+    if len(empty) and part == "train" and not options.allow_class_mismatch and options.data_set != "CIFAR":
+        raise UserError(f"{plural(len(empty), 'class folder')} in {shown} without an image, such as "
+                        f"{printable(split.classes[empty[0]])}; remove them, or train anyway with "
+                        "--allow_class_mismatch true.", code="wrong_classes")
+    mapped = map_folders(split.classes, names, partial=set(names) >= set(imagenet_synsets()), noun=split.noun,
+                         allow_mismatch=options.allow_class_mismatch, what=f"the {part} data ({shown})")
+    targets = mapped[split.labels]
+    known, found = int((targets >= 0).sum()), len(np.unique(targets[targets >= 0]))
+    if len(names) < 2 or (part == "train" and found < 2):
+        raise UserError(f"{shown} has images of one class only ({printable(split.classes[0])}), so any network "
+                        "would be correct without learning; give at least two class folders.", code="one_class")
+    if known < len(targets):
+        notes.append(f"{part}: {len(targets) - known} images of {split.noun}s without a class are skipped")
+    notes.append(f"{part}: {known} images in {found} of {len(names)} classes")
+    if reader.left_out:
+        types = sorted(reader.left_out.items(), key=lambda item: (-item[1], item[0]))
+        words = ", ".join(f"{count} {printable(kind)}" for kind, count in types[:6]) + ", …" * (len(types) > 6)
+        notes.append(f"{part}: {plural(sum(reader.left_out.values()), 'file')} skipped, as they are no images: {words}")
+    if part == "val" and tuple(names) == imagenet_synsets() and len(targets) != 50_000:
         notes.append(f"val: {len(targets)} images, the ImageNet validation set has 50000")
-    size = options.input_size
-    if training:
-        erasing = Erasing(options.reprob, options.recount) if options.reprob > 0 else None
-        return ImageDataset(reader, targets, train_transform(options), size, seed=options.seed, erasing=erasing)
-    return ImageDataset(reader, targets, eval_transform(size, options.crop_pct), size)
+    size, training = options.input_size, part == "train"
+    transform = train_transform(options) if training else eval_transform(size, options.crop_pct)
+    erasing = Erasing(options.reprob, options.recount) if training and options.reprob > 0 else None
+    return ImageDataset(reader, targets, transform, size, seed=options.seed, erasing=erasing,
+                        exif_orientation=options.exif_orientation)
 
 
-def _source(reader: Reader) -> str:
-    return reader.index.root if isinstance(reader, FolderReader) else reader.source
-
-
-def train_loader(data: Data, options, sampler: GlobalBatchSampler) -> ImageLoader:
+def train_loader(data: Data, options: Options, sampler: GlobalBatchSampler) -> ImageLoader:
     """One loader for the whole run; call `sampler.set_start(epoch, update)` before each iteration."""
+    assert data.train is not None
     return make_loader(data.train, options, sampler)
 
 
-def eval_loader(data: Data, options, rank: int = 0, world_size: int = 1) -> ImageLoader:
-    """This rank's share of the validation images, each once over all ranks, in batches of 1.5 x batch_size."""
+def eval_loader(data: Data, options: Options, rank: int = 0, world_size: int = 1, *,
+                refuse_bad: bool = False) -> ImageLoader:
+    """This rank's share of the validation images, each once over all ranks, in batches of 1.5 x batch_size.
+
+    refuse_bad: an unreadable image is a UserError; otherwise it counts as incorrect and is kept in `bad_images`.
+    """
+    assert data.val is not None
     sampler = ExactEvalSampler(len(data.val), rank, world_size)
     batches = BatchSampler(sampler, max(1, int(1.5 * options.batch_size)), drop_last=False)
-    return make_loader(data.val, options, batches, refuse_bad=not options.allow_bad_images)
+    return make_loader(data.val, options, batches, refuse_bad=refuse_bad)
+
+
+@dataclass
+class SampleCheck:
+    """looked: images decoded; unreadable: (path, reason); tiny: paths of images below half the input size;
+    seconds: mean time to decode and transform one; classes: classes met."""
+
+    looked: int
+    classes: int
+    seconds: float
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    tiny: list[str] = field(default_factory=list)
+
+    def sentences(self) -> list[str]:
+        """What a person should know, in words; the first says what was looked at."""
+        found = [f"{self.looked} images of {self.classes} classes looked at, {1000 * self.seconds:.1f} ms each, "
+                 f"{len(self.unreadable)} unreadable"]
+        found += [f"unreadable: {path} ({reason})" for path, reason in self.unreadable[:1]]
+        if self.tiny:
+            found.append(f"{len(self.tiny)} images are smaller than half the input size, such as {self.tiny[0]}")
+        return found
+
+
+def check_sample(dataset: ImageDataset, count: int = 64, seed: int = 0) -> SampleCheck:
+    """Decode and transform up to `count` images drawn evenly from the data set; bad ones are counted, not raised."""
+    count = min(count, len(dataset))
+    edges = np.linspace(0, len(dataset), count + 1).astype(np.int64)
+    chosen = [int(i) for i in numpy_generator(seed, "check").integers(edges[:-1], edges[1:])]
+    found = SampleCheck(count, len(np.unique(dataset.targets[chosen])), 0.0)
+    started = time.perf_counter()
+    for index in chosen:
+        try:
+            image = dataset.image(index)
+            if min(image.size) * 2 < dataset.size:
+                found.tiny.append(printable(dataset.path(index)))
+            dataset.transform(image)
+        except BadImage as error:
+            found.unreadable.append((printable(dataset.path(index)), str(error)))
+    found.seconds = (time.perf_counter() - started) / max(1, count)
+    return found

@@ -1,66 +1,83 @@
-"""CIFAR-10 and CIFAR-100 as distributed (python version), read without executing their pickles."""
+"""The form of CIFAR-10 and CIFAR-100 as distributed (python version), read without executing their pickles."""
+import importlib
 import io
 import os
 import pickle
+from collections.abc import Callable
 
 import numpy as np
 
 from common.errors import UserError
-from datasets.images import show
-from datasets.readers import ArrayReader
+from common.text import printable
+from datasets.images import read_file
 
-_FILES = {  # classes: folder, train files, test files, names file, key of the names, key of the labels
+_FILES = {  # classes: folder, train files, val files, names file, key of the names, key of the labels
     10: ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"], "batches.meta",
          "label_names", "labels"),
     100: ("cifar-100-python", ["train"], ["test"], "meta", "fine_label_names", "fine_labels")}
+_ALLOWED = {  # what pickles of arrays, numbers and bytes are made of; none of it does anything else
+    "numpy.core.multiarray": ("_reconstruct", "scalar"), "numpy.core.numeric": ("_frombuffer",),
+    "numpy": ("ndarray", "dtype"), "_codecs": ("encode",), "builtins": ("bytes", "bytearray")}
+
+
+class Cifar:
+    """Images held in memory, uint8 (N, 32, 32, 3); a Reader."""
+
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray, classes: list[str], root: str):
+        self.pixels, self.labels, self.classes, self.root = pixels, labels.astype(np.int32), classes, root
+        self.left_out: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """File and position of image `index`."""
+        return f"{self.root}[{index}]"
+
+    def encoded(self, index: int) -> bytes:
+        """Image `index` as a PPM file, which is its pixels behind a short header."""
+        return b"P6 32 32 255\n" + self.pixels[index].tobytes()
+
+
+def read_cifar(root: str, num_classes: int, train: bool) -> Cifar:
+    """CIFAR-10 or -100 from `root`, or from its usual subfolder; UserError when a file is not what it should be."""
+    if num_classes not in _FILES:
+        raise UserError(f"--data_set CIFAR has 10 or 100 classes, not --nb_classes {num_classes}.",
+                        code="wrong_classes")
+    subfolder, train_files, val_files, meta, names_key, labels_key = _FILES[num_classes]
+    folder = os.path.join(root, subfolder) if os.path.isdir(os.path.join(root, subfolder)) else root
+    name, pixels, labels = "", [], []
+    try:
+        for name in train_files if train else val_files:
+            content = read_arrays(os.path.join(folder, name))
+            data, found = content["data"], np.asarray(content[labels_key], dtype=np.int32)
+            if data.dtype != np.uint8 or found.min() < 0 or found.max() >= num_classes or len(found) != len(data):
+                raise ValueError("its labels or pixels are out of range")
+            pixels.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+            labels.append(found)
+        name = meta
+        classes = [text.decode() if isinstance(text, bytes) else text
+                   for text in read_arrays(os.path.join(folder, meta))[names_key]]
+        if len(set(classes)) != num_classes:
+            raise ValueError(f"it does not name {num_classes} classes")
+    except Exception as error:  # A damaged or hostile pickle raises nearly anything; nothing of it has been executed.
+        raise UserError(f"{printable(os.path.join(folder, name))} is no file of CIFAR-{num_classes} ({error}); unpack "
+                        "the python version of CIFAR there.", code="unreadable_data") from error
+    return Cifar(np.ascontiguousarray(np.concatenate(pixels)), np.concatenate(labels), classes,
+                 os.path.join(folder, "train" if train else "test"))
+
+
+def read_arrays(path: str) -> dict:
+    """The dictionary in a CIFAR file, pickled by Python 2 or 3, keys as text."""
+    content = _ArraysOnly(io.BytesIO(read_file(path)), encoding="bytes").load()
+    return {(name.decode() if isinstance(name, bytes) else name): value for name, value in content.items()}
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Accepts NumPy arrays beside plain containers and refuses every other global."""
+    """Accepts NumPy arrays and numbers beside plain containers and refuses every other global."""
 
-    def find_class(self, module: str, name: str):
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return _reconstruct
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
-
-
-def _reconstruct(kind, shape, code):
-    if kind is not np.ndarray:
-        raise pickle.UnpicklingError("only plain arrays are allowed")
-    return np.ndarray.__new__(np.ndarray, shape, code)
-
-
-def read_arrays(path: str) -> dict[str, object]:
-    """The dictionary in a CIFAR file, keys as text; UserError when it holds anything but arrays and plain values."""
-    try:
-        with open(path, "rb") as file:
-            content = _ArraysOnly(io.BytesIO(file.read()), encoding="bytes").load()
-        return {(name.decode() if isinstance(name, bytes) else name): value for name, value in content.items()}
-    except OSError as error:
-        raise UserError(f"{show(path)} cannot be read ({error.strerror}); unpack the python version of CIFAR "
-                        "there.") from error
-    except Exception as error:  # A damaged or hostile pickle raises nearly anything; nothing of it has been executed.
-        raise UserError(f"{show(path)} is not a CIFAR file ({error}); download the python version again.") from error
-
-
-def read_cifar(root: str, num_classes: int, train: bool) -> ArrayReader:
-    """CIFAR-10 or -100 from `root`, or from its usual subfolder."""
-    if num_classes not in _FILES:
-        raise UserError(f"--data_set CIFAR has 10 or 100 classes, not --nb_classes {num_classes}.")
-    subfolder, train_files, test_files, meta, names_key, labels_key = _FILES[num_classes]
-    folder = os.path.join(root, subfolder) if os.path.isdir(os.path.join(root, subfolder)) else root
-    pixels, labels = [], []
-    for name in train_files if train else test_files:
-        content = read_arrays(os.path.join(folder, name))
-        data, found = np.asarray(content.get("data")), np.asarray(content.get(labels_key))
-        if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072 or found.shape != data.shape[:1] \
-                or found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= num_classes:
-            raise UserError(f"{show(os.path.join(folder, name))} does not hold CIFAR-{num_classes} images and "
-                            "labels; download the python version again.")
-        pixels.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-        labels.append(found)
-    classes = [name.decode() for name in read_arrays(os.path.join(folder, meta))[names_key]]
-    return ArrayReader(np.ascontiguousarray(np.concatenate(pixels)), np.concatenate(labels), classes,
-                       os.path.join(folder, "train" if train else "test"))
+    def find_class(self, module: str, name: str) -> Callable:
+        module = module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins")
+        if name not in _ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
+        return getattr(importlib.import_module(module.replace("numpy.core", "numpy._core")), name)

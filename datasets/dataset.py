@@ -3,13 +3,16 @@ import atexit
 import ctypes
 import gc
 import os
+import resource
 import signal
 import sys
+import threading
 import time
 import weakref
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Callable, Iterator, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,19 +22,28 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from common.errors import UserError
 from common.random import key, reseed, seeded
-from common.log import logger
-from native.jpeg import NeedsPillow, available, picture_of
-from datasets.images import BadImage, show
-from datasets.transforms import Erasing
+from common.text import printable
+from config.options import Options
+from datasets.images import BadImage, decode, fast_jpeg, transformed
+from datasets.readers import Reader
+from datasets.sampler import Item
+from datasets.transforms import Erasing, Transform
 
-UNREADABLE_TARGET = -100
+UNREADABLE_TARGET = -100  # torch's cross entropy passes over it, and no prediction equals it
 _ATTEMPTS = 20
+_PATIENCE = 300  # seconds for one batch
+_SHORTAGES = {  # what an error of the loader means when the machine has run out of something other than memory
+    "Too many open files": "open files than `ulimit -n` allows",
+    "unable to allocate shared memory": "shared memory than /dev/shm has (docker run --shm-size 8g)",
+    "can't start new thread": "threads than `ulimit -u` or the container allows",
+    "Resource temporarily unavailable": "processes than `ulimit -u` or the container allows"}
 
 
 class Batch(NamedTuple):
     """images uint8 (B, H, W, 3); targets, indices (in the data set) and positions (global, within the epoch; -1 in
     evaluation) int64 (B,); boxes to erase int32 (B, recount, 4) as top, left, height, width (0 = none); bad bool (B,):
-    in training the image was replaced, in evaluation it is black and its target -100; epoch (-1 in evaluation)."""
+    in training the image was replaced, in evaluation it is black and its target -100; epoch (-1 in evaluation);
+    unreadable: (index, reason) of each image that could not be read, replacements included."""
 
     images: torch.Tensor
     targets: torch.Tensor
@@ -40,141 +52,142 @@ class Batch(NamedTuple):
     boxes: torch.Tensor
     bad: torch.Tensor
     epoch: int
+    unreadable: tuple[tuple[int, str], ...] = ()
 
 
-class Reader(Protocol):
-    """A source of images: `image(i)` gives RGB or raises BadImage; `labels` are positions in `classes`."""
-
-    labels: np.ndarray
-    classes: list[str]
-
-    def __len__(self) -> int: ...
-    def path(self, index: int) -> str: ...
-    def image(self, index: int) -> Image.Image: ...
-
-
-@runtime_checkable
-class EncodedReader(Protocol):
-    """A reader that can also give an image's bytes undecoded; raises BadImage."""
-
-    def encoded(self, index: int) -> bytes: ...
-
-
-class ImageDataset(Dataset):
+class ImageDataset(Dataset[Batch]):
     """Images of a reader with their logit positions, transformed; takes a micro-batch's items, gives a Batch.
 
-    targets: int64 (N,), -1 for images of no class, which are left out; indices count what is left.
-    `compiled` False keeps JPEGs out of the compiled helper (datasets/fast.py); the pixels are the same.
+    targets: int64 (N,), -1 for images of no class, which are left out; indices count what is left. `compiled` False
+    keeps JPEGs out of the compiled reader; the pixels are the same.
     """
 
-    def __init__(self, reader: Reader, targets: np.ndarray, transform: Callable[[Image.Image], np.ndarray], size: int,
-                 *, seed: int = 0, erasing: Erasing | None = None):
-        self.compiled = isinstance(reader, EncodedReader)
-        if self.compiled:
-            available()  # Built and tested here, once, so that forked workers inherit it.
+    def __init__(self, reader: Reader, targets: np.ndarray, transform: Transform, size: int, *, seed: int = 0,
+                 erasing: Erasing | None = None, exif_orientation: bool = False, compiled: bool = True):
+        if compiled:
+            fast_jpeg()  # Built and tested here, once, so that forked workers inherit it.
         kept = targets >= 0
         self._kept = None if kept.all() else np.flatnonzero(kept)
         self.targets = targets if self._kept is None else targets[self._kept]
         self.reader, self.transform, self.size, self.seed, self.erasing = reader, transform, size, seed, erasing
+        self.exif_orientation, self.compiled = exif_orientation, compiled
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def path(self, index: int) -> str:
         """Where image `index` comes from, for reports."""
-        return self.reader.path(self._place(index))
+        return self.reader.name(self._place(index))
 
     def image(self, index: int) -> Image.Image:
         """Image `index` as RGB; raises BadImage."""
-        return self.reader.image(self._place(index))
+        return decode(self.reader.encoded(self._place(index)), self.exif_orientation)
 
-    def _place(self, index: int) -> int:
-        return index if self._kept is None else int(self._kept[index])
+    def pixels(self, index: int, draws: int | None = None) -> np.ndarray:
+        """Image `index` transformed, uint8 (size, size, 3), with random draws seeded by `draws`.
 
-    def __getitem__(self, item) -> Batch:
+        Raises BadImage, and RuntimeError naming the image when the transform fails.
+        """
+        def work(image: Image.Image) -> np.ndarray:
+            if draws is not None:
+                reseed(draws)
+            return self.transform(image)
+
+        data = self.reader.encoded(self._place(index))
+        try:
+            return transformed(data, work, exif_orientation=self.exif_orientation, compiled=self.compiled)
+        except (BadImage, OSError):
+            raise
+        except Exception as error:
+            raise RuntimeError(f"transforming {printable(self.path(index))} failed: {error}") from error
+
+    def __getitem__(self, item: Item | int) -> Batch:
         return self.__getitems__([item])
 
-    def __getitems__(self, items: list) -> Batch:
+    def __getitems__(self, items: list[Item] | list[int]) -> Batch:
         """A Batch from (epoch, index, position) tuples in training or plain indices in evaluation."""
         count, size = len(items), self.size
         images = torch.empty(count, size, size, 3, dtype=torch.uint8)
         if get_worker_info() is not None:
             images.share_memory_()  # While still empty: filled in place, it need not be copied on its way out.
         boxes = np.zeros((count, self.erasing.count if self.erasing else 1, 4), dtype=np.int32)
-        targets, bad, pixels = np.empty(count, dtype=np.int64), np.zeros(count, dtype=bool), images.numpy()
-        items = [item if isinstance(item, tuple) else (-1, item, -1) for item in items]
-        indices, positions = torch.tensor([item[1:] for item in items], dtype=torch.int64).T.contiguous()
-        with seeded(0) if items[0][0] >= 0 else nullcontext():
-            for row, (epoch, index, _) in enumerate(items):
-                if epoch >= 0:
-                    targets[row], bad[row] = self._train(epoch, index, pixels[row], boxes[row])
-                else:
-                    targets[row], bad[row] = self._evaluate(index, pixels[row])
+        targets, bad, unreadable = np.empty(count, dtype=np.int64), np.zeros(count, dtype=bool), []
+        rows = [item if isinstance(item, tuple) else (-1, item, -1) for item in items]
+        with seeded(0) if rows[0][0] >= 0 else nullcontext():
+            for row, (epoch, index, _) in enumerate(rows):
+                used = self._fill(epoch, index, images.numpy()[row], boxes[row], unreadable)
+                targets[row], bad[row] = UNREADABLE_TARGET if used is None else self.targets[used], used != index
+        indices, positions = torch.tensor([row[1:] for row in rows], dtype=torch.int64).T.contiguous()
         return Batch(images, torch.from_numpy(targets), indices, positions, torch.from_numpy(boxes),
-                     torch.from_numpy(bad), items[0][0])
+                     torch.from_numpy(bad), rows[0][0], tuple(unreadable))
 
-    def _train(self, epoch: int, index: int, pixels: np.ndarray, boxes: np.ndarray) -> tuple[int, bool]:
-        chosen = index
-        for attempt in range(_ATTEMPTS):
+    def _place(self, index: int) -> int:
+        return index if self._kept is None else int(self._kept[index])
+
+    def _fill(self, epoch: int, index: int, pixels: np.ndarray, boxes: np.ndarray,
+              unreadable: list[tuple[int, str]]) -> int | None:
+        """Fill a row of a batch and return the index of the image in it: `index`, or in training, where that cannot be
+        read, another. None and a black row when none could be read."""
+        used = index
+        for attempt in range(_ATTEMPTS if epoch >= 0 else 1):
             try:
-                self._fill(chosen, key(self.seed, "augment", epoch, index), pixels, boxes)
-                return self.targets[chosen], chosen != index
+                pixels[:] = self.pixels(used, key(self.seed, "augment", epoch, index) if epoch >= 0 else None)
             except BadImage as error:
-                logger.warning("unreadable image %s (%s), replaced by another", show(self.path(chosen)), error)
-                chosen = key(self.seed, "replace", epoch, index, attempt) % len(self)
-        raise UserError(f"{_ATTEMPTS} images in a row are unreadable, the last is {show(self.path(chosen))}; check "
-                        "the disk and the data path.")
-
-    def _evaluate(self, index: int, pixels: np.ndarray) -> tuple[int, bool]:
-        try:
-            self._fill(index, None, pixels)
-        except BadImage:
-            pixels[:] = 0
-            return UNREADABLE_TARGET, True
-        return self.targets[index], False
-
-    def _fill(self, index: int, draws: int | None, pixels: np.ndarray, boxes: np.ndarray | None = None) -> None:
-        """Image `index` to `pixels`, with draws seeded by `draws`; raises BadImage."""
-        for image in self._images(index):
-            try:
-                if draws is not None:
-                    reseed(draws)
-                pixels[:] = self.transformed(image, index)
-                if boxes is not None and self.erasing is not None:
-                    boxes[:] = self.erasing.boxes(self.size, self.size)
-                return
-            except NeedsPillow:
+                unreadable.append((used, str(error)))
+                used = key(self.seed, "replace", epoch, index, attempt) % len(self)
                 continue
-
-    def _images(self, index: int) -> Iterator[Image.Image]:
-        """The image to be decoded by the compiled helper, if that can be; then, asked for again, Pillow's."""
-        if self.compiled and available():
-            image = picture_of(self.reader.encoded(self._place(index)))
-            if image is not None:
-                yield image
-        yield self.image(index)
-
-    def transformed(self, image: Image.Image, index: int) -> np.ndarray:
-        """The transform's pixels; an error in it names the image."""
-        try:
-            return self.transform(image)
-        except NeedsPillow:
-            raise
-        except Exception as error:
-            raise RuntimeError(f"transforming {show(self.path(index))} failed: {error}") from error
+            if epoch >= 0 and self.erasing is not None:
+                boxes[:] = self.erasing.boxes(self.size, self.size)
+            return used
+        pixels[:] = 0
+        return None
 
 
-class ImageLoader(DataLoader):
-    """A DataLoader that names unreadable images: `bad_images` maps the dataset index to the times it was met; with
-    `refuse_bad` (evaluation) the first one is a UserError, raised in the main process so that it is one sentence."""
+_torch_handler: Callable | None = None
+
+
+@contextmanager
+def worker_deaths_noticed() -> Iterator[None]:
+    """While a batch is awaited, the death of a worker is an error at once; elsewhere it waits for the next batch.
+
+    PyTorch's handler of SIGCHLD stays in place for good and raises in the middle of any line: of a save, of the error
+    handling itself. So it is kept aside and only used here.
+    """
+    global _torch_handler
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    try:
+        if _torch_handler is not None:
+            signal.signal(signal.SIGCHLD, _torch_handler)
+            _torch_handler(signal.SIGCHLD, None)  # those that died before
+        yield
+    finally:
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        _torch_handler = handler if callable(handler) else _torch_handler
+
+
+class ImageLoader(DataLoader[Batch]):
+    """A DataLoader that keeps what could not be read; workers log nothing, so that no progress bar is torn.
+
+    bad_images: (index in the data set, reason), each image once in the loader's life; whoever reports them empties the
+    list. With `refuse_bad` the first one is a UserError instead; so are 20 unreadable ones in a row in training.
+    """
 
     def __init__(self, dataset: ImageDataset, *, refuse_bad: bool, **arguments):
         super().__init__(dataset, **arguments)
-        self.refuse_bad = refuse_bad
-        self.bad_images: dict[int, int] = {}
+        self.images, self.refuse_bad = dataset, refuse_bad
+        self.bad_images: list[tuple[int, str]] = []
+        self._known: set[int] = set()
         if self.num_workers:
             # multiprocessing ends what is left at exit by one SIGTERM, which workers let pass: end them before.
             atexit.register(_close, weakref.ref(self))
+
+    def take_bad(self) -> list[str]:
+        """The images that could not be read since the last call."""
+        paths = [self.dataset.path(index) for index in self.bad_images]
+        self.bad_images.clear()
+        return paths
 
     def close(self) -> None:
         """End the workers; a later iteration starts new ones."""
@@ -184,47 +197,75 @@ class ImageLoader(DataLoader):
             iterator._shutdown_workers()
 
     def __iter__(self) -> Iterator[Batch]:
+        if self.num_workers and self._iterator is None and dist.is_available() and dist.is_initialized():
+            # A thread of the process group that is just letting go of a tensor holds a lock of the interpreter, and
+            # a worker forked meanwhile waits for it for ever (CPython 3.11): let those threads come to rest.
+            time.sleep(0.2)
         try:
-            if self.num_workers and self._iterator is None and dist.is_available() and dist.is_initialized():
-                # A thread of the process group that is just letting go of a tensor holds a lock of the interpreter, and
-                # a worker forked meanwhile waits for it for ever (CPython 3.11): let those threads come to rest.
-                time.sleep(0.2)
-            for batch in super().__iter__():
-                if batch.bad.any():
-                    self._note(batch.indices[batch.bad].tolist())
+            with worker_deaths_noticed():
+                batches = super().__iter__()
+            while True:
+                with worker_deaths_noticed():
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                if len(batch.unreadable):
+                    self._keep(batch)
                 yield batch
-        except UserError as error:
-            # From a worker it arrives wrapped in a traceback; its last line is the sentence.
-            raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.errors.UserError: ")) from None
+        except Exception as error:
+            self.close()
+            for words, what in _SHORTAGES.items():
+                if words in str(error):
+                    raise _too_few(what) from error
+            raise
 
-    def _note(self, indices: list[int]) -> None:
-        for index in indices:
-            self.bad_images[index] = self.bad_images.get(index, 0) + 1
+    def _keep(self, batch: Batch) -> None:
+        index, reason = batch.unreadable[-1]
         if self.refuse_bad:
-            try:
-                self.dataset.image(indices[0])
-                reason = "readable at a second try"
-            except BadImage as error:
-                reason = str(error)
-            raise UserError(f"Image {show(self.dataset.path(indices[0]))} cannot be read ({reason}); mend it, or "
-                            "count unreadable images as wrong with --allow_bad_images true.")
+            raise UserError(f"Image {printable(self.images.path(index))} cannot be read ({reason}); fix or remove it, or "
+                            "count unreadable images as incorrect with --allow_bad_images true.", code="unreadable_image")
+        if batch.epoch >= 0 and (batch.targets == UNREADABLE_TARGET).any():
+            raise UserError(f"{_ATTEMPTS} images in a row are unreadable, the last is {printable(self.images.path(index))} "
+                            f"({reason}); check the disk and the data path.", code="unreadable_image")
+        for index, reason in batch.unreadable:
+            if index not in self._known:
+                self._known.add(index)
+                self.bad_images.append((index, reason))
 
 
-def make_loader(dataset: ImageDataset, options, batch_sampler, *, refuse_bad: bool = False) -> ImageLoader:
-    """The loader over `batch_sampler`: workers live as long as the loader, and end with their parent.
+def _need_descriptors(workers: int) -> None:
+    """Allow as many open files as the loader can need, six per batch on its way and some per worker, because a worker
+    that runs out of them ends in tracebacks; UserError where the hard limit forbids it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(os.listdir("/dev/fd")) + 16 * workers + 32
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise _too_few(_SHORTAGES["Too many open files"])
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def _too_few(what: str) -> UserError:
+    return UserError(f"Loading images needs more {what}: raise that, or lower --num_workers.",
+                     code="too_few_resources")
+
+
+def make_loader(dataset: ImageDataset, options: Options, batches: Iterable, *, refuse_bad: bool = False) -> ImageLoader:
+    """The loader over `batches` of items: workers live as long as the loader, and end with their parent.
 
     Its own generator keeps the base seed that every iteration draws away from the default one.
     """
-    workers, method = options.num_workers, getattr(options, "worker_start", None) or _start_method()
-    extra = dict(persistent_workers=True, timeout=getattr(options, "loader_timeout", None) or 300,
-                 worker_init_fn=partial(_start_worker, os.getpid() if method == "fork" else None),
-                 multiprocessing_context=method) if workers else {}
-    return ImageLoader(dataset, refuse_bad=refuse_bad, batch_sampler=batch_sampler, collate_fn=_as_is,
-                         num_workers=workers, pin_memory=options.pin_mem and torch.cuda.is_available(),
-                         generator=torch.Generator(), **extra)
+    if options.num_workers:
+        _need_descriptors(options.num_workers)
+    workers, method = options.num_workers, "fork" if sys.platform == "linux" else "spawn"
+    # A forked worker is there in 0.05 s (spawned: 3 s) and shares the index; it never touches an accelerator.
+    extra = {"persistent_workers": True, "timeout": _PATIENCE, "multiprocessing_context": method,
+             "worker_init_fn": partial(_start_worker, os.getpid() if method == "fork" else None)} if workers else {}
+    return ImageLoader(dataset, refuse_bad=refuse_bad, batch_sampler=batches, collate_fn=_as_is,
+                       num_workers=workers, pin_memory=options.pin_mem and torch.cuda.is_available(),
+                       generator=torch.Generator(), **extra)
 
 
-def _close(reference: weakref.ref) -> None:
+def _close(reference: weakref.ref[ImageLoader]) -> None:
     loader = reference()
     if loader is not None:
         loader.close()
@@ -232,11 +273,6 @@ def _close(reference: weakref.ref) -> None:
 
 def _as_is(batch: Batch) -> Batch:
     return batch
-
-
-def _start_method() -> str:
-    # A forked worker is there in 0.05 s (spawned: 3 s) and shares the index; it never touches an accelerator.
-    return "fork" if sys.platform == "linux" else "spawn"
 
 
 def _start_worker(parent: int | None, worker: int) -> None:

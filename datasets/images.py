@@ -1,72 +1,123 @@
-"""Decoding one image: what the published code accepts, and one exception for everything that cannot be read."""
+"""From the bytes of a file to an image: which formats, which pixels, and one exception for all that cannot be read.
+
+Pixels are those of Pillow's `convert("RGB")`, as published: an animation's first frame, no EXIF orientation unless it
+is asked for, and an alpha channel dropped without blending, so that the colours stored under transparent parts show.
+Only 16-bit grey differs: its values are scaled by 1/257, where Pillow would cut them off at 255 and show white.
+"""
 import errno
+import io
+import os
+import stat
 import warnings
-from typing import BinaryIO
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from common.text import printable as show  # noqa: F401  the name that the other modules still import
+from common.text import file_size
 
 # Named formats keep Pillow's other plug-ins (EPS starts Ghostscript) out of reach of a data folder.
-FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF", "JPEG2000", "AVIF")
+LARGEST_FILE = 1 << 30  # bytes
 
 # The process ran out of something: not the image's fault, so it must not count as a bad image.
 _PROCESS_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_16_BITS = ("PNG", "PPM")  # what these give as mode I has 16 bits
+_T = TypeVar("_T")
 
 
 class BadImage(Exception):
     """An image that cannot be read; the message is the reason without its path."""
 
 
-def decode(file: BinaryIO) -> Image.Image:
-    """The whole image as RGB: any mode through `convert('RGB')`, EXIF orientation ignored, as published.
+@cache
+def extensions() -> tuple[str, ...]:
+    """Endings of file names, in lower case and with the dot, that Pillow gives to the formats read here."""
+    known = Image.registered_extensions()  # loads all of Pillow's plug-ins
+    return tuple(sorted(name for name, kind in known.items() if kind in (*FORMATS, "MPO")))
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name is taken for an image; hidden files, such as macOS' `._x.jpg`, are not."""
+    return name.lower().endswith(extensions()) and not name.startswith(".")
+
+
+def read_file(path: str, limit: int = LARGEST_FILE) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes; BadImage for any other, which is not even opened."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadImage("not a regular file")
+        if status.st_size > limit:
+            raise BadImage(f"larger than {file_size(limit)}")
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
+    except OSError as error:
+        if error.errno in _PROCESS_ERRORS:
+            raise
+        raise BadImage(_reason(error)) from error
+
+
+def decode(data: bytes, exif_orientation: bool = False) -> Image.Image:
+    """The whole image as RGB, by Pillow; `exif_orientation` turns it as its EXIF entry says.
 
     Raises BadImage for whatever Pillow says about the bytes, a decompression bomb (more than twice
-    `Image.MAX_IMAGE_PIXELS`, 179 million pixels) included.
+    `Image.MAX_IMAGE_PIXELS`, 179 million pixels) included, and for 32-bit pixels, whose range nobody knows.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return Image.open(file, formats=FORMATS).convert("RGB")
-    except OSError as error:
-        if error.errno in _PROCESS_ERRORS:
-            raise
-        raise BadImage(_reason(error)) from error
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            kind = image.format
+            if exif_orientation:
+                image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16") or (image.mode == "I" and kind in _16_BITS):
+                image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise BadImage("32-bit pixels, which have no common range; save it with 8 or 16 bits")
+            return image.convert("RGB")
+    except BadImage:
+        raise
     except Exception as error:  # Damaged files make Pillow's plug-ins raise nearly anything.
-        raise BadImage(_reason(error)) from error
-
-
-def decode_path(path: str) -> Image.Image:
-    """`decode` for a file; one that cannot be opened (missing, a loop of links, no permission) is a BadImage too."""
-    with _opened(path) as file:
-        return decode(file)
-
-
-def read_path(path: str) -> bytes:
-    """The bytes of a file; BadImage when it cannot be opened or read."""
-    with _opened(path, buffering=0) as file:
-        try:
-            return file.read()
-        except OSError as error:
-            if error.errno in _PROCESS_ERRORS:
-                raise
-            raise BadImage(_reason(error)) from error
-
-
-def _opened(path: str, buffering: int = -1) -> BinaryIO:
-    try:
-        return open(path, "rb", buffering)
-    except OSError as error:
-        if error.errno in _PROCESS_ERRORS:
+        if isinstance(error, OSError) and error.errno in _PROCESS_ERRORS:
             raise
         raise BadImage(_reason(error)) from error
 
 
-def from_array(pixels: np.ndarray) -> Image.Image:
-    """An RGB image from uint8 (height, width, 3)."""
-    return Image.fromarray(pixels, "RGB") if pixels.ndim == 3 else Image.fromarray(pixels).convert("RGB")
+def decode_path(path: str, exif_orientation: bool = False) -> Image.Image:
+    """`decode` for a file; one that cannot be opened (missing, a loop of links, no permission) is a BadImage too."""
+    return decode(read_file(path), exif_orientation)
+
+
+def transformed(data: bytes, transform: Callable[[Image.Image], _T], *, exif_orientation: bool = False,
+                compiled: bool = True) -> _T:
+    """`transform(image)` of encoded `data`, through the compiled JPEG reader where it is available (unless `compiled`
+    is False), else through Pillow; both give the same pixels. Raises BadImage.
+
+    The compiled reader decodes only what a crop needs, so it finds damage within the transform, which is then called a
+    second time, with Pillow's image: draws must be seeded inside it. Turned images are left to Pillow.
+    """
+    fast = fast_jpeg() if compiled and not (exif_orientation and _may_be_turned(data)) else None
+    image = fast.image_of(data) if fast else None
+    if fast and image is not None:
+        try:
+            return transform(image)
+        except fast.NeedsPillow:
+            pass
+    return transform(decode(data, exif_orientation))
+
+
+def fast_jpeg() -> ModuleType | None:
+    """The compiled JPEG reader, None where it is not available."""
+    import native
+    return native.jpeg()
+
+
+def _may_be_turned(data: bytes) -> bool:
+    return b"Exif\0" in data or b"Orientation" in data  # as EXIF or as XMP
 
 
 def _reason(error: Exception) -> str:
@@ -74,5 +125,5 @@ def _reason(error: Exception) -> str:
         return error.strerror
     text = " ".join(str(error).split())
     if "cannot identify image file" in text:
-        return "no JPEG, PNG, BMP, PPM, TIFF, WebP or GIF image"
+        return "no JPEG, PNG, BMP, PPM, TIFF, WebP, GIF, JPEG 2000 or AVIF image"
     return f"{type(error).__name__}: {text}"[:200]

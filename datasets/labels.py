@@ -1,5 +1,8 @@
-"""From folder names to logit positions: ImageNet's own order, the 22k order, one's own classes, flat val folders."""
+"""From class folders to logit positions: ImageNet's own order, the 22k order, one's own classes, flat val folders."""
 import csv
+import io
+import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -7,7 +10,10 @@ import numpy as np
 
 from common.errors import UserError
 from common.synsets import imagenet_synsets, published_22k_synsets
-from datasets.images import show
+from common.text import printable
+from datasets.images import BadImage, read_file
+
+_LARGEST_LABELS = 256 << 20  # bytes; 1.28 million lines have 40 MB
 
 
 @dataclass
@@ -23,22 +29,24 @@ def classes_of(folders: list[str], nb_classes: int | None, *, imagenet_layout: b
     """The class list, in logit order, that class folders `folders` (sorted as text) stand for.
 
     Synset folders of ImageNet-1k with a 1000-class model (`nb_classes` 1000, or not given in the ImageNet layout) get
-    ImageNet's own order, so that a part of ImageNet is labelled rightly; those of the 22k set get the published one.
+    ImageNet's own order, so that a part of ImageNet gets its labels; those of the 22k set get the published one.
     Otherwise the folders' own order as text. Raises UserError when `nb_classes` does not fit.
     """
-    for listed, wanted in ((imagenet_synsets(), imagenet_layout), (published_22k_synsets(), len(folders) == 10459)):
-        if nb_classes == len(listed) or (nb_classes is None and wanted):
-            strays = sorted(set(folders) - set(listed))
-            if not strays or (allow_mismatch and len(strays) < len(folders)):
-                note = [] if len(folders) == len(listed) else [
-                    f"{len(folders) - len(strays)} of {len(listed)} classes have a folder; the order is ImageNet's own"]
-                return ClassMap(list(listed), note)
-            if len(strays) * 10 <= len(folders):
-                raise UserError(f"{_some(strays)} among {len(folders)} synset folders are none of the {len(listed)} "
-                                "classes; remove them, or leave them out with --allow_class_mismatch true.")
+    for known, wanted in ((imagenet_synsets(), imagenet_layout), (published_22k_synsets(), len(folders) == 10459)):
+        if nb_classes == len(known) or (nb_classes is None and wanted):
+            unknown = sorted(set(folders) - set(known))
+            if not unknown or (allow_mismatch and len(unknown) < len(folders)):
+                note = [] if len(folders) == len(known) else [
+                    f"{len(folders) - len(unknown)} of {len(known)} classes have a folder; the order is ImageNet's own"]
+                return ClassMap(list(known), note)
+            if len(unknown) * 10 <= len(folders):
+                raise UserError(f"{_some(unknown)} among {len(folders)} synset folders are none of the {len(known)} "
+                                "classes; remove them, or leave them out with --allow_class_mismatch true.",
+                                code="wrong_classes")
     if nb_classes is not None and nb_classes != len(folders):
         raise UserError(f"--nb_classes {nb_classes} does not fit the {len(folders)} class folders found "
-                        f"({_some(folders)}); give --nb_classes {len(folders)} or check the data path.")
+                        f"({_some(folders)}); give --nb_classes {len(folders)} or check the data path.",
+                        code="wrong_classes")
     return ClassMap(list(folders), _numbered(folders, evaluating and not allow_mismatch))
 
 
@@ -48,73 +56,89 @@ def _numbered(folders: list[str], strict: bool) -> list[str]:
         return []
     by_number = sorted(folders, key=int)
     at = next(i for i, folder in enumerate(folders) if folder != by_number[i])
-    sentence = (f"class folders are numbers and sort as text, so folder '{folders[at]}' is class {at}")
+    sentence = f"class folders are numbers and sort as text, so folder '{folders[at]}' is class {at}"
     if strict:
         raise UserError(f"The {sentence}, and the checkpoint names no classes to compare with; rename the folders with "
-                        "leading zeros or to synsets, or accept this order with --allow_class_mismatch true.")
+                        "leading zeros or to synsets, or accept this order with --allow_class_mismatch true.",
+                        code="wrong_classes")
     return [sentence + "; the class names are kept in the checkpoint, and evaluation goes by them"]
 
 
-def map_folders(folders: list[str], names: list[str], *, partial: bool, allow_mismatch: bool, what: str) -> np.ndarray:
-    """Logit index of each folder, int64 (folders,), -1 for folders of no class (only with `allow_mismatch`).
+def map_folders(found: list[str], names: list[str], *, partial: bool, allow_mismatch: bool, what: str,
+                noun: str = "folder") -> np.ndarray:
+    """Logit index of each class `found`, int64 (found,), -1 for those of no class (only with `allow_mismatch`).
 
-    partial: some classes may have no folder (a part of ImageNet); otherwise that is an error too.
-    Raises UserError naming the missing and extra classes.
+    partial: some classes may be missing (a part of ImageNet); otherwise that is an error too. noun: what `found` are,
+    folders or the synsets of a label file. Raises UserError naming the missing and extra classes.
     """
     position = {name: i for i, name in enumerate(names)}
-    found = np.array([position.get(folder, -1) for folder in folders], dtype=np.int64)
-    extra = [folder for folder in folders if folder not in position]
-    missing = sorted(set(names) - set(folders))
-    if not (found >= 0).any():
-        raise UserError(f"None of the {len(folders)} class folders in {what} ({_some(folders)}) is one of the "
-                        f"{len(names)} classes ({_some(names)}); check the path.")
-    problems = ([f"has folders of no known class: {_some(extra)}"] if extra else []) + (
-        [f"has no folder for {_some(missing)}"] if missing and not partial else [])
+    mapped = np.array([position.get(name, -1) for name in found], dtype=np.int64)
+    extra = [name for name in found if name not in position]
+    missing = sorted(set(names) - set(found))
+    if not (mapped >= 0).any():
+        raise UserError(f"None of the {len(found)} class {noun}s in {what} ({_some(found)}) is one of the "
+                        f"{len(names)} classes ({_some(names)}); check the path.", code="wrong_classes")
+    problems = ([f"has {noun}s of no known class: {_some(extra)}"] if extra else []) + (
+        [f"has no {noun} for {_some(missing)}"] if missing and not partial else [])
     if problems and not allow_mismatch:
-        raise UserError(f"{what[:1].upper()}{what[1:]} {' and '.join(problems)}; mend the folders, or go on with the "
-                        "common classes by --allow_class_mismatch true.")
-    return found
+        raise UserError(f"{what[:1].upper()}{what[1:]} {' and '.join(problems)}; fix the {noun}s, or use the common "
+                        "classes alone with --allow_class_mismatch true.", code="wrong_classes")
+    return mapped
 
 
 def _some(names: list[str], shown: int = 3) -> str:
-    listed = ", ".join(show(str(name)) for name in names[:shown])
+    listed = ", ".join(printable(str(name)) for name in names[:shown])
     return listed if len(names) <= shown else f"{listed}, … ({len(names)} in all)"
 
 
 def read_val_labels(path: str, file_names: list[str]) -> list[str]:
     """The class name of each file of a flat val folder, from a CSV of file name and synset (a header and further
-    columns are allowed) or the devkit's ground truth (one ILSVRC2012_ID per line) with meta.mat beside it.
+    columns are allowed, endings may differ) or the devkit's ground truth (one ILSVRC2012_ID per line) with meta.mat
+    beside it.
 
-    Raises UserError when the file is not readable as either, or an image has no label.
+    Raises UserError when the file is not readable as either, names a file twice, or an image has no label.
     """
-    try:
-        rows = [row for row in csv.reader(Path(path).read_text(encoding="utf-8").splitlines()) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--val_labels {path} cannot be read ({error}); give a CSV of file name,synset or "
-                        "ILSVRC2012_validation_ground_truth.txt.") from error
+    rows = _rows(path)
     if rows and all(len(row) == 1 and row[0].strip().isdigit() for row in rows):
         return _devkit_labels(Path(path), [int(row[0]) for row in rows], file_names)
-    table = {Path(row[0].strip()).stem: row[1].split()[0] for row in rows if len(row) > 1 and row[1].strip()}
-    unnamed = [name for name in file_names if Path(name).stem not in table]
+    labelled = [(Path(row[0].strip()).name, row[1].split()[0]) for row in rows if len(row) > 1 and row[1].strip()]
+    files, lines = (Counter(Path(name).stem for name in names) for names in (file_names, dict(labelled)))
+    exact = Counter(name for name, _ in labelled)
+    twice = [name for name, _ in labelled if exact[name] > 1 or lines[Path(name).stem] > max(1, files[Path(name).stem])]
+    if twice:
+        raise UserError(f"--val_labels {path} names {printable(twice[0])} twice; each image needs one line "
+                        "`file name,synset`.", code="invalid_labels")
+    table = {Path(name).stem: label for name, label in labelled} | dict(labelled)
+    found = [table.get(name, table.get(Path(name).stem)) for name in file_names]
+    unnamed = [name for name, label in zip(file_names, found, strict=True) if label is None]
     if unnamed:
         raise UserError(f"--val_labels {path} has no line for {len(unnamed)} of {len(file_names)} images, such as "
-                        f"{show(unnamed[0])}; each image needs a line `file name,synset`.")
-    return [table[Path(name).stem] for name in file_names]
+                        f"{printable(unnamed[0])}; each image needs a line `file name,synset`.", code="invalid_labels")
+    return [label for label in found if label is not None]
+
+
+def _rows(path: str) -> list[list[str]]:
+    try:
+        text = read_file(path, _LARGEST_LABELS).decode()
+        return [row for row in csv.reader(text.splitlines()) if row]
+    except (BadImage, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--val_labels {printable(path)} cannot be read ({error}); give a CSV of file name,synset or "
+                        "ILSVRC2012_validation_ground_truth.txt.", code="invalid_labels") from error
 
 
 def _devkit_labels(path: Path, ids: list[int], file_names: list[str]) -> list[str]:
     if len(ids) != len(file_names):
         raise UserError(f"--val_labels {path} has {len(ids)} labels for {len(file_names)} images; the devkit's "
-                        "file has one for each of the 50,000 images in the order of their names.")
+                        "file has one for each of the 50,000 images in the order of their names.", code="invalid_labels")
     meta = path.parent / "meta.mat"
-    if not meta.is_file():
+    if not os.path.exists(meta):
         raise UserError(f"{path.name} needs the devkit's meta.mat in {path.parent}, which says what its numbers mean; "
-                        "copy it there.")
+                        "copy it there.", code="invalid_labels")
     from scipy.io import loadmat
     try:
-        entries = loadmat(meta, squeeze_me=True)["synsets"]
+        entries = loadmat(io.BytesIO(read_file(str(meta), _LARGEST_LABELS)), squeeze_me=True)["synsets"]
         synsets = {int(entry["ILSVRC2012_ID"]): str(entry["WNID"]) for entry in np.atleast_1d(entries)}
         return [synsets[number] for number in ids]
     except Exception as error:  # loadmat raises many types for a damaged file; all mean the same here.
         raise UserError(f"{meta} does not explain the numbers in {path.name} ({error!r}); take both files from one "
-                        "devkit.") from error
+                        "devkit.", code="invalid_labels") from error

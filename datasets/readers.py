@@ -1,54 +1,86 @@
-"""Where images come from: an indexed folder, tar shards (see shards.py) or arrays; NumPy arrays, never Python lists.
+"""Where images come from: what every form gives, the forms, and the flat index that is kept between starts.
 
-A list of 1.28 million paths costs every worker 250 MB once reference counts have touched its pages, arrays nothing.
+To add a form, write a module with `recognise(root) -> bool` and `read(root, cache) -> Reader`; name it in FORMS.
 """
 import hashlib
+import importlib
 import io
 import os
+import stat
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
 from common.errors import UserError
 from common.files import atomic_write
 from common.log import logger
-from datasets.images import EXTENSIONS, decode_path, from_array, read_path, show
+from common.text import printable
 
-_CACHE_FORMAT = 1
+FORMS = ("tars", "folders")  # modules of this package; the first that recognises a folder reads it
+
+_CACHE_FORMAT = 2
 _RACY_SECONDS = 2.0
+_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 
 
-@dataclass
-class FolderIndex:
-    """All images below `root`: `labels[i]` is a position in `classes` (sorted as text) and `names[i]` the path below
-    that class folder. `folders` and `mtimes` (ns) are the folders seen, which tell whether the index still holds."""
+class Reader(Protocol):
+    """Images of one split, in the order of class and name.
+
+    root: the folder, for messages · labels: int32 (N,), positions in `classes` (sorted as text) · left_out: how
+    many files of which type (`.txt`) are no images.
+    """
 
     root: str
-    classes: list[str]
-    names: "Strings"
     labels: np.ndarray
-    folders: "Strings"
-    mtimes: np.ndarray
+    classes: list[str]
+    left_out: dict[str, int]
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def __len__(self) -> int: ...
 
-    def path(self, index: int) -> str:
-        """Path of image `index`; bytes that are not UTF-8 as surrogates, as Python's own file functions have them."""
-        return os.path.join(self.root, self.classes[self.labels[index]], self.names[index])
+    def name(self, index: int) -> str:
+        """Where image `index` lies: the path of its file, or the container's path and the name in it."""
+        ...
+
+    def encoded(self, index: int) -> bytes:
+        """The bytes of image `index` as stored; raises BadImage. Called in workers."""
+        ...
+
+
+def open_reader(root: str, cache: "IndexCache") -> Reader:
+    """The images below `root` through the first form that recognises them; UserError when there are none."""
+    root = os.path.abspath(root)
+    for form in FORMS:
+        module = importlib.import_module(f"datasets.{form}")
+        if module.recognise(root):
+            return module.read(root, cache)
+    raise no_images(root, "does not exist; --data_path must hold train/ and val/ with one folder per class (with "
+                          "--data_set image_folder it is the train folder itself)")
+
+
+def no_images(root: str, problem: str) -> UserError:
+    """The error for a folder without images, with a hint where an archive lies in it or beside it."""
+    names = sorted(os.listdir(root)) if os.path.isdir(root) else []
+    names += [os.path.basename(root) + ending for ending in _ARCHIVES if os.path.isfile(root + ending)]
+    found = [name for name in names if name.endswith(_ARCHIVES)][:1]
+    hint = "".join(f"; {printable(name)} is there: unpack it, or move plain .tar files into that folder" for name in found)
+    return UserError(f"{printable(root)} {problem}{hint}.", code="missing_data")
 
 
 class Strings:
-    """A list of strings in two arrays: the bytes of all, uint8, and where each ends, int64."""
+    """A list of strings in two arrays, the bytes of all (uint8) and where each ends (int64).
+
+    A Python list of 1.28 million paths costs every worker 250 MB once reference counts have touched its pages.
+    """
 
     def __init__(self, blob: np.ndarray, ends: np.ndarray):
         self.blob, self.ends = blob, ends
 
     @classmethod
-    def of(cls, strings: list[str]) -> "Strings":
+    def of(cls, strings: Iterable[str]) -> "Strings":
         """From a list; surrogates stand for bytes that are not UTF-8."""
         encoded = [os.fsencode(string) for string in strings]
         return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8),
@@ -57,185 +89,108 @@ class Strings:
     def __len__(self) -> int:
         return len(self.ends)
 
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
     def __getitem__(self, index: int) -> str:
         start = int(self.ends[index - 1]) if index else 0
         return os.fsdecode(self.blob[start:int(self.ends[index])].tobytes())
 
-    def check(self) -> None:
-        """Raise ValueError when the two arrays do not belong together."""
-        if self.blob.dtype != np.uint8 or self.ends.dtype != np.int64 or (np.diff(self.ends, prepend=0) < 0).any() \
-                or (len(self.ends) and self.ends[-1] != len(self.blob)) or (not len(self.ends) and len(self.blob)):
-            raise ValueError("not a list of strings")
 
+@dataclass(frozen=True)
+class Index:
+    """What a form found below `root`, as flat arrays that forked workers share.
 
-def index_folder(root: str, *, reindex: bool = False, cache_folder: str | None = None,
-                 write_cache: bool = True) -> FolderIndex:
-    """The images below `root`, one folder per class, from the cache when no folder has changed since.
-
-    root: has class folders (links are followed, loops are not; names starting with a dot are left out), or images
-        directly, which then form the one class ''.
-    cache_folder: default `$XDG_CACHE_HOME/hornet` or `~/.cache/hornet`; never inside `root`.
-    Raises UserError when `root` is no folder, cannot be read, or holds no images.
+    labels: int32 (N,), positions in `classes` · names: path of each image below its class folder, or in its
+    container · places: int64 (N, 3), the container as a position in `seen`, offset and size of the bytes; (0, 3)
+    for images that are files · seen: the folders and containers below `root` · stamps: int64 (K, 2), their times
+    in ns and sizes, which tell whether the index still holds.
     """
-    root = os.path.abspath(root)
-    cache = cache_path(root, cache_folder)
-    if cache is not None and not reindex and (index := _load_cache(cache, root)) is not None:
+
+    root: str
+    classes: list[str]
+    labels: np.ndarray
+    names: Strings
+    places: np.ndarray
+    seen: Strings
+    stamps: np.ndarray
+    left_out: dict[str, int]
+
+    @classmethod
+    def of(cls, root: str, *, classes: list[str], labels: Sequence[int], names: list[str], seen: list[str],
+           left_out: dict[str, int], places: Sequence[tuple[int, int, int]] = ()) -> "Index":
+        """From lists; raises OSError when something of `seen` has gone meanwhile."""
+        return cls(root=root, classes=classes, labels=np.array(labels, dtype=np.int32), names=Strings.of(names),
+                   places=np.array(places, dtype=np.int64).reshape(-1, 3), seen=Strings.of(seen),
+                   stamps=_stamps(root, seen), left_out=dict(left_out))
+
+
+def _stamps(root: str, seen: Iterable[str]) -> np.ndarray:
+    found = [os.stat(os.path.join(root, name)) for name in seen]
+    return np.array([(status.st_mtime_ns, 0 if stat.S_ISDIR(status.st_mode) else status.st_size)
+                     for status in found], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class IndexCache:
+    """Where indices are kept between starts: in `folder` (None: `$XDG_CACHE_HOME/hornet` or `~/.cache/hornet`),
+    never inside the data. `reindex` scans all the same; without `write` nothing is stored."""
+
+    folder: str | None = None
+    reindex: bool = False
+    write: bool = True
+
+    def index(self, form: str, root: str, scan: Callable[[str], Index]) -> Index:
+        """The stored index of `root`, or `scan(root)` when there is none or anything has changed since."""
+        path = self.path(form, root)
+        if path is not None and not self.reindex and (stored := _load(path, root)) is not None:
+            return stored
+        started = time.time()
+        index = scan(root)
+        # What changed within the clock's step of the scan could change again unseen: don't keep it.
+        if path is not None and self.write and index.stamps[:, 0].max() < (started - _RACY_SECONDS) * 1e9:
+            save_index(path, index)
         return index
-    started = time.time()
-    index = _scan(root)
-    # A folder changed within the clock's step of the scan could change again without another time: don't cache it.
-    settled = index.mtimes.max() < (started - _RACY_SECONDS) * 1e9
-    if cache is not None and write_cache and settled:
-        _save_cache(cache, index)
-    return index
+
+    def path(self, form: str, root: str) -> Path | None:
+        """The file of an index; None when that would be inside `root`."""
+        user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        base, real = os.path.realpath(self.folder or os.path.join(user, "hornet")), os.path.realpath(root)
+        digest = hashlib.blake2b(os.fsencode(real), digest_size=12).hexdigest()
+        return None if os.path.commonpath([base, real]) == real else Path(base) / f"{form}-{digest}.npz"
 
 
-def class_folders(root: str) -> list[str]:
-    """The names of the folders directly in `root`, sorted as text; those starting with a dot are left out."""
-    with os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and _is_folder(entry))
-
-
-def _scan(root: str) -> FolderIndex:
-    if not os.path.isdir(root):
-        raise UserError(f"There is no folder {show(root)}; --data_path must hold train/ and val/ with one folder per "
-                        "class (with --data_set image_folder it is the train folder itself).")
-    classes, names, labels, folders = [], [], [], [""]
-    try:
-        for name in class_folders(root) or [""]:
-            found = []
-            _walk(os.path.join(root, name), "", found, folders, name, set())
-            classes.append(name)
-            names += found
-            labels += [len(classes) - 1] * len(found)
-        mtimes = np.array([os.stat(os.path.join(root, folder)).st_mtime_ns for folder in folders], dtype=np.int64)
-    except OSError as error:
-        raise UserError(f"{show(os.fsdecode(error.filename or root))} cannot be read ({error.strerror}); check the "
-                        "permissions of the data folder.") from error
-    if not names:
-        raise UserError(f"{show(root)} holds no images ({', '.join(EXTENSIONS)}) in class folders; check the path.")
-    empty = sorted(set(range(len(classes))) - set(labels))
-    if empty:
-        logger.warning("%s: %d class folders hold no image, the first is %s", show(root), len(empty),
-                       show(classes[empty[0]]))
-    return FolderIndex(root, classes, Strings.of(names), np.array(labels, dtype=np.int32), Strings.of(folders), mtimes)
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # A loop of links is no folder.
-        return False
-
-
-def _walk(folder: str, below: str, names: list[str], folders: list[str], top: str, above: set) -> None:
-    """Append what lies in `folder` in sorted order; `above` holds the folders on the way, so a link loop ends."""
-    status = os.stat(folder)
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        return
-    if top or below:
-        folders.append(os.path.join(top, below))
-    with os.scandir(folder) as entries:
-        entries = sorted(entries, key=lambda entry: entry.name)
-    for entry in entries:
-        # A link that leads nowhere stays in the index: evaluation must not pass over it in silence.
-        if _is_folder(entry):
-            if top and not entry.name.startswith("."):
-                _walk(entry.path, os.path.join(below, entry.name), names, folders, top, above | {here})
-        elif entry.name.lower().endswith(EXTENSIONS):
-            names.append(os.path.join(below, entry.name))
-
-
-def cache_path(root: str, cache_folder: str | None, kind: str = "index") -> Path | None:
-    """Where the index of `root` is kept; None when that would be inside `root`."""
-    base = cache_folder or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "hornet")
-    base, real = os.path.realpath(base), os.path.realpath(root)
-    if os.path.commonpath([base, real]) == real:
-        return None
-    return Path(base) / f"{kind}-{hashlib.blake2b(os.fsencode(real), digest_size=12).hexdigest()}.npz"
-
-
-def _save_cache(path: Path, index: FolderIndex) -> None:
-    classes = Strings.of(index.classes)
-    arrays = dict(format=np.array(_CACHE_FORMAT), labels=index.labels, mtimes=index.mtimes,
-                  root=np.frombuffer(os.fsencode(os.path.realpath(index.root)), dtype=np.uint8),
-                  classes=classes.blob, class_ends=classes.ends, names=index.names.blob, name_ends=index.names.ends,
-                  folders=index.folders.blob, folder_ends=index.folders.ends)
-    save_arrays(path, arrays, index.root)
-
-
-def save_arrays(path: Path, arrays: dict[str, np.ndarray], root: str) -> None:
-    """Keep an index of `root` in `path`, whole or not at all; where that cannot be, the log says so."""
+def save_index(path: Path, index: Index) -> None:
+    """Store an index, whole or not at all; where that is impossible, the log says so."""
+    strings = {"root": Strings.of([os.path.realpath(index.root)]), "classes": Strings.of(index.classes),
+               "names": index.names, "seen": index.seen, "types": Strings.of(index.left_out)}
+    arrays = {"format": np.array(_CACHE_FORMAT), "labels": index.labels, "places": index.places,
+              "stamps": index.stamps, "counts": np.array(list(index.left_out.values()), dtype=np.int64)}
+    for name, value in strings.items():
+        arrays |= {name: value.blob, f"{name}_ends": value.ends}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, lambda file: file.write(buffer.getbuffer()))
     except OSError as error:
-        logger.info("the index of %s is not kept (%s: %s); the next start scans the folder again", show(root), path,
-                    error.strerror)
+        logger.info("the index of %s is not kept (%s: %s); the next start scans the folder again",
+                    printable(index.root), path, error.strerror)
 
 
-def _load_cache(path: Path, root: str) -> FolderIndex | None:
-    """The stored index, or None when there is none, it is damaged, or a folder has changed since."""
+def _load(path: Path, root: str) -> Index | None:
+    """The stored index, or None when there is none, it is damaged (zip's checksums tell), or anything of `seen` has
+    changed since."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             data = {name: stored[name] for name in stored.files}
-        names, folders = Strings(data["names"], data["name_ends"]), Strings(data["folders"], data["folder_ends"])
-        classes = Strings(data["classes"], data["class_ends"])
-        labels, mtimes = data["labels"], data["mtimes"]
-        for strings in (names, folders, classes):
-            strings.check()
-        if int(data["format"]) != _CACHE_FORMAT or data["root"].tobytes() != os.fsencode(os.path.realpath(root)) \
-                or len(labels) != len(names) or len(mtimes) != len(folders) or not len(labels) \
-                or labels.dtype != np.int32 or labels.min() < 0 or labels.max() >= len(classes):
+        real, classes, names, seen, types = (
+            Strings(data[name], data[f"{name}_ends"]) for name in ("root", "classes", "names", "seen", "types"))
+        if int(data["format"]) != _CACHE_FORMAT or real[0] != os.path.realpath(root) \
+                or not np.array_equal(data["stamps"], _stamps(root, seen)):
             return None
-        for i in range(len(folders)):
-            if os.stat(os.path.join(root, folders[i])).st_mtime_ns != mtimes[i]:
-                return None
+        return Index(root=root, classes=list(classes), labels=data["labels"], names=names, places=data["places"],
+                     seen=seen, stamps=data["stamps"],
+                     left_out=dict(zip(types, data["counts"].tolist(), strict=True)))
     except Exception:  # Whatever a damaged file raises, scanning again is the answer.
         return None
-    return FolderIndex(root, [classes[i] for i in range(len(classes))], names, labels, folders, mtimes)
-
-
-class FolderReader:
-    """Images of an index; `image(i)` raises BadImage."""
-
-    def __init__(self, index: FolderIndex):
-        self.index = index
-        self.labels = index.labels
-        self.classes = index.classes
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def path(self, index: int) -> str:
-        """Path of image `index`."""
-        return self.index.path(index)
-
-    def image(self, index: int) -> Image.Image:
-        """Image `index` as RGB."""
-        return decode_path(self.index.path(index))
-
-    def encoded(self, index: int) -> bytes:
-        """The bytes of image `index`'s file."""
-        return read_path(self.index.path(index))
-
-
-class ArrayReader:
-    """Images held in memory, uint8 (N, height, width, 3), with `labels` (N,) as positions in `classes`."""
-
-    def __init__(self, pixels: np.ndarray, labels: np.ndarray, classes: list[str], source: str):
-        self.pixels, self.labels, self.classes, self.source = pixels, labels.astype(np.int32), classes, source
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def path(self, index: int) -> str:
-        """File and position of image `index`."""
-        return f"{self.source}[{index}]"
-
-    def image(self, index: int) -> Image.Image:
-        """Image `index` as RGB."""
-        return from_array(self.pixels[index])

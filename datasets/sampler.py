@@ -1,5 +1,5 @@
 """Which image comes when: the order is a function of (seed, epoch) over global positions."""
-from typing import Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -22,11 +22,12 @@ class GlobalBatchSampler(Sampler[list[Item]]):
                  rank: int = 0, world_size: int = 1, seed: int = 0):
         if global_batch != batch_size * update_freq * world_size:
             raise UserError(f"A global batch of {global_batch} is not batch_size {batch_size} x update_freq "
-                            f"{update_freq} x {world_size} processes; change one of them.")
+                            f"{update_freq} x {world_size} processes; change one of them.", code="batch_arithmetic")
         if num_images < global_batch:
             raise UserError(f"The training set has {num_images} images, less than one global batch of "
                             f"{global_batch} (batch_size {batch_size} x update_freq {update_freq} x {world_size} "
-                            "processes), so an epoch would have no update; lower --batch_size or --update_freq.")
+                            "processes), so an epoch would have no update; lower --batch_size or --update_freq.",
+                            code="too_few_images")
         self.num_images, self.global_batch, self.batch_size = num_images, global_batch, batch_size
         self.update_freq, self.rank, self.world_size, self.seed = update_freq, rank, world_size, seed
         self.epoch = self.first_update = 0
@@ -40,7 +41,7 @@ class GlobalBatchSampler(Sampler[list[Item]]):
         """The next iteration yields `epoch` from its update `first_update_in_epoch` on."""
         if not 0 <= first_update_in_epoch <= self.updates_per_epoch:
             raise UserError(f"Update {first_update_in_epoch} of epoch {epoch} does not exist; an epoch has "
-                            f"{self.updates_per_epoch} updates with a global batch of {self.global_batch}.")
+                            f"{self.updates_per_epoch} updates with a global batch of {self.global_batch}.", code="other_run")
         self.epoch, self.first_update = epoch, first_update_in_epoch
 
     def __len__(self) -> int:
@@ -73,3 +74,17 @@ class ExactEvalSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._indices)
+
+
+def spread_over_classes(targets: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+    """Positions of up to `count` images, int64, drawn so that as many classes as possible are there equally often.
+
+    targets: int64 (N,) class of each image.
+    """
+    order = numpy_generator(seed, "spread").permutation(len(targets))
+    by_class = order[np.argsort(targets[order], kind="stable")]
+    sizes = np.bincount(targets)
+    first = np.repeat(np.cumsum(sizes) - sizes, sizes)
+    turn = np.empty(len(targets), dtype=np.int64)  # an image's place among those of its class
+    turn[by_class] = np.arange(len(targets)) - first
+    return np.sort(order[np.argsort(turn[order], kind="stable")][:count])

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import PurePath
 
 from common.synsets import imagenet_synsets
@@ -52,19 +52,20 @@ def recognise_folder(root: str) -> Subset | None:
     """`recognise` for a folder of class folders; reads the names of these and of a few images. None if unreadable."""
     try:
         folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        images = [next(entry.name for entry in os.scandir(os.path.join(root, folder)) if entry.is_file())
+        images = [next(entry.name for entry in os.scandir(os.path.join(root, folder))
+                     if entry.is_file() and not entry.name.startswith("."))
                     for folder in folders[:3]]
     except (OSError, StopIteration):
         return None
     return recognise(folders, images)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _columns(name: str) -> tuple[int, ...]:
     return tuple(int(line) for line in (_INFO / f"{name.replace('-', '_')}_indices.txt").read_text().split())
 
 
-@lru_cache(maxsize=1)
+@cache
 def _real_labels() -> list[list[int]]:
     return json.loads((_INFO / "imagenet_real_labels.json").read_text())
 

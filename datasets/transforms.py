@@ -1,62 +1,52 @@
 """From a decoded image to uint8 pixels: the published crops and augmentation, without normalisation.
 
-Normalisation and the filling of erased boxes happen on the device (prepare.py); a quarter of the bytes pass from the
+Normalisation and the filling of erased boxes happen on the device (device.py); a quarter of the bytes pass from the
 workers, and the values stay those of ToTensor + Normalize, bit for bit.
 """
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import numpy as np
 from PIL import Image
-from timm.data.constants import (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN,
-                                 IMAGENET_INCEPTION_STD)
 from timm.data.transforms import str_to_interp_mode
 from timm.data.transforms_factory import create_transform
 from torchvision import transforms
 
-DEFAULT_CROP_PCT = 224 / 256
-WARP_FROM = 384  # From this size on the published evaluation warps the whole image instead of cropping.
-SMALL = 32  # Up to this size (CIFAR) the published code neither resizes nor crops by area.
+from config.options import ImageSettings, Options
+
+Transform = Callable[[Image.Image], np.ndarray]
 
 
-def mean_std(imagenet_default: bool = True) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of pixels in 0..1: ImageNet's, or Inception's 0.5."""
-    if imagenet_default:
-        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-
-
-def train_transform(options) -> Callable[[Image.Image], np.ndarray]:
+def train_transform(options: Options) -> Transform:
     """RGB image → uint8 (size, size, 3): timm's random resized crop, flip and RandAugment or colour jitter.
 
     Draws from the default generators of Python, NumPy and torch; seed them around each call. Up to 32 pixels the
     area crop is a plain one after padding by 4, as published.
     """
-    mean, std = mean_std(options.imagenet_default_mean_and_std)
+    settings = ImageSettings.of(options)
     first, second, _ = create_transform(
         options.input_size, is_training=True, color_jitter=options.color_jitter or None,
         auto_augment=options.aa if options.aa and options.aa != "none" else None,
-        interpolation=options.train_interpolation, re_prob=0.0, mean=mean, std=std, separate=True,
+        interpolation=options.train_interpolation, re_prob=0.0, mean=settings.mean, std=settings.std, separate=True,
         hflip=options.hflip, scale=tuple(options.scale) if options.scale else None)
-    if options.input_size <= SMALL:
+    if options.input_size <= settings.SMALL:
         first.transforms[0] = transforms.RandomCrop(options.input_size, padding=4, pad_if_needed=True)
     return _ToPixels(first, second)
 
 
-def eval_transform(input_size: int, crop_pct: float | None = None,
-                   interpolation: str = "bicubic") -> Callable[[Image.Image], np.ndarray]:
+def eval_transform(input_size: int, crop_pct: float | None = None, interpolation: str = "bicubic") -> Transform:
     """RGB image → uint8 (size, size, 3): short side to int(size / crop_pct) and centre crop; from 384 on a warp.
 
     An image that has the wanted size of 32 pixels or fewer is left as it is (CIFAR).
     """
-    mode = str_to_interp_mode(interpolation)
-    if input_size >= WARP_FROM:
+    settings, mode = ImageSettings(input_size, crop_pct), str_to_interp_mode(interpolation)
+    if settings.eval_crop_pct is None:
         return _ToPixels(transforms.Resize((input_size, input_size), interpolation=mode))
-    short = int(input_size / (crop_pct or DEFAULT_CROP_PCT))
+    short = int(input_size / settings.eval_crop_pct)
     return _ToPixels(transforms.Resize(short, interpolation=mode), transforms.CenterCrop(input_size),
-                     keep=input_size if input_size <= SMALL else 0)
+                     keep=input_size if input_size <= settings.SMALL else 0)
 
 
 class _ToPixels:

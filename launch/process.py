@@ -1,4 +1,4 @@
-"""One `Process` object however the program was started: alone, by torchrun, srun, submitit or mpirun.
+"""One `Process` object however the program was started: alone, by torchrun, srun or submitit.
 
     with start(options.device, options.rendezvous_timeout) as process:
         model = process.wrap(model.to(process.device))
@@ -8,7 +8,6 @@ that agreement between hosts never waits for the GPU's queue.
 """
 import dataclasses
 import gc
-import inspect
 import os
 import re
 import socket
@@ -32,12 +31,12 @@ BACKENDS = {"cuda": "nccl", "xpu": "xccl", "cpu": "gloo", "mps": "gloo"}
 T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Place:
-    """Where one process stands among its peers.
+    """Where one process stands among its peers, as its launcher says.
 
-    `node` counts nodes from 0. `ports` are those on which rank 0 may be met, `token` names this very start of
-    a job where the ports were derived, `served` says that the launcher has a store listening there already.
+    `node` counts nodes from 0. Rank 0 is met at `port` of `master_addr`; `served` says that the launcher has
+    a store listening there already.
     """
 
     launcher: str = "none"
@@ -48,33 +47,25 @@ class Place:
     node: int = 0
     node_name: str = dataclasses.field(default_factory=socket.gethostname)
     master_addr: str = "127.0.0.1"
-    ports: tuple[int, ...] = ()
-    token: str = ""
+    port: int = 0
     served: bool = False
+    is_main = property(lambda self: self.rank == 0)
+    one_node = property(lambda self: self.local_world_size == self.world_size)
 
 
-@dataclasses.dataclass(eq=False)
-class Process:
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Process(Place):
     """This process among its peers. All methods also work when it is alone; then nothing is communicated.
 
     `backend` is "" for a lone process. `waits_in` names the collective this process is inside of (the
     watchdog reads it from its thread).
     """
 
-    place: Place
     device: torch.device
     backend: str = ""
     store: dist.Store | None = None
     side: dist.ProcessGroup | None = None
     waits_in: str = ""
-
-    rank = property(lambda self: self.place.rank)
-    world_size = property(lambda self: self.place.world_size)
-    local_rank = property(lambda self: self.place.local_rank)
-    local_world_size = property(lambda self: self.place.local_world_size)
-    node = property(lambda self: self.place.node)
-    node_name = property(lambda self: self.place.node_name)
-    is_main = property(lambda self: self.place.rank == 0)
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -142,21 +133,17 @@ class Process:
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """DistributedDataParallel around `model`, or the model itself when this process is alone.
 
-        Without `device_ids`, for all inputs are on the device already and would be copied once more; without
-        buffer broadcasts, because HorNet has no buffers that training changes. Accumulate gradients by
-        setting `require_backward_grad_sync` before the forward of each micro-batch.
+        Without `device_ids`, for all inputs are on the device already and would be copied once more.
+        Accumulate gradients by setting `require_backward_grad_sync` before each micro-batch's forward.
         """
         if self.world_size == 1:
             return model
-        ddp = torch.nn.parallel.DistributedDataParallel
-        # Renamed in torch 2.15.
-        renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters
         # After its first backward pass DDP sorts its buckets again. The order of additions in a ring of three
-        # or more depends on the place in the bucket, so a resumed run, whose first update has the old buckets,
-        # would differ in its last bits. Looking for unused parameters (there are none) keeps the buckets.
+        # or more depends on the place in the bucket, so a resumed run, whose first update has the old
+        # buckets, would differ in its last bits. Looking for unused parameters (there are none) keeps them.
         exact = self.backend == "gloo" or torch.are_deterministic_algorithms_enabled()
-        given = {"forward_sync_buffers" if renamed else "broadcast_buffers": False, "find_unused_parameters": exact}
-        return ddp(model, gradient_as_bucket_view=True, **given)
+        return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True,
+                                                         find_unused_parameters=exact)
 
     def set_timeout(self, limit: timedelta) -> None:
         """How long a collective waits for a peer before it raises."""
@@ -207,10 +194,10 @@ def start(device: str = "auto", rendezvous_timeout: float = 180.0) -> Process:
     chosen = choose_device(device, place.local_rank, place.local_world_size)
     if chosen.type in ("cuda", "xpu"):
         torch.get_device_module(chosen).set_device(chosen)
-    process = Process(place, chosen)
+    process = Process(**vars(place), device=chosen)
     if place.world_size == 1:
         return process
-    if place.local_world_size == place.world_size and os.path.isdir("/sys/class/net/lo"):
+    if place.one_node and os.path.isdir("/sys/class/net/lo"):
         # On one node nothing needs to listen on an outside interface.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
@@ -233,69 +220,66 @@ def start(device: str = "auto", rendezvous_timeout: float = 180.0) -> Process:
 # ------------------------------------------------------------------------------------------------ places
 
 def find_place(env: Mapping[str, str] = os.environ) -> Place:
-    """The place of this process: torchrun first (it may itself run under srun), then submitit, srun, mpirun.
+    """The place of this process: torchrun first (it may itself run under srun), then submitit, srun.
 
     A plain `python` inside a Slurm allocation or an interactive shell is a single process, although
     SLURM_NTASKS may say otherwise: only srun's own step variables count. Raises UserError (code
     "environment") for variables that are missing, no numbers, or out of range.
     """
-    node_name = env.get("SLURMD_NODENAME") or socket.gethostname()
+    name = env.get("SLURMD_NODENAME") or socket.gethostname()
     if "RANK" in env and "WORLD_SIZE" in env:
         world = number(env, "WORLD_SIZE", 1)
         local = number(env, "LOCAL_WORLD_SIZE", 1, world, default=world)
-        return _at_master(env, Place("torchrun", number(env, "RANK", 0, world - 1), world,
-                                     number(env, "LOCAL_RANK", 0, local - 1, default=0), local,
-                                     number(env, "GROUP_RANK", 0, default=0), node_name))
+        local_rank = number(env, "LOCAL_RANK", 0, local - 1, default=0)
+        return _at_master(env, Place("torchrun", number(env, "RANK", 0, world - 1), world, local_rank, local,
+                                     number(env, "GROUP_RANK", 0, default=0), name))
     if env.get("SUBMITIT_EXECUTOR") == "local":
         tasks = number(env, "SUBMITIT_LOCAL_NTASKS", 1)
         rank = number(env, "SUBMITIT_LOCAL_GLOBALID", 0, tasks - 1)
-        return _derived(Place("submitit-local", rank, tasks, rank, tasks,
-                              token=f"local {env.get('SUBMITIT_LOCAL_JOB_ID')}"))
+        port = _port(f"local {env.get('SUBMITIT_LOCAL_JOB_ID')}")
+        return Place("submitit-local", rank, tasks, rank, tasks, port=port)
     if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env and "SLURM_PTY_PORT" not in env:
-        return _slurm(env, node_name)
-    if number(env, "OMPI_COMM_WORLD_SIZE", 1, default=1) > 1:
-        world = number(env, "OMPI_COMM_WORLD_SIZE", 1)
-        local = number(env, "OMPI_COMM_WORLD_LOCAL_SIZE", 1, world)
-        rank = number(env, "OMPI_COMM_WORLD_RANK", 0, world - 1)
-        return _at_master(env, Place("mpirun", rank, world, number(env, "OMPI_COMM_WORLD_LOCAL_RANK", 0, local - 1),
-                                     local, rank // local, node_name))
+        return _slurm(env, name)
     return Place()
 
 
 def _at_master(env: Mapping[str, str], place: Place) -> Place:
+    """With the address and port that the launcher has put into the environment."""
     if place.world_size == 1:
         return place
     if not env.get("MASTER_ADDR"):
-        raise _misplaced(env, "MASTER_ADDR", "the name of rank 0's node")
-    return dataclasses.replace(place, master_addr=env["MASTER_ADDR"], ports=(number(env, "MASTER_PORT", 1, 65535),),
-                               served=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+        raise _odd(env, "MASTER_ADDR", "the name of rank 0's node")
+    port, served = number(env, "MASTER_PORT", 1, 65535), env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return dataclasses.replace(place, master_addr=env["MASTER_ADDR"], port=port, served=served)
 
 
-def _derived(place: Place) -> Place:
-    """With ports that follow from the token, for launchers that name none."""
-    return dataclasses.replace(place, ports=tuple(20000 + key(0, place.token, i) % 12000 for i in range(4)))
+def _port(start: str) -> int:
+    """Where the processes of this very start meet, for launchers that name no port."""
+    return 20000 + key(0, start) % 12000
 
 
-def _slurm(env: Mapping[str, str], node_name: str) -> Place:
+def _slurm(env: Mapping[str, str], name: str) -> Place:
     world = number(env, "SLURM_STEP_NUM_TASKS", 1)
     counts = tasks_per_node(env)
     node = number(env, "SLURM_NODEID", 0, len(counts) - 1)
+    local_rank = number(env, "SLURM_LOCALID", 0, counts[node] - 1)
     # The step is named, so that two steps of one job don't meet, and the attempt, so that a requeued job
     # doesn't meet what is left of its predecessor. On one node the store listens on loopback alone.
-    token = " ".join(env.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
-    return _derived(Place("submitit-slurm" if env.get("SUBMITIT_EXECUTOR") == "slurm" else "srun",
-                          number(env, "SLURM_PROCID", 0, world - 1), world,
-                          number(env, "SLURM_LOCALID", 0, counts[node] - 1), counts[node], node, node_name,
-                          first_node(env) if len(counts) > 1 else "127.0.0.1", token=token))
+    start = " ".join(env.get(part, "0") for part in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    return Place("submitit-slurm" if env.get("SUBMITIT_EXECUTOR") == "slurm" else "srun",
+                 number(env, "SLURM_PROCID", 0, world - 1), world, local_rank, counts[node], node, name,
+                 first_node(env) if len(counts) > 1 else "127.0.0.1", _port(start))
 
 
 def tasks_per_node(env: Mapping[str, str]) -> list[int]:
     """Slurm's "2(x3),1" as [2, 2, 2, 1]."""
     name = "SLURM_STEP_TASKS_PER_NODE" if "SLURM_STEP_TASKS_PER_NODE" in env else "SLURM_TASKS_PER_NODE"
-    parts = [re.fullmatch(r"([1-9]\d{0,5})(?:\(x([1-9]\d{0,5})\))?", part) for part in env.get(name, "").split(",")]
-    counts = [int(part[1]) for part in parts if part for _ in range(int(part[2] or 1))]
-    if None in parts:
-        raise _misplaced(env, name, "numbers such as 2(x3),1")
+    counts = []
+    for part in env.get(name, "").split(","):
+        match = re.fullmatch(r"([1-9]\d{0,4})(?:\(x([1-9]\d{0,4})\))?", part)
+        if match is None:
+            raise _odd(env, name, "numbers such as 2(x3),1")
+        counts += [int(match[1])] * int(match[2] or 1)
     return counts
 
 
@@ -304,23 +288,24 @@ def first_node(env: Mapping[str, str]) -> str:
     name = "SLURM_STEP_NODELIST" if "SLURM_STEP_NODELIST" in env else "SLURM_JOB_NODELIST"
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", env.get(name, ""))
     if first is None:
-        raise _misplaced(env, name, "names such as gpu[07-09]")
+        raise _odd(env, name, "names such as gpu[07-09]")
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group())
 
 
-def number(env: Mapping[str, str], name: str, least: int, most: int = 99999, default: int | None = None) -> int:
+def number(env: Mapping[str, str], name: str, least: int, most: int = 99999, *,
+           default: int | None = None) -> int:
     """The whole number from `least` to `most` in an environment variable; `default` where it is not set."""
     if default is not None and name not in env:
         return default
     if re.fullmatch(r"-?\d{1,9}", env.get(name, "")) and least <= int(env[name]) <= most:
         return int(env[name])
-    raise _misplaced(env, name, f"a whole number from {least} to {most}")
+    raise _odd(env, name, f"a whole number from {least} to {most}")
 
 
-def _misplaced(env: Mapping[str, str], name: str, expected: str) -> UserError:
+def _odd(env: Mapping[str, str], name: str, expected: str) -> UserError:
     found = f"is {env[name][:80]!r}" if name in env else "is missing"
-    return UserError(f"the environment variable {name} {found}; expected is {expected}: start with torchrun, srun, or "
-                     "python -m launch.run_with_submitit.", code="environment")
+    return UserError(f"the environment variable {name} {found}; expected is {expected}: start with torchrun, "
+                     "srun, or python -m launch.run_with_submitit.", code="environment")
 
 
 # ----------------------------------------------------------------------------------------------- devices
@@ -331,25 +316,22 @@ def choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.
     CUDA_VISIBLE_DEVICES is not asked: on machines without a GPU a scheduler may set it all the same. Raises
     UserError (code "device").
     """
-    available = {"cuda": torch.cuda.is_available(), "xpu": hasattr(torch, "xpu") and torch.xpu.is_available(),
-                 "mps": torch.backends.mps.is_available(), "cpu": True}
-    usable = ", ".join(name for name, there in available.items() if there)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    usable = [accelerator.type, "cpu"] if accelerator is not None else ["cpu"]
     kind, _, index = wanted.partition(":")
-    kind = usable.split(",")[0] if kind == "auto" else kind
-    if kind not in available or (index and not index.isdigit()):
-        raise _no_device(f"--device {wanted}: use auto, cuda, xpu, mps, cpu, or one of them such as cuda:1.")
-    if not available[kind]:
-        raise _no_device(f"--device {wanted}: PyTorch finds no {kind} device on this machine; use --device auto "
-                         f"(here: {usable}).")
+    kind = usable[0] if kind == "auto" else kind
+    if kind not in usable or (index and not index.isdigit()):
+        raise _no_device(f"--device {wanted}: PyTorch finds {' and '.join(usable)} on this machine; use "
+                         "auto, one of these, or a numbered one such as cuda:1.")
     if kind in ("cpu", "mps"):
         return torch.device(kind)
     count = torch.get_device_module(kind).device_count()
     if not index and 1 < count < local_world_size:
-        raise _no_device(f"{local_world_size} processes on this node but {count} {kind} devices: start {count} "
-                         "processes per node.")
+        raise _no_device(f"{local_world_size} processes on this node but {count} {kind} devices: start "
+                         f"{count} processes per node.")
     chosen = int(index) if index else (local_rank if count > 1 else 0)
     if chosen >= count:
-        raise _no_device(f"--device {wanted}: this process sees {count} {kind} device(s), numbered 0 to {count - 1}.")
+        raise _no_device(f"--device {wanted}: this process sees {count} {kind} device(s), numbered from 0.")
     return torch.device(kind, chosen)
 
 
@@ -375,7 +357,7 @@ def refuse_shared_devices(found: list[tuple[int, str]]) -> None:
     for rank, (node, identity) in enumerate(found):
         if identity and (node, identity) in owners:
             raise _no_device(f"ranks {owners[node, identity]} and {rank} on node {node} share one device "
-                             f"({identity}): start one process per device, and leave the number out of --device.")
+                             f"({identity}): start one process per device, without a number in --device.")
         owners[node, identity] = rank
 
 
@@ -384,66 +366,40 @@ def refuse_shared_devices(found: list[tuple[int, str]]) -> None:
 def meet(place: Place, limit: float) -> dist.Store:
     """A store shared by all processes, once all are there.
 
-    Raises Failure (code "rendezvous") after `limit` seconds, naming the missing ranks, and UserError (code
-    "port") on rank 0 where another program listens on the port it was given.
+    Raises Failure: code "rendezvous" after `limit` seconds, naming the missing ranks; code "port" on rank 0
+    where it cannot listen, mostly because another program does.
     """
-    store = _serve(place) if place.rank == 0 and not place.served else _find(place, limit)
+    def connect() -> dist.Store:
+        return dist.TCPStore(place.master_addr, place.port, is_master=False, wait_for_workers=False,
+                             timeout=timedelta(seconds=limit))
+
     try:
+        store = _serve(place) if place.rank == 0 and not place.served else _within(limit, connect)
         return dist.PrefixStore(name_this_start(store, place, limit), store)
-    except RuntimeError:
-        raise _absent(place, f"rank {place.rank}: rank 0 has given up waiting; see its message.") from None
+    except (TimeoutError, RuntimeError):
+        raise _absent(place, f"found no rank 0 at {place.master_addr}, port {place.port}, within {limit:.0f} "
+                      "s: check that it runs and is within reach (--rendezvous_timeout)") from None
 
 
-def _absent(place: Place, sentence: str) -> Failure:
+def _absent(place: Place, what: str) -> Failure:
+    failure = Failure(f"rank {place.rank} ({place.node_name}) {what}.", code="rendezvous")
     if place.rank:  # which else leaves it to rank 0 to speak, and that may be the one that is missing
-        logger.error("%s", sentence)
-    return Failure(sentence, code="rendezvous")
+        logger.error("%s", failure)
+    return failure
 
 
 def _serve(place: Place) -> dist.Store:
-    """Rank 0's store, on the first of its ports that is free; on one node at that node's address alone."""
-    for port in place.ports:
-        try:
-            family, *_, address = socket.getaddrinfo(place.master_addr, port, type=socket.SOCK_STREAM)[0]
-            address = address if place.local_world_size == place.world_size else ("", port)
-            listener = socket.create_server(address[:2], family=family, backlog=1024)
-        except OSError as error:
-            reason = error.strerror
-            continue
-        store = dist.TCPStore(str(address[0]) or "127.0.0.1", port, is_master=True, wait_for_workers=False,
-                              master_listen_fd=listener.detach())
-        store.set("token", place.token)
-        return store
-    raise UserError(f"rank 0 cannot listen at {place.master_addr}, port {' or '.join(map(str, place.ports))} ({reason}): "
-                    "start again with another MASTER_PORT (torchrun --master_port) and an address of this node.",
-                    code="port")
-
-
-def _find(place: Place, limit: float) -> dist.Store:
-    """Try the ports rank 0 may have taken until one answers with this very start's token."""
-    deadline, last = time.monotonic() + limit, "nobody answers"
-    while (left := deadline - time.monotonic()) > 0:
-        for port in place.ports:
-            try:
-                socket.create_connection((place.master_addr, port), timeout=min(5, left)).close()
-                store, token = _within(min(5, left), lambda: _connect(place, port, limit))
-                if token == place.token or place.served:
-                    return store
-                last = f"another program's store listens on port {port}"
-            except TimeoutError:
-                last = f"what listens on port {port} does not answer"
-            except (OSError, RuntimeError) as error:
-                last = str(error).splitlines()[0]
-        time.sleep(0.2)
-    raise _absent(place, f"rank {place.rank} ({place.node_name}) found no rank 0 at {place.master_addr} within {limit:.0f} s "
-                  f"({last}): check that rank 0 has started there and that this node reaches it "
-                  "(--rendezvous_timeout).")
-
-
-def _connect(place: Place, port: int, limit: float) -> tuple[dist.Store, str]:
-    store = dist.TCPStore(place.master_addr, port, is_master=False, wait_for_workers=False,
-                          timeout=timedelta(seconds=limit))
-    return store, store.get("token").decode() if store.check(["token"]) else ""
+    """Rank 0's store; on one node it listens at that node's address alone."""
+    try:
+        family, *_, address = socket.getaddrinfo(place.master_addr, place.port, type=socket.SOCK_STREAM)[0]
+        host = str(address[0]) if place.one_node else ""
+        listener = socket.create_server((host, place.port), family=family, backlog=1024)
+    except OSError as error:
+        raise Failure(f"rank 0 cannot listen at {place.master_addr}, port {place.port} ({error.strerror}): "
+                      "start again with another MASTER_PORT (torchrun --master_port) and an address of this "
+                      "node.", code="port") from None
+    return dist.TCPStore(host or "127.0.0.1", place.port, is_master=True, wait_for_workers=False,
+                         master_listen_fd=listener.detach())
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:
@@ -463,11 +419,11 @@ def _within(seconds: float, work: Callable[[], T]) -> T:
 def name_this_start(store: dist.Store, place: Place, limit: float) -> str:
     """What rank 0 calls this start, once all ranks have answered to that very name.
 
-    A store may outlive its processes (torchrun keeps one over its restarts), and what an earlier start left in
-    it must not be taken for this one's: so rank 0 draws a name, each rank answers to it with a word of its own,
-    and a rank believes a name only when it finds its own word among the answers that rank 0 has seen.
+    A store may outlive its processes (torchrun keeps one over its restarts), and what an earlier start left
+    in it must not be taken for this one's: so rank 0 draws a name, each rank answers to it with a word of its
+    own, and a rank believes a name only when it finds its word among the answers that rank 0 has seen.
     """
-    word, start, deadline = uuid.uuid4().hex, "", time.monotonic() + limit
+    word, deadline = uuid.uuid4().hex, time.monotonic() + limit
     answers = [f"{word}/{rank}" for rank in range(1, place.world_size)]
     if place.rank == 0:
         store.set("start", word)
@@ -481,9 +437,8 @@ def name_this_start(store: dist.Store, place: Place, limit: float) -> str:
             if store.check([f"{start}/complete"]) and word in store.get(f"{start}/complete").decode():
                 return start
         time.sleep(0.03)
-    missing = [int(name.rpartition("/")[2]) for name in answers if place.rank == 0 and not store.check([name])]
     if place.rank:
-        raise _absent(place, f"rank {place.rank} ({place.node_name}): not all of {place.world_size} processes arrived within "
-                      f"{limit:.0f} s; rank 0 names the missing ones (--rendezvous_timeout).")
-    raise _absent(place, f"only {place.world_size - len(missing)} of {place.world_size} processes arrived within "
-                  f"{limit:.0f} s; missing rank(s): {', '.join(map(str, missing))} (--rendezvous_timeout).")
+        raise _absent(place, f"did not meet all others within {limit:.0f} s (--rendezvous_timeout)")
+    missing = [str(rank) for rank, name in enumerate(answers, 1) if not store.check([name])]
+    raise _absent(place, f"met {len(answers) - len(missing)} of {len(answers)} others within {limit:.0f} s; "
+                  f"missing rank(s): {', '.join(missing)} (--rendezvous_timeout)")

@@ -1,8 +1,8 @@
-"""What one task of a submitted job does: start main.py, pass signals on, and decide what its end means for the job.
+"""What one task of a submitted job does: start main.py, pass signals on, decide what its end means.
 
-main.py runs in a process of its own, so that any end of it, a kill for lack of memory included, is seen here, and
-a requeue is decided in one place. submitit's own signal handler would act on rank 0 alone, between any two lines of
-the training loop; it is replaced.
+main.py runs in a process of its own, so that any end of it, a kill for lack of memory included, is seen here,
+and a requeue is decided in one place. submitit's own signal handler would act on rank 0 alone, between any
+two lines of the training loop; it is replaced.
 """
 import dataclasses
 import os
@@ -15,17 +15,14 @@ from pathlib import Path
 from types import FrameType
 
 import submitit
-from submitit.helpers import DelayedSubmission
 
-from common.errors import UserError
-from common.files import read_json
 from common.ledger import Ledger, Record, job_id, restarts
 from common.log import logger, setup_logging
 from common.outcome import ExitCode, Outcome
-from launch.stop import end_now
+from launch.stop import end_now, squeue
 
-# Seconds a requeued task waits for Slurm to end it; an exit would make the job "failed" or "completed". Longer than
-# the task that decides may need to reach a busy controller.
+# Seconds a requeued task waits for Slurm to end it; an exit would make the job "failed" or "completed".
+# Longer than the task that decides may need to reach a busy controller.
 HOLD = 480.0
 PAUSE = 10.0  # seconds until Slurm's controller, which may be busy or restarting, is asked again
 
@@ -43,7 +40,7 @@ class Job:
 
     def __call__(self) -> int:
         environment = submitit.JobEnvironment()
-        # A rank that crashed in an earlier attempt left its error here; submitit would take it for the job's end.
+        # A rank that crashed in an earlier attempt left its error here; submitit would take it for the end.
         environment.paths.result_pickle.unlink(missing_ok=True)
         setup_logging(environment.global_rank)
         task = Task(self, environment)
@@ -56,32 +53,28 @@ class Job:
             raise SystemExit(code if code > 0 else 128 - code)
         return code
 
-    def checkpoint(self) -> DelayedSubmission:
-        """submitit's hook: the same job again; main.py finds its newest checkpoint by itself."""
-        return DelayedSubmission(self)
-
 
 class Task:
     """One task of one attempt of a job."""
 
     def __init__(self, job: Job, environment: submitit.JobEnvironment) -> None:
-        self.environment, self.rank, self.id = environment, environment.global_rank, environment.job_id
-        self.slurm = environment.cluster == "slurm"
-        self.folder, self.output_dir = (Path(name.replace("%j", self.id)) for name in (job.folder, job.output_dir))
-        self.argv = [argument.replace("%j", self.id) for argument in job.argv]
-        self.job, self.started, self.signalled = job, time.time(), 0
-        self.child: subprocess.Popen | None = None
-        if not self.slurm:  # the ledger of main.py knows Slurm's word for it
+        self.job, self.environment, self.rank = job, environment, environment.global_rank
+        self.slurm, self.id = environment.cluster == "slurm", environment.job_id
+        self.folder = Path(job.folder.replace("%j", self.id))
+        self.output_dir = Path(job.output_dir.replace("%j", self.id))
+        self.child, self.signalled = None, 0
+        if not self.slurm:  # which counts the attempts itself
             os.environ["SLURM_RESTART_COUNT"] = str(len(list(self.folder.glob(f"decision-{self.id}-*"))))
 
     def run_main(self) -> int:
         """Exit code of main.py; a stop before it could handle signals counts as one that lost nothing."""
         if self.slurm and self.rank == 0 and shutil.which("scontrol") is None:
-            logger.warning("There is no scontrol on this node's PATH: a preempted job is saved, but not requeued.")
+            logger.warning("No scontrol on this node's PATH: when preempted, the job is saved, not requeued.")
         for name in ("SIGTERM", "SIGUSR1", "SIGUSR2"):
             signal.signal(getattr(signal, name), self._forward)
         parent = os.getppid()
-        command = [sys.executable, "-u", os.path.join(self.job.code, "main.py"), *self.argv]
+        command = [sys.executable, "-u", os.path.join(self.job.code, "main.py"), *self.job.argv]
+        command = [argument.replace("%j", self.id) for argument in command]
         self.child = subprocess.Popen(command, cwd=self.job.cwd)
         if self.signalled:  # before there was a process to pass it on to
             self.child.send_signal(self.signalled)
@@ -96,7 +89,7 @@ class Task:
         return ExitCode.PAUSED if self.signalled and code == -self.signalled else code
 
     def after_stop(self) -> None:
-        """All ranks have stopped at one update and rank 0 has saved: rank 0 requeues the job, the others hold.
+        """All ranks have stopped at one update and rank 0 has saved: rank 0 requeues it, the others hold.
 
         Where Slurm is set up with KillOnBadExit, a task that ended now would take rank 0 with it.
         """
@@ -112,37 +105,28 @@ class Task:
             self._hold()
             return
         ledger = self._ledger()
-        failure = self._failure(ledger, code)
-        before = [a for a in ledger.attempts() if a.get("job") == job_id() and a["state"] == Outcome.FAILED][:-1]
-        cause = f"failed at update {failure['update']}: {failure['cause']}"
-        if before and before[-1]["update"] == failure["update"]:
-            self._refuse(ledger, f"it {cause.replace('failed', 'failed twice', 1)}")
+        self._complete(ledger, code)
+        ended = [a for a in ledger.attempts() if a.get("job") == job_id() and a["state"] == Outcome.FAILED]
+        reason = f"at update {ended[-1]['update']}: {ended[-1]['cause']}"
+        if len(ended) > 1 and ended[-2]["update"] == ended[-1]["update"]:
+            self._refuse(ledger, f"it failed twice {reason}")
         else:
-            self._requeue(ledger, cause)
+            self._requeue(ledger, f"failed {reason}")
 
-    def _failure(self, ledger: Ledger, code: int) -> Record:
-        """What the ledger holds of this attempt's failure, or what a task can tell of it.
+    def _complete(self, ledger: Ledger, code: int) -> None:
+        """Record this attempt's failure, where its ranks could not.
 
-        A killed rank leaves no words; its peers need some seconds to miss it and to write down the exact update.
+        A killed rank leaves no words; its peers need some seconds to miss it and to record the exact update.
         """
-        killed = f"rank {self.rank} was killed by {signal.Signals(-code).name}" if code < 0 else ""
-        deadline = time.monotonic() + (12 if killed and self.environment.num_tasks > 1 else 3)
+        end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        deadline = time.monotonic() + (12 if code < 0 and self.environment.num_tasks > 1 else 3)
         while "rank" not in (found := self._recorded()) and time.monotonic() < deadline:
             time.sleep(0.2)
         if "rank" not in found:
-            update = self._progress().get("update", found.get("update", -1))
-            ledger.fail(killed or f"rank {self.rank} ended with code {code}", pid=found.get("pid", 0), update=update,
-                        rank=self.rank)
+            update = ledger.reached().get("update", found.get("update", -1))
+            ledger.fail(f"rank {self.rank} {end}", pid=found.get("pid", 0), update=update, rank=self.rank)
         if code == -signal.SIGKILL:  # the cause, at which its peers can only guess
-            ledger.note(cause=killed + " (out of memory?)", rank=self.rank)
-        return ledger.newest()
-
-    def _progress(self) -> Record:
-        try:
-            found = read_json(self.output_dir / "progress.json")
-        except (OSError, UserError):
-            return {}
-        return found if found.get("time", 0) >= self.started else {}
+            ledger.note(cause=f"rank {self.rank} {end} (out of memory?)", rank=self.rank)
 
     def _recorded(self) -> Record:
         """What the ledgers hold of this attempt; {} when main.py has begun none."""
@@ -150,30 +134,29 @@ class Task:
         return next((a for a in found if (a.get("job"), a.get("restarts")) == (job_id(), restarts())), {})
 
     def _ledger(self) -> Ledger:
-        """The run folder's, or the job folder's where main.py has begun nothing: an evaluation, an early failure."""
-        ledger = Ledger(self.output_dir)
-        if (ledger.newest().get("job"), ledger.newest().get("restarts")) != (job_id(), restarts()):
+        """The run folder's; the job folder's where main.py has begun nothing there, as in an evaluation."""
+        ledger, recorded = Ledger(self.output_dir), self._recorded()
+        if not recorded or ledger.newest() != recorded:
             ledger = Ledger(self.folder)
-            if not self._recorded():
-                ledger.begin(update=-1, pid=0)
+        if not recorded:
+            ledger.begin(update=-1, pid=0)
         return ledger
 
     def _requeue(self, ledger: Ledger, reason: str) -> None:
-        state = self._state()
         if restarts() >= self.job.max_requeue:
             return self._refuse(ledger, f"--max_requeue {self.job.max_requeue} is reached; {reason}")
-        if state not in ("RUNNING", "PREEMPTED", "UNKNOWN"):
-            return self._refuse(ledger, f"Slurm is ending the job by itself ({state}); {reason}")
+        if self._ending():
+            return self._refuse(ledger, f"Slurm is ending the job by itself; {reason}")
         logger.warning("Requeued (%s); attempt %d of at most %d follows.", reason, restarts() + 2,
                        self.job.max_requeue + 1)
         ledger.note(requeued=True, reason=reason)
         for last in (False, False, False, True):
             try:
-                self.environment._requeue(self.job.max_requeue - restarts())  # submitit's; ends this task if local
+                self.environment._requeue(self.job.max_requeue - restarts())  # submitit's; ends a local task
                 break
             except (OSError, subprocess.SubprocessError) as error:
                 logger.error("scontrol requeue failed: %s", error)
-                if self._state() not in ("RUNNING", "PREEMPTED", "UNKNOWN"):
+                if self._ending():
                     break  # it was heard all the same
                 if last or isinstance(error, OSError):
                     return self._refuse(ledger, f"scontrol requeue failed: {error}")
@@ -205,16 +188,9 @@ class Task:
         while self.slurm and time.monotonic() < deadline and self._recorded().get("requeued") is not False:
             time.sleep(1)
 
-    def _state(self) -> str:
-        """What Slurm says of the job; UNKNOWN where its controller doesn't answer."""
-        if not self.slurm:
-            return "RUNNING"
-        command = ["squeue", "--noheader", f"--jobs={self.id}", "--format=%T"]
-        try:
-            answer = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
-        except (OSError, subprocess.SubprocessError):
-            answer = ""
-        return answer.strip() or "UNKNOWN"
+    def _ending(self) -> bool:
+        """Whether Slurm says that the job does not run any more; a silent controller says nothing."""
+        return self.slurm and squeue(self.id, "%T") not in ("RUNNING", "PREEMPTED", "")
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self.signalled = number

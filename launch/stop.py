@@ -1,10 +1,11 @@
 """How a process ends: when it is asked to, at a point that all processes agree on, or at once."""
 import os
-import re
 import signal
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from datetime import datetime
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from launch.process import Process
 
 STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP")
-SAME_CTRL_C = 1.0  # seconds in which a second SIGINT is the same Ctrl-C: torchrun passes on what a terminal sends to all
+SAME_CTRL_C = 1.0  # seconds; torchrun passes on the SIGINT that a terminal has sent to every process already
 OTHERS = "another process was asked to stop"
 
 
@@ -22,8 +23,9 @@ class StopRequest:
     """Signal handlers that only set a flag, and the agreement of all processes on it.
 
     Use as a context manager around training; must be entered in the main thread. SIGTERM, SIGUSR1, SIGUSR2,
-    SIGHUP (unless nohup has it ignored) and the first SIGINT ask for a stop; a second SIGINT interrupts at once.
-    `stop_before_end` is in seconds before the time limit of the Slurm job this process runs in (0: none).
+    SIGHUP (unless nohup has it ignored) and the first SIGINT ask for a stop; a SIGINT after it, but not
+    within the same second, interrupts at once. `stop_before_end` is in seconds before the time limit of the
+    Slurm job this process runs in (0: none).
     """
 
     def __init__(self, stop_before_end: float = 0.0) -> None:
@@ -49,7 +51,7 @@ class StopRequest:
         for number, handler in self._previous.items():
             if not self.reason or number == signal.SIGINT:
                 signal.signal(number, handler or signal.SIG_DFL)  # pyright: ignore[reportArgumentType]
-        # After a stop the others stay: a second SIGTERM, while the process is ending, must not change its exit code.
+        # After a stop the others stay: a second SIGTERM, while the process ends, changes no exit code.
         self._previous.clear()
 
     @property
@@ -64,16 +66,16 @@ class StopRequest:
         self.reason = self.reason or reason
 
     def agreed(self, process: "Process") -> bool:
-        """Whether any process has been asked to stop. All processes must call it at the same point of the run.
+        """Whether any process has been asked to stop. All must call it at the same point of the run.
 
-        The same answer everywhere, hence a checkpoint of the same update; the device's queue is not waited for.
+        The same answer everywhere, hence a checkpoint of the same update. It does not wait for the device.
         """
         if process.any(self.requested):
             self.request(OTHERS)
         return self.requested
 
     def heard(self, process: "Process") -> bool:
-        """Whether any process has been asked to stop, as far as this one knows; it tells the others, waits for none.
+        """Whether any process has been asked to stop, as far as this one knows; it waits for none.
 
         For work that processes leave at different points, such as an evaluation of unequal shares.
         """
@@ -86,8 +88,8 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            # A forked loader worker. Schedulers signal every process of a job; a worker that ended now would take
-            # the batch, and so the save, with it. SIGTERM is also how its owner ends it: hence two minutes more.
+            # A forked loader worker. Schedulers signal every process of a job; a worker that ended now would
+            # take the batch, and so the save, with it. Its owner ends it by SIGTERM too: hence two minutes.
             if number == signal.SIGTERM:
                 signal.alarm(120)
             return
@@ -99,30 +101,27 @@ class StopRequest:
 
 
 def job_end_time(env: Mapping[str, str]) -> float:
-    """When the Slurm job around this process will be ended, in seconds since 1970; infinity if never or unknown.
+    """When the Slurm job around this process will be ended, in seconds since 1970; infinity if unknown.
 
-    Only rank 0 asks the controller: it need not be asked by thousands, and one process is enough for the agreement.
+    Only rank 0 asks the controller, which thousands should not: one process is enough for the agreement.
     """
     if env.get("SLURM_JOB_END_TIME", "").isdigit():
         return float(env["SLURM_JOB_END_TIME"])
     if "SLURM_JOB_ID" not in env or env.get("SLURM_PROCID", "0") != "0":
         return float("inf")
-    command = ["squeue", "--noheader", f"--jobs={env['SLURM_JOB_ID']}", "--format=%L"]
+    with suppress(ValueError):  # of N/A, and of no answer
+        return datetime.fromisoformat(squeue(env["SLURM_JOB_ID"], "%e")).timestamp()
+    logger.info("squeue reports no time limit of this job: --stop_before_end has no effect.")
+    return float("inf")
+
+
+def squeue(job: str, what: str) -> str:
+    """What Slurm says of a job, past ones included, in squeue's format; "" where nobody answers."""
+    command = ["squeue", "--noheader", "--states=all", f"--jobs={job}", f"--format={what}"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.warning("The job's time limit is unknown (%s): --stop_before_end has no effect.", error)
-        return float("inf")
-    return time.time() + time_left(answer.strip())
-
-
-def time_left(text: str) -> float:
-    """Slurm's "1-02:03:04", "02:03:04" or "3:04" in seconds; infinity for UNLIMITED and the like."""
-    match = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)", text)
-    if not match:
-        return float("inf")
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def alive(pid: int) -> bool:
@@ -138,14 +137,10 @@ def end_now(code: int) -> None:
     """End this process at once, with its loader workers, without waiting for threads or collectives."""
     # The main thread may be about to fork a loader worker, which would be missed below: it waits for the end.
     os.register_at_fork(before=lambda: time.sleep(3600))
-    try:
-        with open(f"/proc/self/task/{os.getpid()}/children") as file:
-            pids = [int(pid) for pid in file.read().split()]
-    except OSError:
-        pids = []
+    pids: list[int] = []
+    with suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
+        pids += map(int, file.read().split())
     for pid in pids:
-        try:
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     os._exit(code)

@@ -1,58 +1,52 @@
 """`--compile`: torch.compile around a HorNet, used only after it has agreed with eager PyTorch on a batch.
 
-Inside a graph the Fourier filter is computed as matrix products: Inductor has open bugs that give wrong values around
-FFTs (pytorch#143719, #181625), and at HorNet's sizes the products are the faster form anyway.
+What is compiled is the plain network, with the Fourier filter as matrix products (models/dft.py says why).
 """
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from common.log import logger
-from models.export import MatrixDft
+from models.dft import use_matrix_filter
 
 _ROUNDING = 1e-3  # relative distance of a tensor that float32 sums in another order explain, tenfold
 
 
-class GraphOperators(MatrixDft):
-    """Plain PyTorch without an FFT, the filter in float32 whatever autocast says."""
-
-    def global_filter(self, x: Tensor, weight: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return super().global_filter(x, weight)
-
-
 def compile_model(model: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype | None,
                   agree: Callable[[bool], bool]) -> nn.Module:
-    """`model`, a HorNet in training mode, compiled for batches of `shape` under autocast to `dtype` (None: none).
+    """A HorNet in training mode, compiled for batches of `shape` under autocast to `dtype` (None: none).
 
-    One batch of noise goes through both, forward and backward, which also does the compiling. Returns the model itself,
-    as it was and with one warning, when it cannot be compiled here, when its logits or gradients are further from eager
-    float32 than rounding in `dtype` explains, or when `agree` says so: it gets this process' own success and
-    answers that of all. Parameters, gradients and their names are the model's own either way.
+    One batch of noise goes through both, forward and backward, which also does the compiling. Returns the
+    model itself, as it was and with one warning, when it cannot be compiled here, when its logits or
+    gradients are further from eager float32 than rounding in `dtype` explains, or when `agree` says so: it
+    gets this process' own success and answers that of all. Parameters, gradients and their names are the
+    model's own either way.
     """
-    before, trouble = model.ops, ""
+    compiled, trouble = model, ""
     try:
         with _true_float32():
             exact = _logits_and_gradients(model, model, shape, None)
         eager = _logits_and_gradients(model, model, shape, dtype)
-        model.set_operators(GraphOperators())
-        compiled = torch.compile(model)
+        use_matrix_filter(model)
+        compiled = cast(nn.Module, torch.compile(model))
         trouble = _furthest(model, _logits_and_gradients(compiled, model, shape, dtype), eager, exact)
-    except Exception as error:  # Whatever a compiler raises, its own bugs included, and too little memory to compare.
+    except Exception as error:  # Whatever a compiler raises, its own bugs included, and too little memory.
         trouble = " ".join([f"{type(error).__name__}:", *str(error).split("\n")[:2]])
     if agree(not trouble):
         return compiled
-    logger.warning("--compile is not used, training goes on without it: %s", trouble or "another process has failed")
-    model.set_operators(before)
+    logger.warning("--compile is not used, training continues without it: %s",
+                   trouble or "another process has failed")
+    use_matrix_filter(model, False)
     return model
 
 
 @contextmanager
 def _true_float32() -> Iterator[None]:
     """Products without TF32, said in the one of PyTorch's two ways that torch.compile can read."""
-    places = torch.backends.cuda.matmul, torch.backends.cudnn
+    places: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
     allowed = [place.allow_tf32 for place in places]
     try:
         for place in places:
@@ -69,16 +63,19 @@ def _logits_and_gradients(call: nn.Module, model: nn.Module, shape: tuple[int, .
     device, draw = next(model.parameters()).device, torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=draw).to(device)
     # Nothing is dropped, so that every layer shows.
-    drops = (torch.ones(shape[0], model.num_drop_draws, device=device),) if model.num_drop_draws else ()
+    draws = int(getattr(model, "num_drop_draws", 0))
+    drops = (torch.ones(shape[0], draws, device=device),) if draws else ()
     with nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype):
         logits = call(x, *drops).float()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return [tensor.detach().cpu() for tensor in (logits, *torch.autograd.grad(logits.square().mean(), parameters))]
+    gradients = torch.autograd.grad(logits.square().mean(), parameters)
+    return [tensor.detach().cpu() for tensor in (logits, *gradients)]
 
 
 def _furthest(model: nn.Module, found: list[Tensor], eager: list[Tensor], exact: list[Tensor]) -> str:
-    """A sentence about the tensor that is further from `exact` than eager's own rounding allows; "" when none is."""
-    names = ["the logits", *(f"the gradient of {name}" for name, p in model.named_parameters() if p.requires_grad)]
+    """A sentence about the tensor further from `exact` than eager's own rounding allows; "" for none."""
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    names = ["the logits", *(f"the gradient of {name}" for name in trained)]
     worst, sentence = _ROUNDING, ""
     for name, ours, theirs, true in zip(names, found, eager, exact):
         scale = true.norm() + torch.finfo(torch.float32).tiny

@@ -16,14 +16,14 @@ from common.errors import UserError
 from common.files import sha256_file
 from common.log import logger
 from common.safe_load import safe_torch_load
-from models.zoo import PUBLISHED, PublishedFile, published_files
+from models.zoo import PUBLISHED, VARIANTS, PublishedFile
 
 FOLDER_VARIABLE = "HORNET_CACHE"
 _TRIES, _TIMEOUT = 3, 30  # per address; seconds without a byte
 
 
 def cache_folder(folder: str | os.PathLike | None = None) -> Path:
-    """Where published files are kept: the argument, else the environment's HORNET_CACHE, else ~/.cache/hornet."""
+    """Where published files are kept: the argument, else HORNET_CACHE, else ~/.cache/hornet."""
     return Path(folder or os.environ.get(FOLDER_VARIABLE) or "~/.cache/hornet").expanduser()
 
 
@@ -33,27 +33,30 @@ def fetch_published(name: str, folder: str | os.PathLike | None = None, source: 
     Args:
         source: "openmmlab", "authors", or "auto": one that is in `folder` already, else the first available.
 
-    Raises UserError when there is none, when it is damaged, or when it cannot be downloaded.
+    Raises UserError (`not_published`, and those of `fetch`).
     """
-    files = [file for file in published_files(name) if source in ("auto", file.source)]
+    published = VARIANTS[name].files if name in VARIANTS else ()
+    files = [file for file in published if source in ("auto", file.source)]
     if not files:
-        have = ", ".join(key for key in PUBLISHED if published_files(key))
-        raise UserError(f"There is no published file for {name} (source {source}); there are files for {have}.",
-                        code="not_published")
+        have = ", ".join(name for name, variant in PUBLISHED.items() if variant.files)
+        raise UserError(f"There is no published file for {name} (source {source}); there are files for "
+                        f"{have}.", code="not_published")
     folder, problems = cache_folder(folder), []
     for file in sorted(files, key=lambda file: not (folder / file.name).exists()):
         try:
             return fetch(file, folder)
         except UserError as error:
             problems.append(str(error))
-            logger.warning("%s", error)
+            logger.warning("%s cannot be used", file.name)
     raise UserError(" ".join(problems), code="download_failed")
 
 
 def local_file(path_or_url: str | os.PathLike) -> str:
-    """The path itself, or that of the downloaded file; its name begins with a digest of the whole address, so that
-    two addresses never share a file."""
-    url = str(path_or_url)
+    """The path itself, or that of the downloaded file of an https address.
+
+    The file's name begins with a digest of the whole address, so that two addresses never share a file.
+    """
+    url = os.fspath(path_or_url)
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https"):
         return url
@@ -67,27 +70,22 @@ def local_file(path_or_url: str | os.PathLike) -> str:
 def fetch(file: PublishedFile, folder: Path) -> Path:
     """`folder / file.name`, downloaded if it is not there, and in any case checked.
 
-    Raises UserError (`download_failed`, `unwritable_folder`) with the file's name, where to get it and
-    where to put it.
+    Raises UserError (`download_failed`) with the file's name, where to get it and where to put it.
     """
     path = folder / file.name
     try:
-        if path.exists():
-            problem = _problem(file, path)
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            problem = _download(file, path)
+        problem = _problem(file, path) if path.exists() else _download(file, path)
     except OSError as error:
-        raise UserError(f"{file.name} cannot be kept in {folder}: {error.strerror or error}; name another folder "
-                        f"with {FOLDER_VARIABLE}.", code="unwritable_folder") from error
+        problem = f"{folder} cannot be used ({error.strerror or error})"
     if problem:
-        raise UserError(f"{file.name}: {problem}; get it from {' or '.join(file.urls)} and put it at {path}, or name "
-                        f"the folder that holds it with {FOLDER_VARIABLE}.", code="download_failed")
+        raise UserError(f"{file.name}: {problem}; get it from {' or '.join(file.urls)} and put it at {path}, "
+                        f"or name the folder that holds it with {FOLDER_VARIABLE}.", code="download_failed")
     return path
 
 
 def _download(file: PublishedFile, path: Path) -> str:
     """Try every address a few times; returns "" or why the last try failed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     problem, before = "", socket.getdefaulttimeout()
     socket.setdefaulttimeout(_TIMEOUT)  # torch.hub sets none, and a silent server would hang the run
     try:
@@ -95,8 +93,8 @@ def _download(file: PublishedFile, path: Path) -> str:
             time.sleep(0.2 * 4 ** attempt if problem else 0)
             logger.info("Downloading %s to %s", url, path)
             try:
-                download_url_to_file(url, str(path), file.sha256_prefix or None, progress=sys.stderr.isatty())
-                problem = _problem(file, path)  # without a hash the downloader takes half a file for a whole one
+                download_url_to_file(url, str(path), file.sha256_prefix or None, sys.stderr.isatty())
+                problem = _problem(file, path)  # without a hash, half a file passes for a whole one
                 if not problem:
                     break
                 path.unlink()
@@ -109,10 +107,10 @@ def _download(file: PublishedFile, path: Path) -> str:
 
 def _problem(file: PublishedFile, path: Path) -> str:
     """Why the file at `path` is not the wanted one, "" if it is."""
+    digest = sha256_file(path)[:8]
     if file.sha256_prefix:
-        digest = sha256_file(path)[:8]
         return "" if digest == file.sha256_prefix else (
-            f"{path} is not the published file, its sha256 begins with {digest} and not {file.sha256_prefix}")
+            f"{path} is not the published file, its sha256 begins with {digest}, not {file.sha256_prefix}")
     try:
         safe_torch_load(path)  # a web page, a login page or half a file shows here
     except UserError as error:

@@ -6,167 +6,36 @@ This file needs torch and nothing else: copy it into another project and `from g
     mixer = GnConv(dim=96, order=3, filter="global")     # global-local filter instead
     y = mixer(torch.randn(2, 96, 28, 28))                # (B, C, H, W) in, (B, out_dim, H, W) out
 
-Inside, tensors are NHWC, so that a 1x1 convolution is a plain matrix product and a layer norm reads
-consecutive values. The permutations at the borders are views of a channels_last tensor and cost nothing there.
+Tensors are (B, C, H, W). They are fastest in channels_last memory, where a 1x1 convolution is a plain matrix
+product and a layer norm reads consecutive values; no module asks for it.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class Operators:
-    """The operations a HorNet is made of, each on NHWC tensors, in plain PyTorch.
-
-    A faster implementation is a subclass, given to a model with `HorNet.set_operators` (or set as the
-    attribute `ops` of a single module). Every method must be differentiable wherever the plain one is.
-    """
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x (..., in) -> (..., out); `weight` is (out, in) or that of a 1x1 convolution, (out, in, 1, 1)."""
-        if x.dtype == torch.float32 and weight.dtype == torch.float16:  # a .half() model's float32 part
-            weight, bias = weight.float(), None if bias is None else bias.float()
-        return F.linear(x, weight.flatten(1), bias)
-
-    def linear_gelu(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Linear, then the exact (erf) GELU."""
-        return F.gelu(self.linear(x, weight, bias))
-
-    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        """Over the last axis; a float32 input stays float32 with half-precision parameters."""
-        if x.dtype == torch.float32:
-            weight, bias = weight.float(), bias.float()
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
-
-    def depthwise(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:
-        """x (B, H, W, C), weight (C, 1, k, k) with odd k, zero padding k // 2; `scale` multiplies weight and bias."""
-        if scale != 1:  # on the small parameters, which saves a pass over x
-            weight, bias = weight * scale, None if bias is None else bias * scale
-        padding = (weight.shape[2] // 2, weight.shape[3] // 2)
-        out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=weight.shape[0])
-        return out.permute(0, 2, 3, 1)
-
-    def patch_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x (B, H, W, in), weight (out, in, k, k): a convolution with stride k and no padding."""
-        return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride=weight.shape[2]).permute(0, 2, 3, 1)
-
-    def global_filter(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Multiply x (B, H, W, C) by a learned filter in the 2-D Fourier domain, norm "ortho".
-
-        `weight` (C, h, w, 2) holds real and imaginary parts and is resized to (H, W // 2 + 1). Computed
-        and returned in float32 (float64 for float64 input) whatever the input or autocast says: sums over all
-        positions leave the range of float16 and the precision of bfloat16.
-        """
-        height, width = x.shape[1:3]
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        spectrum = torch.fft.rfft2(x.to(dtype), dim=(1, 2), norm="ortho")
-        weight = resize_filter(weight.to(dtype), (height, width // 2 + 1))
-        spectrum = spectrum * torch.view_as_complex(weight.permute(1, 2, 0, 3).contiguous())
-        return torch.fft.irfft2(spectrum, s=(height, width), dim=(1, 2), norm="ortho")
-
-    def global_local(self, x: Tensor, weight: Tensor, spectrum: Tensor) -> Tensor:
-        """x (B, H, W, 2 C): depthwise `weight` on the first half of the channels, `global_filter` on the second.
-
-        The results alternate: local 0, global 0, local 1, ...
-        """
-        local, remote = x.chunk(2, dim=-1)
-        local, remote = self.depthwise(local, weight, None), self.global_filter(remote, spectrum)
-        if local.dtype == torch.float16:  # the filter's output may leave float16's range before the norm
-            local = local.float()
-        return torch.stack((local, remote.to(local.dtype)), dim=-1).flatten(-2)
-
-    def gate(self, x: Tensor, gate: Tensor) -> Tensor:
-        """The gating product, elementwise."""
-        return x * gate
-
-    def recursion(self, p: Tensor, q: Tensor, projections: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
-        """x = p * q[0], then x = linear(x, *projections[k]) * q[k + 1]; q's parts lie side by side in its channels."""
-        gates = q.split([p.shape[-1], *(weight.shape[0] for weight, _ in projections)], dim=-1)
-        x = self.gate(p, gates[0])
-        for (weight, bias), gate in zip(projections, gates[1:]):
-            x = self.gate(self.linear(x, weight, bias), gate)
-        return x
-
-    def residual(self, x: Tensor, branch: Callable[[Tensor], Tensor], gamma: Tensor | None,
-                 keep: Tensor | None) -> Tensor:
-        """x + keep * gamma * branch(x), with x (B, H, W, C), gamma (C,) or None, keep (B,) or None (0: dropped).
-
-        The sum has the wider type of x and gamma: under autocast the residual stream stays float32.
-        """
-        out, factor = branch(x), gamma
-        if keep is not None:
-            keep = keep[:, None, None, None]
-            factor = keep if gamma is None else keep * gamma
-        dtype = x.dtype if gamma is None else torch.promote_types(x.dtype, gamma.dtype)
-        return (x + out if factor is None else x + out * factor).to(dtype)
+# Functions below marked with `torch.fx.wrap` ask for shapes and types, which torch.fx does not know while it
+# traces: they stay single calls in its graphs.
 
 
-PLAIN = Operators()
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W); the output is channels_last in memory."""
 
-
-def resize_filter(weight: Tensor, size: tuple[int, int]) -> Tensor:
-    """A filter (C, h, w, 2) at another grid `size`, bilinear with corners aligned, as published."""
-    if tuple(weight.shape[1:3]) == tuple(size):
-        return weight
-    resized = F.interpolate(weight.permute(3, 0, 1, 2), size=size, mode="bilinear", align_corners=True)
-    return resized.permute(1, 2, 3, 0)
-
-
-def gnconv_dims(dim: int, order: int) -> list[int]:
-    """Widths of the recursion, dim / 2^(order-1), ..., dim / 2, dim; ValueError when the division leaves a rest."""
-    if not isinstance(order, int) or order < 1:
-        raise ValueError(f"gnConv order {order!r}: a whole number from 1 on is needed")
-    step = 2 ** (order - 1)
-    if dim < step or dim % step:
-        nearest = max(step, round(dim / step) * step)
-        largest = (dim & -dim).bit_length() if dim > 0 else 0
-        raise ValueError(f"gnConv of order {order} halves its width {order - 1} times, and dim {dim} is not a multiple "
-                         f"of {step}; the nearest width is {nearest}, the largest order for {dim} is {largest}")
-    return [dim // 2 ** i for i in reversed(range(order))]
-
-
-class GlobalLocalFilter(nn.Module):
-    """Half the channels through a depthwise 3x3 convolution, half through a learned filter in the Fourier domain.
-
-    Args:
-        dim: channels, even.
-        size: the filter's grid (h, w): the feature map's height and half its width + 1 where it was trained,
-            (14, 8) for 14x14. Other feature sizes work; the filter is then resized on the fly.
-
-    Input and output are (B, dim, H, W), any memory format; channels come out interleaved: local 0, global 0,
-    local 1, global 1, ...
-    """
-
-    ops: Operators = PLAIN
-
-    def __init__(self, dim: int, size: tuple[int, int] = (14, 8)):
-        super().__init__()
-        if dim < 2 or dim % 2:
-            raise ValueError(f"GlobalLocalFilter dim {dim}: an even number is needed, half of it goes to each branch")
-        if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"GlobalLocalFilter size {size!r}: positive (height, width // 2 + 1) is needed")
-        self.dw = nn.Conv2d(dim // 2, dim // 2, kernel_size=3, padding=1, bias=False, groups=dim // 2)
-        self.complex_weight = nn.Parameter(torch.empty(dim // 2, *size, 2))
-        self.pre_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.post_norm = nn.LayerNorm(dim, eps=1e-6)
-        nn.init.trunc_normal_(self.complex_weight, std=0.02)
-
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        """`scale` multiplies the output; it is folded into the last norm's parameters."""
-        pre, post = self.pre_norm, self.post_norm
-        x = self.ops.layer_norm(x.permute(0, 2, 3, 1), pre.weight, pre.bias, pre.eps)
-        x = self.ops.global_local(x, self.dw.weight, self.complex_weight)
-        weight, bias = (post.weight, post.bias) if scale == 1 else (post.weight * scale, post.bias * scale)
-        return self.ops.layer_norm(x, weight, bias, post.eps).permute(0, 3, 1, 2)
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class GnConv(nn.Module):
-    """Recursive gated convolution of a given order.
+    """Recursive gated convolution of order n, equations 3 to 5 of the paper:
 
-    `proj_in` makes (p, q) of widths d / 2^(order-1) and the sum of all widths; q goes through a spatial operator
-    and is multiplied by `scale`; then x = p * q[0], x = pws[k](x) * q[k + 1], and `proj_out`.
+        p_0, q_0 ... q_{n-1} = proj_in(x)
+        p_{k+1} = scale * f_k(q_k) * g_k(p_k)        g_0 the identity, g_k = pws[k - 1]
+        out     = proj_out(p_n)
+
+    `dwconv` is all the f_k at once; the widths of q_0 ... q_{n-1} are dim / 2^(n-1), ..., dim / 2, dim.
 
     Args:
         dim: input channels, a multiple of 2^(order-1) (of 2^order with a global filter).
@@ -177,15 +46,13 @@ class GnConv(nn.Module):
         filter: "conv" for the depthwise convolution, "global" for a GlobalLocalFilter trained at 14x14
             features, or its grid (height, width // 2 + 1) for another feature size.
 
-    Input (B, dim, H, W), any memory format and floating type; output (B, out_dim, H, W), a channels_last view.
+    Input (B, dim, H, W), any memory format and floating type; output (B, out_dim, H, W).
     In float16 the products of up to `order` factors, which can leave its range, and the projections between
     them are computed in float32; bfloat16 has float32's range and needs none of this.
 
     Raises:
         ValueError: for a width, kernel size or filter that does not fit, naming what does.
     """
-
-    ops: Operators = PLAIN
 
     def __init__(self, dim: int, order: int = 5, kernel_size: int = 7, scale: float = 1 / 3,
                  out_dim: int | None = None, filter: str | tuple[int, int] = "conv"):
@@ -196,42 +63,163 @@ class GnConv(nn.Module):
         self.proj_in = nn.Conv2d(dim, 2 * dim, kernel_size=1)
         if filter == "conv":
             if kernel_size < 1 or kernel_size % 2 == 0:
-                raise ValueError(f"gnConv kernel_size {kernel_size}: an odd number is needed, so that sizes stay equal")
+                raise ValueError(f"gnConv kernel_size {kernel_size}: an odd number is needed, to keep sizes")
             self.dwconv = nn.Conv2d(total, total, kernel_size, padding=kernel_size // 2, groups=total)
         elif filter == "global" or isinstance(filter, (tuple, list)):
             if total % 2:
-                raise ValueError(f"gnConv of order {order} with a global filter needs a dim that is a multiple of "
-                                 f"{2 ** order}, not {dim}: the filter takes half of the {total} gated channels")
-            self.dwconv = GlobalLocalFilter(total, (14, 8) if filter == "global" else tuple(filter))
+                raise ValueError(f"gnConv of order {order} with a global filter: dim must be a multiple of "
+                                 f"{2 ** order}, not {dim}: it filters half of the {total} gated channels")
+            height, width = (14, 8) if filter == "global" else filter
+            self.dwconv = GlobalLocalFilter(total, (height, width))
         else:
-            raise ValueError(f'gnConv filter {filter!r}: "conv", "global" or a grid such as (14, 8) is needed')
-        self.proj_out = nn.Conv2d(dim, dim if out_dim is None else out_dim, kernel_size=1)
+            raise ValueError(f'gnConv filter {filter!r}: "conv", "global" or a grid like (14, 8) is needed')
+        self.proj_out = nn.Conv2d(dim, out_dim or dim, kernel_size=1)
         self.pws = nn.ModuleList(nn.Conv2d(a, b, kernel_size=1) for a, b in zip(self.dims, self.dims[1:]))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != self.dim:
-            raise ValueError(f"gnConv needs an input (batch, {self.dim}, height, width), not {tuple(x.shape)}")
-        fused = self.ops.linear(x.permute(0, 2, 3, 1), self.proj_in.weight, self.proj_in.bias)
-        p, q = fused.split((self.dims[0], sum(self.dims)), dim=-1)
-        q = self._spatial(q)
-        if p.dtype != torch.float16:
-            return self._recurse(p, q).permute(0, 3, 1, 2)
-        with _without_autocast(x.device.type):
-            out = self._recurse(p.float(), q.float()).permute(0, 3, 1, 2)
-        # A .half() module gives float16 back; under autocast the parameters are float32 and so is the output.
-        return out.to(torch.promote_types(x.dtype, self.proj_out.weight.dtype))
+        check_channels(x, self.dim)
+        p, q = self.proj_in(x).split((self.dims[0], sum(self.dims)), dim=1)
+        q = self.dwconv(q)
+        if not computes_in_float16(self.proj_out):
+            return self._recurse(p, q, call)
+        weight = next(self.proj_out.parameters())
+        with without_autocast(weight.device.type):
+            # A .half() module gives float16 back; under autocast parameters and output are float32.
+            return self._recurse(p.float(), q.float(), call_in_float32).to(weight.dtype)
 
-    def _spatial(self, q: Tensor) -> Tensor:
-        """The depthwise operator, multiplied by the scale."""
-        if isinstance(self.dwconv, GlobalLocalFilter):
-            return self.dwconv(q.permute(0, 3, 1, 2), self.scale).permute(0, 2, 3, 1)
-        return self.ops.depthwise(q, self.dwconv.weight, self.dwconv.bias, self.scale)
-
-    def _recurse(self, p: Tensor, q: Tensor) -> Tensor:
-        x = self.ops.recursion(p, q, [(pw.weight, pw.bias) for pw in self.pws])
-        return self.ops.linear(x, self.proj_out.weight, self.proj_out.bias)
+    def _recurse(self, p: Tensor, q: Tensor, call: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+        gates = q.split(self.dims, dim=1)
+        p = gated(p, gates[0], self.scale)
+        for k, pw in enumerate(self.pws, start=1):
+            p = gated(call(pw, p), gates[k], self.scale)
+        return call(self.proj_out, p)
 
 
-def _without_autocast(device_type: str):
-    available = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if available else nullcontext()
+class GlobalLocalFilter(nn.Module):
+    """Half the channels through a depthwise 3x3 convolution, half through a filter in the Fourier domain.
+
+    Args:
+        dim: channels, even.
+        size: the filter's grid (h, w): the feature map's height and half its width + 1 where it was trained,
+            (14, 8) for 14x14. Other feature sizes work; the filter is then resized on the fly.
+
+    Input and output are (B, dim, H, W), any memory format; channels come out interleaved: local 0, global 0,
+    local 1, global 1, ...
+
+    Attributes:
+        fourier: None, or a function that computes what `global_filter` does in another way.
+    """
+
+    fourier: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def __init__(self, dim: int, size: tuple[int, int] = (14, 8)):
+        super().__init__()
+        if dim < 2 or dim % 2:
+            raise ValueError(f"GlobalLocalFilter dim {dim}: an even number is needed, half for each branch")
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"GlobalLocalFilter size {size!r}: positive (height, width // 2 + 1) needed")
+        self.dw = nn.Conv2d(dim // 2, dim // 2, kernel_size=3, padding=1, bias=False, groups=dim // 2)
+        self.complex_weight = nn.Parameter(torch.empty(dim // 2, *size, 2))
+        self.pre_norm = LayerNorm2d(dim, eps=1e-6)
+        self.post_norm = LayerNorm2d(dim, eps=1e-6)
+        nn.init.trunc_normal_(self.complex_weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        local, remote = self.pre_norm(x).chunk(2, dim=1)
+        if self.fourier is None:
+            remote = global_filter(remote, self.complex_weight)
+        else:
+            remote = self.fourier(remote, self.complex_weight)
+        post_norm = call_in_float32 if computes_in_float16(self.post_norm) else call
+        return post_norm(self.post_norm, interleave(self.dw(local), remote))
+
+
+def gated(x: Tensor, gate: Tensor, scale: float) -> Tensor:
+    """scale * x * gate, elementwise in one pass."""
+    return torch.addcmul(x.new_zeros(()), x, gate, value=scale)
+
+
+@torch.fx.wrap
+def global_filter(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply x (B, C, H, W) by a learned filter in the 2-D Fourier domain, norm "ortho".
+
+    `weight` (C, h, w, 2) holds real and imaginary parts and is resized to (H, W // 2 + 1). Computed and
+    returned in float32 (float64 for float64 input) whatever the input or autocast says: sums over all
+    positions leave the range of float16 and the precision of bfloat16.
+    """
+    height, width = x.shape[2:]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    spectrum = torch.fft.rfft2(x.to(dtype), dim=(2, 3), norm="ortho")
+    weight = resize_filter(weight.to(dtype), (height, width // 2 + 1))
+    spectrum = spectrum * torch.view_as_complex(weight.contiguous())
+    return torch.fft.irfft2(spectrum, s=(height, width), dim=(2, 3), norm="ortho")
+
+
+def resize_filter(weight: Tensor, size: tuple[int, int]) -> Tensor:
+    """A filter (C, h, w, 2) at another grid `size`, bilinear with corners aligned, as published."""
+    if tuple(weight.shape[1:3]) == tuple(size):
+        return weight
+    resized = F.interpolate(weight.permute(3, 0, 1, 2), size=size, mode="bilinear", align_corners=True)
+    return resized.permute(1, 2, 3, 0)
+
+
+@torch.fx.wrap
+def interleave(local: Tensor, remote: Tensor) -> Tensor:
+    """Two (B, C, H, W) as (B, 2 C, H, W): local 0, remote 0, local 1, ...; channels_last in memory."""
+    if local.dtype == torch.float16:  # the filter's output may leave float16's range before the norm
+        local = local.float()
+    pair = local.permute(0, 2, 3, 1), remote.to(local.dtype).permute(0, 2, 3, 1)
+    return torch.stack(pair, dim=-1).flatten(-2).permute(0, 3, 1, 2)
+
+
+def gnconv_dims(dim: int, order: int) -> list[int]:
+    """Widths of the recursion, dim / 2^(order-1), ..., dim / 2, dim; ValueError when one is not whole."""
+    if not isinstance(order, int) or order < 1:
+        raise ValueError(f"gnConv order {order!r}: a whole number from 1 on is needed")
+    step = 2 ** (order - 1)
+    if dim < step or dim % step:
+        nearest = max(step, round(dim / step) * step)
+        largest = (dim & -dim).bit_length() if dim > 0 else 0
+        raise ValueError(
+            f"gnConv of order {order} halves its width {order - 1} times, and dim {dim} is not a multiple of "
+            f"{step}; the nearest width is {nearest}, the largest order for {dim} is {largest}")
+    return [dim // 2 ** i for i in reversed(range(order))]
+
+
+@torch.fx.wrap
+def check_channels(x: Tensor, dim: int) -> None:
+    """ValueError unless x is (B, dim, H, W)."""
+    if x.ndim != 4 or x.shape[1] != dim:
+        raise ValueError(f"gnConv needs an input (batch, {dim}, height, width), not {tuple(x.shape)}")
+
+
+def computes_in_float16(module: nn.Module) -> bool:
+    """Whether `module` gives float16: after `.half()`, or under such an autocast.
+
+    Read from its parameters, not from its input, so that torch.fx can trace through the decision.
+    """
+    weight = next(module.parameters(), None)
+    if weight is None:
+        return False
+    device = weight.device.type
+    return weight.dtype == torch.float16 or (
+        torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        and torch.get_autocast_dtype(device) == torch.float16)
+
+
+def call(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x)."""
+    return module(x)
+
+
+def call_in_float32(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x) with its parameters in float32, whatever they are stored in; its hooks are called."""
+    parameters = dict(module.named_parameters())
+    if all(p.dtype != torch.float16 for p in parameters.values()):
+        return module(x)
+    return torch.func.functional_call(module, {name: p.float() for name, p in parameters.items()}, (x,))
+
+
+def without_autocast(device: str):
+    """A context without autocast on `device`, also where the device knows none."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -2,29 +2,41 @@
 
 Architecture and published variants: "HorNet: Efficient High-Order Spatial Interactions with Recursive Gated
 Convolutions", NeurIPS 2022, arXiv:2207.14284. Parameter names, shapes and order are the published ones.
+
+Stages, blocks and gnConv take and give (B, C, H, W) in channels_last memory, which the first LayerNorm
+produces and everything after it keeps. Every submodule is called by its own forward, so hooks, adapters,
+quantised or replaced layers, counters and tracers find what they expect.
 """
+from collections.abc import Callable
 from dataclasses import fields, replace
 
 import torch
+import torch.fx
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.gnconv import PLAIN, GlobalLocalFilter, GnConv, Operators
+from models.gnconv import GnConv, LayerNorm2d
 from models.zoo import VARIANTS, HorNetConfig
 
+CONFIGS = {name: variant.config for name, variant in VARIANTS.items()}
 EPS = 1e-6  # of every LayerNorm
 
 
 class Block(nn.Module):
-    """x + gamma1 * gnConv(norm1(x)), then x + gamma2 * MLP(norm2(x)), on NHWC tensors.
+    """x + gamma1 * gnConv(norm1(x)), then x + gamma2 * MLP(norm2(x)), on (B, C, H, W).
 
     `keep` (B, 2) holds the factors of the two branches per sample under drop path, None to keep all.
+
+    Attributes:
+        runner: None, or a function (block, x, keep) that may compute the block in its place: it gives what
+            `forward` would, or NotImplemented where it cannot.
     """
 
-    ops: Operators = PLAIN
+    runner: Callable | None = None
 
     def __init__(self, gnconv: GnConv, layer_scale_init_value: float = 1e-6, expansion: int = 4):
         super().__init__()
@@ -32,67 +44,98 @@ class Block(nn.Module):
         scaled = layer_scale_init_value > 0
         self.gamma1 = nn.Parameter(torch.full((dim,), layer_scale_init_value)) if scaled else None
         self.gamma2 = nn.Parameter(torch.full((dim,), layer_scale_init_value)) if scaled else None
-        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.norm1 = LayerNorm2d(dim, eps=EPS)
         self.gnconv = gnconv
         self.norm2 = nn.LayerNorm(dim, eps=EPS)
         self.pwconv1 = nn.Linear(dim, expansion * dim)
         self.pwconv2 = nn.Linear(expansion * dim, dim)
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        first, second = (None, None) if keep is None else keep.unbind(1)
-        x = self.ops.residual(x, self._mix, self.gamma1, first)
-        return self.ops.residual(x, self._mlp, self.gamma2, second)
+        if self.runner is not None:
+            out = self.runner(self, x, keep)
+            if out is not NotImplemented:
+                return out
+        first, second = (None, None) if keep is None else (keep[:, 0], keep[:, 1])
+        x = residual(x, self.gnconv(self.norm1(x)), self.gamma1, first)
+        y = self.norm2(x.permute(0, 2, 3, 1))
+        y = self.pwconv2(F.gelu(self.pwconv1(y)))
+        return residual(x, y.permute(0, 3, 1, 2), self.gamma2, second)
 
-    def _mix(self, x: Tensor) -> Tensor:
-        x = self.ops.layer_norm(x, self.norm1.weight, self.norm1.bias, self.norm1.eps)
-        return self.gnconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
-    def _mlp(self, x: Tensor) -> Tensor:
-        x = self.ops.layer_norm(x, self.norm2.weight, self.norm2.bias, self.norm2.eps)
-        x = self.ops.linear_gelu(x, self.pwconv1.weight, self.pwconv1.bias)
-        return self.ops.linear(x, self.pwconv2.weight, self.pwconv2.bias)
+@torch.fx.wrap
+def residual(x: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
+    """x + keep * gamma * branch: x and branch (B, C, H, W), gamma (C,) or None, keep (B,) or None.
+
+    The sum has the wider type of x and gamma: under autocast the residual stream stays float32.
+    """
+    dtype = x.dtype if gamma is None else torch.promote_types(x.dtype, gamma.dtype)
+    factor = None if gamma is None else gamma[:, None, None]
+    if keep is not None:
+        keep = keep[:, None, None, None]
+        factor = keep if factor is None else keep * factor
+    return (x + branch if factor is None else x + branch * factor).to(dtype)
+
+
+class Stage(nn.Sequential):
+    """Blocks, one after the other; `keep` (B, blocks, 2) as in `keep_factors`, None to keep all."""
+
+    grad_checkpointing = False
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        for i, block in enumerate(self):
+            factors = None if keep is None else keep[:, i]
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, factors, use_reentrant=False)
+            else:
+                x = block(x, factors)
+        return x
 
 
 class HorNet(nn.Module):
-    """The network. Input float (B, in_chans, H, W), H and W from 32 on, any memory format; output (B, num_classes).
+    """The network: float (B, in_chans, H, W), H and W from 32 on, to logits (B, num_classes).
 
     Args:
         cfg: architecture.
         in_chans: input channels.
-        num_classes: 0 gives the pooled features instead of logits.
+        num_classes: 0 gives the features instead of logits.
+        drop_rate: dropout before the head.
         drop_path_rate: of the last block; it rises linearly from 0 at the first.
         layer_scale_init_value: start of gamma1 and gamma2; 0 leaves them out.
         head_init_scale: multiplies the head's initial weights.
+        global_pool: "avg", or "" for an output at each position, (B, num_classes, H / 32, W / 32).
     """
 
-    ops: Operators = PLAIN
-
-    def __init__(self, cfg: HorNetConfig = HorNetConfig(), in_chans: int = 3, num_classes: int = 1000,
-                 drop_path_rate: float = 0.0, layer_scale_init_value: float = 1e-6, head_init_scale: float = 1.0):
+    def __init__(self, cfg: HorNetConfig = CONFIGS["hornet_tiny_7x7"], in_chans: int = 3,
+                 num_classes: int = 1000, drop_rate: float = 0.0, drop_path_rate: float = 0.0,
+                 layer_scale_init_value: float = 1e-6, head_init_scale: float = 1.0,
+                 global_pool: str = "avg"):
         super().__init__()
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate {drop_path_rate}: a number from 0 to below 1 is needed")
+        for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
+            if not 0 <= rate < 1:
+                raise ValueError(f"{name} {rate}: a number from 0 to below 1 is needed")
         self.cfg, self.in_chans, self.num_classes = cfg, in_chans, num_classes
-        self.drop_path_rate = drop_path_rate
-        self.grad_checkpointing = False
+        self.drop_rate, self.drop_path_rate = drop_rate, drop_path_rate
+        self.global_pool = _checked_pool(global_pool)
         dims = [cfg.width * 2 ** i for i in range(4)]
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
             dict(num_chs=dim, reduction=4 * 2 ** i, module=f"stages.{i}") for i, dim in enumerate(dims)]
-        stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], kernel_size=4, stride=4), nn.LayerNorm(dims[0], eps=EPS))
+        stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], kernel_size=4, stride=4),
+                             LayerNorm2d(dims[0], eps=EPS))
         self.downsample_layers = nn.ModuleList([stem] + [
-            nn.Sequential(nn.LayerNorm(a, eps=EPS), nn.Conv2d(a, b, kernel_size=2, stride=2))
+            nn.Sequential(LayerNorm2d(a, eps=EPS), nn.Conv2d(a, b, kernel_size=2, stride=2))
             for a, b in zip(dims, dims[1:])])
-        self.stages = nn.ModuleList(nn.Sequential(*(
-            Block(GnConv(dim, order, cfg.kernel_size, cfg.scale, filter=filter), layer_scale_init_value)
-            for _ in range(depth))) for dim, depth, order, filter in zip(dims, cfg.depths, cfg.orders, cfg.filters))
+        self.stages = nn.ModuleList(
+            Stage(*(Block(GnConv(dim, order, cfg.kernel_size, cfg.scale, filter=filter),
+                          layer_scale_init_value) for _ in range(depth)))
+            for dim, depth, order, filter in zip(dims, cfg.depths, cfg.orders, cfg.filters))
         self.norm = nn.LayerNorm(dims[-1], eps=EPS)
+        self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(dims[-1], num_classes) if num_classes > 0 else nn.Identity()
         self.apply(_init_weights)
-        if num_classes > 0:
-            with torch.no_grad():
-                self.head.weight.mul_(head_init_scale)
-                self.head.bias.mul_(head_init_scale)
+        with torch.no_grad():
+            for parameter in self.head.parameters():
+                parameter.mul_(head_init_scale)
 
     @property
     def num_drop_draws(self) -> int:
@@ -100,42 +143,48 @@ class HorNet(nn.Module):
         return 2 * sum(self.cfg.depths)
 
     def forward(self, x: Tensor, drop_draws: Tensor | None = None) -> Tensor:
-        """Logits; `drop_draws` (B, num_drop_draws) are uniforms in [0, 1) for drop path, drawn here when None.
+        """Logits; `drop_draws` (B, num_drop_draws), uniform in [0, 1), decide drop path, drawn when None.
 
-        Column 2 * i is for block i's first branch, 2 * i + 1 for its second; a branch is kept where the draw is
-        at least its drop rate. Drawing once, before the blocks, keeps recomputed blocks from drawing again.
+        Column 2 * i is for block i's first branch, 2 * i + 1 for its second; a branch is kept where the draw
+        is at least its drop rate. Drawn once, before the blocks, so that recomputed blocks do not draw again.
         """
         return self.forward_head(self.forward_features(x, drop_draws))
 
     def forward_features(self, x: Tensor, drop_draws: Tensor | None = None) -> Tensor:
         """The last stage's output, (B, 8 * width, H / 32, W / 32), before the norm."""
+        return self._stage_outputs(x, drop_draws, len(self.stages))[-1]
+
+    def _stage_outputs(self, x: Tensor, drop_draws: Tensor | None, stages: int) -> list[Tensor]:
+        """What each of the first `stages` stages gives."""
+        check_input(x, self.in_chans)
         keep = self._keep_factors(x, drop_draws)
-        x = self._enter(x)
-        for index in range(len(self.stages)):
-            x = self._stage(index, x, keep)
-        return x.permute(0, 3, 1, 2)
+        outputs, start = [], 0
+        for downsample, stage in list(zip(self.downsample_layers, self.stages))[:stages]:
+            blocks = len(list(stage.children()))
+            x = stage(downsample(x), None if keep is None else keep[:, start:start + blocks])
+            start += blocks
+            outputs.append(x)
+        return outputs
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool and normalise features (B, C, h, w) and classify them; `pre_logits` leaves the classifier out."""
-        x = self.ops.layer_norm(x.mean((2, 3)), self.norm.weight, self.norm.bias, self.norm.eps)
-        return x if pre_logits else self.head(x)
+        """Pool and normalise features (B, C, h, w) and classify them, not with `pre_logits`."""
+        x = self.head_drop(self.norm(x.mean((2, 3)) if self.global_pool else x.permute(0, 2, 3, 1)))
+        x = x if pre_logits else self.head(x)
+        return x if self.global_pool else x.permute(0, 3, 1, 2)
 
     def forward_intermediates(self, x: Tensor, indices: int | list[int] | None = None, norm: bool = False,
-                              stop_early: bool = False, output_fmt: str = "NCHW", intermediates_only: bool = False):
-        """Outputs of the stages named by `indices` (timm's convention), as (B, C, H, W); see timm's `features_only`."""
+                              stop_early: bool = False, output_fmt: str = "NCHW",
+                              intermediates_only: bool = False) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Outputs of the stages named by `indices`, as timm's `features_only` asks for them."""
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f'output_fmt {output_fmt!r}: "NCHW" or "NHWC" is needed')
         take, last = feature_take_indices(len(self.stages), indices)
-        keep, outputs = self._keep_factors(x, None), []
-        x = self._enter(x)
-        for index in range(last + 1 if stop_early else len(self.stages)):
-            x = self._stage(index, x, keep)
-            if index in take:
-                out = x
-                if norm and index == 3:
-                    out = self.ops.layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)
-                outputs.append(out.permute(0, 3, 1, 2) if output_fmt == "NCHW" else out)
-        return outputs if intermediates_only else (x.permute(0, 3, 1, 2), outputs)
+        outputs = self._stage_outputs(x, None, last + 1 if stop_early else len(self.stages))
+        final, found = outputs[-1], [outputs[index].permute(0, 2, 3, 1) for index in take]
+        if norm and take and take[-1] == 3:
+            found[-1] = self.norm(found[-1])
+        found = found if output_fmt == "NHWC" else [out.permute(0, 3, 1, 2) for out in found]
+        return found if intermediates_only else (final, found)
 
     def prune_intermediate_layers(self, indices: int | list[int] = 1, prune_norm: bool = False,
                                   prune_head: bool = True) -> list[int]:
@@ -145,67 +194,29 @@ class HorNet(nn.Module):
         self.stages, self.downsample_layers = self.stages[:last + 1], self.downsample_layers[:last + 1]
         if prune_norm or pruned:
             self.norm = nn.Identity()
+        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if prune_head or pruned:
             self.reset_classifier(0)
-        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         return take
 
-    def _enter(self, x: Tensor) -> Tensor:
-        """Check the input; a channels_last copy makes the first convolution's output NHWC in memory."""
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"HorNet needs an input (batch, {self.in_chans}, height, width), not {tuple(x.shape)}")
-        if x.shape[2] < 32 or x.shape[3] < 32:
-            raise ValueError(f"HorNet needs pictures of at least 32x32 pixels, not {x.shape[2]}x{x.shape[3]}: "
-                             "the network halves them five times; enlarge the pictures or raise --input_size")
-        if not x.is_floating_point():
-            raise ValueError(f"HorNet needs a floating-point input, not {x.dtype}: normalise the pictures first")
-        return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-
-    def _stage(self, index: int, x: Tensor, keep: Tensor | None) -> Tensor:
-        for layer in self.downsample_layers[index]:
-            if isinstance(layer, nn.LayerNorm):
-                x = self.ops.layer_norm(x, layer.weight, layer.bias, layer.eps)
-            else:
-                x = self.ops.patch_conv(x, layer.weight, layer.bias)
-        first = sum(len(stage) for stage in self.stages[:index])
-        for i, block in enumerate(self.stages[index], first):
-            factors = None if keep is None else keep[:, 2 * i:2 * i + 2]
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, factors, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, factors)
-        return x
-
     def _keep_factors(self, x: Tensor, drop_draws: Tensor | None) -> Tensor | None:
-        """(B, num_drop_draws) factors 0 or 1 / (1 - p), or None when nothing is dropped."""
         if not self.training or self.drop_path_rate == 0:
             return None
-        draws = self.num_drop_draws
-        if drop_draws is None:
-            drop_draws = torch.rand(x.shape[0], draws, device=x.device)
-        elif tuple(drop_draws.shape) != (x.shape[0], draws):
-            raise ValueError(f"drop_draws of shape {tuple(drop_draws.shape)}: {(x.shape[0], draws)} is needed")
-        block = torch.arange(draws, device=x.device).div(2, rounding_mode="floor")
-        rate = block * (self.drop_path_rate / max(1, draws // 2 - 1))
-        return (drop_draws.to(x.device) >= rate) / (1 - rate)
-
-    def set_operators(self, ops: Operators) -> None:
-        """Let the whole network compute with `ops`; `PLAIN` goes back to plain PyTorch."""
-        for module in self.modules():
-            if isinstance(module, (HorNet, Block, GnConv, GlobalLocalFilter)):
-                module.ops = ops
+        return keep_factors(x, drop_draws, self.drop_path_rate, self.num_drop_draws)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
-        self.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new, freshly initialised head; 0 for none. Only average pooling ("avg") is there."""
-        if global_pool not in (None, "", "avg"):
-            raise ValueError(f'global_pool {global_pool!r}: HorNet pools with "avg" only')
+        """A new, freshly initialised head, none for 0; `global_pool` "avg", "" (none), or None as before."""
+        if global_pool is not None:
+            self.global_pool = _checked_pool(global_pool)
         self.num_classes = num_classes
         weight = next(self.parameters())
         head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
@@ -223,6 +234,39 @@ class HorNet(nn.Module):
         load_for_model(self, path, new_head=True)
 
 
+@torch.fx.wrap
+def check_input(x: Tensor, in_chans: int) -> None:
+    """ValueError for what a HorNet cannot take."""
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"HorNet needs an input (batch, {in_chans}, height, width), not {tuple(x.shape)}")
+    if x.shape[2] < 32 or x.shape[3] < 32:
+        raise ValueError(f"HorNet needs images of at least 32x32 pixels, not {x.shape[2]}x{x.shape[3]}: "
+                         "the network halves them five times; enlarge the images or raise --input_size")
+    if not x.is_floating_point():
+        raise ValueError(f"HorNet needs a floating-point input, not {x.dtype}: normalise the images first")
+
+
+@torch.fx.wrap
+def keep_factors(x: Tensor, draws: Tensor | None, rate: float, count: int) -> Tensor:
+    """Drop path's factors (B, blocks, 2): 0 or 1 / (1 - p), with p rising from 0 to `rate` over the blocks.
+
+    `draws` (B, count), count = 2 * blocks, are uniforms in [0, 1), drawn here when None.
+    """
+    if draws is None:
+        draws = torch.rand(x.shape[0], count, device=x.device)
+    elif tuple(draws.shape) != (x.shape[0], count):
+        raise ValueError(f"drop_draws of shape {tuple(draws.shape)}: {(x.shape[0], count)} is needed")
+    block = torch.arange(count, device=x.device).div(2, rounding_mode="floor")
+    rates = block * (rate / max(1, count // 2 - 1))
+    return ((draws.to(x.device) >= rates) / (1 - rates)).unflatten(1, (count // 2, 2))
+
+
+def _checked_pool(global_pool: str) -> str:
+    if global_pool not in ("avg", ""):
+        raise ValueError(f'global_pool {global_pool!r}: "avg", or "" for no pooling, is needed')
+    return global_pool
+
+
 def _init_weights(module: nn.Module) -> None:
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.trunc_normal_(module.weight, std=0.02)
@@ -230,15 +274,12 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-CONFIGS = {name: variant.config for name, variant in VARIANTS.items()}
-
-
 def _default_cfg(name: str) -> dict:
     size = VARIANTS[name].input_size
     url = next((file.urls[0] for file in VARIANTS[name].files), "")
-    return dict(url=url, num_classes=1000, input_size=(3, size, size), interpolation="bicubic", custom_load=True,
+    return dict(url=url, num_classes=1000, input_size=(3, size, size), interpolation="bicubic",
                 crop_pct=1.0 if size >= 384 else 0.875, crop_mode="squash" if size >= 384 else "center",
-                mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, license="mit",
+                custom_load=True, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, license="mit",
                 first_conv="downsample_layers.0.0", classifier="head")
 
 
@@ -246,12 +287,24 @@ default_cfgs = generate_default_cfgs({name: _default_cfg(name) for name in CONFI
 
 
 def _create(name: str, pretrained: bool = False, **kwargs) -> HorNet:
-    """Build `name`; keyword arguments are HorNet's and HorNetConfig's, an unknown one is a TypeError."""
+    """Build `name`; keyword arguments are HorNet's and HorNetConfig's, an unknown one is a TypeError.
+
+    Training scripts of timm and DeiT always pass some that other families have: `img_size` (HorNet takes
+    any), `drop_block_rate` None or 0 and `output_stride` 32 are accepted and change nothing.
+    """
+    kwargs = {name: value for name, value in kwargs.items() if value is not None and name != "img_size"}
+    for key, only, accepted in (("drop_block_rate", 0, "None"), ("output_stride", 32, "32")):
+        value = kwargs.pop(key, only)
+        if value != only:
+            raise ValueError(f"{key} {value!r}: HorNet has no such form, only {accepted} is accepted")
     changes = {f.name: kwargs.pop(f.name) for f in fields(HorNetConfig) if f.name in kwargs}
-    if pretrained and not (kwargs.get("pretrained_cfg_overlay") or {}).get("file"):
+    overlay, cache_dir = dict(kwargs.get("pretrained_cfg_overlay") or {}), kwargs.pop("cache_dir", None)
+    if pretrained:
         from models.download import fetch_published
-        path = fetch_published(name, kwargs.pop("cache_dir", None))
-        kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), "file": str(path)}
+        overlay["file"] = str(overlay.get("file") or fetch_published(name, cache_dir))
+        # Else timm reads a named file itself: without OpenMMLab's names, and the average instead of what
+        # scored.
+        kwargs["pretrained_cfg_overlay"] = overlay | {"custom_load": True}
     return build_model_with_cfg(
         HorNet, name, pretrained, model_cfg=replace(CONFIGS[name], **changes),
         feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"), **kwargs)

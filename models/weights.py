@@ -12,16 +12,18 @@ from common.log import logger
 from common.safe_load import safe_torch_load
 from models.download import local_file
 from models.gnconv import resize_filter
+from models.hornet import HorNet
 from models.zoo import VARIANTS, synsets
 
 MODEL_KEY = "model|module"  # the published default: the first of these entries that is there
 ENOUGH = 0.95  # of a model's tensors have to be in a file that is taken for one of this model
 StateDict = dict[str, Tensor]
+Names = Sequence[str] | None
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was loaded: number of tensors, names left as they were, names without a place, the file's entry."""
+    """What was loaded: number of tensors, names not in the file, names without a place, the file's entry."""
 
     loaded: int
     missing: tuple[str, ...]
@@ -29,28 +31,32 @@ class LoadReport:
     source_key: str
 
     def __str__(self) -> str:
-        lists = (f"{word} {len(names)}" + (f" ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})" if names else "")
-                 for word, names in (("missing", self.missing), ("unexpected", self.unexpected)))
-        return f"loaded {self.loaded}, {', '.join(lists)} tensors from '{self.source_key}'"
+        missing, unexpected = (f"{len(some)} ({', '.join((*some[:2], '...')[:len(some)])})" if some else "0"
+                               for some in (self.missing, self.unexpected))
+        return (f"loaded {self.loaded}, missing {missing}, unexpected {unexpected} tensors "
+                f"from '{self.source_key}'")
 
 
-def load_for_model(model: nn.Module, path_or_url: str | os.PathLike, *, model_key: str = MODEL_KEY, prefix: str = "",
-                   weights: str = "auto", allow_partial: bool = False, class_names: Sequence[str] | None = None,
-                   new_head: bool = False, checkpoint: object = None) -> LoadReport:
-    """Load a checkpoint file, local or at an https address, into a HorNet; the model keeps its device and dtype.
+def load_for_model(model: nn.Module, path_or_url: str | os.PathLike, *, model_key: str = MODEL_KEY,
+                   prefix: str = "", weights: str = "auto", allow_partial: bool = False,
+                   class_names: Names = None, new_head: bool = False,
+                   checkpoint: object = None) -> LoadReport:
+    """Load a checkpoint file, local or at an https address, into a HorNet, which keeps its device and dtype.
 
     Args:
         model_key: entries to look for, separated by "|"; anything but the default overrules `weights`.
         prefix: removed from the names of the file's tensors.
         weights: "model", "ema", or "auto" for those that scored (see `select_weights`).
         allow_partial: accept that less than 95 % of the model's tensors are in the file.
-        class_names: the model's classes in logit order (ImageNet-1k's synsets for 1000 classes when None). Where
-            the file's classes are known and hold these, the matching rows of its head are taken.
+        class_names: the model's classes in logit order (ImageNet-1k's synsets for 1000 classes when None).
+            Where the file's classes are known and hold these, the matching rows of its head are taken.
         new_head: for fine-tuning: leave the head as it is when the file's does not fit, instead of an error.
         checkpoint: the file's content where it has been read already.
 
-    Raises UserError (`missing_weights`, `other_model`, `other_classes`, `nonfinite_weights`, and `safe_torch_load`'s).
+    Raises UserError (`missing_weights`, `other_model`, `other_classes`, `nonfinite_weights`, and those of
+    `safe_torch_load`).
     """
+    assert isinstance(model, HorNet)
     path = local_file(path_or_url)
     checkpoint = safe_torch_load(path) if checkpoint is None else checkpoint
     state, key = select_weights(checkpoint, path, model_key=model_key, weights=weights)
@@ -65,21 +71,20 @@ def select_weights(checkpoint: object, where: str, *, model_key: str = MODEL_KEY
                    weights: str = "auto") -> tuple[StateDict, str]:
     """The state dict to use in a loaded checkpoint, and the name of its entry; `where` is the file's path.
 
-    "auto" takes what the file's own `scored` entry names; in the authors' `checkpoint-best-ema.pth`, which has
-    none, `model_ema`; otherwise the raw weights. A file may also be a bare state dict (entry name "").
+    "auto" takes what the file's own `scored` entry names; in the authors' `checkpoint-best-ema.pth`, which
+    has none, `model_ema`; otherwise the raw weights. A file may also be a bare state dict (entry name "").
     """
     if weights not in ("auto", "model", "ema"):
         raise UserError(f"weights {weights!r}: auto, model or ema is accepted.", code="invalid_value")
     if not isinstance(checkpoint, dict):
         raise UserError(f"{where} holds a {type(checkpoint).__name__}, not a checkpoint with model weights.",
                         code="missing_weights")
-    default = model_key == MODEL_KEY
-    keys = model_key.split("|")
+    keys, default = model_key.split("|"), model_key == MODEL_KEY
     if default:
         raw, ema = [*keys, "state_dict"], ["model_ema"]
-        authors_best = "model_ema" if os.path.basename(where) == "checkpoint-best-ema.pth" else "model"
-        ema_first = (checkpoint.get("scored") or authors_best) == "model_ema"
-        keys = {"ema": ema, "model": raw, "auto": ema + raw if ema_first else raw + ema}[weights]
+        authors = "model_ema" if os.path.basename(where) == "checkpoint-best-ema.pth" else "model"
+        ema_scored = (checkpoint.get("scored") or authors) == "model_ema"
+        keys = {"ema": ema, "model": raw, "auto": ema + raw if ema_scored else raw + ema}[weights]
     for key in keys:
         if _is_state(checkpoint.get(key)):
             return checkpoint[key], key
@@ -96,9 +101,9 @@ def _is_state(value: object) -> bool:
 
 
 def published_names(state: StateDict, prefix: str = "") -> StateDict:
-    """The same tensors under the published names: wrappers' prefixes removed, OpenMMLab's names translated."""
-    strip = [re.escape(prefix)] if prefix else []
-    pattern = re.compile("^(?:" + "|".join([*strip, r"module\.", r"_orig_mod\."]) + ")+")
+    """The same tensors under the published names: without wrappers' prefixes, translated from OpenMMLab's."""
+    pattern = re.compile(rf"^(?:{re.escape(prefix)}|module\.|_orig_mod\.)+" if prefix
+                         else r"^(?:module\.|_orig_mod\.)+")
     state = {pattern.sub("", key): value for key, value in state.items()}
     return from_openmmlab(state) if any(key.startswith("backbone.") for key in state) else state
 
@@ -123,19 +128,19 @@ def from_openmmlab(state: StateDict) -> StateDict:
     return {name(key): value for key, value in state.items()}
 
 
-def fit_to_model(state: StateDict, model: nn.Module, where: str = "the checkpoint",
-                 source_classes: Sequence[str] | None = None, class_names: Sequence[str] | None = None,
-                 new_head: bool = False) -> StateDict:
+def fit_to_model(state: StateDict, model: HorNet, where: str = "the checkpoint", source_classes: Names = None,
+                 class_names: Names = None, new_head: bool = False) -> StateDict:
     """A copy of a published state dict whose head, filters and (for fine-tuning) first layer fit `model`."""
-    target, state = model.state_dict(), dict(state)
+    target, state, head = model.state_dict(), dict(state), ("head.weight", "head.bias")
     for key, value in state.items():
-        if key.endswith(".complex_weight") and key in target and value.ndim == 4 and len(value) == len(target[key]):
-            state[key] = resize_filter(value.float(), tuple(target[key].shape[1:3]))
-    head = ("head.weight", "head.bias")
+        wanted = target.get(key)
+        if key.endswith(".complex_weight") and wanted is not None and value.shape[::3] == wanted.shape[::3]:
+            state[key] = resize_filter(value.float(), (wanted.shape[1], wanted.shape[2]))
     if model.num_classes == 0:
         state = {key: value for key, value in state.items() if not key.startswith("head.")}
     elif all(key in state and state[key].ndim == ndim for key, ndim in zip(head, (2, 1))):
-        rows = _head_rows(len(state["head.weight"]), model.num_classes, source_classes, class_names, where, new_head)
+        rows = _head_rows(len(state[head[0]]), model.num_classes, where, source_classes, class_names,
+                          new_head)
         for key in head:
             if rows is None:
                 del state[key]
@@ -147,59 +152,61 @@ def fit_to_model(state: StateDict, model: nn.Module, where: str = "the checkpoin
     return state
 
 
-def _head_rows(source: int, target: int, source_classes: Sequence[str] | None, class_names: Sequence[str] | None,
-               where: str, new_head: bool) -> list[int] | None:
-    """Which of the file's `source` head rows make the model's `target` ones; None: none, start with a new head."""
+def _head_rows(source: int, target: int, where: str, source_classes: Names, class_names: Names,
+               new_head: bool) -> list[int] | None:
+    """Which of the file's `source` head rows make the model's `target` ones; None: none, it is a new head."""
     have = source_classes if source_classes and len(source_classes) == source else synsets(source)
     want = class_names if class_names and len(class_names) == target else synsets(target)
     row = {name: number for number, name in enumerate(have or ())}
-    if have and want and all(name in row for name in want):
+    unknown = [name for name in want or () if name not in row]
+    if have and want and not unknown:
         if source != target:
-            logger.info("The head's rows of %d of its %d classes are taken by their names", target, source)
+            logger.info("%d of the head's %d classes are taken, by their names", target, source)
         return [row[name] for name in want]
-    named = have and want and source_classes and class_names  # a list that only stands for a count refuses nothing
-    if source == target and not named:
-        return list(range(source))
+    if source == target and not (have and unknown and source_classes and class_names):
+        return list(range(source))  # a list of names that only stands for a count refuses nothing
     if new_head:
         logger.info("%s is for %d classes, not these %d: the head starts from scratch", where, source, target)
         return None
     if source == target:
-        unknown = [name for name in want or () if name not in row]
-        raise UserError(f"{where} was trained on other classes: {', '.join(unknown[:3])} of the data are unknown to "
-                        "it; fine-tune it on these data, or evaluate on the classes it knows.", code="other_classes")
-    raise UserError(f"{where} has a head for {source} classes, and the model has one for {target}; use --nb_classes "
-                    f"{source}, or fine-tune with --finetune to train a new head.", code="other_classes")
+        raise UserError(f"{where} was trained on other classes: {', '.join(unknown[:3])} of the data are "
+                        "unknown to it; fine-tune it on these data, or evaluate on the classes it knows.",
+                        code="other_classes")
+    raise UserError(f"{where} has a head for {source} classes, and the model has one for {target}; use "
+                    f"--nb_classes {source}, or fine-tune with --finetune to train a new head.",
+                    code="other_classes")
 
 
-def _copy(state: StateDict, model: nn.Module, where: str, source_key: str, allow_partial: bool,
+def _copy(state: StateDict, model: HorNet, where: str, source_key: str, allow_partial: bool,
           new_head: bool) -> LoadReport:
     target = model.state_dict()
-    fitting = {key: value for key, value in state.items() if key in target and value.shape == target[key].shape}
+    fitting = {key: value for key, value in state.items()
+               if key in target and value.shape == target[key].shape}
     missing = tuple(key for key in target if key not in fitting)
     report = LoadReport(len(fitting), missing, tuple(key for key in state if key not in fitting), source_key)
     expected = [key for key in target if not (new_head and key.startswith("head."))]
     if not allow_partial and sum(key in fitting for key in expected) < ENOUGH * len(expected):
         looks = identify(state)
         hint = f"it looks like {looks}" if looks else "its tensors are not those of a HorNet"
-        raise UserError(f"{where} does not hold this model, {hint}: {report}; name the model it was made with, "
-                        "or use --allow_partial true.", code="other_model")
+        raise UserError(f"{where} does not hold this model, {hint}: {report}; name the model it was made "
+                        "with, or use --allow_partial true.", code="other_model")
     if not allow_partial and not new_head and any(key.startswith("head.") for key in missing):
-        raise UserError(f"{where} has no head that fits the model's {model.num_classes} classes; fine-tune with "
-                        "--finetune to train a new one, or use --allow_partial true.", code="other_classes")
+        raise UserError(f"{where} has no head that fits the model's {model.num_classes} classes; use "
+                        "--finetune to train a new one, or --allow_partial true.", code="other_classes")
     broken = next((key for key, value in fitting.items() if not value.isfinite().all()), None)
     if broken is not None:
-        raise UserError(f"{where} holds infinite or undefined values in {broken}: it comes from a training that "
-                        "diverged; take an earlier checkpoint.", code="nonfinite_weights")
+        raise UserError(f"{where} holds infinite or undefined values in {broken}: it comes from a training "
+                        "that diverged; take an earlier checkpoint.", code="nonfinite_weights")
     model.load_state_dict(fitting, strict=False)
     return report
 
 
 def identify(state: StateDict) -> str | None:
-    """The name of the registered architecture that a published state dict is of, by width, depths and filters."""
+    """The name of the architecture that a published state dict is of, by width, depths and filters."""
     stem = state.get("downsample_layers.0.0.weight")
     if stem is None or stem.ndim != 4:
         return None
-    blocks = {match[0] for key in state if (match := re.match(r"stages\.(\d+)\.\d+\.", key))}
+    blocks = {match[0] for key in state if (match := re.match(r"stages\.\d+\.\d+\.", key))}
     depths = tuple(sum(block.startswith(f"stages.{i}.") for block in blocks) for i in range(4))
     grid = state.get("stages.2.0.gnconv.dwconv.complex_weight")
     kind = "conv" if grid is None else tuple(grid.shape[1:3])

@@ -2,7 +2,7 @@
 // forward and backward, for float32 and bfloat16 storage with float32 arithmetic.
 //
 // Every reduction has an order that does not depend on the number of threads. Hardly an intrinsic: GCC and Clang
-// vector extensions become AVX-512, AVX2 or NEON by -march=native. `native.py` compiles, tests and calls it.
+// vector extensions become AVX-512, AVX2 or NEON by -march=native. `kernels.py` compiles and calls it.
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>

@@ -1,11 +1,8 @@
-"""Optional fast paths. Plain PyTorch (`models.gnconv.Operators`) is the definition; a path here computes the same.
+"""Which fast paths a CPU takes. Plain PyTorch is the definition; a path here computes the same.
 
-    paths = code_paths(device)             # chosen by the device's features, never by timing; save it with the run
-    paths = use_code_paths(saved, device)  # on resume: the saved choice, so that the same bits come out
-    accelerate(model, paths)               # give the model its operators
-    with packed(model): ...                # evaluation: weights in the library's own layout meanwhile
-
-A path is taken only after it has agreed with the plain one on small inputs, gradients included.
+A path is taken only after it has agreed with the plain one on small blocks, gradients included. What is taken
+is chosen by the machine's features, never by timing, and saved with a run: resumed, it computes the same
+bits.
 """
 import ctypes
 import platform
@@ -15,21 +12,49 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.log import logger
-from models.gnconv import PLAIN, Operators
+from models.gnconv import GnConv
+from models.hornet import Block
+from native import kernels
+from native.build import OFF, switched_off
+from native.runner import BlockRunner
 
 PLAIN_PATHS = {"linear": "default", "kernels": "plain", "allocator": "default"}
+
+
+def attach(model: nn.Module, saved: dict[str, str] | None = None) -> dict[str, str]:
+    """Let the blocks of a HorNet compute on this machine's fast paths, or on the `saved` ones of a run that
+    resumes.
+
+    Returns the paths, as plain data to be saved. On other devices than CPUs all of them are plain.
+    """
+    device = next(model.parameters()).device
+    paths = use_code_paths(saved, device) if saved else code_paths(device)
+    set_paths(model, paths)
+    return paths
+
+
+def set_paths(model: nn.Module, paths: dict[str, str]) -> None:
+    """Let a HorNet compute on `paths`, in training and evaluation."""
+    onednn, compiled = paths.get("linear") == "onednn", paths.get("kernels") == "compiled"
+    runner = BlockRunner(onednn, compiled) if onednn or compiled else None
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.runner = runner
+    if paths.get("allocator") == "keep":
+        keep_freed_memory(True)
 
 
 def code_paths(device: torch.device | str) -> dict[str, str]:
     """The paths for `device` as a plain dictionary.
 
-    "linear": "onednn" on AMD CPUs with AVX-512, where it doubles torch's default; "kernels": "compiled" where a C++ compiler
-    is; "allocator": "keep" with the GNU C library (freed memory is kept: returning it costs a tenth of the time).
+    "linear": "onednn" on AMD CPUs with AVX-512, where it doubles torch's default; "kernels": "compiled" where
+    a C++ compiler is; "allocator": "keep" with the GNU C library (freed memory is kept: returning it costs a
+    tenth of the time).
     """
-    if torch.device(device).type != "cpu":
+    if torch.device(device).type != "cpu" or switched_off():
         return dict(PLAIN_PATHS)
     return {"linear": "onednn" if _onednn_helps() and _agrees("linear") else "default",
             "kernels": "compiled" if _agrees("kernels") else "plain",
@@ -37,50 +62,40 @@ def code_paths(device: torch.device | str) -> dict[str, str]:
 
 
 def use_code_paths(saved: dict[str, str], device: torch.device | str) -> dict[str, str]:
-    """The `saved` choice where this machine has it; what it lacks is plain and told in one warning."""
+    """The `saved` choice where this machine has it; what is missing is plain, with one warning."""
     if torch.device(device).type != "cpu":
         return dict(PLAIN_PATHS)
-    paths = {**PLAIN_PATHS, **{name: value for name, value in saved.items() if name in PLAIN_PATHS}}
+    paths = PLAIN_PATHS | {name: value for name, value in saved.items() if name in PLAIN_PATHS}
     for name, value in (("linear", "onednn"), ("kernels", "compiled")):
-        if paths[name] == value and not _agrees(name):
-            logger.warning("The run used %s=%s, which this machine lacks: it goes on with the plain path, equal up "
-                           "to rounding but not bit for bit.", name, value)
+        if paths[name] == value and (switched_off() or not _agrees(name)):
+            why = f"{OFF}=0 switches off" if switched_off() else "this machine lacks"
+            logger.warning("The run was begun with %s=%s, which %s: it resumes on the plain path, equal up "
+                           "to rounding but not bit for bit.", name, value, why)
             paths[name] = PLAIN_PATHS[name]
     return paths
-
-
-def operators(paths: dict[str, str]) -> Operators:
-    """The operators that `paths` name."""
-    onednn, compiled = paths.get("linear") == "onednn", paths.get("kernels") == "compiled"
-    if not onednn and not compiled:
-        return PLAIN
-    from native.operators import CpuOperators
-    return CpuOperators(onednn, compiled)
-
-
-def accelerate(model: nn.Module, paths: dict[str, str]) -> None:
-    """Let a HorNet compute with `paths`, in training and evaluation."""
-    model.set_operators(operators(paths))
-    if paths.get("allocator") == "keep":
-        keep_freed_memory(True)
 
 
 @contextmanager
 def packed(*models: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
     """For forward passes without gradients: matrices are reordered once, not in every product.
 
-    The weights must not change meanwhile. `dtype` is that of autocast, None without. Nothing happens with plain
-    operators.
+    The weights must not change meanwhile. `dtype` is that of autocast, None without. Nothing happens on plain
+    paths.
     """
-    able = [model for model in models
-            if hasattr(getattr(model, "ops", PLAIN), "pack") and next(model.parameters()).device.type == "cpu"]
+    runners = [(model, runner) for model in models if (runner := runner_of(model)) is not None]
     try:
-        for model in able:
-            model.ops.pack(model, dtype or torch.float32)
+        for model, runner in runners:
+            runner.pack(model, dtype or torch.float32)
         yield
     finally:
-        for model in able:
-            model.ops.packed.clear()
+        for _, runner in runners:
+            runner.packed.clear()
+
+
+def runner_of(model: nn.Module) -> BlockRunner | None:
+    """What `attach` gave to the blocks of `model`; None for none."""
+    found = (module.runner for module in model.modules() if isinstance(module, Block))
+    return next((runner for runner in found if isinstance(runner, BlockRunner)), None)
 
 
 def keep_freed_memory(keep: bool) -> None:
@@ -96,7 +111,9 @@ def keep_freed_memory(keep: bool) -> None:
 
 
 def _onednn_helps() -> bool:
-    """AMD with AVX-512: torch's default library (MKL) leaves out its fast code there. Elsewhere both are near the peak."""
+    """AMD with AVX-512: torch's default library (MKL) leaves out its fast code there. Elsewhere both are near
+    the peak.
+    """
     try:
         info = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -107,12 +124,11 @@ def _onednn_helps() -> bool:
 @cache
 def _agrees(name: str) -> bool:
     """Whether a path works here and equals the plain one in float32, outputs and gradients."""
-    from native import kernels as native, operators as cpu
-    if name == "kernels" and native.library() is None:
+    if name == "kernels" and kernels.library() is None:
         return False
-    ops = cpu.CpuOperators(onednn=name == "linear" or _onednn_helps(), compiled=name == "kernels")
+    runner = BlockRunner(onednn=name == "linear" or _onednn_helps(), compiled=name == "kernels")
     try:
-        worst = _largest_difference(ops)
+        worst = _largest_difference(runner)
     except (RuntimeError, AttributeError, NotImplementedError) as error:
         logger.warning("The CPU path %r failed its self-test (%s): plain PyTorch is used.", name, error)
         return False
@@ -121,28 +137,25 @@ def _agrees(name: str) -> bool:
     return worst < 1e-4
 
 
-def _largest_difference(ops: Operators) -> float:
-    """Between a small HorNet block-like computation with `ops` and with the plain operators, relative to its scale."""
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 9, 15, 24, generator=draw)
-    shapes = dict(norm=(24,), shift=(24,), pw=(12, 6, 1, 1), pw_bias=(12,), first=(40, 12), bias=(40,),
-                  second=(24, 40), bias2=(24,), wide=(24, 1, 7, 7), small=(24, 1, 3, 3), half=(12, 1, 3, 3),
-                  spectrum=(12, 5, 4, 2), gamma=(24,))
-    p = {name: torch.randn(shape, generator=draw) * 0.3 for name, shape in shapes.items()}
-    keep = torch.tensor([1.25, 0.0, 1.25])
-    results = []
-    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        for each in (PLAIN, ops):
-            leaves = [t.clone().requires_grad_() for t in (x, *p.values())]
-            t = dict(zip(p, leaves[1:]))
+def _largest_difference(runner: BlockRunner) -> float:
+    """Between small blocks with `runner` and without, outputs and gradients, relative to each tensor's scale.
+    """
+    worst = 0.0
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        torch.manual_seed(0)
+        x, keep = torch.randn(3, 24, 9, 15), torch.tensor([[1.25, 0.0], [0.0, 1.25], [1.25, 1.25]])
+        for spatial in ("conv", (5, 4)):
+            block = Block(GnConv(24, 3, filter=spatial))
+            for parameter in block.parameters():
+                nn.init.normal_(parameter, std=0.3)
+            plain = _output_and_gradients(block, x, keep)
+            block.runner = runner
+            fast = _output_and_gradients(block, x, keep)
+            worst = max(worst, *(float((a - b).abs().max() / a.abs().max()) for a, b in zip(plain, fast)))
+    return worst
 
-            def branch(y):
-                y = each.layer_norm(y, t["norm"], t["shift"], 1e-6)
-                y = each.depthwise(each.depthwise(y, t["wide"], t["shift"]), t["small"], None)
-                y = each.global_local(y, t["half"], t["spectrum"])
-                y = each.recursion(y[..., :6], y[..., 6:], [(t["pw"], t["pw_bias"])])
-                return each.linear(each.linear_gelu(y, t["first"], t["bias"]), t["second"], t["bias2"])
 
-            out = each.residual(leaves[0], branch, t["gamma"], keep)
-            results.append([out, *torch.autograd.grad(out.square().mean(), leaves)])
-    return max(float(((a - b).abs().max() / a.abs().max()).detach()) for a, b in zip(*results))
+def _output_and_gradients(block: Block, x: Tensor, keep: Tensor) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_(), *block.parameters()]
+    out = block(leaves[0], keep)
+    return [out.detach(), *torch.autograd.grad(out.square().mean(), leaves)]

@@ -1,64 +1,93 @@
-"""Optimizers by name."""
-import difflib
+"""The optimizer and the training loss of the options."""
+from typing import Any
 
 import torch
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from torch import nn
 
 from common.errors import UserError
+from common.text import did_you_mean
+from config.options import Options
+from config.rules import mixes
 from optim.groups import param_groups
 
-# torch's optimizers whose fused kernel takes a device flag and changes nothing when it is set. SGD's is left out:
-# a flag set on its very first step leaves the momentum uninitialised (torch 2.15).
+# torch's optimizers whose fused kernel takes a device flag and changes nothing when it is set. SGD's is left
+# out: a flag set on its very first step leaves the momentum uninitialised (torch 2.15).
 _FUSED = {"adamw", "adam"}
 _FUSED_DEVICES = {"cpu", "cuda", "xpu", "mps"}
 _NEED_CLOSURE = {"adahessian", "kron", "kronc", "kronw"}
 
 
-def build_optimizer(model: nn.Module, options) -> torch.optim.Optimizer:
-    """timm's optimizer `options.opt` over `model`'s weight-decay and layer-decay groups, fused where torch has it.
+def build_loss(options: Options) -> nn.Module:
+    """Mean loss over a micro-batch, from logits (B, classes): for soft targets (B, classes) with the
+    smoothing already inside where images are mixed, else for labels (B,) with label smoothing, else plain
+    cross-entropy."""
+    if mixes(options):
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(options.smoothing) if options.smoothing > 0 else nn.CrossEntropyLoss()
 
-    Reads opt, lr, weight_decay, layer_decay, opt_eps, opt_betas, momentum. Raises UserError for unknown names.
+
+def build_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
+    """timm's optimizer `options.opt` over `model`'s weight-decay and layer-decay groups, fused where torch
+    has it.
+
+    Reads opt, lr, weight_decay, layer_decay, opt_eps, opt_betas, momentum. Raises UserError for unknown
+    names; so does its `load_state_dict` for a state that does not fit (see `_fitting`).
     """
     name = options.opt.lower()
     bare = name.rsplit("_", 1)[-1]
-    if bare not in list_optimizers() or bare in _NEED_CLOSURE:
-        near = difflib.get_close_matches(bare, set(list_optimizers()) - _NEED_CLOSURE, n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "; accepted are e.g. adamw, sgd, lamb and lion."
-        raise UserError(f"--opt {options.opt} is not one of timm's optimizers that train with a plain loop{hint}")
+    known = {str(each) for each in list_optimizers()} - _NEED_CLOSURE
+    if bare not in known:
+        hint = did_you_mean(bare, known) or "; accepted are e.g. adamw, sgd, lamb and lion."
+        raise UserError(f"--opt {options.opt} is not one of timm's optimizers that train with a plain "
+                        f"loop{hint}", code="invalid_value")
     groups = param_groups(model.named_parameters(), options.weight_decay, options.layer_decay)
-    settings = {"lr": options.lr, "weight_decay": 0.0, "momentum": options.momentum, "eps": options.opt_eps}
+    settings: dict[str, Any] = {"lr": options.lr, "weight_decay": 0.0, "momentum": options.momentum,
+                                "eps": options.opt_eps}
     if options.opt_betas is not None:
         settings["betas"] = tuple(options.opt_betas)
-    devices = {parameter.device.type for parameter in model.parameters()}
-    if name in _FUSED and devices <= _FUSED_DEVICES:
+    if name in _FUSED and {parameter.device.type for parameter in model.parameters()} <= _FUSED_DEVICES:
         settings["fused"] = True
     try:
-        return create_optimizer_v2(groups, name, **settings)
+        optimizer = create_optimizer_v2(groups, name, **settings)
     except (ImportError, AssertionError) as error:
         module = get_optimizer_class(bare, bind_defaults=False).__module__
-        raise UserError(f"--opt {options.opt} needs a package that is not installed ({module}: {error}).") from error
+        raise UserError(f"--opt {options.opt} needs a package that is not installed ({module}: {error}).",
+                        code="missing_package") from error
+    inner = getattr(optimizer, "_base_optimizer", optimizer)  # of Lookahead
+    inner.register_load_state_dict_pre_hook(_fitting)
+    return optimizer
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Restore moments and step counts from `state`, and keep this run's own choices (fused kernel, scales, betas).
-
-    `Optimizer.load_state_dict` would take over the file's `fused=None`. Raises UserError when the file's groups
-    hold other numbers of tensors, or moments of other shapes.
-    """
+def _fitting(optimizer: torch.optim.Optimizer, state: dict) -> dict:
+    """`state` as this optimizer can load it: moments and step counts, with this run's own choices (fused
+    kernel, scales, betas) instead of the file's. Raises UserError when it is of other tensors or damaged."""
     ours, theirs = optimizer.state_dict()["param_groups"], state["param_groups"]
-    if [len(group["params"]) for group in ours] != [len(group["params"]) for group in theirs]:
-        raise UserError(
-            f"the checkpoint's optimizer state has groups of {[len(g['params']) for g in theirs]} tensors, this run's "
-            f"of {[len(g['params']) for g in ours]}: resume with the same --layer_decay, --opt and model, or start "
-            f"from its weights with --finetune.")
-    sizes = [p.shape for group in optimizer.param_groups for p in group["params"]]
-    order = [index for group in theirs for index in group["params"]]
-    for index, shape in zip(order, sizes):
-        for name, value in state["state"].get(index, {}).items():
-            if torch.is_tensor(value) and value.ndim == len(shape) > 0 and value.shape != shape:
-                raise UserError(f"the checkpoint's optimizer state {name} of tensor {index} has shape "
-                                f"{tuple(value.shape)}, this model's tensor {tuple(shape)}: it is of another model; "
-                                f"give --model as it was trained, or start from its weights with --finetune.")
+    counts = [[len(group["params"]) for group in groups] for groups in (ours, theirs)]
+    if counts[0] != counts[1]:
+        raise UserError(f"the checkpoint's optimizer state has groups of {counts[1]} tensors, this run's of "
+                        f"{counts[0]}: resume with the same --layer_decay, --opt and model, or start from "
+                        "its weights with --finetune.", code="other_run")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    indices = [index for group in theirs for index in group["params"]]
+    always = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.Adam) else set()
+    for parameter, index in zip(parameters, indices) if state["state"] else ():
+        entries = state["state"].get(index, {})
+        for name in always | entries.keys():
+            if not _usable(entries.get(name), parameter, exact=name in always - {"step"}):
+                raise UserError(f"the checkpoint's optimizer state {name} of tensor {index} is missing or "
+                                f"does not fit this model's tensor {tuple(parameter.shape)}: give --model "
+                                "as it was trained, or start from its weights with --finetune.",
+                                code="invalid_checkpoint")
     kept = [{**own, "params": saved["params"]} for own, saved in zip(ours, theirs)]
-    optimizer.load_state_dict({"state": state["state"], "param_groups": kept})
+    return {"state": state["state"], "param_groups": kept}
+
+
+def _usable(value: object, parameter: nn.Parameter, exact: bool) -> bool:
+    """Whether an entry of an optimizer's state is a number, or an ordinary tensor of the parameter's shape
+    or, unless `exact`, a reduction of it."""
+    if not isinstance(value, torch.Tensor):
+        return isinstance(value, (int, float)) and not exact
+    fits = value.shape == parameter.shape or not exact and value.ndim != parameter.ndim
+    return fits and value.layout is torch.strided and not value.is_meta and not value.is_quantized

@@ -1,4 +1,4 @@
-"""Figures of an evaluation from the answer for every image: accuracies, calibration, confusion, paired comparison.
+"""Figures of an evaluation from the answer for every image: accuracies, calibration, confusion, comparison.
 
 Pure functions over plain values and NumPy arrays; nothing here knows a model, a data set or a process group.
 """
@@ -10,39 +10,16 @@ import numpy as np
 
 from common.errors import UserError
 from common.random import numpy_generator
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Sums over images. `images` counts every image, also the `bad` (unreadable) and `nonfinite` ones (logits that are
-    not numbers); both kinds are never hits, and `bad` ones have no loss."""
-    hits1: int
-    hits5: int
-    images: int
-    loss_sum: float
-    bad: int = 0
-    nonfinite: int = 0
-
-    @property
-    def acc1(self) -> float:
-        return 100.0 * self.hits1 / max(self.images, 1)
-
-    @property
-    def acc5(self) -> float:
-        return 100.0 * self.hits5 / max(self.images, 1)
-
-    @property
-    def loss(self) -> float:
-        return self.loss_sum / max(self.images - self.bad, 1)
+from engine import EvalResult
 
 
 @dataclass(frozen=True)
 class Predictions:
     """A model's answers for N images, in the data set's order.
 
-    paths: N strings · labels int64 (N), negative where unknown · top5 int64 (N, k), best first, k <= 5, -1 for an
-    unreadable image · probabilities float32 (N, k) · nll float32 (N), loss of each image in nats, 0 for an unreadable
-    one · classes: names in the order of labels and top5.
+    paths: N strings · labels int64 (N), negative where unknown · top5 int64 (N, k), best first, k <= 5, -1
+    for an unreadable image · probabilities float32 (N, k) · nll float32 (N), loss of each image in nats, 0
+    for an unreadable one · classes: names in the order of labels and top5.
     """
     paths: np.ndarray
     labels: np.ndarray
@@ -73,10 +50,12 @@ class Predictions:
         """Readable, with numbers for an answer: not-a-number has no order, so its top five mean nothing."""
         return self.readable & np.isfinite(self.probabilities[:, 0])
 
-    def counts(self) -> Counts:
-        return Counts(int(self.hit1.sum()), int(self.hit5.sum()), len(self.labels),
-                      float(self.nll.sum(dtype=np.float64)), int((~self.readable).sum()),
-                      int((self.readable & ~self.judged).sum()))
+    def counts(self) -> EvalResult:
+        """The sums that the engine had of the same images."""
+        return EvalResult(
+            name="", hits1=int(self.hit1.sum()), hits5=int(self.hit5.sum()), images=len(self.labels),
+            bad=int((~self.readable).sum()), nonfinite=int((self.readable & ~self.judged).sum()),
+            loss_sum=float(self.nll.sum(dtype=np.float64)))
 
 
 def sampling_interval(accuracy: float, images: int) -> float:
@@ -86,22 +65,23 @@ def sampling_interval(accuracy: float, images: int) -> float:
 
 
 def calibration_error(confidence: np.ndarray, hits: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error in [0, 1] with equal-width bins (Guo et al., 2017): mean |confidence - accuracy|."""
+    """Expected calibration error in [0, 1] with equal-width bins (Guo et al., 2017)."""
     chosen = np.minimum((np.asarray(confidence, np.float64) * bins).astype(int), bins - 1)
     gap = np.bincount(chosen, weights=np.asarray(hits, np.float64) - confidence, minlength=bins)
     return float(np.abs(gap).sum() / max(len(chosen), 1))
 
 
 def metrics(predictions: Predictions, num_classes: int) -> dict:
-    """The figures that need every image's answer: mean per-class accuracy (over classes with images), calibration
-    error, NLL. An unreadable image is incorrect, but has no confidence."""
+    """The figures that need every image's answer: mean per-class accuracy (over classes with images),
+    calibration error, NLL. An unreadable image is incorrect, but has no confidence."""
     known, judged = predictions.labels >= 0, predictions.judged
     labels, hits = predictions.labels[known], predictions.hit1[known]
     images = np.bincount(labels, minlength=num_classes)
     seen = images > 0
     per_class = 100.0 * np.bincount(labels, weights=hits, minlength=num_classes)[seen] / images[seen]
+    confidence = predictions.probabilities[judged, 0]
     return {"mean_class_acc1": float(per_class.mean()) if seen.any() else None,
-            "calibration_error": calibration_error(predictions.probabilities[judged, 0], predictions.hit1[judged]),
+            "calibration_error": calibration_error(confidence, predictions.hit1[judged]),
             "nll": float(predictions.nll[judged].mean(dtype=np.float64)) if judged.any() else None,
             "classes_seen": int(seen.sum())}
 
@@ -111,19 +91,20 @@ def multi_label_accuracy(top5: np.ndarray, answers: Sequence[Collection[int]]) -
 
     `answers` is, for each image, a collection of class indices.
     """
-    judged = [(row, set(correct)) for row, correct in zip(top5.tolist(), answers, strict=True) if len(correct)]
-    hits1 = sum(row[0] in correct for row, correct in judged)
-    hits5 = sum(not correct.isdisjoint(row) for row, correct in judged)
+    judged = [(row, set(known)) for row, known in zip(top5.tolist(), answers, strict=True) if len(known)]
+    hits1 = sum(row[0] in known for row, known in judged)
+    hits5 = sum(not known.isdisjoint(row) for row, known in judged)
     images = len(judged)
     return {"acc1": 100.0 * hits1 / max(images, 1), "acc5": 100.0 * hits5 / max(images, 1),
             "hits1": hits1, "hits5": hits5, "images": images}
 
 
-def confusion_pairs(labels: np.ndarray, predicted: np.ndarray, limit: int | None = None) -> list[tuple[int, int, int]]:
+def confusion_pairs(labels: np.ndarray, predicted: np.ndarray) -> list[tuple[int, int, int]]:
     """(true class, predicted class, images) of the incorrect answers, most frequent first, then by class."""
     incorrect = (labels != predicted) & (labels >= 0)
-    pairs, counts = np.unique(np.stack([labels[incorrect], predicted[incorrect]], 1), axis=0, return_counts=True)
-    order = np.lexsort((pairs[:, 1], pairs[:, 0], -counts))[:limit]
+    wanted = np.stack([labels[incorrect], predicted[incorrect]], 1)
+    pairs, counts = np.unique(wanted, axis=0, return_counts=True)
+    order = np.lexsort((pairs[:, 1], pairs[:, 0], -counts))
     return [(int(pairs[i, 0]), int(pairs[i, 1]), int(counts[i])) for i in order]
 
 
@@ -151,7 +132,7 @@ class Comparison:
 
 
 def compare(first: Predictions, second: Predictions, samples: int = 10_000) -> Comparison:
-    """The paired test of two evaluations: McNemar's exact test and a 95 % bootstrap interval of the difference.
+    """The paired test of two evaluations: McNemar's exact test and a bootstrap interval of the difference.
 
     Images are matched by the last two parts of their paths (class folder and file name), so that the same
     data may lie elsewhere. Raises UserError when the two have no image in common.
@@ -161,14 +142,14 @@ def compare(first: Predictions, second: Predictions, samples: int = 10_000) -> C
     rows = {_image_key(path): i for i, path in enumerate(second.paths)}
     pairs = [(i, rows[k]) for i, k in enumerate(map(_image_key, first.paths)) if k in rows]
     if not pairs:
-        raise UserError("the two evaluations have no image in common: compare evaluations of the same data set",
+        raise UserError("the two evaluations have no image in common: compare evaluations of the same data",
                         code="other_data")
     a, b = np.array(pairs).T
     hit_a, hit_b = first.hit1[a], second.hit1[b]
     n, only_a, only_b = len(pairs), int((hit_a & ~hit_b).sum()), int((hit_b & ~hit_a).sum())
     p_value = float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
-    # A resample of images only changes how many of each kind are drawn: one multinomial draw per resample, where
-    # scipy.stats.bootstrap would hold samples x images values.
+    # A resample of images only changes how many of each kind are drawn: one multinomial draw per resample,
+    # where scipy.stats.bootstrap would hold samples x images values.
     share = np.array([only_a, only_b, n - only_a - only_b], np.float64) / n
     draws = numpy_generator(0, "bootstrap", n, only_a, only_b).multinomial(n, share, size=samples)
     low, high = np.percentile(100.0 * (draws[:, 1] - draws[:, 0]) / n, [2.5, 97.5])

@@ -1,22 +1,23 @@
-"""What an evaluation found: its settings, the comparison with the published figure, and the files that keep both."""
+"""What an evaluation found: its settings, the comparison with the published figure, the files of both."""
 import csv
 import io
 import zipfile
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from common.errors import UserError
 from common.files import atomic_write, write_json, write_text
+from engine import EvalResult
 from models.zoo import Variant
-from report.metrics import Counts, Predictions, confusion_pairs, metrics, sampling_interval
+from report.metrics import Predictions, confusion_pairs, metrics, sampling_interval
 
 IMAGENET_VAL_IMAGES = 50_000
 PASS_LIMIT_FLOAT32, PASS_LIMIT_REDUCED, CLOSE_LIMIT = 0.05, 0.15, 0.30  # points of top-1
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PUBLISHED_CROP_PCT, WARP_FROM_SIZE = 224 / 256, 384  # from 384 on the published protocol warps and does not crop
+PUBLISHED_CROP_PCT, WARP_FROM_SIZE = 224 / 256, 384  # from 384 on the published protocol does not crop
 
 
 @dataclass(frozen=True)
@@ -48,59 +49,64 @@ class Protocol:
                 f"centre crop {self.input_size}")
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """PASS, CLOSE or FAIL, the line that says why, and the difference in points."""
+class Verdict(NamedTuple):
+    """PASS, CLOSE or FAIL, the line that gives the reason, and the difference in points."""
     word: str
     line: str
     difference: float
 
 
-def explain_difference(protocol: Protocol, counts: Counts, published_input_size: int | None = None) -> list[str]:
+def explain_difference(protocol: Protocol, counts: EvalResult, published_input_size: int | None = None
+                       ) -> list[str]:
     """One sentence for each setting that departs from the published protocol, with its typical effect."""
     size = published_input_size or protocol.input_size
     crop = None if size >= WARP_FROM_SIZE else PUBLISHED_CROP_PCT
-    found = _precision_departures(protocol)
-    if protocol.dataset != "imagenet-val":
-        found.append(f"the images are {protocol.dataset}, not ImageNet-1k's validation set: the accuracies are not "
-                     "comparable.")
-    elif counts.images != IMAGENET_VAL_IMAGES:
-        found.append(f"{counts.images} images instead of {IMAGENET_VAL_IMAGES}: chance alone moves top-1 by about "
-                     f"±{sampling_interval(83.0, counts.images):.2f} points.")
-    if protocol.input_size != size:
-        found.append(f"input size {protocol.input_size} instead of {size}: one to several points.")
-    if not _same(protocol.crop_pct, crop):
-        found.append(f"crop: {_crop_text(protocol.crop_pct)} instead of {_crop_text(crop)}: typically 0.1 to 0.5 "
-                     "points, either way.")
-    if protocol.interpolation != "bicubic":
-        found.append(f"interpolation {protocol.interpolation} instead of bicubic: typically 0.1 to 0.5 points lower.")
-    for name, value, usual in (("mean", protocol.mean, IMAGENET_MEAN), ("std", protocol.std, IMAGENET_STD)):
-        if not np.allclose(value, usual, atol=1e-6):
-            found.append(f"{name} {tuple(value)} instead of {usual}: typically 0.2 to 1 point lower.")
-    for number, what in ((counts.bad, "could not be read"), (counts.nonfinite, "gave logits that are not numbers")):
-        if number:
-            found.append(f"{number} images {what} and count as incorrect: at most "
-                         f"{100 * number / max(counts.images, 1):.3f} points lower.")
-    if protocol.pillow.split(".")[0].isdigit() and int(protocol.pillow.split(".")[0]) >= 13:
-        found.append(f"Pillow {protocol.pillow} resizes tall images with other pixels than versions before 13: "
-                     "typically under 0.05 points.")
-    return found
+    pillow = protocol.pillow.split(".")[0]
+    interval, lost = sampling_interval(83.0, counts.images), 100 / max(counts.images, 1)
+    cases = (
+        (protocol.dataset != "imagenet-val",
+         f"the images are {protocol.dataset}, not ImageNet-1k's validation set: the accuracies are not "
+         "comparable."),
+        (protocol.dataset == "imagenet-val" and counts.images != IMAGENET_VAL_IMAGES,
+         f"{counts.images} images instead of {IMAGENET_VAL_IMAGES}: chance alone moves top-1 by about "
+         f"±{interval:.2f} points."),
+        (protocol.input_size != size,
+         f"input size {protocol.input_size} instead of {size}: one to several points."),
+        ((protocol.crop_pct is None) != (crop is None) or abs((protocol.crop_pct or 0) - (crop or 0)) > 1e-6,
+         f"crop: {_crop_text(protocol.crop_pct)} instead of {_crop_text(crop)}: typically 0.1 to 0.5 points, "
+         "either way."),
+        (protocol.interpolation != "bicubic",
+         f"interpolation {protocol.interpolation} instead of bicubic: typically 0.1 to 0.5 points lower."),
+        (not np.allclose(protocol.mean, IMAGENET_MEAN, atol=1e-6),
+         f"mean {tuple(protocol.mean)} instead of {IMAGENET_MEAN}: typically 0.2 to 1 point lower."),
+        (not np.allclose(protocol.std, IMAGENET_STD, atol=1e-6),
+         f"std {tuple(protocol.std)} instead of {IMAGENET_STD}: typically 0.2 to 1 point lower."),
+        (counts.bad, f"{counts.bad} images could not be read and count as incorrect: at most "
+         f"{lost * counts.bad:.3f} points lower."),
+        (counts.nonfinite, f"{counts.nonfinite} images gave logits that are not numbers and count as "
+         f"incorrect: at most {lost * counts.nonfinite:.3f} points lower."),
+        (pillow.isdigit() and int(pillow) >= 13, f"Pillow {protocol.pillow} resizes tall images with other "
+         "pixels than versions before 13: typically under 0.05 points."))
+    return _precision_departures(protocol) + [sentence for departs, sentence in cases if departs]
 
 
 def _precision_departures(protocol: Protocol) -> list[str]:
-    found = []
-    if protocol.dtype != "float32":
-        found.append(f"computed in {protocol.dtype} instead of float32: typically under 0.1 points, either way.")
-    if protocol.tf32:
-        found.append("TF32 products instead of true float32: typically under 0.03 points, either way.")
-    return found
+    cases = ((protocol.dtype != "float32",
+              f"computed in {protocol.dtype} instead of float32: typically under 0.1 points, either way."),
+             (protocol.tf32,
+              "TF32 products instead of true float32: typically under 0.03 points, either way."))
+    return [sentence for departs, sentence in cases if departs]
 
 
-def verdict(counts: Counts, protocol: Protocol, published: Variant | None) -> Verdict | None:
-    """Compare with the published top-1; None unless model, number of classes, input size and data are the published.
+def _crop_text(crop_pct: float | None) -> str:
+    return "warp without a crop" if crop_pct is None else f"crop_pct {crop_pct:g}"
 
-    PASS: the published protocol on all 50,000 images and a difference of at most 0.05 points in float32, 0.15 in
-    reduced precision. CLOSE: at most 0.30. Otherwise FAIL. The sampling interval is information and decides nothing.
+
+def verdict(counts: EvalResult, protocol: Protocol, published: Variant | None) -> Verdict | None:
+    """Compare with the published top-1; None unless model, classes, input size and data are the same.
+
+    PASS: the published protocol on all 50,000 images and a difference of at most 0.05 points in float32, 0.15
+    in reduced precision. CLOSE: at most 0.30. Otherwise FAIL. The sampling interval decides nothing.
     """
     if published is None or published.top1 is None or protocol.num_classes != published.classes:
         return None
@@ -120,15 +126,7 @@ def verdict(counts: Counts, protocol: Protocol, published: Variant | None) -> Ve
     return Verdict(word, line, difference)
 
 
-def _same(a: float | None, b: float | None) -> bool:
-    return a is None and b is None or (a is not None and b is not None and abs(a - b) < 1e-6)
-
-
-def _crop_text(crop_pct: float | None) -> str:
-    return "warp without a crop" if crop_pct is None else f"crop_pct {crop_pct:g}"
-
-
-def results_from(counts: Counts, protocol: Protocol, published: Variant | None = None,
+def results_from(counts: EvalResult, protocol: Protocol, published: Variant | None = None,
                  predictions: Predictions | None = None) -> dict:
     """The dictionary written as eval.json; `published`: the model's entry of `models.zoo.PUBLISHED`."""
     result = {"acc1": counts.acc1, "acc5": counts.acc5, "loss": counts.loss, "hits1": counts.hits1,
@@ -148,27 +146,33 @@ def results_from(counts: Counts, protocol: Protocol, published: Variant | None =
 
 
 def summary_line(result: dict) -> str:
-    """The last line of an evaluation: the verdict, or top-1, top-5, loss and the count where nothing is published."""
+    """The last line of an evaluation: the verdict, or its figures where nothing is published."""
     return result.get("verdict_line") or (
         f"top-1 {result['acc1']:.2f}, top-5 {result['acc5']:.2f}, loss {result['loss']:.4f} "
-        f"({result['hits1']} of {result['images']} images correct; sampling interval ±{result['interval']:.2f})")
+        f"({result['hits1']} of {result['images']} images correct; "
+        f"sampling interval ±{result['interval']:.2f})")
 
 
-# ------------------------------------------------------------------------------------------------------------- files
+# ----------------------------------------------------------------------------------------------------- files
 
 def write_eval_json(path: str | Path, results: list[dict]) -> None:
-    """Write one or several results atomically: the first at the top level, all of them under `results` when several."""
+    """Write results atomically: the first at the top level, all of them under `results` when several."""
     write_json(path, results[0] if len(results) == 1 else {**results[0], "results": results})
 
 
 def write_predictions(path: str | Path, predictions: Predictions) -> None:
-    """predictions.npz: path, label, top5, probabilities, nll, classes. Plain arrays, readable without pickle."""
-    arrays = {"path": np.asarray(predictions.paths, dtype=np.str_), "label": predictions.labels,
-              "top5": predictions.top5, "probabilities": predictions.probabilities.astype(np.float32),
-              "nll": predictions.nll.astype(np.float32), "classes": np.asarray(predictions.classes, dtype=np.str_)}
+    """predictions.npz: path, label, top5, probabilities, nll, classes; plain arrays, read without pickle."""
+    p = predictions
+    arrays = {"path": np.asarray(p.paths, dtype=np.str_), "label": p.labels, "top5": p.top5,
+              "probabilities": p.probabilities.astype(np.float32), "nll": p.nll.astype(np.float32),
+              "classes": np.asarray(p.classes, dtype=np.str_)}
     packed = io.BytesIO()  # the zip writer seeks, an atomic hashing write does not
     np.savez_compressed(packed, **arrays)
-    atomic_write(path, lambda file: file.write(packed.getbuffer()))
+
+
+    def write(file: BinaryIO) -> None:
+        file.write(packed.getbuffer())
+    atomic_write(path, write)
 
 
 def read_predictions(path: str | Path) -> Predictions:
@@ -182,51 +186,34 @@ def read_predictions(path: str | Path) -> Predictions:
                         "--eval true --report DIR", code="unreadable_predictions") from error
 
 
-@dataclass(frozen=True)
-class ClassRow:
-    """One class of an evaluation. Accuracies in percent, None without images; `mistaken_for` is the index of the class
-    it is most often taken for, -1 where that is none, and `times` how often."""
-    index: int
-    images: int
-    hits1: int
-    hits5: int
-    acc1: float | None
-    acc5: float | None
-    mistaken_for: int
-    times: int
-
-
-def per_class(predictions: Predictions) -> list[ClassRow]:
-    """One row for each class, in the order of the logits."""
-    count, labels = len(predictions.classes), predictions.labels
-    usual = {true: (other, n) for true, other, n in reversed(confusion_pairs(labels, predictions.top5[:, 0]))}
-    images = np.bincount(labels[labels >= 0], minlength=count).tolist()
-    hits1 = np.bincount(labels[predictions.hit1], minlength=count).tolist()
-    hits5 = np.bincount(labels[predictions.hit5], minlength=count).tolist()
+def per_class(predictions: Predictions, titles: list[str]) -> list[dict]:
+    """One row for each class, in the order of the logits, with the columns of per_class.csv; accuracies in
+    percent are "" without images. `titles`: names for people."""
+    names, labels = [*predictions.classes, ""], predictions.labels
+    pairs = confusion_pairs(labels, predictions.top5[:, 0])
+    usual = {true: (names[answer], n) for true, answer, n in reversed(pairs)}  # the most frequent one last
+    images, hits1, hits5 = (np.bincount(labels[chosen], minlength=len(titles)).tolist()
+                            for chosen in (labels >= 0, predictions.hit1, predictions.hit5))
     rows = []
-    for i in range(count):
-        acc1, acc5 = (100 * hits[i] / images[i] if images[i] else None for hits in (hits1, hits5))
-        rows.append(ClassRow(i, images[i], hits1[i], hits5[i], acc1, acc5, *usual.get(i, (-1, 0))))
+    for i, title in enumerate(titles):
+        acc1, acc5 = (f"{100 * hits[i] / images[i]:.2f}" if images[i] else "" for hits in (hits1, hits5))
+        mistaken, times = usual.get(i, ("", 0))
+        rows.append({"index": i, "class": names[i], "name": title, "images": images[i], "hits1": hits1[i],
+                     "hits5": hits5[i], "acc1": acc1, "acc5": acc5, "most_mistaken_for": mistaken,
+                     "times": times})
     return rows
 
 
 def write_report_files(folder: str | Path, predictions: Predictions, titles: list[str]) -> None:
-    """What `--report DIR` leaves: predictions.npz, per_class.csv (`titles`: names for people) and confusion.csv."""
-    folder, names = Path(folder), [*predictions.classes, ""]
+    """What `--report DIR` leaves: predictions.npz, per_class.csv and confusion.csv."""
+    folder, names = Path(folder), [*predictions.classes, "unreadable"]  # whose answer is -1
     write_predictions(folder / "predictions.npz", predictions)
-    acc1, acc5 = (lambda r: "" if r.acc1 is None else f"{r.acc1:.2f}"), (lambda r: "" if r.acc5 is None else f"{r.acc5:.2f}")
-    write_text(folder / "per_class.csv", _table(
-        ("index", "class", "name", "images", "hits1", "hits5", "acc1", "acc5", "most_mistaken_for", "times"),
-        ((r.index, names[r.index], titles[r.index], r.images, r.hits1, r.hits5, acc1(r), acc5(r),
-          names[r.mistaken_for], r.times) for r in per_class(predictions))))
-    names[-1] = "unreadable"  # the answer to an image that could not be read is -1
-    write_text(folder / "confusion.csv", _table(
-        ("true", "predicted", "images"),
-        ((names[true], names[predicted], n)
-         for true, predicted, n in confusion_pairs(predictions.labels, predictions.top5[:, 0]))))
-
-
-def _table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([head, *rows])
-    return text.getvalue()
+    confusions = [{"true": names[true], "predicted": names[answer], "images": n}
+                  for true, answer, n in confusion_pairs(predictions.labels, predictions.top5[:, 0])]
+    for name, columns, rows in (("per_class", None, per_class(predictions, titles)),
+                                ("confusion", ("true", "predicted", "images"), confusions)):
+        text = io.StringIO()
+        table = csv.DictWriter(text, columns or rows[0], lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+        write_text(folder / f"{name}.csv", text.getvalue())

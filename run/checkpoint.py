@@ -7,43 +7,52 @@ import math
 import os
 import re
 import shutil
-import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from common.errors import UserError
 from common.files import TEMPORARY_SUFFIX, atomic_write, read_json, sha256_file, write_json
+from common.ledger import restarts
 from common.log import logger
 from common.safe_load import safe_torch_load
-from run.preflight import free_space, size_words, sweep_trials
-from run.state import BEST, BEST_EMA, Best, check_finite, snapshot, state_bytes, upgrade
+from common.text import file_size
+from config.parse import Resolved
+from models.download import local_file
+from run.folder import RunFolder
+from run.start import free_space
+from run.state import BEST, BEST_EMA, State, check_resumable, check_same_run, upgrade
 
 _NUMBERED = re.compile(r"checkpoint-(?:e([0-9]{1,9})u([0-9]{1,15})|([0-9]{1,9}))\.pth")
 _SCORED = {BEST: "model", BEST_EMA: "model_ema"}
-_WRITTEN_BY_RANK_ZERO = ("checkpoint-", "log.txt", "status.json", "config.yaml", "environment.json")
+Score = tuple[float | None, int | None]  # top-1 in percent and epoch of a best file, None where unknown
+_RECORDS = ("checkpoint-", "log.txt", "status.json", "config.yaml", "environment.json")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Loaded:
-    """A checkpoint that was verified and read, with a sentence for each newer one that was passed over."""
+    """A checkpoint that was verified and read."""
     path: Path
-    state: dict[str, Any]
-    passed_over: list[str] = field(default_factory=list)
+    state: State
 
 
 def position(name: str) -> tuple[int, float] | None:
-    """(epoch, update) in a checkpoint's name, the update of an epoch's end being infinite; None for other names."""
+    """(epoch, update) in a checkpoint's name, the update of an epoch's end being infinite; None for other
+    names."""
     match = _NUMBERED.fullmatch(name)
     if match is None:
         return None
     return (int(match[3]), math.inf) if match[3] else (int(match[1]), int(match[2]))
+
+
+def _at(path: Path) -> tuple[int, float]:
+    return position(path.name) or (-1, -1)
 
 
 def manifest_path(path: Path) -> Path:
@@ -66,10 +75,14 @@ def manifest(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} or its manifest cannot be read ({error}).") from error
+        raise _damaged(f"{path} or its manifest cannot be read ({error}).") from error
     if entry is None:
-        raise UserError(f"{path} is not the file that was saved: its size or sha256 differs from its manifest.")
+        raise _damaged(f"{path} is not the file that was saved: size or sha256 differ from its manifest.")
     return entry
+
+
+def _damaged(sentence: str) -> UserError:
+    return UserError(sentence, code="damaged_checkpoint")
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:
@@ -77,28 +90,48 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in e.items() if k != "previous"} for e in (entry, *entry.get("previous", []))]
 
 
-def load(path: str | os.PathLike) -> Loaded:
+def load(path: str | os.PathLike, needs_manifest: bool = False) -> Loaded:
     """Read one checkpoint after checking its manifest, or without one the CRCs inside. Raises UserError."""
     path = Path(path)
-    if path.is_file():
-        manifest(path)
+    if path.is_symlink() and not path.exists():
+        raise _damaged(f"{path} is a link to {os.readlink(path)}, which is missing.")
+    if path.is_file() and manifest(path) is None and needs_manifest:
+        raise _damaged(f"{path.name} has no manifest; name it with --resume {path} if it is to be used.")
     return Loaded(path, upgrade(safe_torch_load(path), path))
 
 
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Without PyTorch's handler of SIGCHLD, which raises in the middle of any line when a loader process has died.
+def snapshot(value: Any) -> Any:
+    """A copy of a state on the CPU that shares no memory with it: tensors and plain values, nothing else.
 
-    The death is told by the loader when the next batch is asked for. Nothing changes outside the main thread.
+    Views are copied at their own size (torch.save would write the whole storage behind them).
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL if previous is None else previous)
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {snapshot(k): snapshot(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [*map(snapshot, value)] if type(value) is not tuple else tuple(map(snapshot, value))
+    if isinstance(value, np.generic):
+        return value.item()
+    return value if value is None or type(value) in (bool, int, float, str, bytes) else str(value)
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes that the tensors of a state take on the disk."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size() + 128
+    if isinstance(state, Mapping):
+        return sum(state_bytes(v) + 32 for v in state.values())
+    return sum(map(state_bytes, state)) if isinstance(state, (list, tuple)) else 0
+
+
+def check_finite(state: Mapping[str, Any]) -> None:
+    """Raise UserError naming the first tensor of the weights or their average that is not finite."""
+    for part in _SCORED.values():
+        for name, tensor in dict(state.get(part) or {}).items():
+            if torch.is_tensor(tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
+                raise UserError(f"the tensor {name} of {part} holds infinite or undefined values",
+                                code="nonfinite_weights")
 
 
 class Checkpoints:
@@ -106,22 +139,25 @@ class Checkpoints:
 
     Args:
         folder: the run folder (made by its owner).
-        keep: how many epoch ends to keep; at least two files always stay, and every `every`-th epoch, and the best.
-        background: write in a thread; training waits only while the state is copied to main memory.
+        keep: how many epoch ends to keep; at least two files always stay, and every `every`-th epoch, and the
+        best. background: write in a thread; training waits only while the state is copied to main memory.
+
+    `waited` counts the seconds that training stood still for saving; `unsaved`: the last save failed.
     """
 
     def __init__(self, folder: str | os.PathLike, keep: int = 3, every: int = 50, background: bool = True):
         self.folder, self.keep, self.every, self.background = Path(folder), max(keep, 1), every, background
-        self.waited = 0.0
-        self.last_saved = self._started = time.monotonic()
+        self.waited, self.last_saved, self.unsaved = 0.0, time.monotonic(), False
         self._thread: threading.Thread | None = None
         self._failures: list[str] = []
+        self._failed_best: set[str] = set()
 
     # Saving
 
     def save(self, state: Mapping[str, Any], *, epoch: int, update: int | None = None,
              best: Mapping[str, float] | None = None, wait: bool = False) -> None:
-        """Save `checkpoint-{epoch}.pth`, or within an epoch (given `update`) `checkpoint-e{epoch}u{update}.pth`.
+        """Save `checkpoint-{epoch}.pth`, or within an epoch (given `update`)
+        `checkpoint-e{epoch}u{update}.pth`.
 
         Args:
             update: global updates done, for a save within an epoch.
@@ -129,18 +165,19 @@ class Checkpoints:
             best: file name (`BEST`, `BEST_EMA`) -> its top-1 in percent, for each that this epoch improves.
             wait: return only when the files are on the disk (before stopping).
 
-        A failure (full disk, read-only or vanished folder) is logged and kept for `failures()`; nothing is raised.
+        A failure (full disk, read-only or vanished folder) is logged and kept for `failures()`; nothing is
+        raised.
         """
+        name = f"checkpoint-{epoch if update is None else f'e{epoch}u{update}'}.pth"
         started = time.monotonic()
         self._join()
-        work = (epoch, update), dict(best or {})
-        with undisturbed():
-            try:
-                thread = threading.Thread(target=self._write_all, args=(snapshot(state), *work), name="saving")
-                thread.start()
-                self._thread = thread
-            except (MemoryError, RuntimeError) as error:  # no memory for the copy, or no thread to be had
-                self._fail(f"The state of epoch {epoch}", error, state_bytes(state))
+        try:
+            arguments = snapshot(state), name, epoch, dict(best or {})
+            thread = threading.Thread(target=self._write_all, args=arguments, name="saving")
+            thread.start()
+            self._thread = thread
+        except (MemoryError, RuntimeError) as error:  # no memory for the copy, or no thread
+            self._fail(name, error, state_bytes(state))
         if wait or not self.background:
             self._join()
         self.last_saved = time.monotonic()
@@ -162,21 +199,14 @@ class Checkpoints:
         self.waited += time.monotonic() - started
         return self.failures()
 
-    @property
-    def waited_share(self) -> float:
-        """Share of the wall time since construction that training stood still for saving."""
-        return self.waited / max(time.monotonic() - self._started, 1e-9)
-
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
-    def _write_all(self, state: dict[str, Any], number: tuple[int, int | None], best: dict[str, float]) -> None:
-        epoch, update = number
-        name = f"checkpoint-{epoch}.pth" if update is None else f"checkpoint-e{epoch}u{update}.pth"
-        # The best files come first: a numbered file that says "this epoch was the best" must not outlive a crash
-        # that kept those weights from being written.
+    def _write_all(self, state: State, name: str, epoch: int, best: dict[str, float]) -> None:
+        # The best files come first: a numbered file that says "this epoch was the best" must not outlive a
+        # crash that kept those weights from being written.
         for target in (*best, name):
             scored = {"scored": _SCORED[target]} if target in _SCORED else {}
             about = {"epoch": epoch, "update": state.get("update"), "score": best.get(target)}
@@ -185,50 +215,53 @@ class Checkpoints:
                 self._write(self.folder / target, state | scored, about)
             except Exception as error:  # whatever went wrong, hours of training must not end because of it
                 self._fail(target, error, state_bytes(state))
+                self._failed_best |= {target} & _SCORED.keys()
                 continue
             if target == name:
+                self.unsaved = False
                 self._prune()
 
-    def _write(self, path: Path, state: dict[str, Any], about: dict[str, Any]) -> None:
+    def _write(self, path: Path, state: State, about: dict[str, Any]) -> None:
         def write_manifest(digest: str, size: int, previous: list[dict]) -> None:
-            entry = {"file": path.name, "sha256": digest, "size": size, "format": state.get("format"), **about}
-            write_json(manifest_path(path), entry | ({"previous": previous} if previous else {}))
+            entry = {"file": path.name, "sha256": digest, "size": size, "format": state.get("format")}
+            write_json(manifest_path(path), entry | about | ({"previous": previous} if previous else {}))
 
-        previous = self._standing_entries(path)
+        try:
+            previous = _entries(path) if path.exists() else []
+        except (OSError, UserError, TypeError, AttributeError):
+            previous = []
+        # timm.create_model(checkpoint_path=...) takes `state_dict_ema` before `model_ema`: here it finds what
+        # scored, the same tensors, which are written once.
+        content = state | {"state_dict_ema": state.get(state.get("scored") or "model")}
         # torch.save needs the table of names and up to 64 bytes per tensor beside the values.
-        digest, size = atomic_write(path, lambda file: torch.save(state, file), reserve=state_bytes(state) + (64 << 10),
-                                    before_rename=lambda digest, size: write_manifest(digest, size, previous))
+        digest, size = atomic_write(
+            path, lambda file: torch.save(content, file), reserve=state_bytes(state) + (64 << 10),
+            before_rename=lambda digest, size: write_manifest(digest, size, previous))
         if previous:
             write_manifest(digest, size, [])
 
-    @staticmethod
-    def _standing_entries(path: Path) -> list[dict]:
-        """The manifest entries one of which is true of the file about to be replaced."""
-        try:
-            return _entries(path) if path.exists() else []
-        except (OSError, UserError, TypeError, AttributeError):
-            return []
-
     def _fail(self, name: str, error: Exception, size: int) -> None:
         try:
-            free = f"{size / 1e9:.2f} GB needed, {shutil.disk_usage(self.folder).free / 1e9:.2f} GB free"
+            free = f" ({size / 1e9:.2f} GB needed, {shutil.disk_usage(self.folder).free / 1e9:.2f} GB free)"
         except OSError:
-            free = "the folder is gone"
+            free = " (the folder is gone)"
         cause = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        numbered = self.numbered()
-        whole = f"the newest one saved is {numbered[-1].name}" if numbered else "none is saved yet"
-        free = "" if isinstance(error, UserError) else f" ({free})"  # the state itself is at fault, not the disk
-        sentence = f"{name} was not saved in {self.folder}: {cause}{free}; training goes on, {whole}."
+        there = [path.name for path in (*self.numbered()[-1:], *self._best_files())]
+        free = "" if isinstance(error, UserError) else free  # the state itself is at fault, not the disk
+        sentence = (f"{name} was not saved in {self.folder}: {cause}{free}; training continues, saved so "
+                    f"far: {', '.join(there) or 'nothing'}.")
         self._failures.append(sentence)
+        self.unsaved |= name not in _SCORED
         logger.error(sentence)
 
     def _prune(self) -> None:
         numbered = self.numbered()
-        ends = [path for path in numbered if position(path.name)[1] == math.inf]
-        keep = {*numbered[-2:], *ends[-self.keep:]}
-        keep |= {path for path in ends if (position(path.name)[0] + 1) % self.every == 0}
-        whole = [path for path in numbered if self._looks_whole(path)]
-        keep |= {*whole[-2:]}
+        ends = [path for path in numbered if _at(path)[1] == math.inf]
+        # Those within an epoch that has ended since are kept only where fewer than two others are whole.
+        useful = [*ends, *numbered[numbered.index(ends[-1]) + 1 if ends else 0:]]
+        whole = sorted(filter(self._looks_whole, numbered), key=useful.__contains__)
+        keep = {*useful[-2:], *ends[-self.keep:], *whole[-2:]}
+        keep |= {path for path in ends if (_at(path)[0] + 1) % self.every == 0}
         for path in numbered:
             if path not in keep:
                 try:
@@ -253,10 +286,9 @@ class Checkpoints:
         size = state_bytes(state)
         if not (state.get("optimizer") or {"state": True}).get("state"):
             size += 2 * state_bytes(state["model"])  # AdamW's two moments come with the first update
-        needed = self.disk_needed(size, epochs)
-        free = free_space(self.folder)
-        text = (f"Checkpoints take {size_words(size)} each and up to {size_words(needed)} in all; "
-                f"{size_words(free)} can be had in {self.folder}.")
+        needed, free = self.disk_needed(size, epochs), free_space(self.folder)
+        text = (f"Checkpoints take {file_size(size)} each and up to {file_size(needed)} in all; "
+                f"{file_size(free)} are available in {self.folder}.")
         return text if needed < free else f"{text} This will not be enough: free some, or keep fewer."
 
     # Finding
@@ -267,100 +299,158 @@ class Checkpoints:
             names = os.listdir(self.folder)
         except OSError:
             return []
-        return [self.folder / name for name in sorted((n for n in names if position(n)), key=position)]
+        return sorted((self.folder / name for name in names if position(name)), key=_at)
 
-    def stands_at(self, epoch: int, update: int | None) -> bool:
-        """Whether the newest file is that of this point: the start of `epoch`, or `update` within it."""
-        numbered, wanted = self.numbered(), (epoch - 1, math.inf) if update is None else (epoch, update)
-        return bool(numbered) and position(numbered[-1].name) == wanted
+    def _best_files(self) -> list[Path]:
+        return [self.folder / name for name in _SCORED if (self.folder / name).is_file()]
 
     def sweep(self) -> int:
-        """Remove what a killed training or dry run left behind; only the owner of the folder's lock may.
+        """Remove what a killed training left behind; only the owner of the folder's lock may.
 
         Returns how many files of this folder that were.
         """
-        sweep_trials(self.folder)
-        stale = [p for name in _WRITTEN_BY_RANK_ZERO for p in self.folder.glob(f".{name}*{TEMPORARY_SUFFIX}")]
-        stale += [p for p in self.folder.glob("checkpoint-*.pth.json") if not p.with_suffix("").exists()]
+        stale = [p for name in _RECORDS for p in self.folder.glob(f".{name}*{TEMPORARY_SUFFIX}")]
+        stale += [p for p in self.folder.glob("checkpoint-*.pth.json")
+                  if p.is_file() and not os.path.lexists(p.with_suffix(""))]
         for path in stale:
             path.unlink(missing_ok=True)
         return len(stale)
 
     def newest_valid(self) -> Loaded | None:
-        """The newest checkpoint that verifies; None when there is none at all.
+        """The newest checkpoint that verifies, the best ones where no numbered one is; None when there is
+        none at all.
 
-        Raises UserError when there are some and none can be used: a run must never start afresh in silence.
+        Raises UserError when there are some and none can be used: a run must never start from scratch in
+        silence.
         """
         passed: list[str] = []
-        for path in reversed(self.numbered()):
+        by_epoch = sorted(self._best_files(), key=lambda path: self._scored(path.name)[1] or 0)
+        for path in reversed(self.numbered() or by_epoch):
             try:
-                if manifest(path) is None:
-                    raise UserError(f"{path.name} has no manifest; name it with --resume {path} if it is to be used.")
-                loaded = load(path)
+                loaded = load(path, needs_manifest=True)
                 check_finite(loaded.state)
-                return Loaded(path, loaded.state, passed)
+                return loaded
             except UserError as error:
                 passed.append(str(error))
-                logger.warning(f"Passed over {path.name}: {error}")
+                logger.warning(f"Skipped {path.name}: {error}")
         if passed:
-            raise UserError(f"None of the {len(passed)} checkpoints in {self.folder} can be used: {' '.join(passed)} "
-                            "Name one with --resume, or start anew in another --output_dir.")
+            raise UserError(f"None of the {len(passed)} checkpoints in {self.folder} can be used: "
+                            f"{' '.join(passed)} Name one with --resume, or start from scratch in another "
+                            "--output_dir.", code="no_valid_checkpoint")
         return None
 
     def best(self) -> Path | None:
-        """The best checkpoint by the scores in the manifests (the moving average wins a tie); None without one."""
-        found = [(self.score(name) or -math.inf, index, self.folder / name)
-                 for index, name in enumerate((BEST, BEST_EMA)) if (self.folder / name).is_file()]
-        return max(found)[2] if found else None
+        """The best checkpoint by the scores in the manifests (the moving average wins a tie); None without
+        one."""
+        rank = lambda path: (self.score(path.name) or -math.inf, path.name == BEST_EMA)
+        return max(self._best_files(), key=rank, default=None)
 
     def score(self, name: str) -> float | None:
         """Top-1 of `BEST` or `BEST_EMA` as it stands on the disk, None when missing or damaged."""
-        scored = self._scored(name)
-        return None if scored is None else scored[0]
+        return self._scored(name)[0]
 
-    def _scored(self, name: str) -> tuple[float, int | None] | None:
-        """(top-1, epoch) of a best file."""
+    def _scored(self, name: str) -> Score:
+        """(top-1, epoch) of a best file, None for each that isn't known."""
         try:
-            entry = manifest(self.folder / name)
+            entry = manifest(self.folder / name) or {}
         except UserError as error:
             logger.warning(str(error))
-            return None
-        score, epoch = (entry or {}).get("score"), (entry or {}).get("epoch")
-        if not isinstance(score, (int, float)):
-            return None
-        return float(score), epoch if isinstance(epoch, int) else None
+            entry = {}
+        score, epoch = entry.get("score"), entry.get("epoch")
+        return score if isinstance(score, (int, float)) else None, epoch if isinstance(epoch, int) else None
+
+    def scores(self) -> dict[str, Score]:
+        """Those of the best files that are there, for `Best.correct`."""
+        return {name: found for name in _SCORED if (found := self._scored(name))[0] is not None}
+
+    def failed_best(self) -> dict[str, Score]:
+        """Those of the best files whose last save failed, so that a later epoch makes it good."""
+        self._join()
+        names, self._failed_best = self._failed_best, set()
+        return {name: self._scored(name) for name in names}
 
     def resolve(self, resume: str) -> Loaded | None:
-        """What `--resume` names: `latest`, `best`, a path, or '' (the newest valid one, None in a new folder)."""
-        if resume not in ("", "latest", "best"):
-            return load(resume)
+        """What `--resume` names: `latest`, `best`, a file, another run's folder (its newest valid one), or ''
+        (the newest valid one here, None in a new folder)."""
         if resume == "best":
             path = self.best()
             if path is None:
-                raise UserError(f"--resume best: {self.folder} holds neither {BEST} nor {BEST_EMA}; name a file.")
+                raise UserError(f"--resume best: {self.folder} holds neither {BEST} nor {BEST_EMA}; name a "
+                                "file.", code="no_valid_checkpoint")
             return load(path)
-        loaded = self.newest_valid()
+        if resume not in ("", "latest") and not os.path.isdir(resume):
+            return load(resume)
+        folder = self if resume in ("", "latest") else Checkpoints(resume)
+        loaded = folder.newest_valid()
         if loaded is None and resume:
-            raise UserError(f"--resume latest: {self.folder} holds no checkpoint; name a file or leave the option out.")
+            raise UserError(f"--resume {resume}: {folder.folder} holds no checkpoint; name a file or leave "
+                            "the option out.", code="no_valid_checkpoint")
         return loaded
 
     def set_aside_newer(self, loaded: Loaded) -> list[str]:
-        """Rename this folder's numbered checkpoints after `loaded` to `superseded-…`; returns their former names.
+        """Rename this folder's numbered checkpoints after `loaded` to `superseded-…`; returns their former
+        names.
 
-        Going on from an older checkpoint would otherwise find them newest again after the next crash. Those of a
-        run that goes on from another folder's checkpoint are all set aside.
+        Resuming from an older checkpoint would otherwise find them newest again after the next crash. Those
+        of a run that resumes another folder's checkpoint are all set aside.
         """
         at: tuple[int, float] = (-1, 0)
         if loaded.path.parent.resolve() == self.folder.resolve():
-            at = position(loaded.path.name) or (loaded.state["epoch"] if loaded.state["epoch"] is not None else -1,
-                                                math.inf)
-        newer = [path for path in self.numbered() if position(path.name) > at]
-        for path in newer:
-            os.replace(path, path.with_name(f"superseded-{path.name}"))
-            manifest_path(path).unlink(missing_ok=True)
+            at = position(loaded.path.name) or (loaded.state["epoch"], math.inf)
+        newer = [path for path in self.numbered() if _at(path) > at]
+        for path in (each for found in newer for each in (found, manifest_path(found))):
+            try:
+                os.replace(path, path.with_name(f"superseded-{path.name}"))
+            except FileNotFoundError:  # it has no manifest, or somebody removed it meanwhile
+                continue
+            except OSError as error:
+                raise UserError(f"{path} is newer than {loaded.path.name}, which is resumed, and cannot be "
+                                f"renamed ({error.strerror}): move it away.",
+                                code="unwritable_folder") from error
         return [path.name for path in newer]
 
-    def restore_best(self, loaded: Loaded | None) -> Best:
-        """The best results so far, from a checkpoint and the best files, which a crash may have left newer."""
-        return Best.restore(loaded.state["best"] if loaded else None, self._scored(BEST),
-                            self._scored(BEST_EMA))
+
+def open_folder(resolved: Resolved, folder: RunFolder | None) -> Loaded | None:
+    """Own the run folder (rank 0) and find the checkpoint to resume, if any."""
+    if folder is None:
+        return find_checkpoint(resolved, None)
+    sentence = folder.lock()
+    if sentence:
+        logger.info(sentence)
+    refusal = folder.reason_to_stop() if restarts() else None
+    if refusal:
+        raise UserError(refusal, code="not_restarted")
+    checkpoints = Checkpoints(folder.path)
+    checkpoints.sweep()
+    loaded = find_checkpoint(resolved, folder)
+    for name in checkpoints.set_aside_newer(loaded) if loaded else ():
+        logger.warning("%s is newer than the checkpoint that is resumed: it is now superseded-%s", name, name)
+    return loaded
+
+
+def find_checkpoint(resolved: Resolved, folder: RunFolder | None) -> Loaded | None:
+    """The checkpoint to resume, None for a new run; nothing in the folder is changed."""
+    options = resolved.options
+    asked = options.resume[0] if options.resume else ""
+    by_word = asked in ("", "latest", "best")
+    if folder is None and by_word:
+        if asked:
+            raise UserError(f"--resume {asked} looks in the run folder: give --output_dir.",
+                            code="missing_run")
+        return None
+    checkpoints = Checkpoints(folder.path if folder else ".")
+    if not asked and not options.auto_resume:
+        if checkpoints.numbered() or checkpoints.best():
+            raise UserError(f"--auto_resume false, but {checkpoints.folder} holds the checkpoints of an "
+                            "earlier run; choose another --output_dir.", code="other_run")
+        return None
+    # A requeued job repeats its command: what it began from then lies behind what it has saved here since.
+    own = by_word or folder is not None and folder.already_went_on_from(asked)
+    loaded = checkpoints.resolve(asked if by_word else "") if own else None
+    if loaded is None and not by_word:
+        loaded = checkpoints.resolve(local_file(asked))
+    if loaded is not None:
+        check_resumable(loaded.state, loaded.path)
+        for difference in check_same_run(loaded.state, resolved.to_dict(), loaded.path, explicit=not own):
+            logger.warning("Resuming with another option: %s", difference)
+    return loaded

@@ -1,4 +1,4 @@
-"""A run folder: who owns it, and whether its attempts allow another; the ledger of them is `common.ledger`."""
+"""A run folder: who owns it, and whether its attempts allow another; their ledger is `common.ledger`."""
 import errno
 import fcntl
 import json
@@ -7,13 +7,14 @@ import platform
 import socket
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 from common.errors import UserError
 from common.files import read_json
 from common.ledger import Ledger, Record, job_id, now
 from common.log import logger
 from common.outcome import Outcome
-
 
 DONE, FAILED, PREEMPTED = Outcome.DONE, Outcome.FAILED, Outcome.PAUSED
 RECORDS = ("owner.json", "attempts.jsonl", "status.json")
@@ -30,18 +31,18 @@ class RunFolder(Ledger):
     # Ownership
 
     def lock(self, wait: float = 2.0) -> str | None:
-        """Make the folder and own it for a training until `release` or the end of the process, kill -9 included.
+        """Make the folder and own it for a training until `release` or the end of the process, even kill -9.
 
         Args:
             wait: seconds to wait for a process that is just ending.
 
-        Returns a sentence when the last owner ended without releasing it. Raises UserError naming the owner when
-        another training has it, or the cause when the folder cannot be made.
+        Returns a sentence when the last owner ended without releasing it. Raises UserError naming the owner
+        when another training has it (code "folder_in_use"), or why it cannot be used ("unusable_folder").
         """
         for record in (self.path / name for name in RECORDS):
             if record.is_dir():
-                raise UserError(f"{record} is a folder, where the run's record of that name belongs: move it away, or "
-                                "choose another --output_dir.", code="unusable_folder")
+                raise UserError(f"{record} is a folder, where the run's record of that name belongs: move it "
+                                "away, or choose another --output_dir.", code="unusable_folder")
         try:
             descriptor, locked = self._take(wait)
         except OSError as error:
@@ -50,8 +51,8 @@ class RunFolder(Ledger):
         last = self.owner()
         if not locked:
             os.close(descriptor)
-            raise UserError(f"{self.path} is in use by another training ({_describe(last)}); wait for it, stop it, or "
-                            "choose another --output_dir.", code="folder_in_use")
+            raise UserError(f"{self.path} is in use by another training ({_describe(last)}); wait for it, "
+                            "stop it, or choose another --output_dir.", code="folder_in_use")
         self._lock = descriptor
         # Loader workers are forks and would hold the lock on after this process was killed.
         os.register_at_fork(after_in_child=self._forget)
@@ -59,7 +60,7 @@ class RunFolder(Ledger):
         return f"The last training in {self.path} ({_describe(last)}) ended without a word." if last else None
 
     def _take(self, wait: float) -> tuple[int, bool]:
-        """(descriptor of owner.json, whether it is locked); taken again where an owner removed it meanwhile."""
+        """(descriptor of owner.json, whether it is locked); again where an owner removed it meanwhile."""
         while True:
             self._made = self._made or not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,7 @@ class RunFolder(Ledger):
                 return True
             except OSError as error:
                 if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                    logger.warning("This file system has no locks: see to it that no second training uses the folder.")
+                    logger.warning("This file system has no locks: let no second training use the folder.")
                     return True
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
                     raise
@@ -115,9 +116,23 @@ class RunFolder(Ledger):
             self._remove_unused()
             self._forget()
 
+    def is_ours(self) -> bool:
+        """Whether the folder at `path` is the one that was locked: it may have been moved or replaced."""
+        try:
+            mine = None if self._lock is None else os.fstat(self._lock)
+            return mine is None or os.path.samestat(os.stat(self.path / "owner.json"), mine)
+        except OSError:
+            return False
+
+    def _guard(self, name: str, write: Callable[[Path], object]) -> None:
+        if self.is_ours():
+            super()._guard(name, write)
+        else:
+            logger.error("%s was not written: %s is not the folder of this run any more.", name, self.path)
+
     def _remove_unused(self) -> None:
         try:
-            if self._made and os.listdir(self.path) == ["owner.json"]:
+            if self._made and self.is_ours() and os.listdir(self.path) == ["owner.json"]:
                 (self.path / "owner.json").unlink()
                 self.path.rmdir()
         except OSError:
@@ -131,13 +146,15 @@ class RunFolder(Ledger):
         last = [a for a in self.attempts() if a["attempt"] != self.attempt][-2:]
         failed = [a.get("update") for a in last if a["state"] == Outcome.FAILED]
         if len(failed) == 2 and failed[0] == failed[1]:
-            return (f"the run in {self.path} failed twice at update {failed[1]} and is not started again; the cause: "
-                    f"{last[1].get('cause') or 'not recorded'}.")
+            return (f"the run in {self.path} failed twice at update {failed[1]} and is not started again; "
+                    f"the cause: {last[1].get('cause') or 'not recorded'}.")
         return None
 
     def already_went_on_from(self, resume: str) -> bool:
-        """Whether an attempt here began from this --resume: a requeued job repeats its command, and must then go on
-        from the folder's own newest checkpoint, not from the beginning again."""
+        """Whether an attempt here began from this --resume.
+
+        A requeued job repeats its command, and must resume the folder's own newest checkpoint then.
+        """
         return bool(resume) and any(a.get("resume") == resume for a in self.attempts())
 
 

@@ -24,7 +24,7 @@ _TRAIN = ("loss", "lr", "min_lr", "weight_decay", "grad_norm", "class_acc", "ima
 
 @dataclass(frozen=True)
 class WandbRun:
-    """What Weights & Biases is asked to keep: `config` (plain values), and the checkpoints of the end or not."""
+    """What Weights & Biases is asked to keep: `config` (plain values), and the last checkpoints or not."""
     project: str
     name: str
     config: Mapping[str, object]
@@ -42,8 +42,8 @@ class Sink(NamedTuple):
 class Tracker:
     """Rank 0's record of a run; made with `folder=None` it keeps none and only writes to the console.
 
-    Nothing here stops a run: a file that cannot be written is logged, and log.txt catches up when the disk has
-    room again. People see epochs from 1; log.txt counts them from 0.
+    Nothing here stops a run: a file that cannot be written is logged, and log.txt catches up when the disk
+    has room again. People see epochs from 1; log.txt counts them from 0.
 
     Args:
         epochs, updates_per_epoch: of the whole run.
@@ -70,10 +70,10 @@ class Tracker:
         if self.terminal:
             from tqdm.contrib.logging import logging_redirect_tqdm
             self._stack.enter_context(logging_redirect_tqdm(loggers=[logger]))  # log lines go above the bar
-            # A forked loader process has a copy of the bar as it was, and would draw that below its own lines.
+            # A forked loader process has a copy of the bar as it was, and would draw that below its lines.
             os.register_at_fork(after_in_child=self._stack.close)
 
-    # ---------------------------------------------------------------------------------------- the run's start
+    # --------------------------------------------------------------------------------------- the run's start
 
     def resume(self, first_epoch: int) -> None:
         """Keep the lines of log.txt before `first_epoch` (from 0); those after it will be made again."""
@@ -84,12 +84,12 @@ class Tracker:
             self._write("log.txt", self._write_log)
 
     def write_setup(self, config_yaml: str, data: Mapping[str, object], **more: object) -> None:
-        """config.yaml (the options with their origins), data.json (images and classes) and environment.json."""
+        """config.yaml (options and origins), data.json (images and classes) and environment.json."""
         self._write("config.yaml", lambda path: write_text(path, config_yaml))
         self._write("data.json", lambda path: write_json(path, data))
         self._write("environment.json", lambda path: write_json(path, environment() | more))
 
-    # ---------------------------------------------------------------------------------------------- the epoch
+    # --------------------------------------------------------------------------------------------- the epoch
 
     def start_epoch(self, epoch: int, first_update: int = 0) -> None:
         """`first_update` is the first update within the epoch, above 0 after resuming in its middle."""
@@ -97,7 +97,7 @@ class Tracker:
         self._pace.clear()
         if self.terminal:
             from tqdm import tqdm
-            # Not dynamic_ncols, which draws nothing where a terminal does not know its width (some containers).
+            # Not dynamic_ncols, which draws nothing where a terminal does not know its width (containers).
             self._bar = tqdm(total=self.updates_per_epoch, initial=first_update, leave=False, miniters=1,
                              ncols=min(shutil.get_terminal_size().columns, 140),
                              desc=f"epoch {epoch + 1}/{self.epochs}",
@@ -117,8 +117,8 @@ class Tracker:
         if self._bar is not None:
             self._bar.set_postfix_str(values)
         else:
-            logger.info("epoch %d/%d  update %d/%d  %s", p.epoch + 1, self.epochs, done, self.updates_per_epoch,
-                        values)
+            logger.info("epoch %d/%d  update %d/%d  %s", p.epoch + 1, self.epochs, done,
+                        self.updates_per_epoch, values)
         self._scalars({"train/loss": p.recent_loss} | {f"train/{name}": getattr(p, name) for name in (
             "lr", "weight_decay", "grad_norm", "images_per_second", "data_wait")}, p.next_update)
         self._watch_waiting(p)
@@ -138,8 +138,9 @@ class Tracker:
         share = (p.data_wait * p.seconds - waited) / span if span > 0 else 0.0
         if not self._hinted and p.next_update - update >= _WAIT_UPDATES and share > _WAIT_SHARE:
             self._hinted = True
-            self.incident("data_wait", f"{100 * share:.0f} % of the last {p.next_update - update} updates was "
-                          f"spent waiting for data; {remedy(self.num_workers, self.cpus)}.", update=p.next_update)
+            self.incident("data_wait", f"{100 * share:.0f} % of the last {p.next_update - update} updates "
+                          f"was spent waiting for data; {remedy(self.num_workers, self.cpus)}.",
+                          update=p.next_update)
 
     def end_epoch(self, p: Progress, results: Mapping[str, float | None], seconds: float) -> None:
         """Write the epoch's line to log.txt.
@@ -157,14 +158,14 @@ class Tracker:
         line = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}
         self._lines = [old for old in self._lines if old["epoch"] < p.epoch] + [line]
         self._write("log.txt", self._write_log)
-        self._scalars({f"epoch/{k}": v for k, v in line.items() if k not in ("epoch", "update")}, p.next_update)
+        self._scalars({f"epoch/{k}": line[k] for k in line if k not in ("epoch", "update")}, p.next_update)
         scores = (("test_acc1", "top-1"), ("test_acc5", "top-5"), ("test_acc1_ema", "EMA top-1"),
                   ("test_acc5_ema", "EMA top-5"))
         shown = [f"{words} {line[name]:.2f}" for name, words in scores if line.get(name) is not None]
         logger.info("epoch %d/%d done in %s  %s", p.epoch + 1, self.epochs, duration(seconds),
                     "  ".join([f"train loss {p.loss:.4f}", *shown]))
 
-    # ---------------------------------------------------------------------------------- incidents and the end
+    # --------------------------------------------------------------------------------- incidents and the end
 
     def incident(self, kind: str, sentence: str, log: bool = True, **more: object) -> None:
         """Log something out of the ordinary (unless that was done already) and keep it in events.jsonl."""

@@ -1,177 +1,287 @@
-"""What a checkpoint holds: format 2 (ours) and 1 (as published), and whether it belongs to the run at hand.
+"""What a checkpoint holds, declared once: `TABLE`. Which formats are read, and to which run a file belongs.
 
-Keys of format 2: format, model, model_ema, optimizer, scaler, epoch (index of the last finished epoch), update
-(global updates done), seed, global_batch, pictures (of the training set), best, classes, args, code_paths, threads,
-version, scored, policy (counts of non-finite updates) and sums (of an unfinished epoch). Values are tensors and plain
-Python only.
+A run is made of parts, each with `state_dict` and `load_state_dict`; a checkpoint has one entry per row of
+the table: a part's whole state (`model`, `optimizer`), or one value of a part that is made of plain values
+(`epoch`, `update`). A new value to save is one line: a field made with `saved`, or a row of the table for a
+new part. An entry that a file lacks leaves its part as it began. Values are tensors and plain Python only;
+beside them stand `format` and, in a best file, `scored`, the weights that earned it.
 """
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from dataclasses import fields as dataclass_fields
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from common.errors import UserError
+from common.log import logger
 from config.options import Options
 
-FORMAT = 2
+State = dict[str, Any]
+Valid = Callable[[Any], bool]
+FORMAT = 3  # 1: files of the published training code; 2: the number of images has another name
 BEST, BEST_EMA = "checkpoint-best.pth", "checkpoint-best-ema.pth"
-_NOT_THE_RECIPE = {"epochs", "start_epoch", "weights", "allow_partial", "model_key", "model_prefix", "pretrained",
-                   "finetune", "grad_checkpointing", "model_ema_eval"}
+_NOT_THE_RECIPE = {"epochs", "start_epoch", "weights", "allow_partial", "model_key", "model_prefix",
+                   "pretrained", "finetune", "grad_checkpointing", "model_ema_eval"}
 _ALSO = ("data_set", "nb_classes", "seed", "use_amp", "amp_dtype")
 
 
-def snapshot(value: Any) -> Any:
-    """A copy of a state on the CPU that shares no memory with it: tensors and plain values, nothing else.
+class Part(Protocol):
+    """Something whose state a checkpoint holds."""
 
-    Views are copied at their own size (torch.save would write the whole storage behind them).
-    """
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {snapshot(k): snapshot(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(snapshot(v) for v in value) if type(value) in (list, tuple) else [*map(snapshot, value)]
-    if isinstance(value, np.generic):
-        return value.item()
-    return value if value is None or type(value) in (bool, int, float, str, bytes) else str(value)
+    def state_dict(self) -> State: ...
+    def load_state_dict(self, state: State, /) -> object: ...
 
 
-def state_bytes(state: Any) -> int:
-    """Bytes that the tensors of a state take on the disk."""
-    if isinstance(state, torch.Tensor):
-        return state.numel() * state.element_size() + 128
-    if isinstance(state, Mapping):
-        return sum(state_bytes(v) + 32 for v in state.values())
-    return sum(map(state_bytes, state)) if isinstance(state, (list, tuple)) else 0
+Parts = Mapping[str, Part | None]
 
 
-def check_finite(state: Mapping[str, Any]) -> None:
-    """Raise UserError naming the first tensor of the weights or their average that is not finite."""
-    for part in ("model", "model_ema"):
-        for name, tensor in (state.get(part) or {}).items():
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
-                raise UserError(f"the tensor {name} of {part} holds infinite or undefined values")
+@dataclass(frozen=True)
+class Row:
+    """One entry of a checkpoint: whose it is, what it may hold (a file from elsewhere may hold anything), and
+    whether nothing can be resumed without it."""
+    part: str
+    valid: Valid
+    needed: bool = False
 
 
-def upgrade(state: Any, path: str | os.PathLike) -> dict[str, Any]:
-    """Bring a state of any readable format to the keys of format 2; entries a format lacks are None.
+def saved(valid: Valid, default: Any = None, needed: bool = False) -> Any:
+    """A field of `Values` that checkpoints hold, with its value for a new run."""
+    return field(default=default, metadata={"valid": valid, "needed": needed})
+
+
+@dataclass
+class Values:
+    """A part made of plain values: the dataclass fields that were made with `saved`."""
+
+    @classmethod
+    def rows(cls, part: str) -> dict[str, Row]:
+        """A row of the table for each saved field."""
+        return {f.name: Row(part, **f.metadata) for f in fields(cls) if f.metadata}
+
+    def state_dict(self) -> State:
+        """The saved values by name."""
+        return {name: getattr(self, name) for name in self.rows("")}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take over the values that are there."""
+        for name in self.rows(""):
+            if state.get(name) is not None:
+                setattr(self, name, state[name])
+
+
+def _is(*kinds: type) -> Valid:
+    return lambda value: type(value) in kinds
+
+
+def _count(lowest: int) -> Valid:
+    return lambda value: type(value) is int and value >= lowest
+
+
+def _each(kind: type, valid: Valid) -> Valid:
+    """A list or dict all of whose values are valid."""
+    values = dict.values if kind is dict else iter
+    return lambda value: isinstance(value, kind) and all(map(valid, values(value)))
+
+
+
+_number, _tensors = _is(int, float, type(None)), _each(dict, torch.is_tensor)
+
+
+def _optimizer(value: Any) -> bool:
+    """As torch's optimizers give it; whether it fits the model is found when it is loaded."""
+    return (isinstance(value, dict) and _each(list, _is(dict))(value.get("param_groups"))
+            and all(_each(list, _is(int))(group.get("params")) for group in value["param_groups"])
+            and _each(dict, _is(dict))(value.get("state")))
+
+
+def _scaler(value: Any) -> bool:
+    """As torch's GradScaler gives it: empty without loss scaling."""
+    needed = {"scale", "growth_interval", "_growth_tracker"}
+    return _each(dict, _is(int, float))(value) and (not value or needed <= value.keys())
+
+
+@dataclass
+class Position(Values):
+    """Where a run stands. `epoch` is the last one finished (from 0; -1: none), `update` the number of global
+    updates done, `sums` (engine.Progress.sums) those of an epoch that was begun and isn't finished."""
+    updates_per_epoch: int
+    epoch: int = saved(_count(-1), -1, needed=True)
+    update: int = saved(_count(0), 0)
+    sums: list[float] | None = saved(_each(list, _number))
+
+    @property
+    def begun(self) -> int:
+        """The epoch under way, from 0."""
+        return self.epoch + 1
+
+    @property
+    def update_in_epoch(self) -> int:
+        """Updates done of the epoch under way."""
+        return self.update - self.begun * self.updates_per_epoch
+
+    def load_state_dict(self, state: State) -> None:
+        """Take over a position. Raises UserError when it isn't one of this data: images came or went.
+
+        A run stopped between an epoch's last update and its evaluation stands at that epoch's end, with sums.
+        """
+        finished = state.get("epoch", self.epoch) + 1
+        super().load_state_dict({"update": finished * self.updates_per_epoch} | {
+            name: value for name, value in state.items() if value is not None})
+        longest = self.updates_per_epoch - (self.sums is None)
+        if not 0 <= self.update_in_epoch <= longest:
+            raise UserError(
+                f"the checkpoint stands at update {self.update}, finished epochs: {finished}; with these "
+                f"images an epoch has {self.updates_per_epoch} updates, so the data set is not the one the "
+                "run began with: restore it, or use --finetune to start from the weights elsewhere.",
+                code="other_run")
+
+
+@dataclass
+class Best(Values):
+    """The best top-1 (percent) so far of the weights and of their moving average, and the epochs that gave
+    it."""
+    acc1: float | None = saved(_number)
+    epoch: int | None = saved(_number)
+    ema_acc1: float | None = saved(_number)
+    ema_epoch: int | None = saved(_number)
+
+    def take(self, epoch: int, score: float | None, ema_score: float | None = None) -> dict[str, float]:
+        """Take in an epoch's results; returns {file name: score} of the best files to save, for
+        `save(best=…)`."""
+        files = {}
+        if score is not None and (self.acc1 is None or score > self.acc1):
+            self.acc1, self.epoch, files[BEST] = score, epoch, score
+        if ema_score is not None and (self.ema_acc1 is None or ema_score > self.ema_acc1):
+            self.ema_acc1, self.ema_epoch, files[BEST_EMA] = ema_score, epoch, ema_score
+        return files
+
+    def correct(self, on_disk: Mapping[str, tuple[float | None, int | None]]) -> None:
+        """Believe the best files, {name: (score, epoch)}: a crash left them newer, or a full disk older."""
+        self.acc1, self.epoch = on_disk.get(BEST, (self.acc1, self.epoch))
+        self.ema_acc1, self.ema_epoch = on_disk.get(BEST_EMA, (self.ema_acc1, self.ema_epoch))
+
+
+@dataclass
+class DataIdentity(Values):
+    """Which data a run is trained on. `images_before` is their number when the checkpoint was saved."""
+    global_batch: int = saved(_count(1))
+    images: int = saved(_count(1))
+    classes: list[str] = saved(_each(list, _is(str)))
+    images_before: int | None = None
+
+    def load_state_dict(self, state: State) -> None:
+        """Remember the number of images; classes and global batch were taken over before the data were
+        built."""
+        self.images_before = state.get("images")
+
+
+@dataclass
+class Environment(Values):
+    """What a run was started with, beside its data: options, fast paths, CPU threads and the code's
+    version."""
+    args: dict[str, Any] = saved(_is(dict))
+    code_paths: dict[str, str] = saved(_each(dict, _is(str)))
+    threads: int = saved(_count(1))
+    version: str = saved(_is(str))
+
+    def load_state_dict(self, state: State) -> None:
+        """Use the run's own number of threads, and report another version; the fast paths came with the
+        model."""
+        threads, version = state.get("threads"), state.get("version")
+        if threads and threads != self.threads:
+            # Sums are split by thread, so another number of threads gives other last bits.
+            logger.info("Using %d threads as the run did so far (this start had %d)", threads, self.threads)
+            torch.set_num_threads(threads)
+            self.threads = threads
+        if version and version != self.version:
+            logger.info("The checkpoint was saved by version %s of this code, this is %s", version,
+                        self.version)
+
+
+TABLE: dict[str, Row] = {
+    "model": Row("model", _tensors, needed=True),
+    "model_ema": Row("model_ema", lambda value: value == [] or _tensors(value)),  # [] in published files
+    "optimizer": Row("optimizer", _optimizer, needed=True),
+    "scaler": Row("scaler", _scaler),
+    "policy": Row("policy", _each(dict, _count(0))),
+    "best": Row("best", _each(dict, _number)),
+    **Position.rows("position"),
+    **DataIdentity.rows("data"),
+    **Environment.rows("environment"),
+}
+
+
+def collect(parts: Parts) -> State:
+    """The state of a run made of `parts`: an entry per row of the table; None for a part that it lacks."""
+    states = {name: part.state_dict() for name, part in parts.items() if part is not None}
+    return {"format": FORMAT} | {
+        name: states.get(name) if name in parts else states[row.part][name] for name, row in TABLE.items()}
+
+
+def restore(state: Mapping[str, Any], parts: Parts) -> None:
+    """Give each part its entries of `state`; the inverse of `collect`."""
+    for name, part in parts.items():
+        entries = {entry: state.get(entry) for entry, row in TABLE.items() if row.part == name}
+        found = entries.get(name) if name in entries else entries
+        if part is not None and found:
+            part.load_state_dict(found)
+
+
+def upgrade(state: object, path: str | os.PathLike) -> State:
+    """Bring a state of any readable format to the entries of `TABLE`; those that a file lacks are None.
 
     Published training files (format 1) call the epoch of their best files "best" and count no updates.
     """
     if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}, not the dictionary of a checkpoint.")
+        raise UserError(f"{path} holds a {type(state).__name__}, not the dictionary of a checkpoint.",
+                        code="invalid_checkpoint")
     number = state.get("format", 1)
     if not isinstance(number, int) or not 1 <= number <= FORMAT:
-        raise UserError(f"{path} has checkpoint format {number!r}; this version reads 1 to {FORMAT}: update the code.")
-    args = state.get("args") if isinstance(state.get("args"), dict) else {}
-    defaults = {"format": number, "model_ema": None, "optimizer": None, "scaler": None, "epoch": None, "update": None,
-                "seed": args.get("seed"), "global_batch": None, "pictures": None, "best": {}, "classes": None,
-                "args": args, "code_paths": {}, "threads": None, "version": None, "scored": None}
-    full = defaults | state | {"args": args}
-    if not isinstance(full["epoch"], int):
-        full["epoch"] = None
-    if not isinstance(full["best"], dict):
-        full["best"] = {}
+        raise UserError(f"{path} has checkpoint format {number!r}; this version reads 1 to {FORMAT}: update "
+                        "the code.", code="invalid_checkpoint")
+    full = dict.fromkeys(TABLE) | state | {"format": number}
+    if number == 2:
+        full["images"] = state.get("pictures")
+    if number == 1:
+        full |= {name: None for name, row in TABLE.items() if not row.valid(full[name])}
     return full
 
 
 def check_resumable(state: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Raise UserError when training cannot go on from a state: weights alone, a published best file, odd entries."""
-    missing = [key for key in ("model", "optimizer", "epoch") if state.get(key) is None]
+    """Raise UserError when training cannot resume from a state: weights alone, a published best file, odd
+    entries."""
+    missing = [name for name, row in TABLE.items() if row.needed and state.get(name) is None]
     if missing:
-        raise UserError(f"{path} has no {' and no '.join(missing)}, so training cannot go on from it; start from its "
-                        "weights with --finetune, or resume a numbered checkpoint.")
-    wrong = [key for key, fits in _ENTRIES.items() if state.get(key) is not None and not fits(state[key])]
-    if wrong:
-        raise UserError(f"{path} is not a checkpoint of a training: its entry {' and its entry '.join(wrong)} holds "
-                        "something else than such files have; resume another one, or start from its weights with "
-                        "--finetune.")
-
-
-def _count(lowest: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and value >= lowest
-
-
-def _optimizer(value: Any) -> bool:
-    groups = value.get("param_groups") if isinstance(value, dict) else None
-    return isinstance(groups, list) and isinstance(value.get("state"), dict) and all(
-        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
-
-
-def _numbers(value: Any) -> bool:
-    return all(v is None or isinstance(v, (int, float)) for v in value)
-
-
-# What a resumed run takes for granted about an entry that is there; a file from elsewhere may hold anything.
-_ENTRIES: dict[str, Callable[[Any], bool]] = {
-    "model": lambda v: isinstance(v, dict), "model_ema": lambda v: isinstance(v, (dict, list)), "optimizer": _optimizer,
-    "epoch": _count(-1), "update": _count(0), "seed": _count(0), "global_batch": _count(1), "pictures": _count(1),
-    "threads": _count(1),
-    "best": lambda v: _numbers(v.values()), "code_paths": lambda v: isinstance(v, dict),
-    "policy": lambda v: isinstance(v, dict) and _numbers(v.values()), "scaler": lambda v: isinstance(v, dict),
-    "sums": lambda v: isinstance(v, list) and _numbers(v),
-    "classes": lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v)}
-
-
-def differences(state: Mapping[str, Any], args: Mapping[str, Any]) -> list[str]:
-    """Sentences such as `lr 0.004 there, 0.001 here` for each option that makes a run what it is."""
-    names = [f.name for f in dataclass_fields(Options) if f.metadata["recipe"] and f.name not in _NOT_THE_RECIPE]
-    old = state.get("args") or {}
-    return [f"{name} {old[name]} there, {args[name]} here" for name in (*names, *_ALSO)
-            if name in old and name in args and _value(old[name]) != _value(args[name])]
-
-
-def _value(value: Any) -> Any:
-    return [*value] if isinstance(value, (list, tuple)) else None if value == "" else value
+        raise UserError(f"{path} has no {' and no '.join(missing)}, so training cannot be resumed from it; "
+                        "start from its weights with --finetune, or resume a numbered checkpoint.",
+                        code="not_resumable")
+    odd = [name for name, row in TABLE.items() if state.get(name) is not None and not row.valid(state[name])]
+    if odd:
+        raise UserError(f"{path} is no checkpoint of a training: its entry {' and its entry '.join(odd)} is "
+                        "unexpected; resume another one, or start from its weights with --finetune.",
+                        code="invalid_checkpoint")
 
 
 def check_same_run(state: Mapping[str, Any], args: Mapping[str, Any], path: str | os.PathLike,
                    explicit: bool = False) -> list[str]:
     """Compare the run a checkpoint comes from with the one at hand, `args` being plain values by option name.
 
-    Raises UserError naming the difference for another model, and for another recipe unless the checkpoint was
-    named with --resume (`explicit`); then returns the differences, to be said once.
+    Returns sentences such as `lr 0.004 there, 0.001 here` for each option that makes a run what it is. Raises
+    UserError instead for another model or number of classes, and for any of them unless the checkpoint was
+    named with --resume (`explicit`).
     """
-    found = differences(state, args)
+    names = [f.name for f in fields(Options) if f.metadata["recipe"] and f.name not in _NOT_THE_RECIPE]
+    plain = lambda value: [*value] if isinstance(value, (list, tuple)) else None if value == "" else value
+    old = state.get("args") or {}
+    found = [f"{name} {old[name]} there, {args[name]} here" for name in (*names, *_ALSO)
+             if name in old and name in args and plain(old[name]) != plain(args[name])]
     if found and (not explicit or any(text.startswith(("model ", "nb_classes ")) for text in found)):
-        raise UserError(f"{path} belongs to another run: {'; '.join(found)}. Give the same options, choose another "
-                        "--output_dir, or start from its weights with --finetune.")
+        raise UserError(f"{path} belongs to another run: {'; '.join(found)}. Give the same options, choose "
+                        "another --output_dir, or start from its weights with --finetune.", code="other_run")
     return found
 
 
 def finished(state: Mapping[str, Any], epochs: int) -> bool:
     """Whether a checkpoint is the end of a run of `epochs` epochs."""
     return state.get("epoch") is not None and state["epoch"] + 1 >= epochs
-
-
-@dataclass
-class Best:
-    """The best top-1 (percent) so far of the weights and of their moving average, kept across resumptions."""
-    acc1: float | None = None
-    epoch: int | None = None
-    ema_acc1: float | None = None
-    ema_epoch: int | None = None
-
-    @classmethod
-    def restore(cls, saved: Mapping[str, Any] | None, on_disk: tuple[float, int | None] | None,
-                ema_on_disk: tuple[float, int | None] | None) -> "Best":
-        """From a checkpoint's `best` and (score, epoch) of the best files, which a crash may have left newer."""
-        best = cls(**{k: v for k, v in (saved or {}).items() if k in cls.__dataclass_fields__})
-        if on_disk is not None and (best.acc1 is None or on_disk[0] > best.acc1):
-            best.acc1, best.epoch = on_disk
-        if ema_on_disk is not None and (best.ema_acc1 is None or ema_on_disk[0] > best.ema_acc1):
-            best.ema_acc1, best.ema_epoch = ema_on_disk
-        return best
-
-    def update(self, epoch: int, acc1: float | None, ema_acc1: float | None = None) -> dict[str, float]:
-        """Take in an epoch's results; returns {file name: score} of the best files to save, for `save(best=…)`."""
-        files = {}
-        if acc1 is not None and (self.acc1 is None or acc1 > self.acc1):
-            self.acc1, self.epoch, files[BEST] = acc1, epoch, acc1
-        if ema_acc1 is not None and (self.ema_acc1 is None or ema_acc1 > self.ema_acc1):
-            self.ema_acc1, self.ema_epoch, files[BEST_EMA] = ema_acc1, epoch, ema_acc1
-        return files

@@ -1,159 +1,145 @@
-"""What a trained model says about pictures: python -m tools.predict PATH… --resume CHECKPOINT.
+"""What a trained model sees in images: python -m tools.predict PATH... --resume CHECKPOINT.
 
-Folders are searched for pictures. Class names and picture settings come from the checkpoint; files that are no
-readable pictures are reported and passed over.
+Folders are searched for images. Class names and image settings come from the checkpoint; files that are no
+readable images are reported and skipped.
 """
 import argparse
 import csv
+import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import native
 from common.errors import UserError
 from common.log import logger
-from datasets.images import EXTENSIONS, BadImage, decode_path, show
+from common.outcome import ExitCode
+from common.text import printable
+from datasets.images import BadImage, decode_path, extensions, is_image
 from launch.process import choose_device
-from models.inspect import Prediction, heatmap, overlay, predict
-from tools.command import run_command
-from tools.loading import Trained, load_trained
+from models.inspect import heatmap, image_transforms, overlay, predict
+from models.trained import Trained
+from tools.command import add_model_arguments, load_model, new_parser, run_command
+
+FORMS = ("text", "csv", "json")
 
 
-class Pictures(Dataset):
-    """Files as (index, float32 (3, size, size), error text); a bad file gives zeros and its reason."""
-
-    def __init__(self, paths: list[str], trained: Trained):
-        self.paths, self.size, self.transform = paths, trained.input_size, trained.transform()
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[int, torch.Tensor, str]:
-        try:
-            return index, self.transform(decode_path(self.paths[index])), ""
-        except BadImage as error:
-            return index, torch.zeros(3, self.size, self.size), str(error)
-
-
-def find_pictures(given: list[str]) -> list[str]:
-    """Files as given, and the pictures below folders in the order of their names. Raises UserError for none."""
+def find_images(given: list[str]) -> list[str]:
+    """Files as given, and the images below folders in the order of their names; UserError for none."""
     found = []
     for path in given:
-        if os.path.isdir(path):
-            inside = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
-            found += sorted(name for name in inside if name.lower().endswith(EXTENSIONS))
-        elif os.path.exists(path):
-            found.append(path)
-        else:
-            raise UserError(f"{show(path)} does not exist; give picture files or folders of pictures.")
+        inside = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
+                        if is_image(name))
+        found += inside if os.path.isdir(path) else [path]
     if not found:
-        raise UserError(f"no pictures in {', '.join(map(show, given))}; files that end in {', '.join(EXTENSIONS)} "
-                        "are looked for.")
+        raise UserError(f"no images in {', '.join(map(printable, given))}; files that end in "
+                        f"{', '.join(extensions())} are looked for.", code="missing_data")
     return found
 
 
-def answers(trained: Trained, paths: list[str], topk: int, batch_size: int,
-            workers: int = 0) -> Iterator[tuple[str, list[Prediction], str]]:
-    """(path, best classes first, error) for each file in order; the error is "" for a readable picture."""
-    loader = DataLoader(Pictures(paths, trained), batch_size, num_workers=workers)
-    with tqdm(total=len(paths), unit="picture", disable=None, file=sys.stderr) as bar:
-        for indices, images, errors in loader:
-            said = predict(trained.model, images, topk, trained.classes)
-            for index, predictions, error in zip(indices.tolist(), said, errors):
-                yield paths[index], [] if error else predictions, error
-            bar.update(len(indices))
-
-
-def _text(path: str) -> str:
-    """`path` as valid UTF-8 and otherwise to the letter, for programs that read the answers."""
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def write(rows: list[tuple[str, list[Prediction], str]], classes: list[str], form: str, out: TextIO) -> None:
-    """Write the answers as csv (one line per picture and class), json, or text for people."""
-    if form == "json":
-        json.dump([{"path": _text(path), "error": error or None,
-                    "top": [{"index": p.index, "class": classes[p.index], "name": p.name, "probability": p.probability}
-                            for p in said]} for path, said, error in rows], out, ensure_ascii=False, indent=1)
-        out.write("\n")
-    elif form == "csv":
-        table = csv.writer(out, lineterminator="\n")
-        table.writerow(["path", "rank", "index", "class", "name", "probability", "error"])
-        for path, said, error in rows:
-            table.writerows([_text(path), rank, p.index, classes[p.index], p.name, f"{p.probability:.6f}", ""]
-                            for rank, p in enumerate(said, 1))
-            if error:
-                table.writerow([_text(path), "", "", "", "", "", error])
-    else:
-        for path, said, error in rows:
-            words = error and f"not readable: {error}" or ", ".join(f"{p.name} {p.probability:.1%}" for p in said)
-            out.write(f"{show(path)}: {words}\n")
-
-
-def write_heatmaps(trained: Trained, paths: list[str], folder: Path) -> None:
-    """For each readable picture, the part the model sees with its Grad-CAM map, as NAME.heat.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, path in enumerate(paths):
+def answers(trained: Trained, paths: list[str], *, topk: int, batch_size: int, workers: int) -> list[dict]:
+    """One record per file in order: path, error (None for a readable image), top (best class first)."""
+    def read(path: str) -> torch.Tensor | str:
         try:
-            picture = decode_path(path)
-        except BadImage:
-            continue
-        seen = trained.transform()(picture)[None]
-        heat = heatmap(trained.model, seen)[0]
-        overlay(trained.seen(picture), heat).save(folder / f"{number:05d}.{show(Path(path).stem)[:100]}.heat.png")
+            return trained.transform(decode_path(path))
+        except BadImage as error:
+            return str(error)
+
+    records = []
+    with ThreadPoolExecutor(workers or 1) as pool, tqdm(total=len(paths), unit="image", disable=None) as bar:
+        for start in range(0, len(paths), batch_size):
+            found = list(pool.map(read, paths[start:start + batch_size]))
+            images = [image for image in found if isinstance(image, torch.Tensor)]
+            predictions = iter(predict(trained.model, torch.stack(images), topk) if images else ())
+            for path, image in zip(paths[start:], found):
+                top = [] if isinstance(image, str) else [
+                    {"index": p.index, "class": trained.classes[p.index], "name": p.name,
+                     "probability": p.probability} for p in next(predictions)]
+                records.append({"path": path, "error": None if top else image, "top": top})
+            bar.update(len(found))
+    return records
+
+
+def write(records: list[dict], form: str, out: TextIO) -> None:
+    """Write the answers as csv (one line per image and class), json, or text for people."""
+    if form == "text":
+        for record in records:
+            words = [f"{entry['name']} {entry['probability']:.1%}" for entry in record["top"]]
+            line = ", ".join(words) or f"not readable: {record['error']}"
+            out.write(f"{printable(record['path'])}: {line}\n")
+        return
+    # To the letter and yet valid UTF-8, for programs that read the answers.
+    records = [record | {"path": os.fsencode(record["path"]).decode("utf-8", "backslashreplace")}
+               for record in records]
+    if form == "json":
+        out.write(json.dumps(records, ensure_ascii=False, indent=1) + "\n")
+        return
+    columns = ["path", "rank", "index", "class", "name", "probability", "error"]
+    table = csv.DictWriter(out, columns, lineterminator="\n")
+    table.writeheader()
+    for record in records:
+        common = {"path": record["path"], "error": record["error"]}
+        table.writerows(common | entry | {"rank": rank, "probability": f"{entry['probability']:.6f}"}
+                        for rank, entry in enumerate(record["top"], 1))
+        if record["error"]:
+            table.writerow(common)
+
+
+def write_heatmaps(trained: Trained, records: list[dict], folder: Path) -> None:
+    """For each readable image, the part that the model sees with its Grad-CAM map, as NAME.heat.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    part, numbers = image_transforms(trained.model)
+    for number, record in enumerate(records):
+        if not record["error"]:
+            seen = part(decode_path(record["path"]))
+            name = f"{number:05d}.{printable(Path(record['path']).stem)[:100]}.heat.png"
+            overlay(seen, heatmap(trained.model, numbers(seen))[0]).save(folder / name)
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.predict", allow_abbrev=False, description="What a trained model says about pictures.",
-        epilog="example: python -m tools.predict photo.jpg holidays/ --resume runs/mine/checkpoint-best.pth --topk 3")
+    parser = new_parser("predict", "What a trained model sees in images.", "photo.jpg --resume runs/mine")
     add = parser.add_argument
-    add("paths", nargs="+", metavar="PATH", help="picture files, and folders to search for pictures")
-    add("--resume", help="checkpoint file or https address (default: the published weights of --model)")
-    add("--model", help="name of the model; needed only where the checkpoint does not say it")
-    add("--weights", default="auto", choices=["auto", "model", "ema"],
-        help="which weights of the checkpoint; auto: those that it says were best (default)")
-    add("--topk", type=int, default=5, help="classes per picture (default 5)")
-    add("--out", default="text", metavar="FORMAT", help="csv or json on standard output, or a file name ending in "
-        ".csv or .json (default: lines of text)")
-    add("--heatmap", metavar="DIR", help="also write pictures of where the model looks (Grad-CAM) to DIR")
-    add("--input_size", type=int, help="side of the pictures in pixels (default: the checkpoint's)")
-    add("--batch_size", type=int, default=32, help="pictures at a time (default 32)")
-    add("--num_workers", type=int, default=0, help="processes that read pictures (default 0: none beside this one)")
-    add("--device", default="cpu", help="cpu, cuda, mps, xpu, one of them such as cuda:1, or auto (default cpu)")
+    add("paths", nargs="+", metavar="PATH", help="image files, and folders to search for images")
+    add_model_arguments(parser)
+    add("--topk", type=int, default=5, help="classes per image (default 5)")
+    add("--out", default="text", metavar="FORMAT", help="csv or json on standard output, or a file name "
+        "ending in .csv or .json (default: lines of text)")
+    add("--heatmap", metavar="DIR", help="also write images of where the model looks (Grad-CAM) to DIR")
+    add("--batch_size", type=int, default=32, help="images at a time (default 32)")
+    add("--num_workers", type=int, default=0, help="threads that read images (default 0: one)")
+    add("--device", default="cpu", help="cpu (default), cuda, mps, xpu, a numbered one as cuda:1, or auto")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     form = Path(args.out).suffix[1:] or args.out
-    if form not in ("text", "csv", "json"):
-        raise UserError(f"--out {args.out} is not accepted: csv, json, or a file name ending in .csv or .json.")
-    if min(args.topk, args.batch_size) < 1:
-        raise UserError("--topk and --batch_size must be 1 or more.")
-    paths = find_pictures(args.paths)
-    device = choose_device(args.device, 0, 1)
-    trained = load_trained(args.model, args.resume, args.weights, args.input_size, device)
-    rows = list(answers(trained, paths, args.topk, args.batch_size, args.num_workers))
-    to_file = args.out not in ("text", "csv", "json")
-    if not to_file and hasattr(sys.stdout, "reconfigure"):
+    if form not in FORMS:
+        raise UserError(f"--out {args.out} is not accepted: csv, json, or a file name ending in .csv or "
+                        ".json.", code="invalid_value")
+    if min(args.topk, args.batch_size, args.num_workers + 1) < 1:
+        raise UserError("--topk and --batch_size must be 1 or more, --num_workers 0 or more.",
+                        code="invalid_value")
+    paths = find_images(args.paths)
+    trained = load_model(args, choose_device(args.device, 0, 1))
+    native.attach(trained.model)
+    records = answers(trained, paths, topk=args.topk, batch_size=args.batch_size, workers=args.num_workers)
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
-    with open(args.out, "w", encoding="utf-8") if to_file else nullcontext(sys.stdout) as out:
-        write(rows, trained.classes, form, out)
+    with nullcontext(sys.stdout) if args.out in FORMS else open(args.out, "w", encoding="utf-8") as out:
+        write(records, form, out)
     if args.heatmap:
-        write_heatmaps(trained, paths, Path(args.heatmap))
-    bad = [(path, error) for path, _, error in rows if error]
-    for path, error in bad[:20]:
-        logger.warning("not a readable picture: %s (%s)", show(path), error)
-    logger.info("%d of %d pictures predicted with %s from %s", len(rows) - len(bad), len(rows), trained.name,
-                trained.source)
-    return 1 if len(bad) == len(rows) else 0
+        write_heatmaps(trained, records, Path(args.heatmap))
+    read = sum(not record["error"] for record in records)
+    logger.info("%d of %d images predicted with %s from %s", read, len(records),
+                trained.name, trained.source)
+    return ExitCode.DONE if read else ExitCode.FAILED
 
 
 def main(argv: list[str] | None = None) -> int:

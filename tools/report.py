@@ -9,18 +9,20 @@ from tools.command import run_command
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.report", allow_abbrev=False,
-                                     description="One self-contained HTML page about a run, or two side by side.",
-                                     epilog="example: python -m tools.report runs/quickstart --out report.html")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.report", allow_abbrev=False,
+        description="One self-contained HTML page about a run, or two side by side.",
+        epilog="example: python -m tools.report runs/quickstart --out report.html")
     parser.add_argument("runs", nargs="+", metavar="RUN",
                         help="the --output_dir of a training, the --report of an evaluation, or a log.txt")
-    parser.add_argument("--out", help="where to write the page (default: report.html in the first run's folder)")
+    parser.add_argument("--out", help="the page (default: report.html in the first run's folder)")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     if len(args.runs) > 2:
-        raise UserError(f"{len(args.runs)} runs given: one page shows one run, or two side by side.", code="too_many")
+        raise UserError(f"{len(args.runs)} runs given: a page shows one run, or two side by side.",
+                        code="invalid_value")
     out = write_report(args.runs, args.out)
     logger.info("wrote %s (%.2f MB); open it in a browser", out, out.stat().st_size / 1e6)
     return 0

@@ -1,10 +1,12 @@
 """Published weights: python -m tools.zoo list | get MODEL | verify FILE… | convert FILE --out FILE.
 
-Files are kept in ~/.cache/hornet, or the folder named by --folder or HORNET_CACHE; a file placed there by hand is
-used without a network.
+Files are kept in ~/.cache/hornet, or the folder named by --folder or HORNET_CACHE; a file placed there by
+hand is used without a network.
 """
 import argparse
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,31 +14,28 @@ import torch
 from common.errors import UserError
 from common.files import atomic_write, sha256_file
 from common.log import logger
-from common.safe_load import safe_torch_load, save_safetensors
+from common.safe_load import save_safetensors
 from models.download import cache_folder, fetch_published
-from models.weights import identify, published_names, select_weights, to_openmmlab
-from models.zoo import PUBLISHED, published_files
-from tools.command import run_command
-
-# Kept beside converted weights: without them a file would be evaluated with other pictures than its run was.
-ABOUT, ABOUT_ARGS = ("format", "classes"), ("model", "input_size", "crop_pct", "imagenet_default_mean_and_std",
-                                            "layer_scale_init_value")
+from models.trained import load
+from models.weights import to_openmmlab
+from models.zoo import PUBLISHED, VARIANTS
+from run.state import FORMAT
+from tools.command import add_weights_argument, new_parser, run_command
 
 
 def list_models(args: argparse.Namespace) -> int:
-    """A table of what is published, and which files lie in the folder."""
-    rows = [("model", "parameters", "size", "classes", "top-1", "top-5", "file", "here")]
-    for name, entry in PUBLISHED.items():
-        figures = [f"{value:.2f}" if value is not None else "-" for value in (entry.top1, entry.top5)]
-        files = published_files(name)
-        here = any((cache_folder(args.folder) / file.name).exists() for file in files)
-        rows.append((name, f"{entry.params:,}", str(entry.input_size), str(entry.classes), *figures,
-                     files[0].name if files else "none published", "yes" if here else "-"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        sys.stdout.write("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() + "\n")
-    sys.stdout.write("top-1 and top-5 in percent on ImageNet-1k, measured by OpenMMLab on the authors' weights; "
-                     f"parameters with 1000 classes; files in {cache_folder(args.folder)}\n")
+    """A table of all models, what is published of them, and which files are in the folder."""
+    form, folder = "{:25}{:>12} {:>10} {:>5} {:>8} {:>6} {:>6}  {:50} {}\n", cache_folder(args.folder)
+    title = ("model", "parameters", "FLOPs", "size", "classes", "top-1", "top-5", "file", "here")
+    sys.stdout.write(form.format(*title))
+    for name, row in VARIANTS.items():
+        accuracy = [f"{value:.2f}" if value else "-" for value in (row.top1, row.top5)]
+        here = any((folder / file.name).exists() for file in row.files)
+        sys.stdout.write(form.format(
+            name, f"{row.params:,}", f"{row.flops / 1e9:.4g} G", row.input_size, row.classes, *accuracy,
+            row.files[0].name if row.files else "none published", "yes" if here else "-"))
+    sys.stdout.write("top-1 and top-5 in percent on ImageNet-1k, measured by OpenMMLab on the authors' "
+                     f"weights; parameters with 1000 classes; files in {folder}\n")
     return 0
 
 
@@ -48,83 +47,70 @@ def get(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """For each file: its hash against the published one, and whether its tensors are those of a published model."""
-    known = {file.name: (name, file) for name in PUBLISHED for file in published_files(name)}
+    """For each file: its hash against the published one, and whether it holds a model that can be used."""
+    known = {file.name: (name, file.sha256_prefix) for name, row in PUBLISHED.items() for file in row.files}
     wrong = 0
     for path in map(Path, args.files):
+        name, prefix = known.get(path.name, (None, ""))
         try:
-            said = _verify(path, known)
+            trained, digest = load(path, model=name), sha256_file(path)[:8]
+            if not digest.startswith(prefix):
+                raise UserError(f"its sha256 begins with {digest}, published is {prefix}", code="other_file")
+            result = (f"ok: {trained.name}, {len(trained.classes)} classes, sha256 {digest}..., "
+                      f"{'hash as published' if prefix else 'no published hash'}")
         except UserError as error:
-            said, wrong = f"WRONG: {error}", wrong + 1
-        sys.stdout.write(f"{path}: {said}\n")
-    return 1 if wrong else 0
+            result, wrong = f"WRONG: {error}", 1
+        sys.stdout.write(f"{path}: {result}\n")
+    return wrong
 
 
-def _verify(path: Path, known: dict) -> str:
-    checkpoint = safe_torch_load(path)
-    digest = sha256_file(path)
-    name, file = known.get(path.name, (None, None))
-    if file is not None and not digest.startswith(file.sha256_prefix):
-        raise UserError(f"its sha256 begins with {digest[:8]}, published is {file.sha256_prefix}")
-    state, key = select_weights(checkpoint, str(path))
-    looks = identify(published_names(state)) or "no model of this project"
-    if name is not None and looks != name and not name.startswith(looks):
-        raise UserError(f"it should hold {name}, and its tensors are of {looks}")
-    if not all(bool(value.isfinite().all()) for value in state.values() if value.is_floating_point()):
-        raise UserError("some of its weights are infinite or undefined")
-    checked = "hash as published" if file is not None and file.sha256_prefix else "no published hash"
-    return f"ok: {looks}, {len(state)} tensors{f' under {key}' if key else ''}, sha256 {digest[:8]}…, {checked}"
+def convert(args: argparse.Namespace) -> int:
+    """Write the weights of a file under the published names, or OpenMMLab's, as .pth or .safetensors.
 
-
-def convert(given: argparse.Namespace) -> int:
-    """Write the weights of a file under the published names, or OpenMMLab's, as .pth or .safetensors."""
-    source, out = Path(given.file), Path(given.out)
-    if out.suffix not in (".pth", ".safetensors"):
-        raise UserError(f"--out {out} must end in .pth or .safetensors.")
-    if out.exists() and out.samefile(source):
-        raise UserError(f"--out {out} is the file that is converted; name another.")
-    checkpoint = safe_torch_load(source)
-    state, key = select_weights(checkpoint, str(source), weights=given.weights)
-    state = published_names(state)
-    if given.names == "openmmlab":
-        state = to_openmmlab(state)
+    Class names and image settings go along: without them a file would be evaluated with other images.
+    """
+    out, openmmlab = Path(args.out), args.names == "openmmlab"
+    if out.suffix not in (".pth", ".safetensors") or out.resolve() == Path(args.file).resolve():
+        raise UserError(f"--out {out} is not accepted: it takes another file, in .pth or .safetensors.",
+                        code="invalid_value")
+    trained = load(args.file, weights=args.weights)
+    state = trained.model.state_dict()
+    state = to_openmmlab(state) if openmmlab else state
+    options = {"model": trained.name, **asdict(trained.settings)}
+    about = {"format": FORMAT, "classes": trained.classes, "args": options}
     out.parent.mkdir(parents=True, exist_ok=True)
-    about = {name: checkpoint[name] for name in ABOUT if checkpoint.get(name)}
-    if isinstance(args := checkpoint.get("args"), dict):
-        about["args"] = {name: args[name] for name in ABOUT_ARGS if isinstance(args.get(name), (str, int, float))}
     if out.suffix == ".safetensors":
-        save_safetensors(out, state, about or None)
+        save_safetensors(out, state, about)
     else:
-        state = {name: value.clone() for name, value in state.items()}  # a view would bring its whole storage along
-        entry = "state_dict" if given.names == "openmmlab" else "model"
-        atomic_write(out, lambda file: torch.save({entry: state, **about}, file))
-    logger.info("wrote %s: %d tensors%s, names as in %s files", out, len(state), f" from '{key}'" if key else "",
-                "OpenMMLab's" if given.names == "openmmlab" else "the authors'")
+        content = {"state_dict" if openmmlab else "model": state, **about}
+        atomic_write(out, lambda file: torch.save(content, file))
+    logger.info("wrote %s: %d tensors of %s, names as in %s files", out, len(state), trained.source.name,
+                "OpenMMLab's" if openmmlab else "the authors'")
     return 0
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.zoo", description="Published weights of HorNet.",
-                                     allow_abbrev=False, epilog="example: python -m tools.zoo get hornet_tiny_7x7")
-    parser.add_argument("--folder", help="where published files lie (default: HORNET_CACHE or ~/.cache/hornet)")
+    parser = new_parser("zoo", "Published weights of HorNet.", "get hornet_tiny_7x7")
+    parser.add_argument("--folder", help="where published files are (default: HORNET_CACHE, ~/.cache/hornet)")
     commands = parser.add_subparsers(dest="command", required=True, metavar="list|get|verify|convert")
-    commands.add_parser("list", help="what is published and what lies here").set_defaults(work=list_models)
-    one = commands.add_parser("get", help="download files, check them, print their paths")
+
+    def command(work: Callable[[argparse.Namespace], int], name: str, help: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=help)
+        one.set_defaults(work=work)
+        return one
+    command(list_models, "list", "all models, what is published and which files are here")
+    one = command(get, "get", "download files, check them, print their paths")
     one.add_argument("models", nargs="+", metavar="MODEL", help="such as hornet_tiny_7x7")
     one.add_argument("--source", default="auto", choices=["auto", "openmmlab", "authors"],
-                     help="where from; auto: whichever can be had (default)")
-    one.set_defaults(work=get)
-    one = commands.add_parser("verify", help="check files against published hashes and architectures")
+                     help="where from; auto: the first that is available (default)")
+    one = command(verify, "verify", "check files against published hashes and architectures")
     one.add_argument("files", nargs="+", metavar="FILE")
-    one.set_defaults(work=verify)
-    one = commands.add_parser("convert", help="between the authors' and OpenMMLab's names, .pth and .safetensors")
+    one = command(convert, "convert", "between the authors' and OpenMMLab's names, .pth and .safetensors")
     one.add_argument("file", metavar="FILE", help="checkpoint to read, in either naming")
     one.add_argument("--out", required=True, help="file to write, ending in .pth or .safetensors")
     one.add_argument("--names", default="authors", choices=["authors", "openmmlab"],
                      help="names of the tensors to write (default authors)")
-    one.add_argument("--weights", default="auto", choices=["auto", "model", "ema"],
-                     help="which weights to take; auto: those that the file says were best (default)")
-    one.set_defaults(work=convert)
+    add_weights_argument(one)
     return parser
 
 

@@ -1,29 +1,34 @@
-"""What the tables of faults share: tiny pictures, one trained run, and `main.main` with its code and last words.
+"""What the tables of faults share: tiny images, one trained run, and `main.main` with its code and last
+words.
 
 A row runs in this process, because a start costs seconds and tests the same.
 """
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import main
+from common.errors import UserError
 from tests.kits.images import fill_folder
 
 MODEL = "hornet_pico_7x7"
-# Whatever a row does not say: two updates of eight pictures, without workers, mixing or erasing.
+# Whatever a row does not say: two updates of eight images, without workers, mixing or erasing.
 TRAIN = {"model": MODEL, "data_path": "{data}", "output_dir": "{run}", "device": "cpu", "input_size": "32",
-         "batch_size": "8", "epochs": "1", "warmup_epochs": "0", "num_workers": "0", "mixup": "0", "cutmix": "0",
-         "reprob": "0", "aa": "none", "color_jitter": "0", "hang_timeout": "60", "index_cache": "{cache}"}
+         "batch_size": "8", "epochs": "1", "warmup_epochs": "0", "num_workers": "0", "mixup": "0",
+         "cutmix": "0", "reprob": "0", "aa": "none", "color_jitter": "0", "hang_timeout": "60",
+         "index_cache": "{cache}"}
 EVAL = {"eval": "true", "data_path": "{data}", "device": "cpu", "input_size": "32", "batch_size": "8",
         "num_workers": "0", "hang_timeout": "60", "index_cache": "{cache}"}
 
 
 class Place:
-    """One row's own folder, with the places its command line may name: `{data}`, `{run}`, `{cache}`, `{here}`."""
+    """One row's own folder, with the places its command line may name: `{data}`, `{run}`, `{cache}`,
+    `{here}`."""
 
     def __init__(self, here: Path, trained: Path | None = None):
         self.here, self.trained = here, trained
@@ -31,9 +36,10 @@ class Place:
 
     def fill(self, text: str) -> str:
         """`text` with the places in it."""
-        return text.format(here=self.here, data=self.data, run=self.run, cache=self.cache, trained=self.trained)
+        return text.format(here=self.here, data=self.data, run=self.run, cache=self.cache,
+                           trained=self.trained)
 
-    def pictures(self, train: int = 8, val: int = 4, classes: Sequence[str] = ("cat", "dog")) -> Path:
+    def images(self, train: int = 8, val: int = 4, classes: Sequence[str] = ("cat", "dog")) -> Path:
         """data/train/… and data/val/… with so many JPEGs per class."""
         for part, count in (("train", train), ("val", val)):
             for name in classes:
@@ -48,21 +54,23 @@ class Place:
 
 @dataclass(frozen=True)
 class Row:
-    """One fault. `argv` is added to (or, with `base` empty, is) the command; `words` all stand in what a person reads.
+    """One fault: the command `argv` (added to the defaults of `base`, which may be empty) and how it ends.
 
-    `unsaid` must not. `prepare(place)` makes the fault; `after(place)` looks at what is left.
+    `end` is the code of the UserError that ends it with exit code 2, or another exit code. `names` all stand
+    in what a person reads (for a UserError in its one sentence): flags, paths, values, the fix; `absent` must
+    not. `prepare(place)` makes the fault; `after(place)` looks at what is left.
     """
     name: str
     argv: str
-    code: int
-    words: tuple[str, ...]
+    end: str | int
+    names: tuple[str, ...] = ()
     prepare: Callable[[Place], object] | None = None
     after: Callable[[Place], object] | None = None
     base: str = "train"
-    unsaid: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
 
 
-def table(rows: Sequence[Row]):
+def table(*rows: Row):
     """Parametrize a test with rows, named by them."""
     names = [row.name for row in rows]
     assert len(set(names)) == len(names)
@@ -70,7 +78,8 @@ def table(rows: Sequence[Row]):
 
 
 def command(base: dict[str, str] | str, argv: str, place: Place) -> list[str]:
-    """The command line: defaults of `base`, overridden by the row's flags; `''` in a row stands for an empty value."""
+    """The command line: defaults of `base`, overridden by the row's flags; `''` in a row stands for an empty
+    value."""
     base = {"train": TRAIN, "eval": EVAL, "": {}}.get(base, base) if isinstance(base, str) else base
     given = [place.fill(word) if word != "''" else "" for word in argv.split(" ") if word]
     kept = {name: value for name, value in base.items() if f"--{name}" not in given}
@@ -89,15 +98,35 @@ def check(row: Row, place: Place, capture) -> str:
     """Run a row and compare; returns the text."""
     if row.prepare is not None:
         row.prepare(place)
-    code, text = start(command(row.base, row.argv, place), capture)
-    assert code == row.code, text
-    for words in row.words:
-        assert place.fill(words) in text, f"{words!r} is not in:\n{text}"
-    for words in ("Traceback", *row.unsaid):
-        assert words not in text, text
+    with _noted() as errors:
+        code, text = start(command(row.base, row.argv, place), capture)
+    assert code == (2 if isinstance(row.end, str) else row.end), text
+    said = text
     if code == 2:
         # One sentence, and it is the last thing on the screen.
-        assert text.count("error: ") >= 1 and text.rstrip().splitlines()[-1].startswith("error: "), text
+        said = text[text.index("error: "):].removeprefix("error: ").rstrip()
+        assert len(said.splitlines()) == 1, text
+        found = {error.code for error in errors if str(error) == said}
+        assert row.end in found, f"code {found}: {said}"
+    for words in row.names:
+        assert place.fill(words) in said, f"{words!r} is not in:\n{text}"
+    for words in ("Traceback", *row.absent):
+        assert words not in text, text
     if row.after is not None:
         row.after(place)
     return text
+
+
+@contextmanager
+def _noted() -> Iterator[list[UserError]]:
+    """The UserErrors made meanwhile: main.py shows a person the sentence alone."""
+    made, init = [], UserError.__init__
+
+    def note(self, *args, **named):
+        init(self, *args, **named)
+        made.append(self)
+    UserError.__init__ = note
+    try:
+        yield made
+    finally:
+        UserError.__init__ = init

@@ -12,7 +12,8 @@ from tests.kits.fill import parity_image
 
 def noise(seed: int, size: tuple[int, int] = (40, 36)) -> Image.Image:
     """An RGB image of `size` (width, height)."""
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3),
+                                                                dtype=np.uint8))
 
 
 def encoded(image: Image.Image, kind: str, **arguments) -> bytes:
@@ -53,7 +54,8 @@ def write_images(folder: Path, train: int = 52, val: int = 14) -> Path:
 
 
 def write_textures(folder: Path, train: int, val: int) -> Path:
-    """train/ and val/ with textured PNGs of several sizes, some of them gray, in three classes; always the same bits."""
+    """train/ and val/ with textured PNGs of several sizes, some of them gray, in three classes; always the
+    same bits."""
     for path, number, index in _places(folder, train, val):
         pixels = parity_image(number, 34 + 5 * (index % 4), 30 + 7 * (index % 3))
         Image.fromarray(pixels).convert("L" if index % 7 == 3 else "RGB").save(path)

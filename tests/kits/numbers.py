@@ -1,9 +1,9 @@
 """The few places where tests/parity/test_same_numbers.py touches the program.
 
-A training is started through `main.main(argv)`, in one child process per rank. Two methods are wrapped there for as
-long as that child lives: `datasets.device.TrainPrepare.__call__(batch) → (images, targets)` shows each prepared
-micro-batch, `optim.update.Update.step(update) → .loss, .grad_norm` each update. The rest is read from the run folder:
-checkpoint-N.pth (entries model, model_ema, optimizer) and log.txt.
+A training is started through `main.main(argv)`, in one child process per rank. Two methods are wrapped there
+for as long as that child lives: `datasets.device.TrainPrepare.__call__(batch) → (images, targets)` shows each
+prepared micro-batch, `optim.update.Update.step(update) → .loss, .grad_norm` each update. The rest is read
+from the run folder: checkpoint-N.pth (entries model, model_ema, optimizer) and log.txt.
 """
 import hashlib
 import json
@@ -20,18 +20,20 @@ from tests.kits.processes import Child, codes, environment, places
 
 def train(argv: list[str], work: Path, world_size: int = 1,
           stop_after: int | None = None) -> tuple[list[int], list[dict]]:
-    """Run main.py with plain operators and one thread per rank; SIGUSR1 reaches rank 0 in update `stop_after`.
+    """Run main.py with plain operators and one thread per rank; SIGUSR1 reaches rank 0 in update
+    `stop_after`.
 
     Returns the ranks' exit codes and the updates, each with the mean `loss`, the `grad_norm` and the sha256
-    `batch` of the global batch: images as the network gets them, targets and erased boxes in order of position.
+    `batch` of the global batch: images as the network gets them, targets and erased boxes in order of
+    position.
     """
     ranks = []
     for rank, place in enumerate(places(world_size) if world_size > 1 else [{}]):
         # No compiler on the path: plain operators, Pillow's decoder.
         variables = environment(**place, PATH="/nonexistent", CXX="")
         (work / f"rank{rank}.txt").unlink(missing_ok=True)
-        ranks.append(Child(_train, (argv, work / f"rank{rank}.json", stop_after if rank == 0 else None), variables,
-                           work / f"rank{rank}.txt"))
+        ranks.append(Child(_train, (argv, work / f"rank{rank}.json", stop_after if rank == 0 else None),
+                           variables, work / f"rank{rank}.txt"))
     ended = codes(ranks)
     seen = [json.loads(path.read_text()) if path.exists() else [] for path in
             (work / f"rank{rank}.json" for rank in range(world_size))]
@@ -46,9 +48,12 @@ def console(work: Path) -> str:
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Weights, average and optimizer tensors of the last epoch's checkpoint in a run folder."""
     names = (re.fullmatch(r"checkpoint-(\d+)\.pth", path.name) for path in folder.iterdir())
-    state = torch.load(folder / f"checkpoint-{max(int(name[1]) for name in names if name)}.pth", weights_only=True)
-    found = {f"{part}/{name}": value for part in ("model", "model_ema") for name, value in (state[part] or {}).items()}
-    return found | {f"optimizer/{index}/{name}": value for index, slots in sorted(state["optimizer"]["state"].items())
+    state = torch.load(folder / f"checkpoint-{max(int(name[1]) for name in names if name)}.pth",
+                       weights_only=True)
+    found = {f"{part}/{name}": value for part in ("model", "model_ema")
+             for name, value in (state[part] or {}).items()}
+    return found | {f"optimizer/{index}/{name}": value
+                    for index, slots in sorted(state["optimizer"]["state"].items())
                     for name, value in slots.items() if isinstance(value, torch.Tensor)}
 
 
@@ -92,7 +97,8 @@ def _record(stop_after: int | None) -> list[dict]:
 
     def stepped(self, update):
         stats = step(self, update)
-        seen.append({"update": update, "loss": stats.loss.item(), "grad_norm": stats.grad_norm.item(), "rows": dict(rows)})
+        seen.append({"update": update, "loss": stats.loss.item(), "grad_norm": stats.grad_norm.item(),
+                     "rows": dict(rows)})
         rows.clear()
         if update == stop_after:
             os.kill(os.getpid(), signal.SIGUSR1)

@@ -40,7 +40,8 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def places(world_size: int) -> list[dict[str, str]]:
-    """The variables of each rank of a new job on this machine, as a launcher without rendezvous gives them."""
+    """The variables of each rank of a new job on this machine, as a launcher without rendezvous gives
+    them."""
     job = uuid.uuid4().hex
     return [dict(SUBMITIT_EXECUTOR="local", SUBMITIT_LOCAL_JOB_ID=job, SUBMITIT_LOCAL_GLOBALID=str(rank),
                  SUBMITIT_LOCAL_LOCALID=str(rank), SUBMITIT_LOCAL_NTASKS=str(world_size))
@@ -48,7 +49,8 @@ def places(world_size: int) -> list[dict[str, str]]:
 
 
 class Child:
-    """`function(*arguments)` in a process of its own that ends with what it returns; its output goes to `console`."""
+    """`function(*arguments)` in a process of its own that ends with what it returns; its output goes to
+    `console`."""
 
     def __init__(self, function: Callable[..., int], arguments: tuple, variables: dict[str, str],
                  console: Path | None = None):
@@ -144,7 +146,8 @@ def finish(processes: Sequence[subprocess.Popen | Child], seconds: float = 120) 
     """(exit code, output) of each process; none outlives this call."""
     try:
         deadline = time.monotonic() + seconds
-        outputs = [process.communicate(timeout=max(0.1, deadline - time.monotonic()))[0] for process in processes]
+        outputs = [process.communicate(timeout=max(0.1, deadline - time.monotonic()))[0]
+                   for process in processes]
         return [(process.returncode, output) for process, output in zip(processes, outputs)]
     finally:
         for process in processes:

@@ -11,12 +11,14 @@ from tests.kits.programs import hooked_main
 TRAIN_IMAGES, VAL_IMAGES, GLOBAL_BATCH, EPOCHS = 52, 14, 8, 3
 UPDATES = TRAIN_IMAGES // GLOBAL_BATCH  # per epoch; four images are left over
 TIMINGS = ("train_images_per_second", "train_data_wait", "seconds")
-# Layer scale and learning rate are large, so that every draw of the recipe leaves its mark on the weights at once.
+# Layer scale and learning rate are large, so that every draw of the recipe leaves its mark on the weights at
+# once.
 OPTIONS = {
-    "model": "hornet_pico_7x7", "device": "cpu", "input_size": 32, "epochs": EPOCHS, "batch_size": 4, "update_freq": 2,
-    "lr": 0.01, "warmup_epochs": 1, "weight_decay_end": 0.1, "clip_grad": 0.5, "drop_path": 0.3,
-    "layer_scale_init_value": 0.5, "mixup": 0.8, "cutmix": 1.0, "reprob": 0.5, "aa": "rand-m9-mstd0.5-inc1",
-    "model_ema": "true", "model_ema_eval": "true", "model_ema_decay": 0.9, "num_workers": 0, "print_freq": 2, "seed": 5}
+    "model": "hornet_pico_7x7", "device": "cpu", "input_size": 32, "epochs": EPOCHS, "batch_size": 4,
+    "update_freq": 2, "lr": 0.01, "warmup_epochs": 1, "weight_decay_end": 0.1, "clip_grad": 0.5,
+    "drop_path": 0.3, "layer_scale_init_value": 0.5, "mixup": 0.8, "cutmix": 1.0, "reprob": 0.5,
+    "aa": "rand-m9-mstd0.5-inc1", "model_ema": "true", "model_ema_eval": "true", "model_ema_decay": 0.9,
+    "num_workers": 0, "print_freq": 2, "seed": 5}
 
 
 def arguments(data: Path, output: Path, **changes) -> list[str]:
@@ -26,7 +28,8 @@ def arguments(data: Path, output: Path, **changes) -> list[str]:
 
 
 def start(argv: list[str], output: Path, world_size: int = 1, **hook) -> list[Child]:
-    """main.py as `world_size` ranks of one job, without a launcher above them; rank r of several prints to OUTPUT.r
+    """main.py as `world_size` ranks of one job, without a launcher above them; rank r of several prints to
+    OUTPUT.r
 
     `hook`: what disturbs or watches it, see tests/kits/programs/hooked_main.py.
     """

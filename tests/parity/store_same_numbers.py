@@ -1,7 +1,8 @@
 """Make the figures of tests/parity/test_same_numbers.py again, or print the bits that a training ends with.
 
     python -m tests.parity.store_same_numbers           writes tests/data/parity/same_numbers.json
-    python -m tests.parity.store_same_numbers --bits    prints a sha256 of each row's final weights, average and
+    python -m tests.parity.store_same_numbers --bits    prints a sha256 of each row's final weights, average
+    and
                                                         optimizer: `diff` two of these, made on one machine
 """
 import hashlib
@@ -16,16 +17,19 @@ from tests.kits.images import write_textures
 
 STORED = Path(__file__).resolve().parents[1] / "data" / "parity" / "same_numbers.json"
 TRAIN, VAL, GLOBAL_BATCH, EPOCHS = 28, 9, 8, 2  # three updates per epoch; four images are left over
-# Layer scale and learning rate are large, so that every draw leaves its mark on the weights within a few updates.
+# Layer scale and learning rate are large, so that every draw leaves its mark on the weights within a few
+# updates.
 OPTIONS = {
-    "device": "cpu", "input_size": 32, "epochs": EPOCHS, "global_batch": GLOBAL_BATCH, "lr": 0.002, "warmup_epochs": 1,
-    "weight_decay_end": 0.1, "clip_grad": 5, "drop_path": 0.3, "layer_scale_init_value": 0.5, "reprob": 0.5,
-    "model_ema_decay": 0.9, "num_workers": 0, "print_freq": 2, "seed": 5}
+    "device": "cpu", "input_size": 32, "epochs": EPOCHS, "global_batch": GLOBAL_BATCH, "lr": 0.002,
+    "warmup_epochs": 1, "weight_decay_end": 0.1, "clip_grad": 5, "drop_path": 0.3,
+    "layer_scale_init_value": 0.5, "reprob": 0.5, "model_ema_decay": 0.9, "num_workers": 0, "print_freq": 2,
+    "seed": 5}
 MIXED, PLAIN = {"mixup": 0.8, "cutmix": 1.0}, {"mixup": 0, "cutmix": 0}
 EMA, BF16 = {"model_ema": "true", "model_ema_eval": "true"}, {"use_amp": "true", "amp_dtype": "bf16"}
 
 
-def _row(model: str, accumulation: int, *changes: dict, processes: int = 1, stop_after: int | None = None) -> dict:
+def _row(model: str, accumulation: int, *changes: dict, processes: int = 1,
+         stop_after: int | None = None) -> dict:
     options = {"model": f"hornet_nano_{model}", "batch_size": GLOBAL_BATCH // accumulation // processes,
                **{name: value for change in changes for name, value in change.items()}}
     if "model_ema" not in options:
@@ -33,7 +37,8 @@ def _row(model: str, accumulation: int, *changes: dict, processes: int = 1, stop
     return {"options": options, "processes": processes, "stop_after": stop_after}
 
 
-# What a resumed run gives is compared with the figures of the undisturbed one: `same_as` needs none of its own.
+# What a resumed run gives is compared with the figures of the undisturbed one: `same_as` needs none of its
+# own.
 ROWS = {
     "7x7": _row("7x7", 1, MIXED),
     "7x7-2x-ema": _row("7x7", 2, MIXED, EMA),
@@ -45,14 +50,16 @@ ROWS = {
     "gf-2x-unmixed": _row("gf", 2, PLAIN, {"clip_by": "agc", "clip_grad": 0.05}),
     "gf-2x-bf16-unmixed": _row("gf", 2, PLAIN, BF16),
     "gf-two-elem": _row("gf", 1, MIXED, {"mixup_mode": "elem", "recount": 2}, EMA, processes=2)}
-RESUMED = {"7x7-2x-ema": 1, "gf": 4, "gf-two-elem": 3}  # row → the update in which it is stopped, within an epoch
+RESUMED = {"7x7-2x-ema": 1, "gf": 4,
+           "gf-two-elem": 3}  # row → the update in which it is stopped, within an epoch
 
 
 def run(name: str, data: Path, work: Path, stop_after: int | None = None) -> dict:
     """Train a row of ROWS in `work`; with `stop_after` in two attempts."""
     row, folder = ROWS[name], work / "run"
     work.mkdir()
-    values = {**OPTIONS, **row["options"], "data_path": data, "index_cache": data / "cache", "output_dir": folder}
+    values = {**OPTIONS, **row["options"], "data_path": data, "index_cache": data / "cache",
+              "output_dir": folder}
     argv = [word for option, value in values.items() for word in (f"--{option}", str(value))]
     updates = []
     for last, stop in ([] if stop_after is None else [(False, stop_after)]) + [(True, None)]:
@@ -67,9 +74,11 @@ def figures(result: dict) -> dict:
     updates, found = result["updates"], {}
     for key in ("update", "batch", "loss", "grad_norm"):
         found[key] = [update[key] for update in updates]
-    found["log"] = [{key: line[key] for key in ("epoch", "train_loss", "test_loss", "test_loss_ema", "train_lr")
+    found["log"] = [{key: line[key]
+                     for key in ("epoch", "train_loss", "test_loss", "test_loss_ema", "train_lr")
                      if key in line} for line in result["log"]]
-    found["norms"] = {name: float(f"{value.double().norm().item():.6g}") for name, value in result["tensors"].items()}
+    found["norms"] = {name: float(f"{value.double().norm().item():.6g}")
+                      for name, value in result["tensors"].items()}
     return found
 
 
@@ -103,8 +112,9 @@ def write(rows: dict[str, dict]) -> None:
         names[kind] = [*row["norms"]]
         row = {**row, "names": kind, "norms": [*row["norms"].values()]}
         lines.append(f"{json.dumps(name)}: {json.dumps(row, separators=(',', ':'))}")
-    STORED.write_text('{"versions": %s,\n"names": %s,\n"rows": {\n%s}}\n' % (
-        json.dumps(versions()), json.dumps(names, separators=(",", ":")), ",\n".join(lines)))
+    short = json.dumps(names, separators=(",", ":"))
+    STORED.write_text(f'{{"versions": {json.dumps(versions())},\n"names": {short},\n"rows": {{\n'
+                      + ",\n".join(lines) + "}}\n")
 
 
 def main(argv: list[str]) -> None:

@@ -1,4 +1,5 @@
-"""`main.py --eval true` on real JPEGs of every kind gives the published system's exact hits, on any number of processes."""
+"""`main.py --eval true` on real JPEGs of every kind gives the published system's exact hits, on any number of
+processes."""
 import json
 import os
 import subprocess
@@ -30,9 +31,9 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def arguments(checkpoint: Path, out: Path) -> list[str]:
-    return ["--eval", "true", "--model", EXPECTED["model"], "--nb_classes", str(EXPECTED["classes"]), "--resume",
-            str(checkpoint), "--data_path", str(DATA), "--output_dir", str(out), "--batch_size", "8", "--num_workers", "1",
-            "--device", "cpu", "--report", str(out / "report")]
+    return ["--eval", "true", "--model", EXPECTED["model"], "--nb_classes", str(EXPECTED["classes"]),
+            "--resume", str(checkpoint), "--data_path", str(DATA), "--output_dir", str(out), "--batch_size",
+            "8", "--num_workers", "1", "--device", "cpu", "--report", str(out / "report")]
 
 
 def check(out: Path) -> None:
@@ -54,8 +55,9 @@ def test_one_process_with_a_bar_on_a_terminal(checkpoint, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_several_processes(checkpoint, tmp_path, processes):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "main.py"]
-    done = subprocess.run([*command, *arguments(checkpoint, tmp_path)], cwd=ROOT, text=True, capture_output=True, timeout=280,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+               "main.py"]
+    done = subprocess.run([*command, *arguments(checkpoint, tmp_path)], cwd=ROOT, text=True,
+                          capture_output=True, timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     check(tmp_path)

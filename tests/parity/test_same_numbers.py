@@ -1,7 +1,9 @@
-"""A training gives the numbers it gave when they were stored: every global batch to the bit, losses, gradients, tensors.
+"""A training gives the numbers it gave when they were stored: every global batch to the bit, losses,
+gradients, tensors.
 
-`python -m tests.parity.store_same_numbers` stores them again (only when they are meant to change, with the reason in
-the commit); with `--bits` it prints what the rows end with to the bit, for comparing two commits on one machine.
+`python -m tests.parity.store_same_numbers` stores them again (only when they are meant to change, with the
+reason in the commit); with `--bits` it prints what the rows end with to the bit, for comparing two commits on
+one machine.
 """
 import pytest
 
@@ -17,8 +19,8 @@ def images(tmp_path_factory):
 
 
 def assert_same(found: dict, stored: dict, *, exact: bool) -> None:
-    """Batches equal to the bit; losses and gradient norms to 1e-5 and tensor norms to 1e-3, or (not `exact`, bf16)
-    losses and gradient norms to 1e-2 alone."""
+    """Batches equal to the bit; losses and gradient norms to 1e-5 and tensor norms to 1e-3, or (not `exact`,
+    bf16) losses and gradient norms to 1e-2 alone."""
     close = dict(rel=1e-5) if exact else dict(rel=1e-2)
     assert found["update"] == stored["update"]
     differing = [update for update, a, b in zip(stored["update"], found["batch"], stored["batch"]) if a != b]
@@ -54,4 +56,5 @@ def test_global_batches_depend_neither_on_model_nor_accumulation_nor_processes_n
     mixed, unmixed = batches("7x7", "7x7-2x-ema", "7x7-bf16", "7x7-2x-two", "gf", "gf-4x-ema"), batches(
         "7x7-4x-unmixed", "gf-2x-unmixed", "gf-2x-bf16-unmixed")
     assert len(mixed) == len(unmixed) == 1
-    assert len(set(mixed.pop())) == len(set(unmixed.pop())) == store.EPOCHS * (store.TRAIN // store.GLOBAL_BATCH)
+    updates = store.EPOCHS * (store.TRAIN // store.GLOBAL_BATCH)
+    assert len(set(mixed.pop())) == len(set(unmixed.pop())) == updates

@@ -1,6 +1,7 @@
 """A run that an earlier version left within its second epoch (format 2) is resumed, evaluated and reported.
 
-tests/data/run_v2 is its folder; the checkpoints are packed, their values rounded to a few digits so that they pack well.
+tests/data/run_v2 is its folder; the checkpoints are packed, their values rounded to a few digits so that they
+pack well.
 """
 import json
 import shutil
@@ -27,14 +28,15 @@ def images(tmp_path_factory):
 def folder(tmp_path):
     with tarfile.open(STORED / "checkpoints.tar.xz") as packed:
         packed.extractall(tmp_path / "run", filter="data")
-    return Path(shutil.copytree(STORED, tmp_path / "run", ignore=shutil.ignore_patterns("*.xz"), dirs_exist_ok=True))
+    return Path(shutil.copytree(STORED, tmp_path / "run", ignore=shutil.ignore_patterns("*.xz"),
+                                dirs_exist_ok=True))
 
 
 def command(images, folder, *more):
     """The run's own command line on the images and folder of this test."""
     first = json.loads((STORED / "attempts.jsonl").read_text().splitlines()[0])
-    return [*first["command"][1:], "--data_path", str(images), "--index_cache", str(images / "cache"), "--output_dir",
-            str(folder), *more]
+    return [*first["command"][1:], "--data_path", str(images), "--index_cache", str(images / "cache"),
+            "--output_dir", str(folder), *more]
 
 
 def lines(path):

@@ -1,4 +1,5 @@
-"""A few updates of the published training: losses, weights and EMA as the authors' implementation gives them."""
+"""A few updates of the published training: losses, weights and EMA as the authors' implementation gives
+them."""
 import json
 import math
 
@@ -26,11 +27,12 @@ def train(case, clip_mode):
                            for name, value in model.state_dict().items()})
     ema = Ema(model, case["ema_decay"])
     updates = case["micro_steps"] // case["update_freq"]
-    schedule = Schedule(case["lr"], case["min_lr"], case["weight_decay"], case["weight_decay_end"], 1, updates)
+    schedule = Schedule(base_lr=case["lr"], min_lr=case["min_lr"], base_weight_decay=case["weight_decay"],
+                        weight_decay_end=case["weight_decay_end"], epochs=1, updates_per_epoch=updates)
     optimizer = build_optimizer(model, options(lr=case["lr"], weight_decay=case["weight_decay"],
                                                layer_decay=case["layer_decay"]))
     config = UpdateConfig(case["update_freq"], case["clip_grad"], clip_mode=clip_mode)
-    update, losses = Update(model.train(), optimizer, schedule, config, ema), []
+    update, losses = Update(model.train(), optimizer, schedule, config, ema=ema), []
     criterion = LabelSmoothingCrossEntropy(case["smoothing"])
     for i in range(case["micro_steps"]):
         images = torch.from_numpy(parity_input(case["batch"], case["size"], case["size"], seed=1000 + i))
@@ -49,7 +51,8 @@ def differing(state, published):
     """Tensors outside norms 1e-3 relative and sums 1e-2 absolute."""
     for name, (total, norm) in published.items():
         value = state[name].double()
-        if abs(value.sum().item() - total) > 1e-2 or not math.isclose(value.norm().item(), norm, rel_tol=1e-3):
+        if abs(value.sum().item() - total) > 1e-2 or not math.isclose(value.norm().item(), norm,
+                                                                      rel_tol=1e-3):
             yield name, (value.sum().item(), total), (value.norm().item(), norm)
 
 

@@ -1,4 +1,5 @@
-"""kill -9 at random moments of a real training, start-up and saving included: the bits of the run left alone."""
+"""kill -9 at random moments of a real training, start-up and saving included: the bits of the run left
+alone."""
 import os
 import random
 import time
@@ -40,7 +41,8 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(images, undisturbed, 
     expected, seconds = undisturbed
     draw, folder, moments, runs = random.Random(workers), tmp_path / "run0", [], 0
     while len(moments) < KILLS:
-        argv = arguments(images, folder, num_workers=workers, save_every_minutes=draw.choice([0, EVERY_UPDATE]))
+        argv = arguments(images, folder, num_workers=workers,
+                         save_every_minutes=draw.choice([0, EVERY_UPDATE]))
         if killed(argv, tmp_path, draw.uniform(0.1, 1) * seconds):
             moments.append(now(tmp_path)[:2])
         else:

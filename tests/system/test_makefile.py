@@ -24,8 +24,10 @@ def test_what_is_missing_is_one_sentence(tmp_path, answers, sentence, target):
         python.write_text("#!/bin/sh\ncase \"$*\" in " + " ".join(
             f"*{word}*) exit {code};;" for word, code in answers.items()) + " esac\n")
         python.chmod(0o755)
-    outside = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
-    ended = subprocess.run(["make", f"PYTHON={python}", target], cwd=tmp_path, env=outside, capture_output=True, text=True,
-                           timeout=60)
-    assert ended.returncode == 2 and sentence in ended.stdout and len(ended.stdout.strip().splitlines()) == 1, ended
+    outside = {name: value for name, value in os.environ.items()
+               if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    ended = subprocess.run(["make", f"PYTHON={python}", target], cwd=tmp_path, env=outside,
+                           capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and sentence in ended.stdout, ended
+    assert len(ended.stdout.strip().splitlines()) == 1, ended
     assert not (tmp_path / ".venv").exists()

@@ -1,4 +1,5 @@
-"""A real run of two processes, one of which meets a loss that is not finite: the update changes nothing on either."""
+"""A real run of two processes, one of which meets a loss that is not finite: the update changes nothing on
+either."""
 import json
 
 import pytest
@@ -27,6 +28,6 @@ def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_on_both(images, t
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     [event] = [event for event in events if event["kind"] == "nonfinite"]
     # The file, which rank 0 writes, has the images and the module of the rank that met it.
-    assert event["update"] == bad and event["rank"] == 1 and event["reproduced"] and len(event["pictures"]) == 4
+    assert (event["update"], event["rank"], event["reproduced"], len(event["images"])) == (bad, 1, True, 4)
     assert bool(event["first_module"]) == (what == "infinite_input")
     assert "Update" not in ranks[1].text() and ranks[0].text().count(f"Update {bad} was not applied") == 1

@@ -30,7 +30,8 @@ BRIEF = [("mid-epoch", 2, 1), ("end of an epoch", 0, 2), ("evaluation", 1, 0)]
 ALL = [(moment, *workers) for moment in MOMENTS for workers in ((0, 1), (1, 2), (2, 0))]
 
 
-@pytest.mark.parametrize("moment, before, after", BRIEF + [pytest.param(*case, marks=pytest.mark.slow) for case in ALL])
+@pytest.mark.parametrize("moment, before, after",
+                         BRIEF + [pytest.param(*case, marks=pytest.mark.slow) for case in ALL])
 def test_stopped_and_resumed(images, undisturbed, tmp_path, moment, before, after):
     folder, (phase, update) = tmp_path / "run", MOMENTS[moment]
     at = dict(phase=phase, update=update, do="SIGTERM")

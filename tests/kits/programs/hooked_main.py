@@ -2,9 +2,9 @@
 
     hooked_main.py '{"at": [{"rank": 1, "phase": "data", "update": 7, "do": "SIGKILL"}]}' <options of main.py>
 
-`do` is a signal for the process itself, "raise", or "infinite_input"/"infinite_loss" for the update's forward pass.
-"now": FOLDER keeps the last "phase update pid" of each rank in FOLDER/now-RANK; "states": FOLDER keeps the weights and
-their average after each update in FOLDER/RANK-UPDATE.pth.
+`do` is a signal for the process itself, "raise", or "infinite_input"/"infinite_loss" for the update's forward
+pass. "now": FOLDER keeps the last "phase update pid" of each rank in FOLDER/now-RANK; "states": FOLDER keeps
+the weights and their average after each update in FOLDER/RANK-UPDATE.pth.
 """
 import json
 import os
@@ -16,7 +16,7 @@ import torch
 
 
 def hooked(base: type, hook: dict) -> type:
-    """The class of training runs `base`, disturbed as `hook` says."""
+    """The trainer `base`, disturbed as `hook` says."""
 
     class Hooked(base):
         def on_phase(self, phase: str, update: int) -> None:
@@ -26,15 +26,17 @@ def hooked(base: type, hook: dict) -> type:
                 with open(os.path.join(hook["now"], f"now-{self.process.rank}"), "w") as file:
                     file.write(f"{phase} {update} {os.getpid()}\n")
             for entry in hook.get("at", []):
-                if (entry.get("rank", 0), entry["phase"], entry["update"]) == (self.process.rank, phase, update):
+                if (entry.get("rank", 0), entry["phase"], entry["update"]) == (self.process.rank, phase,
+                                                                               update):
                     _do(self, entry["do"])
 
-        def after_update(self, update: int, stats) -> bool:
+        def after_update(self, update: int, stats, sums) -> bool:
             if "states" in hook:
-                parts = {"model": self.parts.model.state_dict(), "model_ema": self.parts.ema.state_dict(),
-                         "optimizer": self.parts.optimizer.state_dict()["state"], "finite": bool(stats.finite)}
+                state = self.state_dict()
+                parts = {"model": state["model"], "model_ema": state["model_ema"],
+                         "optimizer": state["optimizer"]["state"], "finite": bool(stats.finite)}
                 torch.save(parts, os.path.join(hook["states"], f"{self.process.rank}-{update}.pth"))
-            return super().after_update(update, stats)
+            return super().after_update(update, stats, sums)
 
     return Hooked
 
@@ -46,14 +48,15 @@ def _do(disturbed, what: str) -> None:
         _poison(disturbed, what)
     else:
         if what == "SIGSTOP":
-            time.sleep(2.5)  # a heartbeat a second tells the phase: one must say this phase before the silence
+            time.sleep(2.5)  # a heartbeat a second names the phase: this one first, then silence
         os.kill(os.getpid(), getattr(signal, what))
 
 
 def _poison(disturbed, what: str) -> None:
-    """Spoil the micro-batches of the update under way from here on, also where they are replayed, and no others."""
-    training, bad = disturbed.training, disturbed.update_under_way
-    prepare, criterion = training.prepare, training.criterion
+    """Spoil the micro-batches of the update under way from here on, also where they are replayed, and no
+    others."""
+    task, bad = disturbed.task, disturbed.update_under_way
+    prepare, criterion = task.prepare, task.criterion
 
     def spoiled(batch):
         images, targets = prepare(batch)
@@ -65,9 +68,9 @@ def _poison(disturbed, what: str) -> None:
         return criterion(logits, targets) + (float("inf") if disturbed.update_under_way == bad else 0)
 
     if what == "infinite_input":
-        training.prepare = spoiled
+        task.prepare = spoiled
     else:
-        training.criterion = infinite
+        task.criterion = infinite
 
 
 def run(argv: list[str], hook: dict) -> int:
@@ -75,7 +78,7 @@ def run(argv: list[str], hook: dict) -> int:
     import main
     import training
 
-    training.TrainingRun = hooked(training.TrainingRun, hook)
+    training.Trainer = hooked(training.Trainer, hook)
     return main.main(argv)
 
 

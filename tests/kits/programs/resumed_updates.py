@@ -1,4 +1,5 @@
-"""Six updates at once, and three and three with a fresh wrapper between them: prints whether the bits are equal."""
+"""Six updates at once, and three and three with a fresh wrapper between them: prints whether the bits are
+equal."""
 import torch
 
 from launch.process import start

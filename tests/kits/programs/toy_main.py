@@ -1,6 +1,7 @@
 """Stands in for main.py in tests of the launcher: the toy training with main.py's way of taking options.
 
-    toy_main.py [--config FILE] --output_dir DIR --updates N [--faults "raise=1@5 pace=0.1"] [--print_config true]
+    toy_main.py [--config FILE] --output_dir DIR --updates N [--faults "raise=1@5 pace=0.1"] [--print_config
+    true]
 """
 import argparse
 import sys

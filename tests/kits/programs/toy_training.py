@@ -1,8 +1,8 @@
 """A small training loop under the launch package: one shared scalar, updates of 20 ms, state saved on a stop.
 
     toy_training.py FOLDER UPDATES [key=value …]
-Faults: sleep=RANK@UPDATE:PHASE, raise=RANK@UPDATE, user_error=RANK@UPDATE, hang_timeout=SECONDS, pace=SECONDS.
-Writes FOLDER/state.json (update, value), and FOLDER/pids/RANK.
+Faults: sleep=RANK@UPDATE:PHASE, raise=RANK@UPDATE, user_error=RANK@UPDATE, hang_timeout=SECONDS,
+pace=SECONDS. Writes FOLDER/state.json (update, value), and FOLDER/pids/RANK.
 """
 import json
 import os
@@ -67,7 +67,8 @@ def main(argv: list[str]) -> int:
     with start("cpu", 30) as process:
         setup_logging(process.rank)
         (folder / "pids" / str(process.rank)).write_text(str(os.getpid()))
-        with StopRequest() as stop, Watchdog(process, folder, float(given.get("hang_timeout", 60))) as watchdog:
+        with StopRequest() as stop, Watchdog(process, folder,
+                                             float(given.get("hang_timeout", 60))) as watchdog:
             return train(process, watchdog, stop, folder, updates, given)
 
 

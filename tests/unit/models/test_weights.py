@@ -2,7 +2,7 @@
 import argparse
 import json
 import logging
-from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import timm
@@ -10,6 +10,7 @@ import torch
 
 import models  # noqa: F401  registers the models
 from common.errors import UserError
+from common.files import sha256_file
 from models.weights import (
     fit_to_model,
     from_openmmlab,
@@ -18,7 +19,8 @@ from models.weights import (
     select_weights,
     to_openmmlab,
 )
-from models.zoo import synsets
+from models.zoo import VARIANTS, PublishedFile, synsets
+from tests.kits.errors import refused
 from tests.kits.fill import PARITY, parity_tensor
 
 STATE_DICTS = json.loads((PARITY / "state_dicts.json").read_text())
@@ -37,14 +39,6 @@ def weights_of(model, seed=0):
 def saved(tmp_path, content, name="file.pth"):
     torch.save(content, tmp_path / name)
     return tmp_path / name
-
-
-@contextmanager
-def refused(code, *named):
-    """One sentence with `code` that names each of `named`."""
-    with pytest.raises(UserError) as error:
-        yield
-    assert error.value.code == code and all(word in str(error.value) for word in named), error.value
 
 
 def same(model, state):
@@ -214,9 +208,9 @@ def test_the_limit_is_95_percent_of_tensors(tmp_path, caplog):
 def test_unreadable_files_are_one_sentence(tmp_path, content):
     path = tmp_path / "a.pth"
     path.write_bytes(content)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=str(tmp_path)):
         load_for_model(make(), path)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=str(tmp_path)):
         load_for_model(make(), tmp_path)
     with refused("not_https", "http://example.org/a.pth"):
         load_for_model(make(), "http://example.org/a.pth")
@@ -247,3 +241,12 @@ def test_pretrained_from_a_folder_without_network(tmp_path, monkeypatch):
                                state["downsample_layers.0.0.weight"].sum(1, keepdim=True))
     features = timm.create_model("hornet_tiny_7x7", pretrained=True, features_only=True)
     assert torch.equal(features.model.stages[3][1].gamma2, state["stages.3.1.gamma2"])
+
+
+def test_pretrained_from_openmmlabs_file(tmp_path, monkeypatch):
+    state = weights_of(make("hornet_pico_gf"))
+    path = saved(tmp_path, {"state_dict": to_openmmlab(state), "meta": {"epoch": 300}}, "openmmlab.pth")
+    file = PublishedFile("openmmlab", path.name, ("https://127.0.0.1:9/x.pth",), sha256_file(path)[:8])
+    monkeypatch.setitem(VARIANTS, "hornet_pico_gf", replace(VARIANTS["hornet_pico_gf"], files=(file,)))
+    model = timm.create_model("hornet_pico_gf", pretrained=True, num_classes=10, cache_dir=tmp_path)
+    assert same(model, state)

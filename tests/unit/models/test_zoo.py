@@ -10,7 +10,7 @@ from timm.data import ImageNetInfo
 
 import models
 from models.inspect import complexity
-from models.zoo import MODEL_NAMES, PUBLISHED, VARIANTS, default_classes, published_files, synsets
+from models.zoo import MODEL_NAMES, PUBLISHED, VARIANTS, default_classes, synsets
 
 ROOT = Path(__file__).parents[3]
 
@@ -26,8 +26,7 @@ def test_parameters_flops_and_input_size_are_those_of_the_model(name):
     variant = VARIANTS[name]
     with torch.device("meta"):
         size = complexity(timm.create_model(name), variant.input_size)
-    if variant.params:
-        assert size.params == variant.params and size.flops == pytest.approx(variant.flops, rel=0.005)
+    assert size.params == variant.params and size.flops == pytest.approx(variant.flops, rel=0.005)
     config = timm.get_pretrained_cfg(name)
     assert config.input_size == (3, variant.input_size, variant.input_size)
     assert config.url == (variant.files[0].urls[0] if variant.files else "")
@@ -40,15 +39,15 @@ def test_the_recipe_trains_this_model(name):
 
 
 def test_published_files():
-    assert [len(published_files(name)) for name in PUBLISHED] == [2] * 6 + [0, 1, 1, 1]
-    files = [file for name in PUBLISHED for file in published_files(name)]
+    assert [len(row.files) for row in PUBLISHED.values()] == [2] * 6 + [0, 1, 1, 1]
+    files = [file for row in PUBLISHED.values() for file in row.files]
     assert len({file.name for file in files}) == len({file.urls for file in files}) == 15
     assert all(url.startswith("https://") for file in files for url in file.urls)
     for file in files:
         assert (file.source, len(file.sha256_prefix)) in (("openmmlab", 8), ("authors", 0))
         assert file.name.endswith(f"{file.sha256_prefix}.pth")
         assert file.source == "openmmlab" or re.search(r"/f/[0-9a-f]{20}/", file.urls[0])
-    assert published_files("hornet_tiny_7x7")[0].source == "openmmlab" and published_files("other") == ()
+    assert all(row.files[0].source == "openmmlab" for row in PUBLISHED.values() if row.top1)
 
 
 def test_class_lists():
@@ -60,6 +59,9 @@ def test_class_lists():
 
 
 def test_readmes_table_is_made_of_the_rows():
-    """`python -m tools.zoo list --markdown` prints it."""
-    from tools.zoo import markdown_table
-    assert markdown_table() in (ROOT / "README.md").read_text("utf-8")
+    lines = ["| model | parameters | FLOPs | top-1 | top-5 |", "|---|---|---|---|---|"]
+    for name, row in PUBLISHED.items():
+        accuracy = " ".join(f"{value:.2f} |" if value else "|" for value in (row.top1, row.top5))
+        title = name + (" (22k)" if row.classes == 10459 else "")
+        lines.append(f"| {title} | {row.params:,} | {row.flops / 1e9:.4g} G | {accuracy}")
+    assert "\n".join(lines) in (ROOT / "README.md").read_text("utf-8"), "\n".join(lines)

@@ -8,7 +8,8 @@ import pytest
 
 from common.errors import UserError
 from models import zoo
-from report.metrics import Counts, Predictions, confusion_pairs
+from engine import EvalResult
+from report.metrics import Predictions, confusion_pairs
 from report.results import (
     Protocol, explain_difference, per_class, read_predictions, results_from, summary_line, verdict, write_eval_json,
     write_predictions, write_report_files)
@@ -18,8 +19,12 @@ PROTOCOL = Protocol(model="hornet_tiny_7x7", num_classes=1000, input_size=224)
 PUBLISHED = zoo.PUBLISHED["hornet_tiny_7x7"]
 
 
+def counts(hits1=0, images=50000, bad=0, nonfinite=0):
+    return EvalResult("", hits1, 48120, images, bad, nonfinite, 40000.0)
+
+
 def judge(hits1=41420, images=50000, published=PUBLISHED, bad=0, nonfinite=0, **settings):
-    return verdict(Counts(hits1, 48120, images, 1.0, bad, nonfinite), replace(PROTOCOL, **settings), published)
+    return verdict(counts(hits1, images, bad, nonfinite), replace(PROTOCOL, **settings), published)
 
 
 def test_the_line_has_the_documented_form():
@@ -67,7 +72,7 @@ def test_no_verdict_without_a_comparable_published_number():
 
 def test_at_384_the_published_protocol_warps():
     large = replace(PROTOCOL, model="hornet_large_gf_img384", input_size=384, crop_pct=None)
-    whole = Counts(0, 0, 50000, 0.0)
+    whole = counts()
     assert explain_difference(large, whole) == []
     assert "warp without a crop" in explain_difference(replace(large, crop_pct=1.0), whole)[0]
     assert large.crop == "warp to 384, bicubic, no crop"
@@ -77,23 +82,23 @@ def test_at_384_the_published_protocol_warps():
 def test_each_departure_is_one_sentence_naming_both_values():
     other = replace(PROTOCOL, crop_pct=0.9, interpolation="bilinear", std=(0.5, 0.5, 0.5), dtype="bfloat16", tf32=True,
                     pillow="13.0.0")
-    found = explain_difference(other, Counts(0, 0, 49000, 0.0, bad=3))
+    found = explain_difference(other, counts(images=49000, bad=3))
     assert len(found) == 8 and all(sentence.endswith(".") for sentence in found)
     for value in ("bfloat16", "TF32", "49000", "50000", "0.9", "bilinear", "(0.5, 0.5, 0.5)", "13.0.0"):
         assert value in " ".join(found), value
-    assert explain_difference(PROTOCOL, Counts(0, 0, 50000, 0.0)) == []
+    assert explain_difference(PROTOCOL, counts()) == []
 
 
 def test_eval_json_has_the_documented_fields(tmp_path):
-    counts = Counts(41420, 48120, 50000, 40000.0)
-    result = results_from(counts, PROTOCOL, PUBLISHED)
+    found = counts(41420)
+    result = results_from(found, PROTOCOL, PUBLISHED)
     assert {"acc1", "acc5", "loss", "hits1", "hits5", "images", "bad_images", "nonfinite_images", "model", "num_classes",
             "weights", "checkpoint", "input_size", "crop", "crop_pct", "interpolation", "mean", "std", "dtype", "tf32",
             "dataset", "pillow", "interval", "departures", "published", "verdict", "verdict_line", "difference"} == set(result)
     assert (result["acc1"], result["acc5"], result["loss"]) == (82.84, 96.24, 0.8)
     assert result["published"] == {"top1": 82.84, "top5": 96.24, "source": "OpenMMLab", "authors_top1": 82.8}
     assert result["verdict"] == "PASS" and summary_line(result).endswith("PASS")
-    plain = results_from(counts, replace(PROTOCOL, num_classes=10), PUBLISHED)
+    plain = results_from(found, replace(PROTOCOL, num_classes=10), PUBLISHED)
     assert "verdict" not in plain and "published" not in plain
     assert summary_line(plain) == ("top-1 82.84, top-5 96.24, loss 0.8000 (41420 of 50000 images correct; "
                                    "sampling interval ±0.33)")
@@ -140,7 +145,7 @@ def test_report_files_give_the_sums_of_eval_json(tmp_path):
 
 def test_a_class_without_images_and_one_that_is_only_unreadable():
     p = Predictions(np.array(["a", "b"]), np.array([0, 1]), np.array([[0], [-1]]), np.ones((2, 1)), np.zeros(2), CLASSES[:3])
-    hit, unreadable, empty = per_class(p)
-    assert (hit.acc1, hit.mistaken_for) == (100.0, -1)
-    assert (unreadable.acc1, unreadable.mistaken_for, unreadable.times) == (0.0, -1, 1)
-    assert (empty.images, empty.acc1) == (0, None)
+    hit, unreadable, empty = per_class(p, CLASSES[:3])
+    assert (hit["acc1"], hit["most_mistaken_for"], hit["times"]) == ("100.00", "", 0)
+    assert (unreadable["acc1"], unreadable["most_mistaken_for"], unreadable["times"]) == ("0.00", "", 1)
+    assert (empty["images"], empty["acc1"]) == (0, "")

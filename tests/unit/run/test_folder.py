@@ -1,5 +1,4 @@
-"""A run folder has one owner, tells how its run ended, and remembers its attempts."""
-import json
+"""A run folder has one owner, and no scheduler starts a run again that fails at one update."""
 import os
 import signal
 import threading
@@ -8,7 +7,8 @@ import time
 import pytest
 
 from common.errors import UserError
-from run.folder import DONE, FAILED, PREEMPTED, RUNNING, RunFolder
+from common.outcome import Outcome
+from run.folder import RunFolder
 
 
 def child(work) -> int:
@@ -28,12 +28,18 @@ def wait_for(path, seconds=5.0):
         time.sleep(0.01)
 
 
+def refused(path) -> UserError:
+    with pytest.raises(UserError) as error:
+        RunFolder(path).lock(wait=0.1)
+    return error.value
+
+
 def test_a_second_training_is_refused_with_the_owner_named(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     first = RunFolder(tmp_path / "run")
     assert first.lock() is None
-    with pytest.raises(UserError, match=f"in use by another training .*process {os.getpid()}, job 77"):
-        RunFolder(tmp_path / "run").lock(wait=0.2)
+    error = refused(tmp_path / "run")
+    assert error.code == "folder_in_use" and f"process {os.getpid()}" in str(error) and "job 77" in str(error)
     first.release()
     second = RunFolder(tmp_path / "run")
     assert second.lock() is None
@@ -51,8 +57,7 @@ def test_a_killed_owner_leaves_no_lock_though_its_workers_live_on(tmp_path):
     owner = child(train)
     wait_for(tmp_path / "ready")
     try:
-        with pytest.raises(UserError, match=f"process {owner}"):
-            RunFolder(tmp_path).lock(wait=0)
+        assert f"process {owner}" in str(refused(tmp_path))
         os.kill(owner, signal.SIGKILL)
         os.waitpid(owner, 0)
         folder = RunFolder(tmp_path)
@@ -69,18 +74,19 @@ def test_a_start_that_was_refused_leaves_no_folder(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_was_there_or_has_been_used_stays(tmp_path):
-    for name, prepare in (("empty", lambda path: path.mkdir()), ("used", lambda path: None)):
-        folder = RunFolder(tmp_path / name)
-        prepare(folder.path)
-        folder.lock()
-        if name == "used":
-            folder.begin(update=0, epoch=0)
-        folder.release()
-        assert folder.path.exists() and folder.owner() == {}
+@pytest.mark.parametrize("used", [False, True])
+def test_a_folder_that_was_there_or_has_been_used_stays(tmp_path, used):
+    folder = RunFolder(tmp_path / "run")
+    if not used:
+        folder.path.mkdir()
+    folder.lock()
+    if used:
+        folder.begin(update=0, epoch=0)
+    folder.release()
+    assert folder.path.exists() and folder.owner() == {}
 
 
-def test_who_waits_for_a_folder_that_its_owner_removes_makes_it_anew(tmp_path):
+def test_who_waits_for_a_folder_that_its_owner_removes_makes_it_again(tmp_path):
     first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
     first.lock()
     waiting = threading.Thread(target=second.lock, kwargs={"wait": 30})
@@ -89,69 +95,62 @@ def test_who_waits_for_a_folder_that_its_owner_removes_makes_it_anew(tmp_path):
     first.release()
     waiting.join(30)
     assert second.owner()["pid"] == os.getpid()
-    with pytest.raises(UserError, match="in use by another training"):
-        RunFolder(tmp_path / "run").lock(wait=0)
+    assert refused(tmp_path / "run").code == "folder_in_use"
     second.release()
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+@pytest.mark.parametrize("name", ["file", "file/run", "/proc/run", "folder"])
+def test_a_folder_that_cannot_be_used_is_named(tmp_path, name):
     (tmp_path / "file").touch()
-    for path in (tmp_path / "file", tmp_path / "file" / "run", "/proc/run"):
-        with pytest.raises(UserError, match="--output_dir .* cannot be used"):
-            RunFolder(path).lock()
+    (tmp_path / "folder" / "owner.json").mkdir(parents=True)
+    error = refused(tmp_path / name)
+    assert error.code == "unusable_folder" and str(tmp_path / name) in str(error)
 
 
-def test_the_records_tell_how_it_ended(tmp_path):
-    folder = RunFolder(tmp_path)
-    assert folder.status() == {} and folder.attempts() == []
-    folder.begin(update=0, epoch=0, resume="a.pth")
-    assert folder.status()["state"] == RUNNING and not folder.already_went_on_from("")
-    folder.end(PREEMPTED, update=12, epoch=1, cause="SIGUSR2", checkpoint="checkpoint-e1u12.pth")
-    again = RunFolder(tmp_path)
-    assert again.status()["state"] == PREEMPTED and again.status()["cause"] == "SIGUSR2"
-    again.begin(update=12, epoch=1)
-    again.end(DONE, update=30, epoch=2)
-    assert [(a["attempt"], a["state"], a["from_update"], a["update"]) for a in again.attempts()] == [
-        (1, PREEMPTED, 0, 12), (2, DONE, 12, 30)]
-    assert again.already_went_on_from("a.pth") and not again.already_went_on_from("b.pth")
+@pytest.mark.parametrize("name", ["attempts.jsonl", "status.json", "owner.json"])
+def test_a_folder_in_place_of_a_record_is_named(tmp_path, name):
+    (tmp_path / name).mkdir()
+    error = refused(tmp_path)
+    assert error.code == "unusable_folder" and str(tmp_path / name) in str(error)
 
 
-def test_an_attempt_without_an_end_was_killed(tmp_path):
-    folder = RunFolder(tmp_path)
-    folder.begin(update=5, epoch=0)
-    with open(tmp_path / "attempts.jsonl", "a") as file:
-        file.write('{"attempt": 1, "state": "DO')
-    again = RunFolder(tmp_path)
-    again.begin(update=7, epoch=0)
-    assert [(a["state"], a["from_update"]) for a in again.attempts()] == [(RUNNING, 5), (RUNNING, 7)]
+def test_a_folder_that_was_taken_away_is_not_written_to(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.lock()
+    folder.begin(update=0)
+    os.rename(tmp_path / "run", tmp_path / "elsewhere")
+    other = RunFolder(tmp_path / "run")
+    other.lock()
+    other.begin(update=0)
+    folder.end(Outcome.FAILED, update=5)
+    folder.release()
+    assert len(other.attempts()) == 1 and other.status()["state"] == "RUNNING" and other.owner()
+    other.release()
 
 
 def test_failing_twice_at_one_update_stops_the_requeueing(tmp_path):
-    def attempt(update, state=FAILED):
+    def attempt(update, outcome=Outcome.FAILED):
         folder = RunFolder(tmp_path)
-        folder.begin(update=0, epoch=0, automatic=True)
+        folder.begin(update=0, epoch=0)
         reason = folder.reason_to_stop()
-        folder.end(state, update=update, epoch=0, cause="CUDA out of memory")
+        folder.end(outcome, update=update, epoch=0, cause="CUDA out of memory")
         return reason
     assert attempt(40) is None and attempt(50) is None and attempt(50) is None
-    assert "failed twice at update 50" in RunFolder(tmp_path).reason_to_stop()
-    assert "CUDA out of memory" in attempt(60, PREEMPTED)
+    assert "at update 50" in RunFolder(tmp_path).reason_to_stop()
+    assert "CUDA out of memory" in attempt(60, Outcome.PAUSED)
     assert RunFolder(tmp_path).reason_to_stop() is None
-    assert "requeued 4 times" in RunFolder(tmp_path).reason_to_stop(max_attempts=4)
 
 
 def test_killed_attempts_are_no_repeated_failure(tmp_path):
     for _ in range(3):
         folder = RunFolder(tmp_path)
-        folder.begin(update=3, epoch=0, automatic=True)
+        folder.begin(update=3)
     assert folder.reason_to_stop() is None
 
 
-def test_records_that_cannot_be_written_stop_nothing(tmp_path, caplog):
-    folder = RunFolder(tmp_path / "gone")
-    folder.begin(update=0, epoch=0)
-    folder.end(FAILED, update=1, epoch=0)
-    assert folder.status() == {} and folder.attempts() == []
-    (tmp_path / "status.json").write_text(json.dumps([1]))
-    assert RunFolder(tmp_path).status() == {}
+def test_a_requeued_job_does_not_begin_again_from_what_it_resumed(tmp_path):
+    RunFolder(tmp_path).begin(update=0, resume="a.pth")
+    folder = RunFolder(tmp_path)
+    assert folder.already_went_on_from("a.pth")
+    assert not folder.already_went_on_from("b.pth") and not folder.already_went_on_from("")

@@ -175,7 +175,7 @@ def test_a_training_on_a_terminal_shows_each_epoch_from_its_start_to_its_end_onc
     argv = arguments(data, tmp_path / "run", epochs=2, num_workers=1, print_freq=1)
     (run,) = start(argv, Path(os.ttyname(slave)))
     shown = b""
-    while run.process.is_alive() or select.select([master], [], [], 0)[0]:
+    while run.poll() is None or select.select([master], [], [], 0)[0]:
         shown += os.read(master, 1 << 16) if select.select([master], [], [], 0.1)[0] else b""
     os.close(slave), os.close(master)
     assert run.end() == 0

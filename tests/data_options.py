@@ -1,2 +1,0 @@
-"""Moved to tests/kits/options.py."""
-from tests.kits.options import *  # noqa: F403

@@ -1,2 +1,0 @@
-"""Moved to tests/kits/docs.py."""
-from tests.kits.docs import *  # noqa: F403

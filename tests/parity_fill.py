@@ -1,2 +1,0 @@
-"""Moved to tests/kits/fill.py."""
-from tests.kits.fill import *  # noqa: F403

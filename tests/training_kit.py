@@ -1,2 +1,0 @@
-"""Moved to tests/kits/toy.py."""
-from tests.kits.toy import *  # noqa: F403

@@ -1,0 +1,88 @@
+"""Files are whole or not there, and what is not a checkpoint is refused in one sentence."""
+import hashlib
+import os
+
+import pytest
+
+from common.errors import UserError
+from common.files import (
+    append_json_line,
+    atomic_write,
+    read_json,
+    read_json_lines,
+    sha256_file,
+    write_json,
+    write_text,
+)
+
+
+def test_atomic_write_returns_the_checksum_and_trims_the_reserve(tmp_path):
+    path = tmp_path / "a"
+    digest, size = atomic_write(path, lambda f: (f.write(b"abc"), f.write(memoryview(b"def"))), reserve=1 << 20)
+    assert path.read_bytes() == b"abcdef" and size == 6
+    assert digest == hashlib.sha256(b"abcdef").hexdigest() == sha256_file(path)
+    assert os.stat(path).st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    def broken(file):
+        file.write(b"new")
+        raise RuntimeError("torch gave up")
+    with pytest.raises(RuntimeError):
+        atomic_write(path, broken)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a"]
+
+
+def test_the_old_file_stands_when_the_hook_runs(tmp_path):
+    path, seen = tmp_path / "a", []
+    path.write_text("old")
+    atomic_write(path, lambda f: f.write(b"new"), before_rename=lambda digest, size: seen.append(path.read_text()))
+    assert seen == ["old"] and path.read_text() == "new"
+
+
+def test_long_and_odd_names(tmp_path):
+    for name in ("n" * 250, "ü \n.txt", os.fsdecode(b"\xff\xfe")):
+        write_text(tmp_path / name, "x")
+        assert (tmp_path / name).read_text() == "x"
+
+
+def test_json_is_refused_when_large_or_broken(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [1, "é"]})
+    assert read_json(tmp_path / "a.json") == {"a": [1, "é"]}
+    for text in ("{", "[" * 100_000, ""):
+        (tmp_path / "b.json").write_text(text)
+        with pytest.raises(UserError) as caught:
+            read_json(tmp_path / "b.json")
+        assert caught.value.code == "unreadable_file"
+    with pytest.raises(UserError) as caught:
+        read_json(tmp_path / "a.json", max_bytes=4)
+    assert caught.value.code == "unreadable_file" and "4 bytes" in str(caught.value)
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("read", [read_json, read_json_lines])
+def test_a_folder_in_the_place_of_a_file_is_one_sentence(tmp_path, read):
+    with pytest.raises(UserError) as caught:
+        read(tmp_path)
+    assert caught.value.code == "unreadable_file" and str(tmp_path) in str(caught.value)
+
+
+def test_a_line_cut_short_by_a_crash_costs_only_itself(tmp_path):
+    path = tmp_path / "events.jsonl"
+    assert read_json_lines(path) == []
+    append_json_line(path, {"n": 1})
+    with open(path, "a") as file:
+        file.write('{"n": 2, "te')
+    append_json_line(path, {"n": 3})
+    append_json_line(path, {"n": 4, "text": "one line for JSON: \u2028 \x85 \r"})
+    assert [r["n"] for r in read_json_lines(path)] == [1, 3, 4]

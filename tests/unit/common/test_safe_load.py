@@ -1,0 +1,202 @@
+"""Nothing in a checkpoint is ever run, and each kind of bad file gives one sentence within a second."""
+import argparse
+import gzip
+import io
+import os
+import pickle
+import time
+import zipfile
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+
+from common.errors import UserError
+from common.safe_load import safe_torch_load, save_safetensors
+
+MISSING, OTHER = "missing_checkpoint", "not_a_checkpoint"
+DAMAGED, UNSAFE = "damaged_checkpoint", "unsafe_checkpoint"
+STATE = {"model": OrderedDict(w=torch.arange(6.0).view(2, 3), b=torch.ones(2, dtype=torch.bfloat16))}
+
+
+class Runs:
+    """Pickled, this creates a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def refused(path, code, named=""):
+    """`path` is refused with `code`, soon and in one sentence that has `named` and none of torch's advice in it."""
+    started = time.process_time()  # the machine may be busy with other tests
+    with pytest.raises(UserError) as caught:
+        safe_torch_load(path)
+    sentence = str(caught.value)
+    assert time.process_time() - started < 1
+    assert caught.value.code in code.split() and named in sentence, (caught.value.code, sentence)
+    assert "\n" not in sentence and len(sentence) < 600 and sentence.endswith(".")
+    assert "weights_only" not in sentence and "safe_globals" not in sentence
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_published_training_file_loads_with_its_namespace_as_a_dict(tmp_path, zipped):
+    args = argparse.Namespace(lr=4e-3, model="hornet_tiny_7x7", opt_betas=[0.9, 0.999])
+    args.__dict__.update({"keys": 1, "get": "x", "__class__": "int", "__init__": None})
+    path = tmp_path / "c.pth"
+    torch.save(STATE | {"args": args, "epoch": 3, "best": np.float64(83.25), "n": np.int64(7), "f": np.float32(0.5),
+                        "t": np.bool_(True)}, path, _use_new_zipfile_serialization=zipped)
+    loaded = safe_torch_load(path)
+    assert type(loaded["args"]) is dict and loaded["args"]["__class__"] == "int" and loaded["args"]["lr"] == 4e-3
+    assert (loaded["best"], loaded["n"], loaded["f"], loaded["t"]) == (83.25, 7, 0.5, True)
+    assert {type(loaded[k]) for k in ("best", "n", "f", "t")} == {float, int, bool}
+    assert torch.equal(loaded["model"]["w"], STATE["model"]["w"])
+
+
+def test_numpy_scalars_written_by_numpy_1_load_too(tmp_path):
+    class Old:
+        def __reduce__(self):
+            return np.float64(1.5).__reduce__()
+    path = tmp_path / "c.pth"
+    torch.save({"best": Old()}, path)
+    data = path.read_bytes()
+    assert b"numpy._core.multiarray" in data
+    with zipfile.ZipFile(path) as archive:
+        members = {m.filename: archive.read(m) for m in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert safe_torch_load(path) == {"best": 1.5}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_no_pickle_is_executed(tmp_path, zipped):
+    path, mark = tmp_path / "evil.pth", tmp_path / "executed"
+    torch.save(STATE | {"args": Runs(mark)}, path, _use_new_zipfile_serialization=zipped)
+    refused(path, UNSAFE, "mkdir")
+    assert not mark.exists()
+
+
+def test_a_plain_pickle_is_not_executed(tmp_path):
+    for protocol in (0, 2, 4, 5):
+        path, mark = tmp_path / "evil.pth", tmp_path / "executed"
+        path.write_bytes(pickle.dumps(Runs(mark), protocol=protocol))
+        refused(path, f"{OTHER} {UNSAFE} {DAMAGED}")
+        assert not mark.exists()
+
+
+def test_a_namespace_cannot_smuggle_objects(tmp_path):
+    path, mark = tmp_path / "evil.pth", tmp_path / "executed"
+    torch.save({"args": argparse.Namespace(lr=Runs(mark))}, path)
+    refused(path, UNSAFE, "mkdir")
+    assert not mark.exists()
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path):
+    def write(name, data):
+        (tmp_path / name).write_bytes(data)
+        return tmp_path / name
+    refused(tmp_path / "none.pth", MISSING, "none.pth")
+    refused(tmp_path / ("x" * 300), MISSING, "...")
+    refused(tmp_path / "nul\0byte", MISSING)
+    refused(tmp_path, OTHER, "folder")
+    refused(write("a.pth", b""), OTHER, "empty")
+    refused(write("b.pth", b"hello\nworld\n"), OTHER, "hello")
+    refused(write("c.pth", b"<!DOCTYPE html><html>404</html>"), OTHER, "<!DOCTYPE")
+    refused(write("d.pth", b"version https://git-lfs.github.com/spec/v1\n"), OTHER, "git-lfs")
+    refused(write("e.pth", gzip.compress(b"x" * 99)), OTHER)
+    refused(write("f.pth", b"\x80\x02garbage" * 9), DAMAGED)
+    refused(write("g.pth", np.random.default_rng(0).bytes(4096)), OTHER)
+    refused(write("h.safetensors", b"hello"), DAMAGED)
+    refused(write("i.safetensors", (1 << 60).to_bytes(8, "little") + b"{}"), DAMAGED)
+    os.mkfifo(tmp_path / "pipe")
+    refused(tmp_path / "pipe", OTHER, "regular file")
+    refused("/dev/zero", OTHER, "regular file")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    refused(tmp_path / "loop", MISSING)
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "j.pth"))
+    refused(tmp_path / "j.pth", f"{OTHER} {UNSAFE}")
+
+
+@pytest.mark.parametrize("name, tensor", [
+    ("meta", lambda: torch.empty(3, device="meta")), ("sparse", lambda: torch.eye(3).to_sparse()),
+    ("sparse_rows", lambda: torch.eye(3).to_sparse_csr()),
+    ("quantised", lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)),
+    ("expanded", lambda: torch.ones(1).expand(1 << 40))])
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_are_not_dense_are_refused(tmp_path, name, tensor):
+    path = tmp_path / "odd.pth"
+    torch.save({"model": [{name: tensor()}]}, path)
+    refused(path, UNSAFE, f"model.0.{name}")
+
+
+def test_a_state_that_holds_itself_is_read(tmp_path):
+    state = {"model": {"w": torch.ones(2)}, "list": []}
+    state["list"].append(state["list"])
+    torch.save(state, tmp_path / "loop.pth")
+    assert torch.equal(safe_torch_load(tmp_path / "loop.pth")["model"]["w"], torch.ones(2))
+
+
+def test_a_zip_bomb_is_refused_before_it_unpacks(tmp_path):
+    path = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}q\x00.")
+        archive.writestr("archive/data/0", bytes(200_000_000))
+    assert path.stat().st_size < 1_000_000
+    refused(path, UNSAFE)
+
+
+def test_a_small_file_claiming_huge_tensors_is_refused(tmp_path):
+    torch.save({"model": {"w": torch.zeros(1000)}}, tmp_path / "ok.pth")
+    with zipfile.ZipFile(tmp_path / "ok.pth") as archive:
+        members = {m.filename: archive.read(m) for m in archive.infolist()}
+    huge = tmp_path / "huge.pth"
+    with zipfile.ZipFile(huge, "w") as archive:  # 1000 = 0x3e8 as BININT2 becomes 2**31 - 1 as BININT
+        for name, content in members.items():
+            archive.writestr(name, content.replace(b"M\xe8\x03", b"J\xff\xff\xff\x7f"))
+    refused(huge, DAMAGED)
+
+
+def test_every_truncation_and_bit_flip_is_seen(tmp_path):
+    path, bad = tmp_path / "c.pth", tmp_path / "bad.pth"
+    torch.save({"model": {f"w{i}": torch.randn(40, 25) for i in range(4)}}, path)
+    data, rng = path.read_bytes(), np.random.default_rng(0)
+    want = safe_torch_load(path)["model"]
+    for length in rng.integers(0, len(data), 40):
+        bad.write_bytes(data[:length])
+        refused(bad, f"{DAMAGED} {OTHER} {UNSAFE}")
+    harmless = 0
+    for bit in rng.integers(0, 8 * len(data), 200):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << (bit % 8)
+        bad.write_bytes(flipped)
+        try:
+            got = safe_torch_load(bad)["model"]
+        except UserError:
+            continue
+        harmless += 1  # flips in padding or in zip fields nobody reads: the content must then be correct
+        assert all(torch.equal(got[k], want[k]) for k in want)
+    assert harmless < 30
+
+
+def test_safetensors_come_back_with_their_metadata(tmp_path):
+    path = tmp_path / "w.safetensors"
+    tensors = {"w": torch.randn(3, 4).t(), "b": torch.ones(2, dtype=torch.bfloat16)}
+    save_safetensors(path, tensors, {"classes": ["a", "é"], "input_size": 64})
+    loaded = safe_torch_load(path)
+    assert loaded["classes"] == ["a", "é"] and loaded["input_size"] == 64
+    assert torch.equal(loaded["model"]["w"], tensors["w"]) and torch.equal(loaded["model"]["b"], tensors["b"])
+    save_safetensors(path, tensors)
+    assert set(safe_torch_load(path)) == {"w", "b"}
+    path.write_bytes(path.read_bytes()[:-3])
+    refused(path, DAMAGED)
+
+
+def test_in_memory_files_are_not_mistaken(tmp_path):
+    buffer = io.BytesIO()
+    torch.save(STATE, buffer)
+    (tmp_path / "weights.bin").write_bytes(buffer.getvalue())
+    assert "model" in safe_torch_load(tmp_path / "weights.bin")

@@ -1,0 +1,87 @@
+"""CIFAR as distributed or pickled by others, read without executing a pickle."""
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from datasets.build import build_data, eval_loader, train_loader
+from datasets.cifar import read_arrays, read_cifar
+from datasets.sampler import GlobalBatchSampler
+from tests.kits.options import data_options
+
+
+def write(root, protocol=3, as_text=False, labels=list):
+    """CIFAR-100 with 8 + 4 images, as distributed (a pickle of bytes keys) or with text keys and names."""
+    where = root / "cifar-100-python"
+    where.mkdir(exist_ok=True)
+    rng, pixels = np.random.default_rng(0), {}
+    spell = (lambda text: text) if as_text else str.encode
+    for name, count in (("train", 8), ("test", 4)):
+        pixels[name] = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
+        content = {spell("data"): pixels[name], spell("fine_labels"): labels(range(count)), spell("batch_label"): b"",
+                   spell("filenames"): [spell("x.png")] * count}
+        (where / name).write_bytes(pickle.dumps(content, protocol))
+    names = {spell("fine_label_names"): [spell(f"class{i:02}") for i in range(100)]}
+    (where / "meta").write_bytes(pickle.dumps(names, protocol))
+    return pixels
+
+
+def options(root, **changes):
+    return data_options(data_set="CIFAR", data_path=str(root), input_size=32, batch_size=4, **changes)
+
+
+def test_cifar_is_read_as_it_is(tmp_path):
+    pixels = write(tmp_path)
+    data = build_data(options(tmp_path), train=True, evaluate=True)
+    assert data.num_classes == 100 and data.class_names[3] == "class03"
+    assert data.train.targets.tolist() == list(range(8)) and data.val.path(2).endswith("test[2]")
+    batch = next(iter(eval_loader(data, options(tmp_path))))
+    assert np.array_equal(batch.images.numpy().transpose(0, 3, 1, 2).reshape(4, -1), pixels["test"])
+    loader = train_loader(data, options(tmp_path), GlobalBatchSampler(8, 4, 4, 1))
+    assert sum(len(batch.images) for batch in loader) == 8
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+@pytest.mark.parametrize("labels", [list, np.array, lambda values: [np.int64(value) for value in values]])
+def test_pickles_of_python_3_are_read(tmp_path, protocol, labels):
+    pixels = write(tmp_path, protocol, as_text=True, labels=labels)
+    reader = read_cifar(str(tmp_path), 100, train=True)
+    assert np.array_equal(reader.pixels.transpose(0, 3, 1, 2).reshape(8, -1), pixels["train"])
+    assert reader.labels.tolist() == list(range(8)) and reader.classes[99] == "class99"
+
+
+def test_the_original_files_written_by_python_2_are_read(tmp_path):
+    array = (b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01K\x02K\x03\x86"
+             b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+             b"\x89U\x06ABCDEFtb")
+    (tmp_path / "file").write_bytes(b"\x80\x02}(U\x04data" + array + b"U\x06labels](K\x06K\x09eu.")
+    content = read_arrays(str(tmp_path / "file"))
+    assert content["data"].tolist() == [[65, 66, 67], [68, 69, 70]] and content["labels"] == [6, 9]
+
+
+class Hostile:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def test_what_is_no_cifar_is_one_sentence_and_nothing_of_it_is_executed(tmp_path):
+    write(tmp_path)
+    file, mark = tmp_path / "cifar-100-python" / "train", tmp_path / "owned"
+    for content in ({b"data": Hostile(mark)}, [1, 2], {b"data": np.array([Hostile(mark)], dtype=object)}, {},
+                    {b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [0, 100]}, b"\x80\x02garbage", b""):
+        file.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content, protocol=3))
+        with pytest.raises(UserError) as caught:
+            read_cifar(str(tmp_path), 100, train=True)
+        assert caught.value.code == "unreadable_data" and str(file) in str(caught.value)
+    write(tmp_path)
+    (tmp_path / "cifar-100-python" / "meta").write_bytes(pickle.dumps({"label_names": ["a"]}))
+    for classes, code in ((100, "unreadable_data"), (10, "unreadable_data"), (7, "wrong_classes")):
+        with pytest.raises(UserError) as caught:
+            read_cifar(str(tmp_path), classes, train=True)
+        assert caught.value.code == code
+    assert not mark.exists()

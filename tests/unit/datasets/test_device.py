@@ -1,0 +1,135 @@
+"""The last steps on the device: normalisation, erasing and mixing, equal for every split of the global batch."""
+import numpy as np
+import pytest
+import torch
+from torchvision import transforms
+
+from config.options import ImageSettings
+from datasets.dataset import Batch
+from datasets.device import GroupMixup, Normalise, TrainPrepare
+from tests.kits.options import data_options
+
+COUNT, SIZE = 192, 12
+IMAGES = torch.from_numpy(np.random.default_rng(0).standard_normal((COUNT, SIZE, SIZE, 3), dtype=np.float32))
+TARGETS = torch.from_numpy(np.random.default_rng(1).integers(0, 10, COUNT))
+
+
+def group_mixup(**changes):
+    return GroupMixup(data_options(**changes), 10)
+
+
+def _mixed(mixup, splits, first=64):
+    images, targets = [], []
+    for part in np.split(np.arange(COUNT), splits):
+        x, y = mixup(IMAGES[part].clone(), TARGETS[part], 2, first + part)
+        images.append(x)
+        targets.append(y)
+    return torch.cat(images), torch.cat(targets)
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize("minmax", [None, (0.2, 0.8)])
+def test_no_split_of_the_global_batch_changes_a_bit(mode, minmax):
+    mixup = group_mixup(seed=5, mixup_mode=mode, cutmix_minmax=minmax, mixup_prob=0.8)
+    whole = _mixed(mixup, [])
+    for splits in ([64, 128], [2, 6, 70, 100, 190], list(range(2, COUNT, 2))):
+        parts = _mixed(mixup, splits)
+        assert torch.equal(parts[0], whole[0]) and torch.equal(parts[1], whole[1])
+    assert not torch.equal(_mixed(mixup, [], first=66)[0], whole[0])
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+def test_images_and_labels_are_mixed_with_the_neighbour_by_the_same_share(mode):
+    mixup = group_mixup(seed=3, mixup_mode=mode)
+    positions = np.arange(COUNT)
+    images, targets = mixup(IMAGES.clone(), TARGETS, 0, positions)
+    hot = torch.full((COUNT, 10), 0.01).scatter_(1, TARGETS[:, None], 0.91)
+    boxes = 0
+    for run in mixup.runs(0, positions, SIZE, SIZE):
+        for i in range(run.start, run.stop):
+            own, other = IMAGES[i], IMAGES[i ^ 1]
+            if run.box is None:
+                expected = own * run.lam + other * (1 - run.lam)
+            else:
+                top, bottom, left, right = run.box
+                expected = own.clone()
+                expected[top:bottom, left:right] = other[top:bottom, left:right]
+                assert run.lam == pytest.approx(1 - (bottom - top) * (right - left) / SIZE ** 2)
+                boxes += 1
+            assert torch.equal(images[i], expected)
+            torch.testing.assert_close(targets[i], hot[i] * run.lam + hot[i ^ 1] * (1 - run.lam))
+    assert boxes
+    assert torch.allclose(targets.sum(1), torch.ones(COUNT))
+
+
+@pytest.mark.parametrize("mode, units", [("batch", 1), ("pair", 32), ("elem", 64)])
+def test_shares_are_distributed_as_in_timm(mode, units):
+    """Against the distributions themselves: half CutMix, a share prob mixed at all, Beta(0.8, 0.8) for mixup."""
+    mixup = group_mixup(mixup_mode=mode, mixup_prob=0.7)
+    drawn = [choice for group in range(6400 // units) for choice in mixup.choices(0, group, 224, 224)]
+    mixed = [lam for lam, box in drawn if box is None and lam < 1]
+    cut = [lam for lam, box in drawn if box is not None]
+    assert len(drawn) == 6400
+    assert len(mixed) / 6400 == pytest.approx(0.35, abs=0.02) and len(cut) / 6400 == pytest.approx(0.35, abs=0.02)
+    beta = np.random.default_rng(0).beta(0.8, 0.8, 200_000)
+    for quantile in (0.1, 0.25, 0.5, 0.75, 0.9):
+        assert np.quantile(mixed, quantile) == pytest.approx(np.quantile(beta, quantile), abs=0.04)
+    assert np.mean(cut) > 0.5  # Boxes are cut off at the borders, so more of the own image stays than lam said.
+
+
+def test_off_partly_on_and_impossible():
+    assert TrainPrepare(data_options(mixup=0.0, cutmix=0.0), 10, "cpu").mixup is None
+    only_mixup = group_mixup(mixup=0.8, cutmix=0.0)
+    assert all(box is None for group in range(50) for _, box in only_mixup.choices(0, group, 32, 32))
+    only_cutmix = group_mixup(mixup=0.0, cutmix=1.0)
+    assert all(box is not None for group in range(50) for _, box in only_cutmix.choices(0, group, 32, 32))
+    with pytest.raises(ValueError, match="3 positions"):
+        only_mixup.runs(0, np.arange(3), 32, 32)
+
+
+def test_drawing_disturbs_no_other_stream():
+    np.random.seed(1), torch.manual_seed(1)
+    expected = np.random.rand(), torch.rand(1)
+    np.random.seed(1), torch.manual_seed(1)
+    group_mixup().choices(0, 0, 32, 32)
+    assert (np.random.rand(), torch.rand(1)) == expected
+
+
+@pytest.mark.parametrize("imagenet", [True, False])
+def test_normalisation_is_bit_equal_to_totensor_and_normalize(imagenet):
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3).contiguous()
+    settings = ImageSettings(imagenet_default_mean_and_std=imagenet)
+    expected = transforms.Normalize(settings.mean, settings.std)(transforms.ToTensor()(pixels[0].numpy()))
+    normalise = Normalise(settings, "cpu")
+    fast = normalise(pixels)
+    normalise._calculate = False
+    for result in (fast, normalise(pixels)):
+        assert torch.equal(result[0].permute(2, 0, 1), expected)
+
+
+def _batch(pixels, boxes=None, epoch=0, indices=None):
+    count = len(pixels)
+    return Batch(images=torch.from_numpy(pixels.copy()), targets=torch.zeros(count, dtype=torch.int64),
+                 indices=torch.arange(count) if indices is None else indices, positions=torch.arange(count),
+                 boxes=torch.zeros(count, 1, 4, dtype=torch.int32) if boxes is None else boxes,
+                 bad=torch.zeros(count, dtype=torch.bool), epoch=epoch)
+
+
+@pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
+def test_erased_boxes_are_filled_by_images_not_by_batch(mode):
+    options = data_options(remode=mode, mixup=0, cutmix=0)
+    prepare = TrainPrepare(options, 10, "cpu")
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    boxes = torch.tensor([[[2, 3, 8, 9]], [[0, 0, 0, 0]], [[5, 5, 20, 4]], [[0, 0, 31, 31]]], dtype=torch.int32)
+    whole, targets = prepare(_batch(pixels, boxes=boxes))
+    assert targets.dtype == torch.int64
+    plain, _ = prepare(_batch(pixels))
+    assert torch.equal(whole[1], plain[1]) and torch.equal(whole[0, :, 10:], plain[0, :, 10:])
+    box = whole[0, :, 2:10, 3:12]
+    distinct = {"pixel": 3 * 72, "rand": 3, "const": 1}[mode]
+    assert len(box.unique()) == distinct
+    for row in range(4):
+        alone, _ = prepare(_batch(pixels[row:row + 1], boxes=boxes[row:row + 1], indices=torch.tensor([row])))
+        assert torch.equal(alone[0], whole[row])
+    other_epoch, _ = prepare(_batch(pixels, boxes=boxes, epoch=1))
+    assert torch.equal(other_epoch, whole) == (mode == "const")

@@ -1,0 +1,133 @@
+"""The index of a data folder: kept between starts, never believed when something changed; forms are recognised."""
+import os
+import pickle
+import time
+
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from datasets import folders
+from datasets.readers import Index, IndexCache, Strings, open_reader, save_index
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Empty files named like images (nothing is decoded here), written an hour ago."""
+    root = tmp_path / "data"
+    for name in ("b/2.JPEG", "b/10.jpg", "b/sub/x.png", "a/1.webp"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    age(root)
+    return root
+
+
+def age(root, seconds=3600):
+    for folder, _, _ in os.walk(root):
+        os.utime(folder, (time.time() - seconds,) * 2)
+
+
+def names(reader):
+    return [os.path.relpath(reader.name(i), reader.root) for i in range(len(reader))]
+
+
+@pytest.fixture
+def scans(monkeypatch):
+    calls, scan = [], folders._scan
+    monkeypatch.setattr(folders, "_scan", lambda folder: calls.append(folder) or scan(folder))
+    return calls
+
+
+def test_a_second_start_reads_the_cache_and_a_change_is_seen(root, scans):
+    cache = IndexCache(str(root.parent / "cache"))
+    (root / "a" / "words.txt").touch()
+    age(root)
+    first, second = open_reader(str(root), cache), open_reader(str(root), cache)
+    assert len(scans) == 1 and names(first) == names(second) and np.array_equal(first.labels, second.labels)
+    assert first.left_out == second.left_out == {".txt": 1}
+    open_reader(str(root), IndexCache(cache.folder, reindex=True))
+    assert len(scans) == 2
+    (root / "b" / "sub" / "new.jpg").touch()
+    assert len(open_reader(str(root), cache)) == 5 and len(scans) == 3
+    (root / "c").mkdir()
+    (root / "c" / "1.jpg").touch()
+    assert open_reader(str(root), cache).classes == ["a", "b", "c"]
+
+
+def test_a_folder_that_has_just_changed_is_not_cached(root):
+    (root / "b" / "new.jpg").touch()
+    open_reader(str(root), IndexCache(str(root.parent / "cache")))
+    assert not (root.parent / "cache").exists()
+
+
+class Mine:
+    """A pickle that leaves a file behind when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_damaged_and_hostile_caches_are_scanned_over_and_no_pickle_is_opened(root, scans):
+    cache = IndexCache(str(root.parent / "cache"))
+    expected = names(open_reader(str(root), cache))
+    file = cache.path("folders", str(root))
+    whole, rng = file.read_bytes(), np.random.default_rng(0)
+    with np.load(file) as stored:
+        arrays = dict(stored)
+    for trial in range(30):
+        damaged = bytearray(whole)
+        if trial % 3:
+            damaged[rng.integers(len(damaged))] ^= 1 << rng.integers(8)
+        else:
+            damaged = damaged[:rng.integers(len(damaged))]
+        file.write_bytes(bytes(damaged))
+        assert names(open_reader(str(root), IndexCache(cache.folder, write=False))) == expected
+    assert len(scans) > 15
+    mine = np.array([Mine(root / "executed")], dtype=object)
+    for change in ({"names": mine}, {"format": np.array(1)}, {"stamps": arrays["stamps"][:1]}):
+        np.savez(file, **{**arrays, **change})
+        assert names(open_reader(str(root), IndexCache(cache.folder, write=False))) == expected
+    file.write_bytes(pickle.dumps(Mine(root / "executed")))
+    assert names(open_reader(str(root), cache)) == expected and not (root / "executed").exists()
+
+
+def test_the_cache_is_never_inside_the_data_and_an_unwritable_place_is_no_error(root):
+    open_reader(str(root), IndexCache(str(root / "cache")))
+    assert not (root / "cache").exists()
+    (root.parent / "file").touch()
+    assert len(open_reader(str(root), IndexCache(str(root.parent / "file" / "cache")))) == 4
+
+
+@pytest.mark.parametrize("beside, word", [
+    ("", ""), ("x.tar", "x.tar"), ("x.tar.gz", "x.tar.gz"), ("x/a.tar.gz", "a.tar.gz"), ("x/a/b.txt", "")])
+def test_a_path_without_images_is_explained_with_what_lies_there(tmp_path, beside, word):
+    if beside:
+        (tmp_path / beside).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / beside).touch()
+    with pytest.raises(UserError) as caught:
+        open_reader(str(tmp_path / "x"), IndexCache(str(tmp_path / "cache")))
+    assert caught.value.code == "missing_data" and str(tmp_path / "x") in str(caught.value)
+    assert word in str(caught.value)
+
+
+def test_strings_in_arrays_come_back_as_they_were():
+    texts = ["", "a", "ü" * 9, "caf\udce9", "x/y z.jpg", ""]
+    assert list(Strings.of(texts)) == texts and len(Strings.of([])) == 0
+
+
+def test_an_index_of_a_million_images_loads_fast_and_small(tmp_path):
+    count, root = 1_280_000, tmp_path / "data"
+    (root / "a").mkdir(parents=True)
+    age(root)
+    cache = IndexCache(str(tmp_path / "cache"))
+    save_index(cache.path("folders", str(root)), Index.of(
+        str(root), classes=["a"], labels=[0] * count, names=[f"n01440764_{i}.JPEG" for i in range(count)],
+        seen=["", "a"], left_out={}))
+    started = time.perf_counter()
+    loaded = open_reader(str(root), cache)
+    assert time.perf_counter() - started < 2 and len(loaded) == count
+    assert loaded.index.names.blob.nbytes + loaded.index.names.ends.nbytes + loaded.labels.nbytes < 48e6
+    assert loaded.name(count - 1).endswith("/a/n01440764_1279999.JPEG")

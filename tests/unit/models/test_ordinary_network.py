@@ -1,0 +1,273 @@
+"""HorNet is an ordinary PyTorch network: hooks fire, adapters train, tracers, counters and quantisers find
+their layers.
+
+With the fast CPU paths attached, as training and evaluation attach them: they step aside where somebody
+looks.
+"""
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+import models
+import native
+from models.dft import use_matrix_filter
+from models.hornet import Block
+from models.inspect import complexity
+from models.zoo import PUBLISHED
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
+PICO = ["hornet_pico_7x7", "hornet_pico_gf"]
+
+
+def network(name="hornet_pico_gf", attach=True, **kwargs):
+    """A small model in which every branch shows, on this machine's fast paths."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, layer_scale_init_value=0.5, **kwargs)
+    if attach:
+        native.attach(model)
+    return model.eval()
+
+
+def fired(model, modules, *inputs):
+    """The names of `modules` whose forward hooks fired in one call of `model`."""
+    seen = []
+    handles = [module.register_forward_hook(lambda *_, name=name: seen.append(name)) for name, module in modules]
+    try:
+        model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def called(model):
+    """Every module that computes something: no containers that are only indexed, no identities."""
+    return [(name, module) for name, module in model.named_modules()
+            if not isinstance(module, (nn.ModuleList, nn.Identity))]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_module_of_the_published_models_fires_its_hooks(name):
+    with torch.device("meta"):
+        model = timm.create_model(name, drop_path_rate=0.1)
+    model = model.to_empty(device="cpu")  # what it computes does not matter here
+    native.attach(model)
+    for training in (True, False):
+        model.train(training)
+        with torch.set_grad_enabled(training):
+            seen = fired(model, called(model), torch.zeros(1, 3, 32, 32))
+        assert sorted(seen) == sorted(name for name, _ in called(model))
+
+
+@pytest.mark.parametrize("name", PICO)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_hook_on_a_single_module_fires_and_changes_nothing(name, training):
+    model, x = network(name).train(training), torch.randn(1, 3, 32, 32)
+    exact = model(x)
+    for label, module in called(model):
+        outputs = []
+        with module.register_forward_hook(lambda _, args, out: outputs.append(out)):
+            torch.testing.assert_close(model(x), exact, rtol=1e-4, atol=1e-5)
+        assert len(outputs) == 1, label
+        if training and label:
+            gradients = []
+            with module.register_full_backward_hook(lambda *_: gradients.append(1)):
+                model(x).sum().backward()
+            assert gradients, label
+
+
+def test_what_a_hook_returns_is_used_and_a_replaced_layer_too():
+    model, x = network(), torch.randn(2, 3, 32, 32)
+    before = model(x)
+    with model.stages[0][0].gnconv.pws[0].register_forward_hook(lambda *_: torch.zeros(2, 8, 8, 8) + 100):
+        assert not torch.allclose(model(x), before)
+    assert torch.equal(model(x), before)
+    model.stages[1][0].pwconv1 = nn.Sequential(model.stages[1][0].pwconv1, nn.Dropout(0.0), nn.Tanh())
+    assert not torch.allclose(model(x), before)
+
+
+@pytest.mark.parametrize("name", PICO)
+def test_lora_adapters_get_gradients_and_train(name):
+    from peft import LoraConfig, get_peft_model
+    model = network(name)
+    x, y = torch.randn(8, 3, 64, 64), torch.arange(8)
+    before = model(x)
+    layers = r".*(proj_in|proj_out|pws\.\d+|pwconv1|pwconv2|head)"
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=layers, lora_dropout=0.1))
+    adapters = {label: p for label, p in adapted.named_parameters() if p.requires_grad}
+    assert len(adapters) == 2 * (4 * 4 + 10 + 1)  # two matrices at 4 layers per block, 10 `pws` and the head
+    optimizer = torch.optim.AdamW(adapters.values(), lr=1e-2)
+    losses = []
+    for _ in range(12):
+        loss = nn.functional.cross_entropy(adapted.train()(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        losses.append(float(loss.detach()))
+        assert all(p.grad is not None for p in adapters.values())
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
+    merged = adapted.eval().merge_and_unload()
+    assert all(type(m.pwconv1) is nn.Linear for m in merged.modules() if isinstance(m, Block))
+    assert not torch.allclose(merged(x), before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", PICO)
+def test_torch_fx_traces_it(name, training):
+    model = network(name, drop_path_rate=0.3).train(training)
+    traced = torch.fx.symbolic_trace(model)
+    x, draws = torch.randn(2, 3, 64, 48), torch.rand(2, model.num_drop_draws)
+    torch.testing.assert_close(traced(x, draws), model(x, draws), rtol=1e-4, atol=1e-5)
+    called = {node.target for node in traced.graph.nodes if node.op == "call_module"}
+    assert called >= {label for label, m in model.named_modules() if type(m) in (nn.Linear, nn.Conv2d, nn.LayerNorm)}
+
+
+def test_linear_layers_are_quantised_dynamically():
+    from torch.ao.quantization import default_dynamic_qconfig, quantize_dynamic
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+    torch.backends.quantized.engine = "fbgemm" if "fbgemm" in torch.backends.quantized.supported_engines else "qnnpack"
+    model, x = network(), torch.randn(2, 3, 64, 64)
+    exact = model(x)
+    by_module = quantize_dynamic(model, {nn.Linear})
+    mapping = torch.ao.quantization.QConfigMapping().set_object_type(nn.Linear, default_dynamic_qconfig)
+    by_graph = convert_fx(prepare_fx(network(attach=False), mapping, (x,)))
+    for quantised in (by_module, by_graph):
+        kinds = [type(m).__module__ for m in quantised.modules() if type(m).__name__ == "Linear"]
+        assert len(kinds) == 9 and all("quantized.dynamic" in kind for kind in kinds)
+        out = quantised(x)
+        assert not torch.equal(out, exact)
+        assert (out - exact).norm() < 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize("name", PICO)
+def test_timm_and_torchvision_get_the_features(name):
+    from timm.models._features import FeatureHookNet
+    from timm.models._features_fx import FeatureGraphNet
+    from torchvision.models.feature_extraction import create_feature_extractor
+    x, model = torch.randn(2, 3, 64, 96), network(name)
+    with torch.no_grad():
+        wanted = [out.clone() for out in model.forward_intermediates(x, intermediates_only=True)]
+        found = {
+            "getter": timm.create_model(name, features_only=True),
+            "graph": FeatureGraphNet(network(name, attach=False), (0, 1, 2, 3)),
+            "hooks": FeatureHookNet(network(name), (0, 1, 2, 3), no_rewrite=True),
+            "torchvision": create_feature_extractor(network(name, attach=False), [f"stages.{i}" for i in range(4)]),
+        }
+        assert found["getter"].feature_info.channels() == [8, 16, 32, 64]
+        assert found["getter"].feature_info.reduction() == [4, 8, 16, 32]
+        found["getter"].load_state_dict({f"model.{k}": v for k, v in model.state_dict().items()
+                                         if not k.startswith(("head", "norm"))})
+        for label, extractor in found.items():
+            outputs = extractor.eval()(x)
+            outputs = list(outputs.values()) if isinstance(outputs, dict) else outputs
+            assert len(outputs) == 4, label
+            for got, want in zip(outputs, wanted):
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_grad_cam_explains_it():
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    model, x = network("hornet_pico_7x7"), torch.randn(2, 3, 64, 64)
+    for layer in (model.stages[2], model.stages[3][-1], model.stages[2][0].norm1):
+        with GradCAM(model=model, target_layers=[layer]) as cam:
+            heat = cam(input_tensor=x, targets=[ClassifierOutputTarget(1)] * 2)
+        assert heat.shape == (2, 64, 64) and np.isfinite(heat).all() and heat.max() > 0
+
+
+def test_counters_find_the_operations():
+    """thop counts norms too, fvcore every addcmul and fft as something it does not know: both stay near ours.
+    """
+    import fvcore.nn
+    import thop
+    model, x = network("hornet_nano_7x7"), torch.randn(1, 3, 64, 64)
+    ours = complexity(model, 64).flops
+    counted = fvcore.nn.FlopCountAnalysis(network("hornet_nano_7x7"), x).unsupported_ops_warnings(False)
+    assert counted.total() == pytest.approx(ours, rel=0.05)
+    assert counted.by_module()["stages.2.1.gnconv.dwconv"] > 0
+    assert thop.profile(model, (x,), verbose=False)[0] == pytest.approx(ours, rel=0.05)
+
+
+@pytest.mark.parametrize("name", PICO)
+def test_vmap_and_functional_gradients(name):
+    model, x = network(name), torch.randn(3, 2, 3, 32, 32)
+    exact = model(x.flatten(0, 1)).unflatten(0, (3, 2))
+    torch.testing.assert_close(torch.vmap(model)(x), exact, rtol=1e-4, atol=1e-5)
+    parameters = {label: p.detach() for label, p in model.named_parameters()}
+
+    def loss(parameters, image):
+        return torch.func.functional_call(model, parameters, (image[None],)).square().mean()
+
+    per_sample = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, x[:, 0])
+    model(x[:1, 0]).square().mean().backward()
+    torch.testing.assert_close(per_sample["stages.0.0.gnconv.proj_in.weight"][0],
+                               model.stages[0][0].gnconv.proj_in.weight.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PICO)
+def test_compile_and_export_take_the_whole_graph(name):
+    model, x = network(name, drop_path_rate=0.2).train(), torch.randn(2, 3, 64, 64)
+    draws = torch.rand(2, model.num_drop_draws)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, draws), model(x, draws), rtol=1e-4, atol=1e-5)
+    side = torch.export.Dim.DYNAMIC(min=64, max=512)
+    sizes = {0: torch.export.Dim.DYNAMIC, 2: side, 3: side}
+    if name.endswith("gf"):
+        use_matrix_filter(model)  # the FFT's own graph holds the filter's grid
+    program = torch.export.export(model.eval(), (torch.randn(2, 3, 64, 96),), dynamic_shapes=(sizes,))
+    y = torch.randn(3, 3, 96, 80)
+    torch.testing.assert_close(program.module()(y), model(y), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_pruned_it_runs(kept):
+    model, x = network(), torch.randn(2, 3, 64, 64)
+    wanted = model.forward_intermediates(x, indices=[kept - 1], intermediates_only=True)[0]
+    assert model.prune_intermediate_layers([kept - 1]) == [kept - 1]
+    torch.testing.assert_close(model(x), wanted.mean((2, 3)))
+    torch.testing.assert_close(model.train()(x, torch.rand(2, model.num_drop_draws)), model.eval()(x))
+    model.reset_classifier(5)
+    assert model(x).shape == (2, 5) and model.num_features == wanted.shape[1]
+
+
+def test_keywords_of_timms_and_deits_training_scripts():
+    model = timm.create_model("hornet_pico_7x7", pretrained=False, num_classes=7, drop_rate=0.2, drop_path_rate=0.1,
+                              drop_block_rate=None, img_size=64, global_pool="avg", output_stride=32)
+    assert model.head_drop.p == 0.2 and model.drop_rate == 0.2
+    x = torch.randn(2, 3, 64, 96)
+    model.train()
+    draws = torch.ones(2, model.num_drop_draws)
+    assert not torch.equal(model(x, draws), model(x, draws))
+    models.hornet.hornet_pico_7x7(drop_block_rate=None, global_pool=None)
+
+
+@pytest.mark.parametrize("kwargs", [dict(drop_rate=1.0), dict(drop_block_rate=0.1), dict(global_pool="max"),
+                                    dict(output_stride=8)])
+def test_other_values_are_refused_by_name(kwargs):
+    (name, value), = kwargs.items()
+    with pytest.raises(ValueError, match=f"{name} {value!r}"):
+        timm.create_model("hornet_pico_7x7", **kwargs)
+
+
+def test_without_pooling_there_is_an_output_at_each_position():
+    model, x = network(), torch.randn(2, 3, 64, 96)
+    pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+    maps = timm.create_model("hornet_pico_gf", global_pool="")
+    assert maps(x).shape == (2, 1000, 2, 3)
+    model.reset_classifier(0, "")
+    out = model(x)
+    assert out.shape == (2, 64, 2, 3) and pooled.shape == (2, 64)
+    model.reset_classifier(4, "avg")
+    assert model(x).shape == (2, 4) and model.num_classes == 4
+    model.reset_classifier(0)
+    assert model(x).shape == (2, 64) == timm.create_model("hornet_pico_7x7", num_classes=0)(x).shape
+    with pytest.raises(ValueError, match="'max'"):
+        model.reset_classifier(4, "max")
+
+
+def test_half_precision_calls_every_layer():
+    model = network().half()
+    x = torch.randn(1, 3, 32, 32).half()
+    assert sorted(fired(model, called(model), x)) == sorted(name for name, _ in called(model))

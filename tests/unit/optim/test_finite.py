@@ -1,0 +1,51 @@
+"""What follows a non-finite update, the loss scale, and the place where a non-finite number came from."""
+import copy
+
+import torch
+
+from optim.finite import NonfinitePolicy, diagnose
+from optim.update import LossScale
+from tests.kits.toy import Toy
+
+
+def test_policy_gives_up():
+    policy = NonfinitePolicy("skip", in_a_row=3, give_up_after=2)
+    answers = [policy.decide(False) for _ in range(9)]
+    assert answers == ["skip", "skip", "rollback", "skip", "skip", "rollback", "skip", "skip", "stop"]
+    policy = NonfinitePolicy("skip", in_a_row=3, give_up_after=2)
+    answers = [policy.decide(number % 2 == 0) for number in range(50)]
+    assert answers[:41].count("skip") == 20 and "stop" not in answers[:41] and answers[41] == "stop"
+
+
+def test_scale_overflows_are_not_held_against_the_run():
+    policy = NonfinitePolicy("skip")
+    assert [policy.decide(False, overflow=True) for _ in range(20)] == ["go"] * 20
+    scale = LossScale(torch.device("cpu"), enabled=True)
+    for _ in range(3):
+        scale.update(torch.tensor(False))
+    assert scale.scale == 8192
+    restored = LossScale(torch.device("cpu"), enabled=True)
+    restored.load_state_dict(scale.state_dict())
+    for _ in range(restored.interval):
+        restored.update(torch.tensor(True))
+    assert restored.scale == 16384
+    torch_own = torch.amp.GradScaler("cpu")
+    torch_own.load_state_dict(scale.state_dict())
+    assert torch_own.get_scale() == 8192
+
+
+def test_diagnosis_changes_nothing_and_finds_gradients_and_weights():
+    model = Toy()
+    images = torch.randn(4, 3, 6, 6)
+    before = copy.deepcopy(model.state_dict())
+    clean = diagnose(model, lambda: model(images).sum())
+    assert not clean["reproduced"] and clean["first_module"] == "" and clean["parameters"] == []
+    assert all(p.grad is None for p in model.parameters())
+    bad = diagnose(model, lambda: (model(images) * 0).abs().sqrt().sum())
+    assert bad["reproduced"] and bad["parameters"][0].startswith("head.")
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        model.branch.weight[0, 0] = float("nan")
+    broken = diagnose(model, lambda: model(images).sum())
+    assert broken["first_module"] == "branch" and broken["parameters"] == ["branch.weight"]
+    assert not any(module._forward_hooks for module in model.modules())

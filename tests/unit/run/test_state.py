@@ -1,0 +1,107 @@
+"""What a checkpoint holds: formats, odd entries, whose run it is, where a run stands."""
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.errors import UserError
+from run.checkpoint import load
+from run.state import (
+    FORMAT,
+    TABLE,
+    Best,
+    DataIdentity,
+    Environment,
+    Position,
+    check_resumable,
+    check_same_run,
+    collect,
+    finished,
+    restore,
+    upgrade,
+)
+
+STORED = Path(__file__).parents[2] / "data" / "checkpoints"
+GOOD = {"format": FORMAT, "model": {}, "optimizer": {"state": {}, "param_groups": [{"params": [0]}]}, "epoch": 3}
+
+
+def code_of(call, *args, **named) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*args, **named)
+    return caught.value.code
+
+
+def parts():
+    return {"position": Position(10, 2, 35, [1.0] * 6), "best": Best(71.5, 1), "data": DataIdentity(8, 100, ["a", "b"]),
+            "environment": Environment({"lr": 0.1}, {"kernels": "plain"}, torch.get_num_threads(), "abc")}
+
+
+def test_parts_of_plain_values_come_back():
+    with pytest.raises(KeyError):
+        collect(parts())  # model, optimizer, ... are missing
+    one = parts()
+    state = {name: value for part in ("position", "data", "environment") for name, value in one[part].state_dict().items()}
+    state["best"] = one["best"].state_dict()
+    other = {"position": Position(10), "best": Best(), "data": DataIdentity(8, 101, ["a", "b"]),
+             "environment": parts()["environment"]}
+    restore(state, other)
+    assert other["position"] == one["position"] and other["best"] == one["best"] and other["data"].images_before == 100
+
+
+def test_stored_files_of_every_format_stay_readable():
+    published, own = load(STORED / "format1.pth").state, load(STORED / "format2.pth").state
+    for state in (published, own):
+        check_resumable(state, "stored")
+        assert torch.equal(state["model"]["head.weight"], torch.arange(6.0).view(2, 3)) and state["epoch"] == 3
+        assert state["args"]["model"] == "hornet_tiny_7x7" and state["optimizer"]["param_groups"][0]["lr"] == 1e-3
+        assert set(TABLE) <= set(state)
+    assert published["format"] == 1 and published["best"] is None and published["update"] is None
+    assert own["format"] == 2 and own["update"] == 40 and own["best"]["acc1"] == 71.5
+    assert upgrade({**GOOD, "format": 2, "pictures": 7}, "")["images"] == 7
+
+
+def test_published_best_files_and_odd_files(tmp_path):
+    path = tmp_path / "checkpoint-best.pth"
+    torch.save({"model": {"w": torch.ones(1)}, "optimizer": {}, "epoch": "best", "scaler": {}, "args": None}, path)
+    old = load(path).state
+    assert old["epoch"] is None and old["args"] is None
+    assert code_of(check_resumable, old, path) == "not_resumable"
+    for odd in ({"format": FORMAT + 1, "model": {}}, {"format": "x"}, [1]):
+        torch.save(odd, path)
+        assert code_of(load, path) == "invalid_checkpoint"
+
+
+@pytest.mark.parametrize("name, value", [
+    ("model", [1]), ("model_ema", [1]), ("model_ema", {"w": 1}), ("optimizer", {}), ("epoch", -2), ("update", "x"),
+    ("optimizer", {"state": {0: 1}, "param_groups": []}), ("optimizer", {"state": {}, "param_groups": [{"params": [[]]}]}),
+    ("scaler", {"scale": 1.0}), ("policy", {"row": None}), ("policy", {"row": -1}), ("best", {"acc1": "x"}),
+    ("sums", [None, "x"]), ("images", 0), ("classes", [1]), ("args", []), ("code_paths", {"a": 1}), ("threads", -1),
+    ("version", 3), ("global_batch", 0)])
+def test_an_odd_entry_is_refused_by_name(name, value):
+    check_resumable(GOOD, "c.pth")
+    with pytest.raises(UserError, match=f"entry {name} ") as caught:
+        check_resumable(GOOD | {name: value}, "c.pth")
+    assert caught.value.code == "invalid_checkpoint"
+
+
+def test_another_run_in_the_folder_is_named():
+    args = {"model": "hornet_tiny_7x7", "lr": 4e-3, "epochs": 300, "opt_betas": [0.9, 0.99], "num_workers": 10}
+    there = {"args": args}
+    same = args | {"epochs": 400, "num_workers": 2, "opt_betas": (0.9, 0.99)}
+    assert check_same_run(there, same, "c.pth") == []
+    assert code_of(check_same_run, there, same | {"lr": 1e-3}, "c.pth") == "other_run"
+    assert check_same_run(there, same | {"lr": 1e-3}, "c.pth", explicit=True) == ["lr 0.004 there, 0.001 here"]
+    assert code_of(check_same_run, there, same | {"model": "hornet_base_gf"}, "c.pth", explicit=True) == "other_run"
+    assert finished({"epoch": 299}, 300) and not finished({"epoch": 298}, 300) and not finished({"epoch": None}, 1)
+
+
+@pytest.mark.parametrize("epoch, update, sums, stands", [
+    (1, 20, None, (2, 0)), (1, 25, [0.0] * 6, (2, 5)), (1, 30, [0.0] * 6, (2, 10)), (1, None, None, (2, 0)),
+    (1, 30, None, None), (1, 31, [0.0] * 6, None), (1, 19, None, None)])
+def test_a_position_lies_in_the_epoch_after_the_last_one_finished(epoch, update, sums, stands):
+    position, state = Position(10), {"epoch": epoch, "update": update, "sums": sums}
+    if stands is None:
+        assert code_of(position.load_state_dict, state) == "other_run"
+    else:
+        position.load_state_dict(state)
+        assert (position.begun, position.update_in_epoch) == stands

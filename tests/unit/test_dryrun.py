@@ -1,0 +1,199 @@
+"""`--dry_run true` tries everything, names what is wrong in one sentence, and leaves nothing behind."""
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import dryrun
+import models  # noqa: F401  registers the architectures
+from common.errors import UserError
+from datasets.sampler import spread_over_classes
+from dryrun import DryRun, Trial, digest
+from main import main
+from tests.kits.docs import ROOT
+from tests.kits.processes import environment
+from training import Trainer
+
+QUICK = ["--model", "hornet_pico_7x7", "--input_size", "32", "--num_workers", "0", "--device", "cpu"]
+TRAIN = ("--batch_size", "2", "--epochs", "3", "--warmup_epochs", "0")
+
+
+def write_images(root, classes, per_class):
+    draw = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for number in range(classes):
+            folder = root / part / f"class{number:03d}"
+            folder.mkdir(parents=True)
+            for image in range(per_class):
+                Image.fromarray(draw.integers(0, 256, (36, 40, 3), dtype=np.uint8)).save(folder / f"{image}.JPEG")
+    return root
+
+
+@pytest.fixture(scope="module")
+def two_classes(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("two"), 2, 5)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """`run(data, *flags)` gives (exit code, the console's words on one line) of main.py in this process."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def started(data, *flags):
+        code = main([*QUICK, "--data_path", str(data), *flags])
+        shown = capfd.readouterr()
+        assert "Traceback" not in shown.err
+        return code, " ".join((shown.out + shown.err).split())
+    return started
+
+
+def test_a_training_is_tried_and_leaves_no_trace(two_classes, tmp_path, run):
+    above = tmp_path / "runs"
+    above.mkdir()
+    code, text = run(two_classes, *TRAIN, "--update_freq", "2", "--model_ema", "true", "--model_ema_eval", "true",
+                     "--output_dir", str(above / "mine"), "--dry_run", "true")
+    assert code == 0, text
+    assert list(above.iterdir()) == []
+    for words in ("train: 10 images in 2 of 2 classes", "2 updates of 4 images", "read and restored", "img/s",
+                  "% of the time;", "3 epochs would take", "checkpoints take", "the averaged weights will lag behind",
+                  "All is well"):
+        assert words in text
+
+
+def test_a_run_folder_is_read_and_not_changed(two_classes, tmp_path, run):
+    folder = tmp_path / "run"
+    start = (two_classes, *TRAIN, "--output_dir", str(folder))
+    assert run(*start, "--epochs", "1")[0] == 0
+
+    def seen():
+        return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in [folder, *folder.rglob("*")]}
+    before = seen()
+    code, text = run(*start, "--dry_run", "true")
+    assert code == 0 and f"a start would resume {folder}" in text and "5 updates of 2" in text, text
+    code, text = run(*start, "--epochs", "1", "--dry_run", "true")
+    assert code == 0 and f"only evaluate {folder}" in text, text
+    code, text = run(*start, "--lr", "1e-4", "--dry_run", "true")
+    assert code == 2 and "lr 0.004" in text
+    code, text = run(two_classes, "--eval", "true", "--output_dir", str(folder), "--dry_run", "true")
+    assert code == 0 and "of 10 sampled images correct" in text and "10 images would take" in text, text
+    assert seen() == before
+
+
+@pytest.mark.parametrize("flags, word", [
+    (("--data_path", "/nowhere"), "/nowhere/train"),
+    (("--batch_size", "64"), "--batch_size"),
+    (("--output_dir", str(ROOT / "main.py" / "run")), "main.py"),
+    (("--eval", "true"), "--resume"),
+    (("--resume", str(ROOT / "README.md")), "README.md"),
+    (("--lr", "1e30", "--min_lr", "1e30", "--clip_grad", "none"), "--lr"),
+])
+def test_what_is_wrong_is_one_sentence_and_exit_code_2(two_classes, run, flags, word):
+    code, text = run(two_classes, *TRAIN, *flags, "--dry_run", "true")
+    assert code == 2 and word in text and "All is well" not in text, text
+
+
+def test_unreadable_images_are_named_and_are_a_problem_for_an_evaluation_alone(two_classes, tmp_path, run):
+    data, folder = shutil.copytree(two_classes, tmp_path / "data"), tmp_path / "run"
+    (data / "train" / "class000" / "1.JPEG").write_bytes(b"not an image")
+    (data / "val" / "class001" / "2.JPEG").write_bytes(b"")
+    code, text = run(data, *TRAIN, "--dry_run", "true")
+    assert code == 0 and "train/class000/1.JPEG" in text and "val/class001/2.JPEG" in text, text
+    code, text = run(data, *TRAIN, "--epochs", "1", "--output_dir", str(folder))
+    assert code == 0 and text.index("unreadable: ") < text.index("epoch 1/1"), text  # the short form of every start
+    code, text = run(data, "--eval", "true", "--output_dir", str(folder), "--dry_run", "true")
+    assert code == 2 and "val/class001/2.JPEG cannot be read" in text and "--allow_bad_images" in text, text
+    code, text = run(data, "--eval", "true", "--output_dir", str(folder), "--dry_run", "true", "--allow_bad_images", "true")
+    assert code == 0, text
+
+
+def test_a_large_model_on_a_cpu_is_built_on_meta_only(two_classes, run):
+    code, text = run(two_classes, *TRAIN, "--model", "hornet_large_7x7", "--dry_run", "true")
+    assert code == 0 and "none: nothing more is tried on a CPU" in text and "gradient norm" not in text, text
+
+
+def test_two_processes(two_classes, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py", *QUICK,
+               "--data_path", str(two_classes), *TRAIN, "--index_cache", str(tmp_path), "--dry_run", "true"]
+    ended = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert "2 on cpu" in " ".join(ended.stderr.split())
+    assert ended.stderr.count("All is well") == 1
+
+
+def test_a_restore_that_leaves_something_out_is_found(two_classes, run, monkeypatch):
+    monkeypatch.setattr(Trainer, "load_state_dict", lambda self, state: None)
+    code, text = run(two_classes, *TRAIN, "--dry_run", "true")
+    assert code == 2 and "model differs after saving" in text, text
+
+
+def test_a_disk_that_is_too_small_is_a_problem(two_classes, tmp_path, run, monkeypatch):
+    monkeypatch.setattr(dryrun, "free_space", lambda folder: 10 ** 6)
+    code, text = run(two_classes, *TRAIN, "--output_dir", str(tmp_path / "run"), "--dry_run", "true")
+    assert code == 2 and "1.0 MB" in text and "--save_ckpt_num" in text, text
+
+
+# ---------------------------------------------------------------------------------------- weights that know nothing
+
+@pytest.fixture(scope="module")
+def hundred_classes(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("hundred"), 100, 1)
+
+
+@pytest.fixture(scope="module")
+def constant_answer(tmp_path_factory):
+    """A checkpoint for 100 classes that always names the first: 1 % correct."""
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    network = timm.create_model("hornet_pico_7x7", num_classes=100)
+    network.head.bias.data[0] = 1e4
+    torch.save({"model": network.state_dict()}, path)
+    return path
+
+
+def test_weights_that_know_nothing_end_a_fine_tuning_and_warn_an_evaluation(hundred_classes, constant_answer, run):
+    start = (hundred_classes, *TRAIN, "--finetune", str(constant_answer), "--batch_size", "50", "--epochs", "1")
+    code, text = run(*start)
+    assert code == 2 and "only 1 of 100 images correct (1.0 %, chance is 1 %)" in text, text
+    code, text = run(*start, "--allow_partial", "true", "--dry_run", "true")
+    assert code == 0, text
+    code, text = run(hundred_classes, "--eval", "true", "--resume", str(constant_answer), "--dry_run", "true")
+    assert code == 0 and "warning: the loaded weights get only 1 of 100" in text, text
+
+
+# -------------------------------------------------------------------------------------------------- the pure pieces
+
+def test_a_sample_is_spread_over_the_classes():
+    targets = np.repeat(np.arange(20), np.arange(1, 21) * 5)
+    chosen = spread_over_classes(targets, 60)
+    assert np.bincount(targets[chosen]).tolist() == [3] * 20 and len(set(chosen.tolist())) == 60
+    assert len(spread_over_classes(targets, 10 ** 6)) == len(targets)
+
+
+def test_the_pace_leaves_out_the_first_update_and_the_waiting():
+    trial = Trial(None, None)
+    trial.seen = [(5.0, 4.0, 1.0)]
+    assert trial.pace(10) == (10.0, 0.8)  # alone it counts
+    trial.seen += [(6.0, 4.5, 1.0), (7.0, 5.0, 1.0)]
+    assert trial.pace(10) == (20.0, 0.5)
+
+
+def test_a_digest_sees_every_bit():
+    state = {"a": torch.tensor([0.0, float("nan")]), "b": [1, {"c": 2.5}], "d": torch.tensor(1)}
+    assert digest(state) == digest({**state, "a": state["a"].clone()})
+    for other in ({"a": torch.tensor([-0.0, float("nan")])}, {"b": [1, {"c": 2.4}]}, {"d": torch.tensor(2)}):
+        assert digest({**state, **other}) != digest(state)
+
+
+def test_the_table_ends_with_the_first_problem():
+    run = DryRun(SimpleNamespace(device=torch.device("cpu")), None)
+    run.end()
+    run.problems("a", ["first is wrong."])
+    run.problems("b", ["second is wrong."])
+    with pytest.raises(UserError) as error:
+        run.end()
+    assert error.value.code == "dry_run" and str(error.value).startswith("first is wrong. (1 more")
