@@ -260,8 +260,8 @@ def low_score(hits: int, images: int, classes: int, weights: str = "model") -> s
     other = "model" if weights == "model_ema" else "ema"
     return (f"the loaded weights get only {hits} of {images} images correct ({100 * hits / images:.1f} %, "
             f"chance is {100 / classes:.2g} %); likely causes: another order of the classes than the "
-            "folders have, another normalisation (--imagenet_default_mean_and_std), or the other entry of the "
-            f"file (try --weights {other}).")
+            "folders have, another normalisation (--imagenet_default_mean_and_std), or the other entry of "
+            f"the file (try --weights {other}).")
 
 
 # ------------------------------------------------------------------------------------- results
