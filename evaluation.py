@@ -184,7 +184,7 @@ def companion(options: Options, classes: list[str] | None) -> Subset | None:
         return None
     subset = recognise_folder(options.eval_data_path or str(Path(options.data_path or "") / "val"))
     if subset and subset.columns:
-        logger.info("%s: judged among its %d classes alone", subset.name, len(subset.columns))
+        logger.info("%s: evaluated among its %d classes alone", subset.name, len(subset.columns))
     return subset
 
 
@@ -328,5 +328,5 @@ def _log(results: list[dict], options: Options) -> None:
         sys.stdout.write(summary_line(result) + "\n")
     sys.stdout.flush()
     if options.check and "verdict" not in results[0]:
-        logger.warning("--check true: nothing to compare with; a verdict takes a published model with all "
+        logger.warning("--check true has nothing to compare with: a verdict needs a published model with all "
                        "its classes at its own input size on ImageNet's validation set")

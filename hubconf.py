@@ -4,5 +4,5 @@ Keyword arguments are those of `timm.create_model`; `pretrained=True` fetches th
 """
 from models import hornet as _hornet
 
-dependencies = ["torch", "timm"]
+dependencies = ["torch", "torchvision", "timm"]
 globals().update({name: getattr(_hornet, name) for name in _hornet.CONFIGS})

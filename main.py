@@ -55,7 +55,7 @@ def _run(resolved: Resolved) -> int:
     options = resolved.options
     check_model(options.model, MODEL_NAMES)
     if options.print_config:
-        sys.stdout.write(resolved.describe() + "\n")
+        sys.stdout.write(resolved.to_yaml())
         return ExitCode.DONE
     _allow_open_files(options)
     with start(options.device, options.rendezvous_timeout) as process:

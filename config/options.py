@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from common.errors import UserError
-from common.text import listed, plain, quote
+from common.text import listed, plain
 
 Scalar = bool | int | float | str
 Value = Scalar | tuple[Scalar, ...] | None
 T = TypeVar("T")
-_TRUE, _FALSE = {"true", "yes", "y", "t", "1", "on"}, {"false", "no", "n", "f", "0", "off"}
-_NONE = {"none", "null", "~"}
+_SWITCH = {word: value for words, value in (("true yes y t 1 on", True), ("false no n f 0 off", False))
+           for word in words.split()}
 
 
 @dataclass(frozen=True)
@@ -222,57 +222,41 @@ class Option:
 
         Raises: UserError (`invalid_value`) for a wrong type or number of values, NaN, out of range.
         """
-        if any("\0" in text for text in texts):
-            raise UserError(f"{label} holds a NUL character; remove it.", code="invalid_value")
-        if self.element is str and any(map(_too_long, texts)):
-            raise UserError(f"{label} {quote(' '.join(texts))} is longer than the names of files can be (255 "
-                            "bytes); shorten it.", code="invalid_value")
-        empty = _NONE | ({""} if self.several else set())
-        if (self.optional or self.several) and len(texts) == 1 and texts[0].strip().lower() in empty:
-            value: Value = None if self.optional else ()
-        elif self.several:
-            value = tuple(self._scalar(text, label) for text in texts)
-        elif len(texts) != 1:
-            raise UserError(f"{label} takes one value, {len(texts)} were given: {quote(' '.join(texts))}.",
-                            code="invalid_value")
-        else:
-            value = self._scalar(texts[0], label)
-        if value is not None and not (_finite(value) and (self.accepts is None or self.accepts.test(value))):
-            raise UserError(f"{label} {plain(' '.join(texts))} is out of range; it takes {self._accepted()}.",
-                            code="invalid_value")
+        try:
+            return self._value(texts)
+        except (KeyError, ValueError):
+            shown = plain(" ".join(texts)) or "''"
+            raise UserError(f"{label} {shown} is not accepted; it takes {self._accepted()}.",
+                            code="invalid_value") from None
+
+    def _value(self, texts: list[str]) -> Value:
+        empty = ("none", "null", "~", "") if self.several else ("none", "null", "~")
+        if (self.optional or self.several) and " ".join(texts).strip().lower() in empty:
+            return None if self.optional else ()
+        values = tuple(map(self._scalar, texts))
+        value = values if self.several else values[0]
+        if (len(values) > 1 and not self.several or self.accepts is not None and not self.accepts.test(value)
+                or any(isinstance(v, float) and not math.isfinite(v) for v in values)):
+            raise ValueError
         return value
 
-    def _scalar(self, text: str, label: str) -> Scalar:
-        if self.element is str:  # the shell leaves the tilde alone in --name=~/folder, and so does YAML
-            return os.path.expanduser(text) if text.startswith("~/") else text
-        word = text.strip()
-        try:
-            if self.element is not bool:
-                return self.element(word)
-        except ValueError:
-            pass
-        else:
-            if word.lower() in _TRUE | _FALSE:
-                return word.lower() in _TRUE
-        raise UserError(f"{label} {quote(text)} is not accepted; it takes {self._accepted()}.",
-                        code="invalid_value")
+    def _scalar(self, text: str) -> Scalar:
+        if self.element is not str:
+            word = text.strip().lower()
+            return _SWITCH[word] if self.element is bool else self.element(word)
+        # No file system takes longer names; they would fail at any of a hundred places.
+        longest = max(len(part.encode(errors="replace")) for part in text.split("/"))
+        if "\0" in text or "://" not in text and (longest > 255 or len(text) > 4000):
+            raise ValueError
+        # The shell leaves the tilde alone in --name=~/folder, and so does YAML.
+        return os.path.expanduser(text) if text.startswith("~/") else text
 
     def _accepted(self) -> str:
-        words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[self.element]
+        words = {bool: "true or false", int: "a whole number", float: "a number",
+                 str: "text, with names of at most 255 bytes"}[self.element]
         if self.accepts is not None:
             words = self.accepts.words if self.element is str else f"{words} {self.accepts.words}"
         return words + (", or none" if self.optional and "none" not in words else "")
-
-
-def _finite(value: Value) -> bool:
-    values = value if isinstance(value, tuple) else (value,)
-    return all(not isinstance(v, float) or math.isfinite(v) for v in values)
-
-
-def _too_long(text: str) -> bool:
-    """No file system takes it as a path; it would fail at any of a hundred places."""
-    longest = max(len(part.encode(errors="replace")) for part in text.split("/"))
-    return "://" not in text and (longest > 255 or len(text) > 4000)
 
 
 def _table() -> dict[str, Option]:

@@ -1,4 +1,4 @@
-"""The data of a run from its options: what is where, which classes, which labels; a look at a sample of it."""
+"""The data of a run from its options: what is where, which classes and labels; a look at a sample of it."""
 import os
 import time
 from dataclasses import dataclass, field
@@ -12,11 +12,11 @@ from common.random import numpy_generator
 from common.synsets import imagenet_synsets
 from common.text import plural, printable
 from config.options import Options
-from datasets import labels as label_maps
 from datasets.cifar import read_cifar
 from datasets.dataset import ImageDataset, ImageLoader, make_loader
 from datasets.folders import class_folders
 from datasets.images import BadImage
+from datasets.labels import classes_of, map_folders, read_val_labels
 from datasets.readers import IndexCache, Reader, open_reader
 from datasets.sample import ensure_sample
 from datasets.sampler import ExactEvalSampler, GlobalBatchSampler
@@ -38,10 +38,13 @@ class Data:
         return len(self.class_names)
 
     def describe(self) -> dict[str, object]:
-        """Plain values for data.json in a run folder: classes, images per class and notes."""
-        return {"classes": self.class_names, "notes": self.notes} | {part: {
-            "images": len(dataset), "per_class": np.bincount(dataset.targets, minlength=self.num_classes).tolist(),
-            "left_out": dataset.reader.left_out} for part, dataset in (("train", self.train), ("val", self.val)) if dataset}
+        """Plain values for data.json in a run folder: classes, images per class, files left out, and notes."""
+        found: dict[str, object] = {"classes": self.class_names, "notes": self.notes}
+        for part, dataset in (("train", self.train), ("val", self.val)):
+            if dataset is not None:
+                counts = np.bincount(dataset.targets, minlength=self.num_classes).tolist()
+                found[part] = {"images": len(dataset), "per_class": counts, "left_out": dataset.reader.left_out}
+        return found
 
 
 @dataclass(frozen=True)
@@ -66,106 +69,89 @@ def build_data(options: Options, *, train: bool, evaluate: bool, class_names: li
     if options.data_set == "SAMPLE":
         ensure_sample(options.data_path)
     cache = IndexCache(options.index_cache, options.reindex, rank_zero)
-    splits = [_train_split(options, cache)] if train else []
-    splits += [_val_split(options, cache)] if evaluate else []
+    splits = [_split(options, part, cache) for part, wanted in (("train", train), ("val", evaluate)) if wanted]
     notes: list[str] = []
     names = class_names
     if names is None:
-        found = label_maps.classes_of(
-            _deciding_classes(options, splits[0]), options.nb_classes, evaluating=not train,
-            imagenet_layout=options.data_set in ("IMNET", "SAMPLE"), allow_mismatch=options.allow_class_mismatch)
+        found = classes_of(_deciding_classes(options, splits[0]), options.nb_classes, evaluating=not train,
+                           imagenet_layout=options.data_set in ("IMNET", "SAMPLE"),
+                           allow_mismatch=options.allow_class_mismatch)
         names, notes = found.names, found.notes
     built = {split.part: _dataset(options, split, names, notes) for split in splits}
     return Data(built.get("train"), built.get("val"), list(names), notes)
 
 
-def _train_split(options: Options, cache: IndexCache) -> _Split:
+def _split(options: Options, part: str, cache: IndexCache) -> _Split:
+    root, training = _root(options, part), part == "train"
     if options.data_set == "CIFAR":
-        reader: Reader = read_cifar(options.data_path, options.nb_classes or 100, train=True)
-        return _Split("train", reader, reader.labels, reader.classes)
-    reader = open_reader(_roots(options)[0], cache)
-    root = printable(reader.root)
-    if reader.classes == [""]:
-        raise UserError(f"{root} holds images but no class folders; sort them into one folder per class.",
-                        code="no_class_folders")
-    if options.data_set == "image_folder" and {"train", "val"} <= set(reader.classes):
-        raise UserError(f"{root} holds train/ and val/, which are no classes; with --data_set image_folder --data_path is "
-                        f"the train folder itself: give --data_path {root}/train --eval_data_path {root}/val, or "
-                        "--data_set IMNET.", code="no_class_folders")
-    empty = np.flatnonzero(np.bincount(reader.labels, minlength=len(reader.classes)) == 0)
-    if len(empty) and not options.allow_class_mismatch:
-        raise UserError(f"{plural(len(empty), 'class folder')} in {root} without an image, such as "
-                        f"{printable(reader.classes[empty[0]])}; remove them, or train all the same with "
-                        "--allow_class_mismatch true.", code="wrong_classes")
-    return _Split("train", reader, reader.labels, reader.classes)
-
-
-def _val_split(options: Options, cache: IndexCache) -> _Split:
-    if options.data_set == "CIFAR":
-        reader: Reader = read_cifar(options.eval_data_path or options.data_path, options.nb_classes or 100, train=False)
-        return _Split("val", reader, reader.labels, reader.classes)
-    root = _roots(options)[1]
-    if not root:
+        reader: Reader = read_cifar(root, options.nb_classes or 100, training)
+    elif root:
+        reader = open_reader(root, cache)
+    else:
         raise UserError("The evaluation images are not named; give --eval_data_path FOLDER with the validation "
                         "classes, or --disable_eval true.", code="missing_data")
-    reader = open_reader(root, cache)
+    shown = printable(reader.root)
     if reader.classes != [""]:
-        if options.val_labels:
-            logger.info("--val_labels has no effect: the images in %s lie in class folders.", printable(root))
-        return _Split("val", reader, reader.labels, reader.classes)
-    if not options.val_labels:
-        raise UserError(f"{printable(reader.root)} holds images but no class folders; give their classes with "
-                        "--val_labels FILE (a CSV of file name,synset, or the devkit's "
-                        "ILSVRC2012_validation_ground_truth.txt with meta.mat beside it), or sort them into one folder "
-                        "per class.", code="no_class_folders")
+        if options.data_set == "image_folder" and {"train", "val"} <= set(reader.classes):
+            raise UserError(f"{shown} holds train/ and val/, which are no classes; give --data_set IMNET, or --data_path "
+                            f"{shown}/train --eval_data_path {shown}/val.", code="no_class_folders")
+        if options.val_labels and not training:
+            logger.info("--val_labels has no effect: the images in %s lie in class folders.", shown)
+        return _Split(part, reader, reader.labels, reader.classes)
+    if training or not options.val_labels:
+        raise UserError(f"{shown} holds images but no class folders; sort them into one folder per class" + (
+            "." if training else ", or give their classes with --val_labels FILE (a CSV of file name,synset, or the "
+            "devkit's ILSVRC2012_validation_ground_truth.txt with meta.mat beside it)."), code="no_class_folders")
     file_names = [os.path.basename(reader.name(i)) for i in range(len(reader))]
-    classes, labels = np.unique(label_maps.read_val_labels(options.val_labels, file_names), return_inverse=True)
-    return _Split("val", reader, labels.astype(np.int32), classes.tolist(), "synset")
+    classes, labels = np.unique(read_val_labels(options.val_labels, file_names), return_inverse=True)
+    return _Split(part, reader, labels.astype(np.int32), classes.tolist(), "synset")
 
 
-def _roots(options: Options) -> tuple[str, str]:
-    """Train and val folder; '' for one that the options do not name."""
-    if options.data_set == "image_folder":
-        return options.data_path, options.eval_data_path or ""
-    below = options.data_path and os.path.join(options.data_path, "")
-    return below and below + "train", options.eval_data_path or (below and below + "val")
+def _root(options: Options, part: str) -> str:
+    """The folder of a split; '' for one that the options do not name."""
+    if part == "val" and (options.eval_data_path or options.data_set == "image_folder"):
+        return options.eval_data_path or ""
+    if not options.data_path or options.data_set in ("CIFAR", "image_folder"):
+        return options.data_path
+    return os.path.join(options.data_path, part)
 
 
 def _deciding_classes(options: Options, split: _Split) -> list[str]:
     """The class folders that decide: those of the train folder when there is one, trained on or not."""
-    root = _roots(options)[0]
-    if split.part == "val" and options.data_set != "CIFAR" and os.path.isdir(root):
-        return class_folders(root) or split.classes
-    return split.classes
+    root = _root(options, "train")
+    here = split.part == "val" and options.data_set != "CIFAR" and os.path.isdir(root)
+    return (class_folders(root) if here else []) or split.classes
 
 
 def _dataset(options: Options, split: _Split, names: list[str], notes: list[str]) -> ImageDataset:
     """The data set of a split with its logit positions; what a person should know is added to `notes`."""
-    part, reader = split.part, split.reader
-    mapped = label_maps.map_folders(
-        split.classes, names, partial=set(names) >= set(imagenet_synsets()), noun=split.noun,
-        allow_mismatch=options.allow_class_mismatch, what=f"the {part} data ({printable(reader.root)})")
+    part, reader, shown = split.part, split.reader, printable(split.reader.root)
+    empty = np.flatnonzero(np.bincount(split.labels, minlength=len(split.classes)) == 0)
+    if len(empty) and part == "train" and not options.allow_class_mismatch and options.data_set != "CIFAR":
+        raise UserError(f"{plural(len(empty), 'class folder')} in {shown} without an image, such as "
+                        f"{printable(split.classes[empty[0]])}; remove them, or train anyway with "
+                        "--allow_class_mismatch true.", code="wrong_classes")
+    mapped = map_folders(split.classes, names, partial=set(names) >= set(imagenet_synsets()), noun=split.noun,
+                         allow_mismatch=options.allow_class_mismatch, what=f"the {part} data ({shown})")
     targets = mapped[split.labels]
-    known = int((targets >= 0).sum())
-    found = len(np.unique(targets[targets >= 0]))
+    known, found = int((targets >= 0).sum()), len(np.unique(targets[targets >= 0]))
     if len(names) < 2 or (part == "train" and found < 2):
-        raise UserError(f"{printable(reader.root)} has images of one class only ({printable(split.classes[0])}), so any "
-                        "network would be correct without learning; give at least two class folders.", code="one_class")
+        raise UserError(f"{shown} has images of one class only ({printable(split.classes[0])}), so any network "
+                        "would be correct without learning; give at least two class folders.", code="one_class")
     if known < len(targets):
-        notes.append(f"{part}: {len(targets) - known} images of {split.noun}s without a class are left out")
+        notes.append(f"{part}: {len(targets) - known} images of {split.noun}s without a class are skipped")
     notes.append(f"{part}: {known} images in {found} of {len(names)} classes")
     if reader.left_out:
         types = sorted(reader.left_out.items(), key=lambda item: (-item[1], item[0]))
-        shown = ", ".join(f"{count} {printable(kind)}" for kind, count in types[:6]) + ", …" * (len(types) > 6)
-        notes.append(f"{part}: {plural(sum(reader.left_out.values()), 'file')} left out as no images: {shown}")
+        words = ", ".join(f"{count} {printable(kind)}" for kind, count in types[:6]) + ", …" * (len(types) > 6)
+        notes.append(f"{part}: {plural(sum(reader.left_out.values()), 'file')} skipped, as they are no images: {words}")
     if part == "val" and tuple(names) == imagenet_synsets() and len(targets) != 50_000:
         notes.append(f"val: {len(targets)} images, the ImageNet validation set has 50000")
-    size, exif = options.input_size, options.exif_orientation
-    if part == "train":
-        erasing = Erasing(options.reprob, options.recount) if options.reprob > 0 else None
-        return ImageDataset(reader, targets, train_transform(options), size, seed=options.seed, erasing=erasing,
-                            exif_orientation=exif)
-    return ImageDataset(reader, targets, eval_transform(size, options.crop_pct), size, exif_orientation=exif)
+    size, training = options.input_size, part == "train"
+    transform = train_transform(options) if training else eval_transform(size, options.crop_pct)
+    erasing = Erasing(options.reprob, options.recount) if training and options.reprob > 0 else None
+    return ImageDataset(reader, targets, transform, size, seed=options.seed, erasing=erasing,
+                        exif_orientation=options.exif_orientation)
 
 
 def train_loader(data: Data, options: Options, sampler: GlobalBatchSampler) -> ImageLoader:

@@ -1,4 +1,5 @@
 """The form of CIFAR-10 and CIFAR-100 as distributed (python version), read without executing their pickles."""
+import importlib
 import io
 import os
 import pickle
@@ -8,13 +9,15 @@ import numpy as np
 
 from common.errors import UserError
 from common.text import printable
-from datasets.images import BadImage, read_file
+from datasets.images import read_file
 
 _FILES = {  # classes: folder, train files, val files, names file, key of the names, key of the labels
     10: ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"], "batches.meta",
          "label_names", "labels"),
     100: ("cifar-100-python", ["train"], ["test"], "meta", "fine_label_names", "fine_labels")}
-_AGAIN = "unpack the python version of CIFAR there"
+_ALLOWED = {  # what pickles of arrays, numbers and bytes are made of; none of it does anything else
+    "numpy.core.multiarray": ("_reconstruct", "scalar"), "numpy.core.numeric": ("_frombuffer",),
+    "numpy": ("ndarray", "dtype"), "_codecs": ("encode",), "builtins": ("bytes", "bytearray")}
 
 
 class Cifar:
@@ -37,80 +40,44 @@ class Cifar:
 
 
 def read_cifar(root: str, num_classes: int, train: bool) -> Cifar:
-    """CIFAR-10 or -100 from `root`, or from its usual subfolder."""
+    """CIFAR-10 or -100 from `root`, or from its usual subfolder; UserError when a file is not what it should be."""
     if num_classes not in _FILES:
-        raise UserError(f"--data_set CIFAR has 10 or 100 classes, not --nb_classes {num_classes}.", code="wrong_classes")
+        raise UserError(f"--data_set CIFAR has 10 or 100 classes, not --nb_classes {num_classes}.",
+                        code="wrong_classes")
     subfolder, train_files, val_files, meta, names_key, labels_key = _FILES[num_classes]
     folder = os.path.join(root, subfolder) if os.path.isdir(os.path.join(root, subfolder)) else root
-    pixels, labels = [], []
-    for name in train_files if train else val_files:
-        path = os.path.join(folder, name)
-        content = read_arrays(path)
-        data, found = content.get("data"), np.asarray(content.get(labels_key))
-        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072 \
-                or found.shape != data.shape[:1] or not len(found) or found.dtype.kind not in "iu" \
-                or found.min() < 0 or found.max() >= num_classes:
-            raise _refused(path, f"it does not hold images and labels of CIFAR-{num_classes}")
-        pixels.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-        labels.append(found)
-    path = os.path.join(folder, meta)
-    listed = read_arrays(path).get(names_key)
-    classes = [name.decode() if isinstance(name, bytes) else str(name)
-               for name in (listed if isinstance(listed, list) else [])]
-    if len(set(classes)) != num_classes:
-        raise _refused(path, f"it does not name {num_classes} classes")
+    name, pixels, labels = "", [], []
+    try:
+        for name in train_files if train else val_files:
+            content = read_arrays(os.path.join(folder, name))
+            data, found = content["data"], np.asarray(content[labels_key], dtype=np.int32)
+            if data.dtype != np.uint8 or found.min() < 0 or found.max() >= num_classes or len(found) != len(data):
+                raise ValueError("its labels or pixels are out of range")
+            pixels.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+            labels.append(found)
+        name = meta
+        classes = [text.decode() if isinstance(text, bytes) else text
+                   for text in read_arrays(os.path.join(folder, meta))[names_key]]
+        if len(set(classes)) != num_classes:
+            raise ValueError(f"it does not name {num_classes} classes")
+    except Exception as error:  # A damaged or hostile pickle raises nearly anything; nothing of it has been executed.
+        raise UserError(f"{printable(os.path.join(folder, name))} is no file of CIFAR-{num_classes} ({error}); unpack "
+                        "the python version of CIFAR there.", code="unreadable_data") from error
     return Cifar(np.ascontiguousarray(np.concatenate(pixels)), np.concatenate(labels), classes,
                  os.path.join(folder, "train" if train else "test"))
 
 
-def read_arrays(path: str) -> dict[str, object]:
-    """The dictionary in a CIFAR file, pickled by Python 2 or 3, keys as text; UserError when it holds anything but
-    arrays and plain values."""
-    try:
-        content = _ArraysOnly(io.BytesIO(read_file(path)), encoding="bytes").load()
-        return {(name.decode() if isinstance(name, bytes) else name): value for name, value in content.items()}
-    except BadImage as error:
-        raise UserError(f"{printable(path)} cannot be read ({error}); {_AGAIN}.", code="missing_data") from error
-    except Exception as error:  # A damaged or hostile pickle raises nearly anything; nothing of it has been executed.
-        raise _refused(path, str(error)) from error
-
-
-def _refused(path: str, reason: str) -> UserError:
-    return UserError(f"{printable(path)} is not a CIFAR file ({reason}); {_AGAIN}.", code="unreadable_data")
+def read_arrays(path: str) -> dict:
+    """The dictionary in a CIFAR file, pickled by Python 2 or 3, keys as text."""
+    content = _ArraysOnly(io.BytesIO(read_file(path)), encoding="bytes").load()
+    return {(name.decode() if isinstance(name, bytes) else name): value for name, value in content.items()}
 
 
 class _ArraysOnly(pickle.Unpickler):
     """Accepts NumPy arrays and numbers beside plain containers and refuses every other global."""
 
     def find_class(self, module: str, name: str) -> Callable:
-        kind = (module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins"), name)
-        if kind not in _ALLOWED:
+        module = module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins")
+        if name not in _ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
-        return _ALLOWED[kind]
-
-
-def _array(kind: type, shape: tuple[int, ...], code: object) -> np.ndarray:
-    if kind is not np.ndarray or np.prod(shape) != 0:  # NumPy makes them empty and fills them by their state
-        raise pickle.UnpicklingError("only plain arrays are allowed")
-    return np.ndarray(shape, np.int8)
-
-
-def _array_of_buffer(buffer: bytes, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
-    return np.frombuffer(buffer, dtype=dtype).reshape(shape, order="F" if order == "F" else "C")
-
-
-def _number(dtype: np.dtype, content: bytes) -> object:
-    return np.frombuffer(content, dtype=dtype)[0]  # refuses objects
-
-
-def _bytes_of_text(text: str, encoding: str) -> bytes:
-    if encoding not in ("latin1", b"latin1"):
-        raise pickle.UnpicklingError(f"the encoding {encoding} is not allowed")
-    return text.encode("latin1")
-
-
-_ALLOWED: dict[tuple[str, str], Callable] = {
-    ("numpy.core.multiarray", "_reconstruct"): _array, ("numpy.core.multiarray", "scalar"): _number,
-    ("numpy.core.numeric", "_frombuffer"): _array_of_buffer, ("_codecs", "encode"): _bytes_of_text,
-    ("builtins", "bytes"): bytes, ("builtins", "bytearray"): bytearray,
-    ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
+        return getattr(importlib.import_module(module.replace("numpy.core", "numpy._core")), name)

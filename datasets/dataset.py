@@ -32,6 +32,11 @@ from datasets.transforms import Erasing, Transform
 UNREADABLE_TARGET = -100  # torch's cross entropy passes over it, and no prediction equals it
 _ATTEMPTS = 20
 _PATIENCE = 300  # seconds for one batch
+_SHORTAGES = {  # what an error of the loader means when the machine has run out of something other than memory
+    "Too many open files": "open files than `ulimit -n` allows",
+    "unable to allocate shared memory": "shared memory than /dev/shm has (docker run --shm-size 8g)",
+    "can't start new thread": "threads than `ulimit -u` or the container allows",
+    "Resource temporarily unavailable": "processes than `ulimit -u` or the container allows"}
 
 
 class Batch(NamedTuple):
@@ -178,6 +183,12 @@ class ImageLoader(DataLoader[Batch]):
             # multiprocessing ends what is left at exit by one SIGTERM, which workers let pass: end them before.
             atexit.register(_close, weakref.ref(self))
 
+    def take_bad(self) -> list[str]:
+        """The images that could not be read since the last call."""
+        paths = [self.dataset.path(index) for index in self.bad_images]
+        self.bad_images.clear()
+        return paths
+
     def close(self) -> None:
         """End the workers; a later iteration starts new ones."""
         iterator, self._iterator = self._iterator, None
@@ -203,10 +214,10 @@ class ImageLoader(DataLoader[Batch]):
                 yield batch
         except Exception as error:
             self.close()
-            sentence = _shortage(str(error)) if isinstance(error, (RuntimeError, OSError)) else None
-            if sentence is None:
-                raise
-            raise UserError(sentence, code="too_few_resources") from error
+            for words, what in _SHORTAGES.items():
+                if words in str(error):
+                    raise _too_few(what) from error
+            raise
 
     def _keep(self, batch: Batch) -> None:
         index, reason = batch.unreadable[-1]
@@ -229,22 +240,13 @@ def _need_descriptors(workers: int) -> None:
     needed = len(os.listdir("/dev/fd")) + 16 * workers + 32
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY and hard < needed:
-            raise UserError(str(_shortage("Too many open files")), code="too_few_resources")
+            raise _too_few(_SHORTAGES["Too many open files"])
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def _shortage(text: str) -> str | None:
-    """What an error of the loader means when the machine ran out of something other than memory; else None."""
-    for words, what in (
-            (("Too many open files", "received 0 items of ancdata"),
-             "more open files than `ulimit -n` allows: raise it (`ulimit -n 65536`) or lower --num_workers"),
-            (("unable to allocate shared memory", "No space left on device", "unable to write to file"),
-             "more shared memory than /dev/shm has: enlarge it (docker run --shm-size 8g) or lower --num_workers"),
-            (("can't start new thread", "Resource temporarily unavailable"),
-             "more processes or threads than `ulimit -u` or the container allows: raise that or lower --num_workers")):
-        if any(word in text for word in words):
-            return f"Loading images needs {what}."
-    return None
+def _too_few(what: str) -> UserError:
+    return UserError(f"Loading images needs more {what}: raise that, or lower --num_workers.",
+                     code="too_few_resources")
 
 
 def make_loader(dataset: ImageDataset, options: Options, batches: Iterable, *, refuse_bad: bool = False) -> ImageLoader:

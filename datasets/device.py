@@ -1,4 +1,4 @@
-"""The last steps before the network, on its device: normalise, erase, mix; all draws keyed by image or position."""
+"""The last steps before the network, on its device: normalise, erase, mix; all draws keyed by image or place."""
 from dataclasses import dataclass
 
 import numpy as np
@@ -6,19 +6,19 @@ import torch
 from timm.data.mixup import Mixup, cutmix_bbox_and_lam
 from torchvision import transforms
 
-from common.errors import UserError
 from common.random import key, seeded
 from config.options import ImageSettings, Options
+from config.rules import mixes
 from datasets.dataset import Batch
 
 GROUP = 64  # consecutive positions of an epoch that share one choice of mixing
-_PER_UNIT = {"batch": GROUP, "pair": 2, "elem": 1}
 
 
 class Normalise:
     """uint8 NHWC pixels → float32 NHWC, exactly ToTensor + Normalize, from a table of their 256 x 3 results."""
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device | str):
+    def __init__(self, settings: ImageSettings, device: torch.device | str):
+        mean, std = settings.mean, settings.std
         levels = torch.arange(256, dtype=torch.uint8)[:, None, None].expand(256, 1, 3).numpy()
         table = transforms.Normalize(mean, std)(transforms.ToTensor()(levels))[:, :, 0]
         self._table = table.reshape(-1).contiguous().to(device)  # 3 x 256
@@ -55,8 +55,8 @@ class TrainPrepare:
 
     def __init__(self, options: Options, num_classes: int, device: torch.device | str):
         self.device, self.seed, self.mode = torch.device(device), options.seed, options.remode
-        self.normalise = _normalise(options, device)
-        self.mixup = build_mixup(options, num_classes)
+        self.normalise = Normalise(ImageSettings.of(options), device)
+        self.mixup = GroupMixup(options, num_classes) if mixes(options) else None
         self._generator = torch.Generator(device=self.device)
 
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,16 +92,11 @@ class EvalPrepare:
 
     def __init__(self, options: Options, device: torch.device | str):
         self.device = torch.device(device)
-        self.normalise = _normalise(options, device)
+        self.normalise = Normalise(ImageSettings.of(options), device)
 
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         images = self.normalise(batch.images.to(self.device, non_blocking=True))
         return images.permute(0, 3, 1, 2), batch.targets.to(self.device, non_blocking=True)
-
-
-def _normalise(options: Options, device: torch.device | str) -> Normalise:
-    settings = ImageSettings.of(options)
-    return Normalise(settings.mean, settings.std, device)
 
 
 @dataclass(frozen=True)
@@ -112,34 +107,32 @@ class Run:
     start: int
     stop: int
     lam: float
-    box: tuple[int, int, int, int] | None
+    box: tuple[int, ...] | None
 
 
 class GroupMixup:
     """Mixup and CutMix of NHWC float batches whose choices belong to global positions, so that no split of a global
-    batch changes them; parameters as in timm's Mixup.
+    batch changes them; drawn as timm's Mixup draws them.
 
     One choice holds for a group of 64 consecutive positions of the epoch (mode 'batch'), for a pair or for one image
-    ('elem'), and position p is mixed with p xor 1. timm mixes each process's batch with its reverse instead: the same
-    distribution, but another result for every split.
+    ('elem'), and position p is mixed with p xor 1. timm mixes each process's batch with its reverse instead: the
+    same distribution, but another result for every split.
     """
 
-    def __init__(self, num_classes: int, seed: int, *, mixup: float = 0.8, cutmix: float = 1.0,
-                 cutmix_minmax: tuple[float, float] | None = None, prob: float = 1.0, switch_prob: float = 0.5,
-                 mode: str = "batch", smoothing: float = 0.1):
-        self.num_classes, self.seed, self.mode, self.smoothing = num_classes, seed, mode, smoothing
-        self._timm = Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, cutmix_minmax=cutmix_minmax or None, prob=prob,
-                           switch_prob=switch_prob, mode=mode, label_smoothing=smoothing, num_classes=num_classes)
+    def __init__(self, options: Options, num_classes: int):
+        self.num_classes, self.seed, self.smoothing = num_classes, options.seed, options.smoothing
+        self._size = {"batch": GROUP, "pair": 2, "elem": 1}[options.mixup_mode]
+        self._timm = Mixup(mixup_alpha=options.mixup, cutmix_alpha=options.cutmix, prob=options.mixup_prob,
+                           cutmix_minmax=options.cutmix_minmax or None, switch_prob=options.mixup_switch_prob)
 
     def choices(self, epoch: int, group: int, height: int, width: int) -> list[tuple[float, tuple | None]]:
         """(lam, box) of each unit of a group: one for 'batch', 32 for 'pair', 64 for 'elem'."""
-        units = GROUP // _PER_UNIT[self.mode]
         chosen = []
         with seeded(key(self.seed, "mix", epoch, group)):
-            if self.mode == "batch":
+            if self._size == GROUP:
                 lams, cuts = (np.atleast_1d(drawn) for drawn in self._timm._params_per_batch())
             else:
-                lams, cuts = self._timm._params_per_elem(units)
+                lams, cuts = self._timm._params_per_elem(GROUP // self._size)
             for lam, cut in zip(lams.tolist(), cuts.tolist(), strict=True):
                 box = None
                 if cut and lam != 1.0:
@@ -152,14 +145,12 @@ class GroupMixup:
         """The runs of a batch at consecutive global `positions`, which start even and are even in number."""
         first, count = int(positions[0]), len(positions)
         if first % 2 or count % 2 or int(positions[-1]) != first + count - 1:
-            raise UserError(f"Mixup pairs neighbours, so --batch_size must be even, not {count}; or switch it off with "
-                            "--mixup 0 --cutmix 0.", code="odd_batch")
-        size, runs, known = _PER_UNIT[self.mode], [], {}
-        start = 0
+            raise ValueError(f"mixing pairs neighbours: {count} positions from {first} on are no whole pairs")
+        runs, known, start = [], {}, 0
         while start < count:
-            group, unit = divmod(first + start, GROUP)
-            unit //= size
-            stop = min(count, group * GROUP + (unit + 1) * size - first)
+            group, place = divmod(first + start, GROUP)
+            unit = place // self._size
+            stop = min(count, group * GROUP + (unit + 1) * self._size - first)
             if group not in known:
                 known[group] = self.choices(epoch, group, height, width)
             runs.append(Run(start, stop, *known[group][unit]))
@@ -183,20 +174,7 @@ class GroupMixup:
             elif run.lam != 1.0:
                 mine.mul_(run.lam).add_(other.mul_(1.0 - run.lam))
         lam = torch.tensor([run.lam for run in runs for _ in range(run.stop - run.start)], dtype=torch.float32)
-        return images, self._soft(targets, lam.to(images.device, non_blocking=True)[:, None])
-
-    def _soft(self, targets: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
-        off = self.smoothing / self.num_classes
-        own = torch.full((len(targets), self.num_classes), off, dtype=torch.float32, device=targets.device)
+        lam, off = lam.to(images.device, non_blocking=True)[:, None], self.smoothing / self.num_classes
+        own = torch.full((count, self.num_classes), off, dtype=torch.float32, device=images.device)
         own.scatter_(1, targets[:, None], 1.0 - self.smoothing + off)
-        other = own.view(-1, 2, self.num_classes).flip(1).view_as(own)
-        return own * lam + other * (1.0 - lam)
-
-
-def build_mixup(options: Options, num_classes: int) -> GroupMixup | None:
-    """GroupMixup from the options, or None when mixup, cutmix and cutmix_minmax are all off."""
-    if not (options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax):
-        return None
-    return GroupMixup(num_classes, options.seed, mixup=options.mixup, cutmix=options.cutmix,
-                      cutmix_minmax=options.cutmix_minmax, prob=options.mixup_prob,
-                      switch_prob=options.mixup_switch_prob, mode=options.mixup_mode, smoothing=options.smoothing)
+        return images, own * lam + own.view(-1, 2, self.num_classes).flip(1).view_as(own) * (1.0 - lam)

@@ -1,11 +1,11 @@
 """The form of class folders: one folder per class, images anywhere below it."""
 import os
 from collections import Counter
+from collections.abc import Iterator
 
 from common.errors import UserError
-from common.log import logger
 from common.text import printable
-from datasets.images import is_image, read_file
+from datasets.images import extensions, is_image, read_file
 from datasets.readers import Index, IndexCache, no_images
 
 
@@ -17,8 +17,8 @@ def recognise(root: str) -> bool:
 def read(root: str, cache: IndexCache) -> "Folders":
     """The images below `root`: in class folders, or directly in it, where they form the one class ''.
 
-    Links are followed, loops are not; names starting with a dot are left out. Raises UserError when the folder cannot
-    be read or holds no images.
+    Links are followed, loops are not; names starting with a dot are left out. Raises UserError when the folder
+    cannot be read or holds no images.
     """
     return Folders(cache.index("folders", root, _scan))
 
@@ -34,7 +34,7 @@ class Folders:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        """Path of image `index`; bytes that are not UTF-8 as surrogates, as Python's own file functions have them."""
+        """Path of image `index`; bytes that are not UTF-8 as surrogates, as Python's file functions have them."""
         return os.path.join(self.root, self.classes[self.labels[index]], self.index.names[index])
 
     def encoded(self, index: int) -> bytes:
@@ -44,8 +44,13 @@ class Folders:
 
 def class_folders(root: str) -> list[str]:
     """The names of the folders directly in `root`, sorted as text; those starting with a dot are left out."""
-    with os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and is_folder(entry))
+    return [entry.name for entry in visible(root) if is_folder(entry)]
+
+
+def visible(folder: str) -> list[os.DirEntry]:
+    """What lies in `folder`, sorted by name, without names that start with a dot."""
+    with os.scandir(folder) as entries:
+        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
 
 
 def is_folder(entry: os.DirEntry) -> bool:
@@ -56,71 +61,46 @@ def is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
+def file_type(name: str) -> str:
+    """The ending of a file's name, as the count of files that are left out calls it."""
+    return os.path.splitext(name)[1].lower() or "without an ending"
+
+
 def _scan(root: str) -> Index:
-    walk = _Walk(root)
+    names: list[str] = []
+    labels: list[int] = []
+    seen: list[str] = []
+    left_out: Counter[str] = Counter()
     try:
         classes = class_folders(root)
         if classes:
-            walk.count_loose_files()
-        for name in classes or [""]:
-            walk.enter_class(name)
-        index = Index.of(root, classes=classes or [""], labels=walk.labels, names=walk.names, seen=walk.folders,
-                         left_out=dict(walk.left_out))
+            seen.append("")
+            left_out.update(f"{file_type(e.name)} beside the class folders" for e in visible(root) if not is_folder(e))
+        for number, name in enumerate(classes or [""]):
+            found = list(_walk(os.path.join(root, name), name, frozenset(), seen, left_out))
+            names += [path[len(name) + bool(name):] for path in found]
+            labels += [number] * len(found)
+        index = Index.of(root, classes=classes or [""], labels=labels, names=names, seen=seen, left_out=left_out)
     except OSError as error:
-        raise UserError(f"{printable(os.fsdecode(error.filename or root))} cannot be read ({error.strerror}); check the "
-                        "permissions of the data folder.", code="unreadable_data") from error
-    if not walk.names:
-        raise no_images(root, "class folders")
-    empty = sorted(set(range(len(classes))) - set(walk.labels))
-    if empty:
-        logger.warning("%s: %d class folders hold no image, the first is %s", printable(root), len(empty),
-                       printable(classes[empty[0]]))
+        raise UserError(f"{printable(os.fsdecode(error.filename or root))} cannot be read ({error.strerror}); "
+                        "check the permissions of the data folder.", code="unreadable_data") from error
+    if not names:
+        raise no_images(root, f"holds no images ({', '.join(extensions())}) in class folders; check the path")
     return index
 
 
-class _Walk:
-    """A walk through class folders, in sorted order: what it has found so far."""
-
-    def __init__(self, root: str):
-        self.root, self.number = root, -1
-        self.names: list[str] = []
-        self.labels: list[int] = []
-        self.folders = [""]
-        self.left_out: Counter[str] = Counter()
-
-    def count_loose_files(self) -> None:
-        """Files beside the class folders belong to no class."""
-        with os.scandir(self.root) as entries:
-            self.left_out.update(f"{_type(entry.name)} beside the class folders" for entry in entries
-                                 if not entry.name.startswith(".") and not is_folder(entry))
-
-    def enter_class(self, name: str) -> None:
-        self.number += 1
-        self._enter(os.path.join(self.root, name), name, "", frozenset())
-
-    def _enter(self, folder: str, top: str, below: str, above: frozenset[tuple[int, int]]) -> None:
-        """Take what lies in `folder`; `above` holds the folders on the way, so that a loop of links ends."""
-        status = os.stat(folder)
-        here = (status.st_dev, status.st_ino)
-        if here in above:
-            return
-        if top:
-            self.folders.append(os.path.join(top, below))
-        with os.scandir(folder) as entries:
-            entries = sorted(entries, key=lambda entry: entry.name)
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            # A link that leads nowhere stays in the index: evaluation must not pass over it in silence.
-            if is_folder(entry):
-                if top:
-                    self._enter(entry.path, top, os.path.join(below, entry.name), above | {here})
-            elif is_image(entry.name):
-                self.names.append(os.path.join(below, entry.name))
-                self.labels.append(self.number)
-            else:
-                self.left_out[_type(entry.name)] += 1
-
-
-def _type(name: str) -> str:
-    return os.path.splitext(name)[1].lower() or "without an ending"
+def _walk(folder: str, below: str, above: frozenset, seen: list[str], left_out: Counter[str]) -> Iterator[str]:
+    """The images in `folder` and its folders, as paths below the root; `above` ends a loop of links."""
+    status = os.stat(folder)
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    seen.append(below)
+    for entry in visible(folder):
+        path = os.path.join(below, entry.name)
+        if is_folder(entry):
+            yield from _walk(entry.path, path, above | {here}, seen, left_out)
+        elif is_image(entry.name):  # A link that leads nowhere too: evaluation must not pass over it in silence.
+            yield path
+        else:
+            left_out[file_type(entry.name)] += 1

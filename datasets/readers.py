@@ -1,6 +1,6 @@
 """Where images come from: what every form gives, the forms, and the flat index that is kept between starts.
 
-To add a form, write one module with `recognise(root) -> bool` and `read(root, cache) -> Reader`, and name it in FORMS.
+To add a form, write a module with `recognise(root) -> bool` and `read(root, cache) -> Reader`; name it in FORMS.
 """
 import hashlib
 import importlib
@@ -19,20 +19,19 @@ from common.errors import UserError
 from common.files import atomic_write
 from common.log import logger
 from common.text import printable
-from datasets.images import extensions
 
 FORMS = ("tars", "folders")  # modules of this package; the first that recognises a folder reads it
 
 _CACHE_FORMAT = 2
 _RACY_SECONDS = 2.0
-_ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
+_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 
 
 class Reader(Protocol):
     """Images of one split, in the order of class and name.
 
-    root: the folder, for messages · labels: int32 (N,), positions in `classes` (sorted as text) · left_out: how many
-    files of which type (`.txt`) are no images.
+    root: the folder, for messages · labels: int32 (N,), positions in `classes` (sorted as text) · left_out: how
+    many files of which type (`.txt`) are no images.
     """
 
     root: str
@@ -52,47 +51,36 @@ class Reader(Protocol):
 
 
 def open_reader(root: str, cache: "IndexCache") -> Reader:
-    """The images below `root` through the first form that recognises them; raises UserError when there are none."""
+    """The images below `root` through the first form that recognises them; UserError when there are none."""
+    root = os.path.abspath(root)
     for form in FORMS:
         module = importlib.import_module(f"datasets.{form}")
         if module.recognise(root):
-            return module.read(os.path.abspath(root), cache)
-    raise UserError(f"There is no folder {printable(os.path.abspath(root))}; --data_path must hold train/ and val/ with "
-                    "one folder per class (with --data_set image_folder it is the train folder itself)"
-                    f"{_archive_beside(os.path.abspath(root))}.", code="missing_data")
+            return module.read(root, cache)
+    raise no_images(root, "does not exist; --data_path must hold train/ and val/ with one folder per class (with "
+                          "--data_set image_folder it is the train folder itself)")
 
 
-def no_images(root: str, where: str) -> UserError:
-    """The error for a folder without images, with a hint where it holds archives that are not read."""
-    packed = sorted(name for name in os.listdir(root) if name.endswith(_ARCHIVES) and not name.startswith("."))
-    hint = f"{printable(packed[0])} is compressed: unpack it there, or store it as plain .tar" if packed else "check the path"
-    return UserError(f"{printable(root)} holds no images ({', '.join(extensions())}) in {where}; {hint}.",
-                     code="missing_data")
-
-
-def _archive_beside(root: str) -> str:
-    name = os.path.basename(root)
-    if os.path.isfile(f"{root}.tar"):
-        return f"; {name}.tar lies beside it: make the folder {name}/ and move the tar into it, where it is read"
-    packed = [name + ending for ending in _ARCHIVES if os.path.isfile(root + ending)]
-    return f"; {packed[0]} lies beside it: unpack it" if packed else ""
+def no_images(root: str, problem: str) -> UserError:
+    """The error for a folder without images, with a hint where an archive lies in it or beside it."""
+    names = sorted(os.listdir(root)) if os.path.isdir(root) else []
+    names += [os.path.basename(root) + ending for ending in _ARCHIVES if os.path.isfile(root + ending)]
+    found = [name for name in names if name.endswith(_ARCHIVES)][:1]
+    hint = "".join(f"; {printable(name)} is there: unpack it, or move plain .tar files into that folder" for name in found)
+    return UserError(f"{printable(root)} {problem}{hint}.", code="missing_data")
 
 
 class Strings:
     """A list of strings in two arrays, the bytes of all (uint8) and where each ends (int64).
 
     A Python list of 1.28 million paths costs every worker 250 MB once reference counts have touched its pages.
-    Raises ValueError when the two arrays do not belong together.
     """
 
     def __init__(self, blob: np.ndarray, ends: np.ndarray):
-        if blob.dtype != np.uint8 or ends.dtype != np.int64 or (np.diff(ends, prepend=0) < 0).any() \
-                or (int(ends[-1]) if len(ends) else 0) != len(blob):
-            raise ValueError("not a list of strings")
         self.blob, self.ends = blob, ends
 
     @classmethod
-    def of(cls, strings: list[str]) -> "Strings":
+    def of(cls, strings: Iterable[str]) -> "Strings":
         """From a list; surrogates stand for bytes that are not UTF-8."""
         encoded = [os.fsencode(string) for string in strings]
         return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8),
@@ -113,10 +101,10 @@ class Strings:
 class Index:
     """What a form found below `root`, as flat arrays that forked workers share.
 
-    labels: int32 (N,), positions in `classes` · names: path of each image below its class folder, or in its container
-    · places: int64 (N, 3), the container as a position in `seen`, offset and size of the bytes; (0, 3) for images that
-    are files · seen: the folders and containers below `root` · stamps: int64 (K, 2), their times in ns and sizes, which
-    tell whether the index still holds.
+    labels: int32 (N,), positions in `classes` · names: path of each image below its class folder, or in its
+    container · places: int64 (N, 3), the container as a position in `seen`, offset and size of the bytes; (0, 3)
+    for images that are files · seen: the folders and containers below `root` · stamps: int64 (K, 2), their times
+    in ns and sizes, which tell whether the index still holds.
     """
 
     root: str
@@ -129,12 +117,12 @@ class Index:
     left_out: dict[str, int]
 
     @classmethod
-    def of(cls, root: str, *, classes: list[str], labels: list[int], names: list[str], seen: list[str],
+    def of(cls, root: str, *, classes: list[str], labels: Sequence[int], names: list[str], seen: list[str],
            left_out: dict[str, int], places: Sequence[tuple[int, int, int]] = ()) -> "Index":
         """From lists; raises OSError when something of `seen` has gone meanwhile."""
         return cls(root=root, classes=classes, labels=np.array(labels, dtype=np.int32), names=Strings.of(names),
                    places=np.array(places, dtype=np.int64).reshape(-1, 3), seen=Strings.of(seen),
-                   stamps=_stamps(root, seen), left_out=left_out)
+                   stamps=_stamps(root, seen), left_out=dict(left_out))
 
 
 def _stamps(root: str, seen: Iterable[str]) -> np.ndarray:
@@ -145,8 +133,8 @@ def _stamps(root: str, seen: Iterable[str]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class IndexCache:
-    """Where indices are kept between starts: in `folder` (None: `$XDG_CACHE_HOME/hornet` or `~/.cache/hornet`), never
-    inside the data. `reindex` scans all the same; without `write` nothing is stored."""
+    """Where indices are kept between starts: in `folder` (None: `$XDG_CACHE_HOME/hornet` or `~/.cache/hornet`),
+    never inside the data. `reindex` scans all the same; without `write` nothing is stored."""
 
     folder: str | None = None
     reindex: bool = False
@@ -159,24 +147,23 @@ class IndexCache:
             return stored
         started = time.time()
         index = scan(root)
-        # What changed within the clock's step of the scan could change again without another time: don't keep it.
+        # What changed within the clock's step of the scan could change again unseen: don't keep it.
         if path is not None and self.write and index.stamps[:, 0].max() < (started - _RACY_SECONDS) * 1e9:
             save_index(path, index)
         return index
 
     def path(self, form: str, root: str) -> Path | None:
         """The file of an index; None when that would be inside `root`."""
-        base = self.folder or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "hornet")
-        base, real = os.path.realpath(base), os.path.realpath(root)
-        if os.path.commonpath([base, real]) == real:
-            return None
-        return Path(base) / f"{form}-{hashlib.blake2b(os.fsencode(real), digest_size=12).hexdigest()}.npz"
+        user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        base, real = os.path.realpath(self.folder or os.path.join(user, "hornet")), os.path.realpath(root)
+        digest = hashlib.blake2b(os.fsencode(real), digest_size=12).hexdigest()
+        return None if os.path.commonpath([base, real]) == real else Path(base) / f"{form}-{digest}.npz"
 
 
 def save_index(path: Path, index: Index) -> None:
     """Store an index, whole or not at all; where that is impossible, the log says so."""
     strings = {"root": Strings.of([os.path.realpath(index.root)]), "classes": Strings.of(index.classes),
-               "names": index.names, "seen": index.seen, "types": Strings.of(list(index.left_out))}
+               "names": index.names, "seen": index.seen, "types": Strings.of(index.left_out)}
     arrays = {"format": np.array(_CACHE_FORMAT), "labels": index.labels, "places": index.places,
               "stamps": index.stamps, "counts": np.array(list(index.left_out.values()), dtype=np.int64)}
     for name, value in strings.items():
@@ -192,22 +179,18 @@ def save_index(path: Path, index: Index) -> None:
 
 
 def _load(path: Path, root: str) -> Index | None:
-    """The stored index, or None when there is none, it is damaged, or a folder or container has changed since."""
+    """The stored index, or None when there is none, it is damaged (zip's checksums tell), or anything of `seen` has
+    changed since."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             data = {name: stored[name] for name in stored.files}
         real, classes, names, seen, types = (
             Strings(data[name], data[f"{name}_ends"]) for name in ("root", "classes", "names", "seen", "types"))
-        labels, places, stamps = data["labels"], data["places"], data["stamps"]
-        holds = int(data["format"]) == _CACHE_FORMAT and real[0] == os.path.realpath(root) \
-            and stamps.dtype == places.dtype == np.int64 and np.array_equal(stamps, _stamps(root, seen)) \
-            and labels.dtype == np.int32 and labels.min() >= 0 and labels.max() < len(classes) \
-            and len(names) == len(labels) and places.shape in ((0, 3), (len(labels), 3)) \
-            and (places >= 0).all() and (places[:, 1] + places[:, 2] <= stamps[places[:, 0], 1]).all()
-        left_out = dict(zip(types, data["counts"].tolist(), strict=True))
+        if int(data["format"]) != _CACHE_FORMAT or real[0] != os.path.realpath(root) \
+                or not np.array_equal(data["stamps"], _stamps(root, seen)):
+            return None
+        return Index(root=root, classes=list(classes), labels=data["labels"], names=names, places=data["places"],
+                     seen=seen, stamps=data["stamps"],
+                     left_out=dict(zip(types, data["counts"].tolist(), strict=True)))
     except Exception:  # Whatever a damaged file raises, scanning again is the answer.
         return None
-    if not holds:
-        return None
-    return Index(root=root, classes=list(classes), labels=labels, names=names,
-                 places=places, seen=seen, stamps=stamps, left_out=left_out)

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import PurePath
 
 from common.synsets import imagenet_synsets
@@ -60,12 +60,12 @@ def recognise_folder(root: str) -> Subset | None:
     return recognise(folders, images)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _columns(name: str) -> tuple[int, ...]:
     return tuple(int(line) for line in (_INFO / f"{name.replace('-', '_')}_indices.txt").read_text().split())
 
 
-@lru_cache(maxsize=1)
+@cache
 def _real_labels() -> list[list[int]]:
     return json.loads((_INFO / "imagenet_real_labels.json").read_text())
 

@@ -1,4 +1,4 @@
-"""One `Process` object however the program was started: alone, by torchrun, srun, submitit or mpirun.
+"""One `Process` object however the program was started: alone, by torchrun, srun or submitit.
 
     with start(options.device, options.rendezvous_timeout) as process:
         model = process.wrap(model.to(process.device))
@@ -8,7 +8,6 @@ that agreement between hosts never waits for the GPU's queue.
 """
 import dataclasses
 import gc
-import inspect
 import os
 import re
 import socket
@@ -134,21 +133,17 @@ class Process(Place):
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """DistributedDataParallel around `model`, or the model itself when this process is alone.
 
-        Without `device_ids`, for all inputs are on the device already and would be copied once more; without
-        buffer broadcasts, because HorNet has no buffers that training changes. Accumulate gradients by
-        setting `require_backward_grad_sync` before the forward of each micro-batch.
+        Without `device_ids`, for all inputs are on the device already and would be copied once more.
+        Accumulate gradients by setting `require_backward_grad_sync` before each micro-batch's forward.
         """
         if self.world_size == 1:
             return model
-        ddp = torch.nn.parallel.DistributedDataParallel
-        # Renamed in torch 2.15.
-        renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters
-        buffers: dict = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
         # After its first backward pass DDP sorts its buckets again. The order of additions in a ring of three
         # or more depends on the place in the bucket, so a resumed run, whose first update has the old
         # buckets, would differ in its last bits. Looking for unused parameters (there are none) keeps them.
         exact = self.backend == "gloo" or torch.are_deterministic_algorithms_enabled()
-        return ddp(model, gradient_as_bucket_view=True, find_unused_parameters=exact, **buffers)
+        return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True,
+                                                         find_unused_parameters=exact)
 
     def set_timeout(self, limit: timedelta) -> None:
         """How long a collective waits for a peer before it raises."""
@@ -225,7 +220,7 @@ def start(device: str = "auto", rendezvous_timeout: float = 180.0) -> Process:
 # ------------------------------------------------------------------------------------------------ places
 
 def find_place(env: Mapping[str, str] = os.environ) -> Place:
-    """The place of this process: torchrun first (it may itself run under srun), then submitit, srun, mpirun.
+    """The place of this process: torchrun first (it may itself run under srun), then submitit, srun.
 
     A plain `python` inside a Slurm allocation or an interactive shell is a single process, although
     SLURM_NTASKS may say otherwise: only srun's own step variables count. Raises UserError (code
@@ -245,11 +240,6 @@ def find_place(env: Mapping[str, str] = os.environ) -> Place:
         return Place("submitit-local", rank, tasks, rank, tasks, port=port)
     if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env and "SLURM_PTY_PORT" not in env:
         return _slurm(env, name)
-    if (world := number(env, "OMPI_COMM_WORLD_SIZE", 1, default=1)) > 1:
-        local = number(env, "OMPI_COMM_WORLD_LOCAL_SIZE", 1, world)
-        rank = number(env, "OMPI_COMM_WORLD_RANK", 0, world - 1)
-        local_rank = number(env, "OMPI_COMM_WORLD_LOCAL_RANK", 0, local - 1)
-        return _at_master(env, Place("mpirun", rank, world, local_rank, local, rank // local, name))
     return Place()
 
 

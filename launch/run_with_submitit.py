@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -40,45 +40,43 @@ SIGNAL_DELAY = 120  # seconds before the time limit at which Slurm signals: more
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.removeprefix('argument ')}; --help lists the launcher's options.")
-
-
-def _truth(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
-
-
-def _number(least: float, most: float, kind: type = int) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        if not re.fullmatch(r"\d+(\.\d*)?", text) or not least <= float(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r}: a number from {least:g} to {most:g} is accepted")
-        return kind(text)
-    return parse
+        raise UserError(f"{message.removeprefix('argument ')}; --help lists the launcher's options.", code="unknown_flag")
 
 
 def parser() -> argparse.ArgumentParser:
     """The launcher's own options; the published launcher's names, without any site's defaults."""
     p = _Parser(prog="python -m launch.run_with_submitit", allow_abbrev=False, description=__doc__,
                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    count, hours = _number(1, 99999), _number(1 / 60, 24 * 366, float)
-    p.add_argument("--nodes", type=count, default=1, help="number of nodes")
-    p.add_argument("--ngpus", type=count, default=8, help="processes, and GPUs unless --device cpu, per node")
-    p.add_argument("--timeout", type=hours, default=72, help="time limit in hours")
+    p.add_argument("--nodes", type=int, default=1, help="number of nodes")
+    p.add_argument("--ngpus", type=int, default=8, help="processes, and GPUs unless --device cpu, per node")
+    p.add_argument("--timeout", type=float, default=72, help="time limit in hours")
     p.add_argument("--job_name", default="hornet")
     p.add_argument("--job_dir", default="runs/%j", help="folder of logs and, by default, run; %%j: job id")
     p.add_argument("--partition", help="where to submit; Slurm's default if not given")
     p.add_argument("--comment", help="comment for the scheduler")
-    p.add_argument("--cpus_per_task", type=count, default=10, help="CPU cores per process")
+    p.add_argument("--cpus_per_task", type=int, default=10, help="CPU cores per process")
     p.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE",
                    help="any other sbatch option, such as --slurm account=vision; repeatable")
     p.add_argument("--cluster", choices=("auto", "slurm", "local"), default="auto",
                    help="auto: Slurm where there is sbatch")
-    p.add_argument("--max_requeue", type=_number(0, 9999), default=100, help="how often it may be requeued")
-    p.add_argument("--dry_run", nargs="?", const=True, default=False, type=_truth,
+    p.add_argument("--max_requeue", type=int, default=100, help="how often the job may be requeued")
+    p.add_argument("--dry_run", nargs="?", const="true", default="false", choices=("true", "false"),
                    help="print the job's script and stop")
     p.add_argument("--use_volta32", action="store_true", help="published flag: accepted with a notice")
+    for name in ("config", "output_dir", "device"):  # main.py's, which the launcher reads too
+        p.add_argument(f"--{name}", help=argparse.SUPPRESS)
     return p
+
+
+def split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The launcher's options, checked, and the options for main.py."""
+    options, rest = parser().parse_known_args(argv)
+    for name in ("nodes", "ngpus", "cpus_per_task", "timeout"):
+        if not 0 < getattr(options, name) < 1e5:
+            raise UserError(f"--{name} {getattr(options, name)}: a number above 0 is accepted.", code="invalid_value")
+    for name in ("config", "output_dir", "device"):
+        rest += [f"--{name}", value] if (value := getattr(options, name)) else []
+    return options, rest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,11 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[:1] == ["status"]:
             if len(argv) != 2:
-                raise UserError("status takes one folder: python -m launch.run_with_submitit status DIR.")
+                raise UserError("status takes one folder: python -m launch.run_with_submitit status DIR.",
+                                code="missing_value")
             sys.stdout.write(status(Path(argv[1])))
             return ExitCode.DONE
-        options, rest = parser().parse_known_args(argv)
-        return submit(options, rest)
+        return submit(*split(argv))
     except UserError as error:
         logger.error("%s", error)
         return error.exit_code
@@ -101,18 +99,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def submit(options: argparse.Namespace, argv: list[str]) -> int:
     """Check, take the snapshot, submit, and say where to look. `argv` is main.py's."""
     if options.use_volta32:
-        logger.warning("--use_volta32 names one cluster's GPUs: no effect; use --slurm constraint=NAME.")
+        logger.warning("--use_volta32 has no effect, as it names one cluster's GPUs: use --slurm constraint=NAME.")
     cluster = choose_cluster(options, argv)
     check_main_options(argv)
     folder = str(Path(options.job_dir).expanduser().absolute())
-    argv, output_dir = with_output_dir(argv, folder)
-    if options.dry_run:
-        sys.stdout.write(script(cluster, build_executor(cluster, folder, options, argv), argv))
+    recipe = Path(options.config) if options.config and Path(options.config).is_file() else None
+    given = options.output_dir or recipe and (yaml.safe_load(recipe.read_text()) or {}).get("output_dir")
+    output_dir = str(Path(given).expanduser().absolute()) if given else folder
+    argv += ["--output_dir", output_dir]  # of two the last counts
+    if options.dry_run == "true":
+        sys.stdout.write(script(cluster, build_executor(cluster, folder, options), argv))
         return ExitCode.DONE
     code, before = snapshot_folder(folder), os.getcwd()
     try:
-        job = Job(snapshot(code, argv), before, str(code), folder, output_dir, options.max_requeue)
-        executor = build_executor(cluster, folder, options, argv)
+        snapshot(code)
+        if recipe:
+            argv += ["--config", str(shutil.copy2(recipe, code / "submitted_config.yaml"))]
+        job = Job(argv, before, str(code), folder, output_dir, options.max_requeue)
+        executor = build_executor(cluster, folder, options)
         os.chdir(code)  # the job's tasks unpickle and import from here
         submitted = executor.submit(job)
         record = dict(dataclasses.asdict(job), id=submitted.job_id, cluster=cluster, submitted=time.time(),
@@ -145,7 +149,8 @@ def choose_cluster(options: argparse.Namespace, argv: list[str]) -> str:
                         f"{', on each node,' if several else ''} torchrun --nnodes={options.nodes}{several} "
                         f"--nproc_per_node={options.ngpus} main.py {shlex.join(argv)}", code="no_slurm")
     if cluster == "local" and options.nodes > 1:
-        raise UserError(f"--nodes {options.nodes}: a local job has one node; start torchrun on each.")
+        raise UserError(f"--nodes {options.nodes}: a local job has one node; start torchrun on each.",
+                        code="contradiction")
     return cluster
 
 
@@ -165,33 +170,6 @@ def check_main_options(argv: list[str]) -> None:
     raise UserError(sentence, code="main_options")
 
 
-def with_output_dir(argv: list[str], folder: str) -> tuple[list[str], str]:
-    """`argv` with an absolute --output_dir: the job's folder unless a flag or the recipe names another."""
-    given = flag(argv, "output_dir")
-    config = flag(argv, "config")
-    if given is None and config and Path(config).is_file():
-        given = (yaml.safe_load(Path(config).read_text()) or {}).get("output_dir")
-    output_dir = str(Path(given).expanduser().absolute()) if given else folder
-    return [*without_flag(argv, "output_dir"), "--output_dir", output_dir], output_dir
-
-
-def flag(argv: list[str], name: str) -> str | None:
-    """The last value of --name in `argv`, written with a space or with =."""
-    value = None
-    for i, token in enumerate(argv):
-        if token == f"--{name}" and i + 1 < len(argv):
-            value = argv[i + 1]
-        elif token.startswith(f"--{name}="):
-            value = token.partition("=")[2]
-    return value
-
-
-def without_flag(argv: list[str], name: str) -> list[str]:
-    """`argv` without --name and its value."""
-    return [token for before, token in zip(["", *argv], argv, strict=False)
-            if f"--{name}" not in (before, token, token.partition("=")[0])]
-
-
 def snapshot_folder(folder: str) -> Path:
     """A new folder for the code beside the job's: in the part of `folder` before the first %j."""
     base = folder.partition("%")[0]
@@ -199,25 +177,19 @@ def snapshot_folder(folder: str) -> Path:
     return Path(base) / "code" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
 
 
-def snapshot(code: Path, argv: list[str]) -> list[str]:
-    """Copy the program (modules, packages, recipes) and its recipe to `code`; `argv` naming the copy."""
+def snapshot(code: Path) -> None:
+    """Copy the program (its modules, packages and recipes) to `code`."""
     code.mkdir(parents=True)
     for path in sorted(ROOT.iterdir()):
         if path.is_file() and path.suffix == ".py":
             shutil.copy2(path, code)
         elif path.is_dir() and path.name != "tests" and (path.name == "recipes" or any(path.glob("*.py"))):
             shutil.copytree(path, code / path.name, ignore=shutil.ignore_patterns("__pycache__"))
-    config = flag(argv, "config")
-    if not config or not Path(config).is_file():
-        return argv
-    shutil.copy2(config, code / "submitted_config.yaml")
-    return ["--config", str(code / "submitted_config.yaml"), *without_flag(argv, "config")]
 
 
-def build_executor(cluster: str, folder: str, options: argparse.Namespace,
-                   argv: list[str]) -> PicklingExecutor:
+def build_executor(cluster: str, folder: str, options: argparse.Namespace) -> PicklingExecutor:
     """submitit's executor with the launcher's options in Slurm's terms."""
-    gpus = 0 if flag(argv, "device") == "cpu" else options.ngpus
+    gpus = 0 if options.device == "cpu" else options.ngpus
     minutes = max(1, round(options.timeout * 60))
     if cluster == "local":
         executor = submitit.LocalExecutor(folder)
@@ -228,7 +200,8 @@ def build_executor(cluster: str, folder: str, options: argparse.Namespace,
     for pair in options.slurm:
         key, equals, value = pair.partition("=")
         if not key:
-            raise UserError(f"--slurm {pair}: KEY=VALUE is accepted, such as --slurm account=vision.")
+            raise UserError(f"--slurm {pair}: KEY=VALUE is accepted, such as --slurm account=vision.",
+                            code="invalid_value")
         extra[key.lstrip("-").replace("-", "_")] = value if equals else True
     parameters = dict(
         job_name=options.job_name, time=minutes, nodes=options.nodes, ntasks_per_node=options.ngpus,
@@ -273,19 +246,15 @@ def status(folder: Path) -> str:
         said = f"{attempt['state']}{at}{then}" + (f" ({why})" if why else "")
         lines.append(f"         attempt {attempt['restarts'] + 1}: {said}")
     if last.get("state") == Outcome.FAILED:
-        lines += [f"failure  {last['cause']}", *last_lines(folder, job["id"], last.get("rank", 0))]
+        log = folder / f"{job['id']}_{last.get('rank', 0)}_log.err"
+        lines += [f"failure  {last['cause']}", *last_lines(log)]
     return "\n".join(lines) + "\n"
 
 
-def last_lines(folder: Path, job_id: str, rank: int, count: int = 12) -> list[str]:
+def last_lines(log: Path) -> list[str]:
     """The end of one rank's error log."""
-    log = folder / f"{job_id}_{rank}_log.err"
-    if not log.is_file():
-        return []
-    with open(log, "rb") as file:
-        file.seek(max(0, log.stat().st_size - 20000))
-        text = file.read().decode(errors="replace").rstrip().splitlines()
-    return [f"         {log.name}:", *(f"         | {line}" for line in text[-count:])]
+    tail = subprocess.run(["tail", "-n", "12", log], capture_output=True, text=True, errors="replace").stdout
+    return [f"         {log.name}:", *(f"         | {line}" for line in tail.splitlines())] if tail else []
 
 
 def job_state(job: Record, last: Record) -> str:

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import FrameType
 
 import submitit
-from submitit.helpers import DelayedSubmission
 
 from common.ledger import Ledger, Record, job_id, restarts
 from common.log import logger, setup_logging
@@ -53,10 +52,6 @@ class Job:
         if code != ExitCode.DONE:
             raise SystemExit(code if code > 0 else 128 - code)
         return code
-
-    def checkpoint(self) -> DelayedSubmission:
-        """submitit's hook: the same job again; main.py finds its newest checkpoint by itself."""
-        return DelayedSubmission(self)
 
 
 class Task:

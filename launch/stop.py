@@ -1,10 +1,11 @@
 """How a process ends: when it is asked to, at a point that all processes agree on, or at once."""
 import os
-import re
 import signal
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from datetime import datetime
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -108,10 +109,10 @@ def job_end_time(env: Mapping[str, str]) -> float:
         return float(env["SLURM_JOB_END_TIME"])
     if "SLURM_JOB_ID" not in env or env.get("SLURM_PROCID", "0") != "0":
         return float("inf")
-    answer = squeue(env["SLURM_JOB_ID"], "%L")
-    if not answer:
-        logger.warning("squeue does not tell the job's time limit: --stop_before_end has no effect.")
-    return time.time() + time_left(answer)
+    with suppress(ValueError):  # of N/A, and of no answer
+        return datetime.fromisoformat(squeue(env["SLURM_JOB_ID"], "%e")).timestamp()
+    logger.info("squeue reports no time limit of this job: --stop_before_end has no effect.")
+    return float("inf")
 
 
 def squeue(job: str, what: str) -> str:
@@ -121,15 +122,6 @@ def squeue(job: str, what: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def time_left(text: str) -> float:
-    """Slurm's "1-02:03:04", "02:03:04" or "3:04" in seconds; infinity for UNLIMITED and the like."""
-    match = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)", text)
-    if not match:
-        return float("inf")
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 def alive(pid: int) -> bool:
@@ -145,14 +137,10 @@ def end_now(code: int) -> None:
     """End this process at once, with its loader workers, without waiting for threads or collectives."""
     # The main thread may be about to fork a loader worker, which would be missed below: it waits for the end.
     os.register_at_fork(before=lambda: time.sleep(3600))
-    try:
-        with open(f"/proc/self/task/{os.getpid()}/children") as file:
-            pids = [int(pid) for pid in file.read().split()]
-    except OSError:
-        pids = []
+    pids: list[int] = []
+    with suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
+        pids += map(int, file.read().split())
     for pid in pids:
-        try:
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     os._exit(code)

@@ -67,7 +67,7 @@ def check_exported(model: HorNet, exported: Function, images: Tensor, softmax: b
         found.append((exported(batch) - wanted).abs().max().item() / max(1.0, wanted.abs().max().item()))
     if not all(difference <= TOLERANCE for difference in found):  # true for not-a-number, too
         raise UserError(f"the exported model differs from the model by {max(found):.1e}, more than "
-                        f"{TOLERANCE:.0e}: the file is not to be used; report this with the versions of "
+                        f"{TOLERANCE:.0e}: do not use the file, and report this with the versions of "
                         "torch and onnxruntime.", code="export_differs")
     return max(found)
 

@@ -17,13 +17,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import Compose
 
-from common.errors import UserError
 from config.options import ImageSettings
 from models.hornet import HorNet
 from models.zoo import default_classes
@@ -64,8 +63,12 @@ def image_transforms(model: HorNet) -> tuple[Callable[[Image.Image], Image.Image
     assert isinstance(steps, Compose)
     resize = Compose(steps.transforms[:-2])
 
-    def part(image: Image.Image) -> Image.Image:  # CIFAR's images are evaluated as they are
-        return image if image.size == (size, size) and size <= ImageSettings.SMALL else resize(image)
+    turn = getattr(model, "pretrained_cfg", {}).get("exif_orientation", False)
+
+    def part(image: Image.Image) -> Image.Image:
+        image = ImageOps.exif_transpose(image) if turn else image
+        small = size <= ImageSettings.SMALL and image.size == (size, size)  # CIFAR is evaluated as it is
+        return image if small else resize(image)
     return part, Compose(steps.transforms[-2:])
 
 
@@ -75,17 +78,8 @@ def image_transform(model: HorNet) -> Transform:
 
 
 def as_rgb(image: Image.Image | str | os.PathLike) -> Image.Image:
-    """An image or the one in a file as RGB, 16-bit grey scaled to 8 bits.
-
-    Raises UserError (`unreadable_image`) for a file that Pillow does not read.
-    """
-    if not isinstance(image, Image.Image):
-        try:
-            with Image.open(image) as file:
-                return as_rgb(file)
-        except Exception as error:  # damaged files make Pillow's plug-ins raise nearly anything
-            raise UserError(f"{os.fspath(image)} is not a readable image ({error}); give a file that Pillow "
-                            "reads.", code="unreadable_image") from error
+    """An image, or that in a file, as RGB; 16-bit grey is scaled to 8 bits. Raises what Pillow raises."""
+    image = image if isinstance(image, Image.Image) else Image.open(image)
     if image.mode.startswith("I"):
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     return image.convert("RGB")

@@ -55,23 +55,25 @@ class Variant:
     Attributes:
         config: architecture.
         input_size: side in pixels of the square images it is meant for.
-        params: parameters with a 1000-class head; None for variants of this project alone.
+        params: parameters with a 1000-class head.
         flops: multiply-adds of one image at `input_size`.
         top1, top5: percent on ImageNet-1k's 50,000 validation images (OpenMMLab), None where not published.
         authors_top1: the authors' figure, one decimal.
         classes: of the published file's head, 10459 for ImageNet-22k.
+        published: False for variants of this project alone.
         recipe: stem of the file in recipes/ whose training made the published file, "" where none is known.
         files: where the weights are, the one with a published hash first.
     """
 
     config: HorNetConfig
+    params: int
+    flops: float
     input_size: int = 224
-    params: int | None = None
-    flops: float | None = None
     top1: float | None = None
     top5: float | None = None
     authors_top1: float | None = None
     classes: int = 1000
+    published: bool = True
     recipe: str = ""
     files: tuple[PublishedFile, ...] = ()
 
@@ -129,13 +131,17 @@ VARIANTS = {
         config=HorNetConfig(192, filters=_GF384), input_size=384, params=201_806_824, flops=101.8e9,
         classes=10459, files=_files("hornet_large_gf_img384_22k", "eec48d5eca5a48d98fd2")),
     # Of this project alone: the same structure, small enough for a laptop (nano) and for tests (pico).
-    "hornet_nano_7x7": Variant(config=HorNetConfig(32, (1, 1, 3, 1)), input_size=64),
-    "hornet_nano_gf": Variant(config=HorNetConfig(32, (1, 1, 3, 1), filters=_GF64), input_size=64),
-    "hornet_pico_7x7": Variant(config=HorNetConfig(8, (1, 1, 1, 1)), input_size=64),
-    "hornet_pico_gf": Variant(config=HorNetConfig(8, (1, 1, 1, 1), filters=_GF64), input_size=64),
+    "hornet_nano_7x7": Variant(config=HorNetConfig(32, (1, 1, 3, 1)), input_size=64,
+                               params=1_909_192, flops=22.12e6, published=False),
+    "hornet_nano_gf": Variant(config=HorNetConfig(32, (1, 1, 3, 1), filters=_GF64), input_size=64,
+                              params=1_869_352, flops=21.52e6, published=False),
+    "hornet_pico_7x7": Variant(config=HorNetConfig(8, (1, 1, 1, 1)), input_size=64,
+                               params=153_024, flops=1.331e6, published=False),
+    "hornet_pico_gf": Variant(config=HorNetConfig(8, (1, 1, 1, 1), filters=_GF64), input_size=64,
+                              params=146_604, flops=1.266e6, published=False),
 }
 MODEL_NAMES = tuple(VARIANTS)
-PUBLISHED = {name: variant for name, variant in VARIANTS.items() if variant.params is not None}
+PUBLISHED = {name: variant for name, variant in VARIANTS.items() if variant.published}
 
 
 def synsets(classes: int) -> tuple[str, ...] | None:

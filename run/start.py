@@ -1,7 +1,9 @@
 """What every training looks at before it starts: whether processes agree, shared memory, images, disk."""
 import os
 import shutil
+import subprocess
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -14,8 +16,7 @@ from launch.process import Process
 from run.folder import environment
 
 
-def start_warnings(options: Options, process: Process, code_version: str, sample: SampleCheck | None
-                   ) -> list[str]:
+def start_warnings(options: Options, process: Process, sample: SampleCheck | None) -> list[str]:
     """Sentences about what is wrong, none when all is well; every rank must call it.
 
     sample: rank 0's look at the images, None on other ranks.
@@ -23,13 +24,24 @@ def start_warnings(options: Options, process: Process, code_version: str, sample
     found = [] if sample is None else sample.sentences()[1:]
     if sample is not None and 2 * len(sample.tiny) <= sample.looked:  # every data set has a few small images
         found = [sentence for sentence in found if sentence.startswith("unreadable")]
-    return found + memory_problems(options, process) + process_problems(process, code_version)
+    return found + memory_problems(options, process) + process_problems(process)
 
 
-def process_problems(process: Process, code_version: str) -> list[str]:
+@cache
+def code_version() -> str:
+    """The commit of this code, with a + for local changes; "unknown" outside a git checkout."""
+    command = ["git", "describe", "--always", "--dirty=+"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, text=True, capture_output=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def process_problems(process: Process) -> list[str]:
     """Sentences about versions that differ between processes, and an all-reduce that gives another sum."""
     size, found = process.world_size, environment()
-    mine = {"code": code_version, "python": found["python"], "cuda": found["cuda"], **found["packages"]}
+    mine = {"code": code_version(), "python": found["python"], "cuda": found["cuda"], **found["packages"]}
     ramp = torch.arange(4096, dtype=torch.float32, device=process.device)
     total = process.all_reduce_(ramp + process.rank, "sum")
     correct = torch.equal(total, ramp * size + size * (size - 1) // 2)

@@ -35,12 +35,9 @@ def find_images(given: list[str]) -> list[str]:
     """Files as given, and the images below folders in the order of their names; UserError for none."""
     found = []
     for path in given:
-        if not os.path.exists(path):
-            raise UserError(f"{printable(path)} does not exist; give image files or folders of images.",
-                            code="missing_data")
-        inside = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
-        images = sorted(name for name in inside if is_image(os.path.basename(name)))
-        found += images if os.path.isdir(path) else [path]
+        inside = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
+                        if is_image(name))
+        found += inside if os.path.isdir(path) else [path]
     if not found:
         raise UserError(f"no images in {', '.join(map(printable, given))}; files that end in "
                         f"{', '.join(extensions())} are looked for.", code="missing_data")
@@ -79,20 +76,20 @@ def write(records: list[dict], form: str, out: TextIO) -> None:
             out.write(f"{printable(record['path'])}: {line}\n")
         return
     # To the letter and yet valid UTF-8, for programs that read the answers.
-    records = [record | {"path": record["path"].encode("utf-8", "surrogateescape").decode(
-        "utf-8", "backslashreplace")} for record in records]
+    records = [record | {"path": os.fsencode(record["path"]).decode("utf-8", "backslashreplace")}
+               for record in records]
     if form == "json":
-        json.dump(records, out, ensure_ascii=False, indent=1)
-        out.write("\n")
+        out.write(json.dumps(records, ensure_ascii=False, indent=1) + "\n")
         return
-    table = csv.writer(out, lineterminator="\n")
-    table.writerow(["path", "rank", "index", "class", "name", "probability", "error"])
+    columns = ["path", "rank", "index", "class", "name", "probability", "error"]
+    table = csv.DictWriter(out, columns, lineterminator="\n")
+    table.writeheader()
     for record in records:
-        for rank, entry in enumerate(record["top"], 1):
-            share = f"{entry['probability']:.6f}"
-            table.writerow([record["path"], rank, entry["index"], entry["class"], entry["name"], share, ""])
+        common = {"path": record["path"], "error": record["error"]}
+        table.writerows(common | entry | {"rank": rank, "probability": f"{entry['probability']:.6f}"}
+                        for rank, entry in enumerate(record["top"], 1))
         if record["error"]:
-            table.writerow([record["path"], "", "", "", "", "", record["error"]])
+            table.writerow(common)
 
 
 def write_heatmaps(trained: Trained, records: list[dict], folder: Path) -> None:

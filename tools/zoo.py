@@ -18,22 +18,22 @@ from common.safe_load import save_safetensors
 from models.download import cache_folder, fetch_published
 from models.trained import load
 from models.weights import to_openmmlab
-from models.zoo import PUBLISHED
+from models.zoo import PUBLISHED, VARIANTS
 from run.state import FORMAT
 from tools.command import add_weights_argument, new_parser, run_command
 
 
 def list_models(args: argparse.Namespace) -> int:
-    """A table of what is published, and which files are in the folder."""
-    form, folder = "{:25}{:>12} {:>8} {:>5} {:>8} {:>6} {:>6}  {:50} {}\n", cache_folder(args.folder)
+    """A table of all models, what is published of them, and which files are in the folder."""
+    form, folder = "{:25}{:>12} {:>10} {:>5} {:>8} {:>6} {:>6}  {:50} {}\n", cache_folder(args.folder)
     title = ("model", "parameters", "FLOPs", "size", "classes", "top-1", "top-5", "file", "here")
     sys.stdout.write(form.format(*title))
-    for name, row in PUBLISHED.items():
+    for name, row in VARIANTS.items():
         accuracy = [f"{value:.2f}" if value else "-" for value in (row.top1, row.top5)]
         here = any((folder / file.name).exists() for file in row.files)
         sys.stdout.write(form.format(
-            name, f"{row.params:,}", f"{(row.flops or 0) / 1e9:.4g} G", row.input_size, row.classes,
-            *accuracy, row.files[0].name if row.files else "none published", "yes" if here else "-"))
+            name, f"{row.params:,}", f"{row.flops / 1e9:.4g} G", row.input_size, row.classes, *accuracy,
+            row.files[0].name if row.files else "none published", "yes" if here else "-"))
     sys.stdout.write("top-1 and top-5 in percent on ImageNet-1k, measured by OpenMMLab on the authors' "
                      f"weights; parameters with 1000 classes; files in {folder}\n")
     return 0
@@ -98,7 +98,7 @@ def arguments() -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=help)
         one.set_defaults(work=work)
         return one
-    command(list_models, "list", "what is published and which files are here")
+    command(list_models, "list", "all models, what is published and which files are here")
     one = command(get, "get", "download files, check them, print their paths")
     one.add_argument("models", nargs="+", metavar="MODEL", help="such as hornet_tiny_7x7")
     one.add_argument("--source", default="auto", choices=["auto", "openmmlab", "authors"],

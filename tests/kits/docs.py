@@ -8,7 +8,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.run_with_submitit import parser
+from launch.run_with_submitit import split
 
 ROOT = Path(__file__).resolve().parents[2]
 _BLOCK = re.compile(r"(?:<!--\s*(?P<above>[^\n]*?)\s*-->\n)?```(?:bash|sh|shell|console)\n(?P<body>.*?)```",
@@ -37,7 +37,7 @@ class Command:
             argv = words[words.index("main.py") + 1:]
             return argv[:next((i for i, word in enumerate(argv) if word.endswith(";")), len(argv))]
         if "launch.run_with_submitit" in words and "status" not in words:
-            return parser().parse_known_args(words[words.index("launch.run_with_submitit") + 1:])[1]
+            return split(words[words.index("launch.run_with_submitit") + 1:])[1]
         return None
 
 

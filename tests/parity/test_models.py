@@ -1,27 +1,18 @@
-"""The models equal the published ones: names, shapes, order, parameters, FLOPs, logits and features."""
+"""The models equal the published ones: names, shapes, order, logits and features."""
 import json
+import math
 
 import numpy as np
 import pytest
 import timm
 import torch
 
-import models
+import models  # noqa: F401  (registers the networks)
 from models.hornet import CONFIGS
-from models.inspect import complexity
-from models.zoo import PUBLISHED, VARIANTS
+from models.zoo import PUBLISHED
 from tests.kits.fill import PARITY, parity_input, parity_tensor
 
 STATE_DICTS = json.loads((PARITY / "state_dicts.json").read_text())
-PARAMETERS = {
-    "hornet_tiny_7x7": 22_409_512, "hornet_tiny_gf": 22_991_848, "hornet_small_7x7": 49_528_264,
-    "hornet_small_gf": 50_401_768, "hornet_base_7x7": 87_256_680, "hornet_base_gf": 88_421_352,
-    "hornet_base_gf_img384": 92_099_560, "hornet_large_7x7": 194_542_504, "hornet_large_gf": 196_289_512,
-    "hornet_large_gf_img384": 201_806_824}
-GFLOPS = {
-    "hornet_tiny_7x7": 3.976, "hornet_tiny_gf": 3.896, "hornet_small_7x7": 8.826, "hornet_small_gf": 8.706,
-    "hornet_base_7x7": 15.583, "hornet_base_gf": 15.423, "hornet_large_7x7": 34.8, "hornet_large_gf": 34.7,
-    "hornet_large_gf_img384": 101.8}
 
 
 def on_meta(name: str, **kwargs):
@@ -40,28 +31,7 @@ def filled(name: str, **kwargs):
 def test_state_dict_names_shapes_and_order(name):
     found = [[key, list(value.shape)] for key, value in on_meta(name).state_dict().items()]
     assert found == STATE_DICTS[name]
-
-
-def test_every_published_architecture_is_there():
-    assert set(STATE_DICTS) == set(PARAMETERS) == set(PUBLISHED)
-    assert list(models.MODEL_NAMES[:10]) == list(PUBLISHED)
-    assert set(models.MODEL_NAMES) <= set(timm.list_models())
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_parameters_and_flops(name):
-    size = complexity(on_meta(name), VARIANTS[name].input_size)
-    assert size.params == PARAMETERS[name] == PUBLISHED[name].params
-    if name in GFLOPS:
-        assert size.flops == pytest.approx(GFLOPS[name] * 1e9, rel=0.005)
-        assert PUBLISHED[name].flops == pytest.approx(GFLOPS[name] * 1e9, rel=1e-12)
-
-
-def test_parameters_with_the_22k_head():
-    millions = {name: complexity(on_meta(name, num_classes=10459), 224).params / 1e6
-                for name in ("hornet_large_7x7", "hornet_large_gf", "hornet_large_gf_img384")}
-    assert {name: round(value) for name, value in millions.items()} == {
-        "hornet_large_7x7": 209, "hornet_large_gf": 211, "hornet_large_gf_img384": 216}
+    assert sum(math.prod(shape) for _, shape in found) == PUBLISHED[name].params
 
 
 @pytest.mark.parametrize("stored", [

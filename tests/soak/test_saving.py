@@ -10,9 +10,6 @@ def test_250_kills_while_saving_leave_no_unusable_folder(tmp_path):
     kill_while_saving(tmp_path, 250)
 
 
-def test_600_flipped_bits_are_seen(tmp_path):
-    damaged_newest(tmp_path, 600, flip)
-
-
-def test_80_truncations_are_seen(tmp_path):
-    damaged_newest(tmp_path, 80, truncate)
+@pytest.mark.parametrize("damage, count", [(flip, 600), (truncate, 80)])
+def test_every_damage_of_the_newest_is_seen(tmp_path, damage, count):
+    damaged_newest(tmp_path, count, damage)

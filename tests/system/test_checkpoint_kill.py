@@ -5,6 +5,7 @@ import signal
 import time
 
 import numpy as np
+import pytest
 import torch
 
 from run.checkpoint import BEST, Checkpoints
@@ -95,9 +96,6 @@ def test_kill_9_while_saving_never_leaves_an_unusable_folder(tmp_path):
     kill_while_saving(tmp_path, 25)
 
 
-def test_every_flipped_bit_of_the_newest_is_seen(tmp_path):
-    damaged_newest(tmp_path, 60, flip)
-
-
-def test_every_truncation_of_the_newest_is_seen(tmp_path):
-    damaged_newest(tmp_path, 15, truncate)
+@pytest.mark.parametrize("damage, count", [(flip, 60), (truncate, 15)])
+def test_every_damage_of_the_newest_is_seen(tmp_path, damage, count):
+    damaged_newest(tmp_path, count, damage)

@@ -17,7 +17,7 @@ import models
 from config.parse import parse
 from config.rules import plan_batch, validate_after_index
 from datasets.build import build_data
-from tests.kits.docs import ROOT, commands, parse_block
+from tests.kits.docs import ROOT, commands
 
 COMMANDS = commands()
 OPTIONS = [c for c in COMMANDS if c.main_argv is not None]
@@ -66,15 +66,6 @@ def test_every_command_is_marked_with_a_reason_if_it_is_not_run(command):
     assert command.mark in ("run", "dry-run", "not-run"), f"unmarked in {command.file}: {command.text}"
     assert command.mark != "not-run" or len(command.reason) > 10
     assert command.mark != "dry-run" or command.main_argv is not None
-
-
-def test_the_marker_is_needed_and_may_stand_in_two_places():
-    assert parse_block("x", "", "make test\n")[0].mark == ""
-    assert parse_block("x", "a remark", "# not a mark\nmake test\n")[0].mark == ""
-    assert parse_block("x", "dry-run", "a \\\n  b\n")[0].words == ["a", "b"]
-    marked = parse_block("x", "", "# not-run: needs a GPU\nmake a\nmake b\n")
-    assert [(c.mark, c.reason, c.text) for c in marked] == [("not-run", "needs a GPU", t)
-                                                            for t in ("make a", "make b")]
 
 
 @pytest.mark.parametrize("command", OPTIONS, ids=name)

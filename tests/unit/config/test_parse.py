@@ -93,11 +93,11 @@ STRAY, UNKNOWN, INVALID, MISSING = "stray_backslash", "unknown_flag", "invalid_v
     ("-lr 3", UNKNOWN, ["--lr?"]), ("\u2014lr 3", UNKNOWN, ["--lr?"]), ("--", UNKNOWN, []), ("--=3", UNKNOWN, []),
     ("train", "stray_value", ["'train'"]), ("--lr 1 2", "stray_value", ["'2'"]), ("--lr=1 2", "stray_value", ["'2'"]),
     ("--lr", MISSING, ["--lr"]), ("--lr --epochs 3", MISSING, ["--lr"]), ("--resume", MISSING, ["--resume"]),
-    ("--lr=", INVALID, ["--lr ''"]), ("--lr fast", INVALID, ["--lr 'fast'", "above 0"]),
+    ("--lr=", INVALID, ["--lr ''"]), ("--lr fast", INVALID, ["--lr fast", "above 0"]),
     ("--lr nan", INVALID, ["--lr nan"]), ("--lr inf", INVALID, ["--lr inf"]), ("--lr 0", INVALID, ["--lr 0"]),
-    ("--lr -1", INVALID, ["--lr -1"]), ("--epochs 1.5", INVALID, ["--epochs '1.5'"]),
+    ("--lr -1", INVALID, ["--lr -1"]), ("--epochs 1.5", INVALID, ["--epochs 1.5"]),
     ("--epochs " + "9" * 5000, INVALID, ["--epochs '9", "..."]), ("--batch_size 0", INVALID, ["--batch_size 0"]),
-    ("--batch_size none", INVALID, ["--batch_size 'none'"]), ("--drop_path 1", INVALID, ["from 0 to below 1"]),
+    ("--batch_size none", INVALID, ["--batch_size none"]), ("--drop_path 1", INVALID, ["from 0 to below 1"]),
     ("--weight_decay -0.05", INVALID, ["--weight_decay -0.05"]), ("--clip_grad 0", INVALID, ["or none"]),
     ("--input_size 16", INVALID, ["from 32"]), ("--scale 0.5", INVALID, ["--scale"]), ("--scale 1 0.5", INVALID, []),
     ("--cutmix_minmax 0.2 nan", INVALID, ["nan"]), ("--opt_betas 0.9 1", INVALID, ["--opt_betas"]),
@@ -136,15 +136,14 @@ def test_help_shows_twenty_options_and_help_all_every_one(capsys):
     assert "[0.004]" in help_text()
 
 
-def test_print_config_shows_value_origin_and_difference():
+def test_print_config_shows_value_origin_and_published_value():
     resolved = parse(["--config", str(RECIPES / "hornet_tiny_7x7.yaml"), "--print_config", "--lr", "1e-3"])
-    rows = {line.split()[0]: line for line in resolved.describe().splitlines() if line.startswith("  ")}
-    assert set(rows) == set(OPTIONS)
-    assert rows["lr"].split()[1:] == ["0.001", "flag", "published:", "0.004"]
-    assert "recipe" in rows["drop_path"] and "published" not in rows["drop_path"]
-    assert rows["seed"].split()[1:] == ["0", "default"]
+    rows = {line.split(":")[0]: line for line in resolved.to_yaml().splitlines()}
+    assert rows["lr"] == "lr: 0.001  # flag, published: 0.004"
+    assert rows["drop_path"].endswith("# recipe") and rows["seed"] == "seed: 0  # default"
+    assert "# 1 differ from the published recipe recipes/hornet_tiny_7x7.yaml" in resolved.to_yaml()
     resolved = parse(["--model", "hornet_nano_7x7", *DATA], MODELS)
-    assert resolved.differences() == {} and "no published recipe" in resolved.describe()
+    assert resolved.differences() == {} and "no published recipe" in resolved.to_yaml()
 
 
 def test_to_dict_is_plain():
@@ -266,11 +265,11 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("text, code, named", [
     ("lr: 1\nlr: 2", "invalid_recipe", ["'lr'", "line 2"]), ("learning_rate: 1", "unknown_key", ["'learning_rate'"]),
     ("batch-size: 8", "unknown_key", ["'batch-size'", "batch_size?"]), ("epoch: 8", "unknown_key", ["epochs?"]),
-    ("lr: .nan", INVALID, ["lr", ".nan"]), ("lr: nan", INVALID, ["lr nan"]), ("epochs: 1.5", INVALID, ["'1.5'"]),
-    ("lr:", INVALID, ["lr"]), ("lr: {a: 1}", "invalid_recipe", ["lr"]), ("- lr", "invalid_recipe", []),
+    ("lr: .nan", INVALID, ["lr", ".nan"]), ("lr: nan", INVALID, ["lr nan"]), ("epochs: 1.5", INVALID, ["1.5"]),
+    ("lr:", INVALID, ["lr"]), ("lr: {a: 1}", "invalid_recipe", ["line 1"]), ("- lr", "invalid_recipe", []),
     ("just words", "invalid_recipe", []), ("lr: [1, 2", "invalid_recipe", []),
     ("lr: 1\n\tepochs: 2", "invalid_recipe", ["line 2"]), ("? [a]\n: 1", "invalid_recipe", []),
-    ("lr: !!python/object/apply:os.system [ls]", INVALID, ["lr 'ls'"]), ("<<: {lr: 1}", "unknown_key", ["'<<'"]),
+    ("lr: !!python/object/apply:os.system [ls]", INVALID, ["lr ls"]), ("<<: 1", "unknown_key", ["'<<'"]),
     ("[" * 3000, "invalid_recipe", []), (b"\xff\xfe\x00lr", "missing_recipe", ["not a text file"]),
     (b"lr: 1\x00", "invalid_recipe", []), ("data_path: \"a\\0b\"", INVALID, ["data_path"]),
     ("#" * (1 << 20) + "#", "missing_recipe", ["larger"]),

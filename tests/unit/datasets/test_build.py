@@ -47,7 +47,7 @@ def test_val_is_mapped_by_name_and_mismatches_are_named(tmp_path):
             root=tmp_path)
     data = build(tmp_path, allow_class_mismatch=True)
     assert data.class_names == ["ant", "bee", "cat"] and data.val.targets.tolist() == [0, 0, 2, 2]
-    assert "val: 2 images of folders without a class are left out" in data.notes
+    assert "val: 2 images of folders without a class are skipped" in data.notes
     assert [data.val.path(i).split("/")[-2] for i in range(4)] == ["ant", "ant", "cat", "cat"]
     assert data.describe()["val"] == {"images": 4, "per_class": [2, 0, 2], "left_out": {}}
 
@@ -102,7 +102,7 @@ def test_files_left_out_are_said_once_per_split_by_type(tmp_path):
             (tmp_path / part / "a" / name).touch()
     notes = build(tmp_path).notes
     for part in ("train", "val"):
-        assert sum(note == f"{part}: 3 files left out as no images: 2 .svg, 1 .txt" for note in notes) == 1
+        assert sum(note == f"{part}: 3 files skipped, as they are no images: 2 .svg, 1 .txt" for note in notes) == 1
 
 
 @pytest.fixture

@@ -91,7 +91,6 @@ HOSTILE = {
     "a long link": member(kind=b"K", size=2 << 20, content=b"a" * (2 << 20)) + IMAGE + END,
     "chained headers": member(kind=b"L", size=4, content=b"name") * 2000 + IMAGE + END,
     "PAX records that stand still": member(kind=b"x", size=5, content=b"0 a=b") + IMAGE + END,
-    "PAX records that go back": member(kind=b"x", size=6, content=b"-5 a=b") + IMAGE + END,
     "a PAX size below 0": member(kind=b"x", size=12, content=b"12 size=-99\n") + IMAGE + END}
 
 
@@ -134,7 +133,7 @@ def test_what_is_no_image_is_counted_and_long_names_of_every_kind_are_read(tmp_p
     reader = read(str(tmp_path), IndexCache("/dev/null/none"))
     assert reader.classes == ["class"] and len(reader) == 3 and reader.name(1).endswith("class/ü1.jpg")
     assert all(reader.encoded(i) == b"abc" for i in range(3))
-    assert reader.left_out == {".txt": 3, "links, sparse files and other special members": 9,
+    assert reader.left_out == {".txt": 3, "links and other special members": 9,
                                "folders beside the tar files": 1}
 
 
@@ -148,4 +147,4 @@ def test_sparse_files_are_passed_over_and_what_follows_is_found(tmp_path, form):
     (tmp_path / "b.jpg").write_bytes(b"abc")
     subprocess.run(["tar", "-S", f"--format={form}", "-cf", "x.tar", "a.jpg", "b.jpg"], cwd=tmp_path, check=True)
     sparse, plain = members(str(tmp_path / "x.tar"))
-    assert not sparse.plain and (tmp_path / "x.tar").read_bytes()[plain.offset:plain.offset + 3] == b"abc"
+    assert sparse.issparse() and (tmp_path / "x.tar").read_bytes()[plain.offset_data:plain.offset_data + 3] == b"abc"

@@ -25,8 +25,7 @@ def test_evaluation_pixels_are_the_published_ones(case):
     size, (width, height) = int(size), map(int, shape.split("x"))
     image = Image.fromarray(parity_image(int(index), width, height))
     pixels = eval_transform(size, None if crop_pct == "None" else float(crop_pct))(image)
-    settings = ImageSettings()
-    images = Normalise(settings.mean, settings.std, "cpu")(torch.from_numpy(pixels[None].copy()))
+    images = Normalise(ImageSettings(), "cpu")(torch.from_numpy(pixels[None].copy()))
     x, expected = images[0].permute(2, 0, 1).double().numpy(), FIGURES[case]
     probes = [x[0, 0, 0], x[1, 5, 9], x[2, size // 2, size // 3], x[0, size - 1, size - 1], x[1, size // 4, size - 3]]
     assert list(x.shape) == expected["shape"]
@@ -41,7 +40,7 @@ def test_training_pixels_equal_timms_pipeline(aa, hflip, scale):
     ours = train_transform(options)
     timms = create_transform(96, is_training=True, color_jitter=0.4, auto_augment=None if aa == "none" else aa,
                              interpolation="bicubic", re_prob=0.0, hflip=hflip, scale=scale)
-    normalise = Normalise(ImageSettings().mean, ImageSettings().std, "cpu")
+    normalise = Normalise(ImageSettings(), "cpu")
     for index in range(12):
         image = Image.fromarray(parity_image(index, 160, 120))
         with seeded(key(0, "augment", 1, index)):

@@ -12,13 +12,10 @@ import pytest
 from common.ledger import Ledger
 from launch import run_with_submitit
 from launch.run_with_submitit import (
-    flag,
     main,
     snapshot,
     snapshot_folder,
     status,
-    with_output_dir,
-    without_flag,
 )
 from tests.kits.processes import alive, environment, expected_value, wait_for, write_toy_program
 
@@ -62,7 +59,7 @@ def test_dry_run_prints_the_script_and_submits_nothing(program, fake_slurm, caps
                  "--signal=USR2@120", "--cpus-per-task=10"):
         assert f"#SBATCH {line}\n" in out
     assert "export SRUN_CPUS_PER_TASK" in out and "main.py --updates 7 --output_dir" in out
-    assert "--use_volta32" in err and "has no effect" in err
+    assert "--use_volta32" in err and "no effect" in err
     assert not (program / "runs").exists() or not list((program / "runs").rglob("*.pkl"))
 
 
@@ -93,11 +90,9 @@ def test_slurm_where_there_is_none_names_the_torchrun_line(program, no_slurm, ca
     (["status", "nowhere"], "nowhere holds no job.json"),
     (["status"], "status takes one folder"),
     (["--cluster", "local", "--no_such_flag", "1"], "no_such_flag"),
-    (["--nodes", "two"], "--nodes: 'two'"),
-    (["--nodes", "0"], "--nodes: '0'"),
-    (["--timeout", "nan"], "--timeout: 'nan'"),
-    (["--timeout", "0"], "--timeout: '0'"),
-    (["--max_requeue", "-1"], "--max_requeue: '-1'"),
+    (["--nodes", "two"], "--nodes: "),
+    (["--nodes", "0"], "--nodes 0"),
+    (["--timeout", "nan"], "--timeout nan"),
     (["--dry_run", "maybe"], "'maybe'"),
     (["--cluster", "somewhere"], "choose from"),
 ])
@@ -122,23 +117,22 @@ def test_the_code_of_a_job_lies_beside_its_folder():
 
 
 def test_the_program_starts_from_its_snapshot_alone(tmp_path):
-    snapshot(tmp_path / "code", [])
+    snapshot(tmp_path / "code")
     alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    ended = subprocess.run([sys.executable, str(tmp_path / "code" / "main.py"), "--print_config", "true"], cwd=tmp_path,
-                           env=alone, capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, str(tmp_path / "code" / "main.py"), "--print_config", "true", "--config",
+                            "recipes/quickstart.yaml"], cwd=tmp_path / "code", env=alone, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
 
 
-def test_flags_of_main_are_found_and_replaced(tmp_path):
-    argv = ["--a", "1", "--output_dir=x", "--b"]
-    assert flag(argv, "output_dir") == "x" and flag(argv, "a") == "1" and flag(argv, "c") is None
-    assert without_flag(["--x", "1", "--y", "2"], "x") == ["--y", "2"]
-    argv, folder = with_output_dir(["--output_dir", "rel/%j", "--a", "1"], "/job")
-    assert folder == os.path.abspath("rel/%j") and argv == ["--a", "1", "--output_dir", folder]
-    config = tmp_path / "c.yaml"
-    config.write_text("output_dir: from_config\n")
-    assert with_output_dir(["--config", str(config)], "/job")[1] == os.path.abspath("from_config")
-    assert with_output_dir([], "/job")[1] == "/job"
+@pytest.mark.parametrize("argv, folder", [([], "runs/%j"), (["--output_dir=rel/%j"], "rel/%j"),
+                                          (["--config", "c.yaml"], "from_config"),
+                                          (["--config=c.yaml", "--output_dir", "rel"], "rel")])
+def test_the_run_folder_is_the_jobs_unless_it_is_named(program, fake_slurm, capsys, argv, folder):
+    (program / "c.yaml").write_text("output_dir: from_config\n")
+    assert main([*argv, "--device", "cpu", "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert out.rstrip().endswith(f"--output_dir {program / folder}") and "--device cpu" in out
+    assert "--gpus-per-node" not in out
 
 
 @pytest.mark.parametrize("job_dir", ["file", "file/%j", "/proc/jobs/%j", "{unwritable}/%j"])
@@ -180,7 +174,7 @@ def test_a_local_job_runs_the_snapshot_to_the_end(program):
     assert finished(folder) == [("DONE", None)], (folder / f"{folder.name}_0_log.err").read_text()
     assert json.loads((folder / "state.json").read_text())["value"] == expected_value(10, 2)
     text = status(folder)
-    assert "state    COMPLETED" in text and "attempt  1 of" in text and "update   10" in text
+    assert "state    COMPLETED" in text and "attempt 1: DONE at update 10" in text
     job = json.loads((folder / "job.json").read_text())
     assert re.search(r"runs/code/\d{8}-\d{6}-\w{6}$", job["code"])
 

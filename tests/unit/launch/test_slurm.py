@@ -1,8 +1,6 @@
 """What a task of a job decides from the end of main.py: once for all tasks, and in the ledger of the run."""
-import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -132,7 +130,6 @@ def stop_under_slurm(tmp_path: Path, monkeypatch, squeue: str | None, scontrol: 
                                          (-signal.SIGABRT, "rank 0 is gone"), (1, "rank 0 is gone")])
 def test_a_killed_rank_is_named_with_the_update_that_its_peers_recorded(tmp_path, code, cause):
     task = Task(job(tmp_path), _Environment(1, []))
-    (tmp_path / "progress.json").write_text(json.dumps({"update": 36, "time": time.time()}))
     run_of(tmp_path, Outcome.FAILED, rank=0, cause="rank 0 is gone")
     task.after_failure(code)
     newest = Ledger(tmp_path).newest()
@@ -141,8 +138,7 @@ def test_a_killed_rank_is_named_with_the_update_that_its_peers_recorded(tmp_path
 
 def test_a_killed_job_that_left_no_words_is_recorded_with_its_last_progress(tmp_path):
     task = Task(job(tmp_path), _Environment(0, []))
-    run_of(tmp_path)
-    (tmp_path / "progress.json").write_text(json.dumps({"update": 36, "time": time.time()}))
+    run_of(tmp_path).progress(pid=os.getpid(), update=36, phase="backward")
     task.environment.num_tasks = 1
     task.after_failure(-signal.SIGKILL)
     status = Ledger(tmp_path).status()

@@ -2,8 +2,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -13,7 +11,7 @@ from common.ledger import Ledger
 from common.outcome import Outcome
 from launch import stop as stop_module
 from launch.process import Process, start
-from launch.stop import StopRequest, job_end_time, time_left
+from launch.stop import StopRequest, job_end_time
 from tests.kits.processes import (
     TOY,
     Rank,
@@ -89,16 +87,12 @@ def test_a_forked_loader_worker_outlives_the_signals_of_its_group():
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
-@pytest.mark.parametrize("text, seconds", [("1-02:03:04", 93784), ("02:03:04", 7384), ("3:04", 184), ("0:00", 0),
-                                           ("UNLIMITED", float("inf")), ("INVALID", float("inf")), ("", float("inf"))])
-def test_time_left(text, seconds):
-    assert time_left(text) == seconds
-
-
-def test_the_end_of_a_job():
+def test_the_end_of_a_job(monkeypatch):
+    monkeypatch.setattr(stop_module, "squeue", lambda job, what: {"1": "2026-11-26T10:00:00"}.get(job, "N/A"))
     assert job_end_time({"SLURM_JOB_END_TIME": "1700000000"}) == 1.7e9
-    assert job_end_time({}) == float("inf")
-    assert job_end_time({"SLURM_JOB_ID": "1", "SLURM_PROCID": "3"}) == float("inf")  # rank 0 asks for all
+    assert job_end_time({"SLURM_JOB_ID": "1"}) == time.mktime((2026, 11, 26, 10, 0, 0, 0, 0, -1))
+    for env in ({}, {"SLURM_JOB_ID": "2"}, {"SLURM_JOB_ID": "1", "SLURM_PROCID": "3"}):  # rank 0 asks for all
+        assert job_end_time(env) == float("inf")
 
 
 def test_training_stops_before_the_time_limit(monkeypatch):

@@ -28,7 +28,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server.asked.append(kind)
         bad, server.failures = server.failures > 0, server.failures - 1
         if kind == "missing" or kind == "busy" and bad:
-            return self.send_error(404 if kind == "missing" else 503)
+            self.send_error(404 if kind == "missing" else 503)
+            return
         if kind == "silent" and bad:
             threading.Event().wait(1.5)
         body = b"<!DOCTYPE html><title>Log in</title>" if kind == "page" else DATA

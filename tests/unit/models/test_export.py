@@ -62,7 +62,7 @@ def test_published_architectures_in_onnx_runtime_at_two_sizes(name, tmp_path):
     paths = sorted((PARITY / "eval_set").rglob("*.JPEG"))[:2]
     for height, width in ((224, 224), (288, 256)):
         pixels = np.stack([np.asarray(decode_path(str(path)).resize((width, height))) for path in paths])
-        x = Normalise(ImageSettings().mean, ImageSettings().std, "cpu")(torch.from_numpy(pixels)).permute(0, 3, 1, 2)
+        x = Normalise(ImageSettings(), "cpu")(torch.from_numpy(pixels)).permute(0, 3, 1, 2)
         with torch.no_grad():
             wanted = model(x)
         assert wanted.std() > 1e-3 and (run(x) - wanted).abs().max() < 1e-4

@@ -26,8 +26,7 @@ def test_parameters_flops_and_input_size_are_those_of_the_model(name):
     variant = VARIANTS[name]
     with torch.device("meta"):
         size = complexity(timm.create_model(name), variant.input_size)
-    if variant.params:
-        assert size.params == variant.params and size.flops == pytest.approx(variant.flops, rel=0.005)
+    assert size.params == variant.params and size.flops == pytest.approx(variant.flops, rel=0.005)
     config = timm.get_pretrained_cfg(name)
     assert config.input_size == (3, variant.input_size, variant.input_size)
     assert config.url == (variant.files[0].urls[0] if variant.files else "")

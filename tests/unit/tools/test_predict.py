@@ -73,7 +73,7 @@ def test_heat_maps(file, images, tmp_path):
 
 
 @pytest.mark.parametrize("argv, named", [
-    (["missing.jpg", "--resume", "FILE"], "missing.jpg"), (["EMPTY", "--resume", "FILE"], "empty"),
+    (["EMPTY", "--resume", "FILE"], "empty"),
     (["IMAGES"], "--resume"), (["IMAGES", "--model", "hornet_tine"], "hornet_tine"),
     (["IMAGES", "--resume", "IMAGES"], "images"), (["IMAGES", "--resume", "FILE", "--out", "xml"], "--out xml"),
     (["IMAGES", "--resume", "FILE", "--topk", "0"], "--topk"),
@@ -90,4 +90,4 @@ def test_mistakes_are_one_sentence_and_exit_2(argv, named, file, images, tmp_pat
 
 
 def test_only_unreadable_files_end_with_1(file, images):
-    assert main([str(images / "broken.jpg"), "--resume", str(file)]) == 1
+    assert main([str(images / "broken.jpg"), "missing.jpg", "--resume", str(file)]) == 1

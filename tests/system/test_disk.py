@@ -85,7 +85,7 @@ def test_a_disk_too_small_is_reported_at_the_start(small_disk, capfd):
 def test_a_read_only_folder_is_refused_for_a_training_and_serves_an_evaluation(small_disk, capfd):
     remount(small_disk, "ro")
     names = ("{run}", "Read-only file system")
-    check(Row("training", f"{FURTHER} 2", "?", ("--output_dir", *names)), small_disk, capfd)
+    check(Row("training", f"{FURTHER} 2", "unusable_folder", ("--output_dir", *names)), small_disk, capfd)
     check(Row("beside", "--resume {run}/checkpoint-0.pth", 0, names, base="eval"), small_disk, capfd)
     check(Row("asked for", "--output_dir {run}", 1, names, base="eval"), small_disk, capfd)
 
