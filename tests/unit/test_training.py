@@ -11,16 +11,17 @@ from common.errors import UserError
 from common.log import logger
 from common.outcome import Outcome
 from config.parse import parse
-from launch.process import Place as Rank
 from launch.process import Process
 from launch.stop import StopRequest
 from launch.watchdog import Watchdog
 from models import MODEL_NAMES
+from plan import Classification, plan_run
 from run.checkpoint import Checkpoints, load, manifest_path, snapshot
+from run.start import code_version
 from run.state import TABLE, check_resumable, check_same_run, collect
 from tests.kits.faults import Place, command, start
 from tests.kits.images import write_images
-from training import Classification, Trainer, code_version, plan_run
+from training import Trainer
 
 UPDATES, STOP_AFTER, TIMES = 6, 8, ("seconds", "train_images_per_second", "train_data_wait")
 OPTIONS = {"model": "hornet_pico_7x7", "device": "cpu", "input_size": 32, "epochs": 2, "batch_size": 4, "lr": 0.01,
@@ -30,7 +31,7 @@ OPTIONS = {"model": "hornet_pico_7x7", "device": "cpu", "input_size": 32, "epoch
 
 @pytest.fixture(scope="module")
 def process():
-    return Process(Rank(), torch.device("cpu"))
+    return Process(device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
