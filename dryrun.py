@@ -108,7 +108,7 @@ class Trial(engine.Observer):
 
 
 class DryRun:
-    """The parts of a dry run; each logs aligned rows as it goes, so that one where something hangs is seen."""
+    """The parts of a dry run; each logs aligned rows as it goes: one where something hangs is seen."""
 
     def __init__(self, process: Process, trial: Trial):
         self.process, self.trial, self.found = process, trial, []

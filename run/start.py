@@ -48,11 +48,10 @@ def process_problems(process: Process) -> list[str]:
     nodes, versions, sums = zip(*process.all_gather_object((process.node_name, mine, correct)))
     problems = [f"{name} is {versions[0][name]} on rank 0 ({nodes[0]}) and {other.get(name)} on rank {rank} "
                 f"({nodes[rank]}): use one environment on all nodes."
-                for rank, other in enumerate(versions) for name in mine if other.get(name) != versions[0].get(name)]
-    if not all(sums):
-        problems.append(f"all-reduce gives an incorrect sum on rank {sums.index(False)} ({nodes[sums.index(False)]}): "
-                        "the network or the devices' driver is at fault.")
-    return problems
+                for rank, other in enumerate(versions) for name in mine
+                if other.get(name) != versions[0].get(name)]
+    return problems + [f"all-reduce gives an incorrect sum on rank {rank} ({nodes[rank]}): the network or "
+                       "the devices' driver is at fault." for rank, correct in enumerate(sums) if not correct]
 
 
 def memory_problems(options: Options, process: Process, folder: str = "/dev/shm") -> list[str]:
@@ -84,13 +83,14 @@ def existing_folder(path: str | os.PathLike) -> Path:
 
 
 def check_writable(flag: str, folder: str) -> None:
-    """Raise UserError when nothing can be written where `folder` is to be; a nameless file leaves no trace."""
+    """Raise UserError when nothing can be written where `folder` is to be; nothing is left there."""
     try:
         with tempfile.TemporaryFile(dir=existing_folder(folder)) as file:
             file.write(b"hornet")
     except OSError as error:
-        raise UserError(f"{flag} {folder} cannot be used: nothing can be written in {existing_folder(folder)} "
-                        f"({error.strerror}); choose another.", code="unusable_folder") from error
+        raise UserError(f"{flag} {folder} cannot be used: nothing can be written in "
+                        f"{existing_folder(folder)} ({error.strerror}); choose another.",
+                        code="unusable_folder") from error
 
 
 def free_space(output_dir: str | os.PathLike) -> int:
