@@ -34,19 +34,20 @@ from launch.stop import StopRequest
 from launch.watchdog import Watchdog
 from optim.ema import half_life_warning
 from optim.update import UpdateStats
-from run.checkpoint import Checkpoints, Loaded, snapshot, state_bytes
+from plan import Plan, build_model, plan_run
+from run.checkpoint import Checkpoints, Loaded, find_checkpoint, snapshot, state_bytes
 from run.folder import RunFolder
 from run.log import remedy
 from run.start import (
     check_writable,
+    code_version,
     cpus_per_process,
     existing_folder,
-    free_space,
     memory_problems,
     process_problems,
 )
 from run.state import finished
-from training import Planned, Trainer, build_model, code_version, find_checkpoint, plan_run
+from training import Trainer
 
 _UPDATES, _SECONDS, _WAIT_SHARE = 8, 20.0, 0.10
 _FOR_A_CPU = 5_000_000  # parameters; no update of a larger network is tried on a CPU, where it takes minutes
@@ -60,7 +61,7 @@ def check(resolved: Resolved, process: Process, watchdog: Watchdog) -> ExitCode:
         if options.output_dir:
             process.on_rank_zero(lambda: check_writable("--output_dir", options.output_dir))
         run.row("processes", f"{process.world_size} on {process.device.type}, code {code_version()}")
-        run.problems("processes", process_problems(process, code_version()))
+        run.problems("processes", process_problems(process))
         run.evaluation(resolved) if options.eval else run.training(resolved)
     except torch.OutOfMemoryError as error:
         raise UserError(f"the device's memory is too small for --batch_size {options.batch_size}: use "
@@ -106,7 +107,7 @@ class Trial(engine.Observer):
 
 
 class DryRun:
-    """The parts of a dry run; each logs aligned rows as it goes, so that one where something hangs is seen."""
+    """The parts of a dry run; each logs aligned rows as it goes: one where something hangs is seen."""
 
     def __init__(self, process: Process, trial: Trial):
         self.process, self.trial, self.found = process, trial, []
@@ -195,7 +196,7 @@ class DryRun:
                 "images as incorrect with --allow_bad_images true." for path, reason in refused])
         return self.process.broadcast_object(found)
 
-    def _updates(self, planned: Planned, loaded: Loaded | None, sample: SampleCheck | None) -> int:
+    def _updates(self, planned: Plan, loaded: Loaded | None, sample: SampleCheck | None) -> int:
         """Real updates, evaluation, save and reload; returns the bytes of a checkpoint.
 
         The temporary folder is on the run's disk, but above its own folder, which a trial must not change.
@@ -228,7 +229,7 @@ class DryRun:
             finally:
                 trainer.close()
 
-    def _figures(self, planned: Planned, progress: engine.Progress) -> None:
+    def _figures(self, planned: Plan, progress: engine.Progress) -> None:
         losses = " to ".join(f"{loss:.4g}" for _, _, loss in self.trial.seen[:1] + self.trial.seen[1:][-1:])
         self.row("updates", f"{plural(self.trial.updates, 'update')} of {planned.batch.global_batch} images: "
                  f"loss {losses}, gradient norm {progress.grad_norm:.3g}, lr {progress.lr:.3g}")
@@ -236,7 +237,7 @@ class DryRun:
                                   "--lr, lengthen --warmup_epochs, or train without --use_amp."
                                   for record in self.trial.nonfinite[:1]])
 
-    def _evaluate_some(self, planned: Planned, trainer: Trainer) -> float:
+    def _evaluate_some(self, planned: Plan, trainer: Trainer) -> float:
         """Evaluate one batch per process; images per second of all of them."""
         evaluation = engine.Evaluation(EvalPrepare(planned.options, self.process.device), self.process.device,
                                        observer=self.trial, process=self.process)
@@ -269,7 +270,7 @@ class DryRun:
         where = "main memory per process" if self.on_cpu else "a device's memory"
         self.row("memory", f"at most {file_size(peak)} of {file_size(total)} of {where}")
 
-    def _speed(self, planned: Planned, sample: SampleCheck | None, evaluated: float) -> None:
+    def _speed(self, planned: Plan, sample: SampleCheck | None, evaluated: float) -> None:
         """Memory, speed, waiting for data with the change that would help most, the time of the whole recipe.
 
         evaluated: images per second, 0 without evaluation.
@@ -301,13 +302,10 @@ class DryRun:
             self.row("disk", "nothing would be saved: give --output_dir (and leave --save_ckpt true)")
         elif self.process.is_main:
             checkpoints = Checkpoints(options.output_dir, keep=options.save_ckpt_num)
-            needed = checkpoints.disk_needed(state_size, options.epochs)
-            free = free_space(options.output_dir)
-            text = (f"checkpoints take {file_size(state_size)} each, up to {file_size(needed)} in all; "
-                    f"{file_size(free)} are available in {options.output_dir}")
+            text, enough = checkpoints.disk_estimate(state_size, options.epochs)
             self.row("disk", text)
-            short = [f"{text}: free some, or keep fewer with --save_ckpt_num."] if needed >= free else []
-            self.problems("disk", short)
+            more = f"{text}: free some, or keep fewer with --save_ckpt_num."
+            self.problems("disk", [] if enough else [more])
 
 
 def peak_memory(device: torch.device) -> tuple[int, int]:

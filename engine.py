@@ -1,8 +1,10 @@
-"""The two loops: one epoch of training and one exact evaluation. No files, no options; what they need is passed in."""
+"""The two loops: one epoch of training and one exact evaluation. No files, no options; what they need is
+passed in."""
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Protocol
 
 import numpy as np
@@ -25,7 +27,8 @@ _AFTER = {"skip": Outcome.DONE, "rollback": Outcome.ROLLED_BACK, "stop": Outcome
 
 
 class Observer:
-    """What a run wants to know while the loops go on; every call comes on every rank. This one wants nothing."""
+    """What a run wants to know while the loops go on; every call comes on every rank. This one wants
+    nothing."""
 
     def on_phase(self, phase: str, update: int) -> None:
         """A heartbeat: "data", "forward", "backward", "step" or "evaluation" begins."""
@@ -37,7 +40,8 @@ class Observer:
     def after_update(self, update: int, stats: UpdateStats, sums: SumsOverRanks) -> bool:
         """Global update `update` is done (`stats`: tensors on the device). True, on all ranks, stops here.
 
-        `sums()` gives the sums of the epoch so far over all ranks, for a checkpoint; then every rank must call it.
+        `sums()` gives the sums of the epoch so far over all ranks, for a checkpoint; then every rank must
+        call it.
         """
         return False
 
@@ -54,30 +58,35 @@ class Observer:
 class Task(Protocol):
     """What a run learns: how a batch becomes a loss, and what an evaluation measures.
 
-    `score` names the figure by which one epoch is better than another; that of the moving average ends in `_ema`.
-    `loaders` are those of its evaluation: the run reports what they could not read, and closes them.
+    `score` names the figure by which one epoch is better than another; that of the moving average ends in
+    `_ema`. `loaders` are those of its evaluation: the run reports what they could not read, and closes them.
     """
     score: str
     loaders: list[ImageLoader]
 
     def losses(self, model: nn.Module, batch: Batch, update: int) -> tuple[Tensor, Tensor | None]:
-        """Of one micro-batch: its mean loss (0-dim, float32) and its top-1 hits (0-dim; None without hard labels).
+        """Of one micro-batch: its mean loss (0-dim, float32) and its top-1 hits (0-dim; None without hard
+        labels).
 
-        All random draws are keyed by `update` and the images' global positions, so that a replay gives the same.
+        All random draws are keyed by `update` and the images' global positions, so that a replay gives the
+        same.
         """
         ...
 
-    def evaluate(self, networks: Sequence[tuple[str, nn.Module]], observer: Observer, update: int) -> Figures | None:
-        """The `test_…` figures of (suffix, network) pairs on every rank; None when an observer left the evaluation."""
+    def evaluate(self, networks: Sequence[tuple[str, nn.Module]], observer: Observer,
+                 update: int) -> Figures | None:
+        """The `test_…` figures of (suffix, network) pairs on every rank; None when an observer left the
+        evaluation."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """What the training loop works with. `model` may be wrapped (DDP, compiled); `plain` is the network inside it.
+    """What the training loop works with. `model` may be wrapped (DDP, compiled); `plain` is the network
+    inside it.
 
-    `loader` yields batches in the order of `sampler` (`set_start(epoch, update)`). `path_of(index)` names images in
-    reports.
+    `loader` yields batches in the order of `sampler` (`set_start(epoch, update)`). `path_of(index)` names
+    images in reports.
     """
     model: nn.Module
     plain: nn.Module
@@ -94,12 +103,14 @@ class Loop:
 
 @dataclass
 class Progress:
-    """Host values of an epoch so far: means over its applied updates, of this rank, at the end over all ranks.
+    """Host values of an epoch so far: means over its applied updates, of this rank, at the end over all
+    ranks.
 
-    `recent_loss` is the mean since the last report, `class_acc` top-1 in percent where labels are hard, `data_wait`
-    the share of the time spent waiting for the loader. `next_update` is the first global update not done.
-    `outcome`: DONE when the epoch is complete, PAUSED when the observer asked to stop before, ROLLED_BACK or FAILED
-    when the non-finite updates demand it. `sums` are those over all ranks at the end, to continue from.
+    `recent_loss` is the mean since the last report, `class_acc` top-1 in percent where labels are hard,
+    `data_wait` the share of the time spent waiting for the loader. `next_update` is the first global update
+    not done. `outcome`: DONE when the epoch is complete, PAUSED when the observer asked to stop before,
+    ROLLED_BACK or FAILED when the non-finite updates demand it. `sums` are those over all ranks at the end,
+    to continue from.
     """
     epoch: int
     first_update: int
@@ -126,8 +137,8 @@ class _Meter:
     def __init__(self, loop: Loop, epoch: int, first_update: int, sums: Sums | None):
         self.loop, self.progress = loop, Progress(epoch, first_update, first_update)
         self.start, self.waited, self.images = time.perf_counter(), 0.0, 0
-        # Loss and gradient norm per image, images in applied updates, hits, hard-labelled images. By images, so that
-        # an epoch begun on two processes and ended on one weighs its updates alike.
+        # Loss and gradient norm per image, images in applied updates, hits, hard-labelled images. By images,
+        # so that an epoch begun on two processes and ended on one weighs its updates alike.
         self.sums = np.zeros(5) if sums is None else np.array(sums[:5], dtype=np.float64)
         self.progress.nonfinite = 0 if sums is None else int(sums[5])
         self.window: list[Tensor] = []
@@ -160,7 +171,7 @@ class _Meter:
     def _means(self, sums: Sums) -> Progress:
         progress, groups = self.progress, self.loop.update.optimizer.param_groups
         loss, norm, applied, hits, labelled = sums
-        progress.loss, progress.grad_norm = (loss / applied, norm / applied) if applied else (float("nan"),) * 2
+        progress.loss, progress.grad_norm = (loss / applied, norm / applied) if applied else (np.nan, np.nan)
         progress.class_acc = 100 * hits / labelled if labelled else None
         progress.lr, progress.min_lr = max(g["lr"] for g in groups), min(g["lr"] for g in groups)
         progress.weight_decay = max(g["weight_decay"] for g in groups)
@@ -187,7 +198,8 @@ def train_one_epoch(loop: Loop, observer: Observer, *, epoch: int, first_update:
     meter = _Meter(loop, epoch, base + first_update, sums)
     progress, batches = meter.progress, iter(loop.loader)
     if first_update == loop.updates_per_epoch:
-        # Stopped between the last update and the evaluation: the epoch's line still has that update's settings.
+        # Stopped between the last update and the evaluation: the epoch's line still has that update's
+        # settings.
         loop.update.schedule.apply(loop.update.optimizer, end - 1)
     for number in range(base + first_update, end):
         held, stats = _train_one_update(loop, observer, batches, meter, number)
@@ -258,8 +270,9 @@ def _report(loop: Loop, observer: Observer, progress: Progress, incidents: Itera
         progress.nonfinite += 1
         progress.outcome = progress.outcome if incident.action == "skip" else _AFTER[incident.action]
         observer.on_nonfinite({
-            "update": incident.update, "epoch": progress.epoch, "action": incident.action, "learning_rate": lr,
-            "loss": incident.loss, "grad_norm": incident.grad_norm, "loss_scale": incident.loss_scale,
+            "update": incident.update, "epoch": progress.epoch, "action": incident.action,
+            "learning_rate": lr, "loss": incident.loss, "grad_norm": incident.grad_norm,
+            "loss_scale": incident.loss_scale,
             **_replay(loop, incident.update, held)})
 
 
@@ -286,8 +299,8 @@ class Outputs:
 
 @dataclass
 class EvalResult:
-    """Sums over all images of all ranks. `bad` images could not be read and count as incorrect; `nonfinite` ones
-    gave logits that are not numbers and count as incorrect too."""
+    """Sums over all images of all ranks. `bad` images could not be read and count as incorrect; `nonfinite`
+    ones gave logits that are not numbers and count as incorrect too."""
     name: str
     hits1: int
     hits5: int
@@ -316,10 +329,12 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How to evaluate. `prepare(batch)` gives images and int64 targets on the device, -100 for unreadable images.
+    """How to evaluate. `prepare(batch)` gives images and int64 targets on the device, -100 for unreadable
+    images.
 
-    `columns` restricts the logits to these classes (targets then count within them). `outputs` keeps per-image
-    results. `expected` images are insisted on. float32 is true float32 unless `tf32` or an `autocast_dtype`.
+    `columns` restricts the logits to these classes (targets then count within them). `outputs` keeps
+    per-image results. `expected` images are insisted on. float32 is true float32 unless `tf32` or an
+    `autocast_dtype`.
     """
     prepare: Callable[[Batch], tuple[Tensor, Tensor]]
     device: torch.device
@@ -329,7 +344,7 @@ class Evaluation:
     outputs: bool = False
     expected: int | None = None
     observer: Observer = field(default_factory=Observer)
-    process: Process | None = None
+    process: Process = field(default_factory=lambda: Process(device=torch.device("cpu")))
 
 
 @torch.no_grad()
@@ -338,8 +353,8 @@ def evaluate(models: Sequence[tuple[str, nn.Module]], loader: Iterable[Batch], e
     """Score several (name, unwrapped model) in one pass over the images; the same results on every rank.
 
     Each rank passes its own share of the images, possibly none: nothing is padded, hits are integers, and the
-    models wait for no other rank. No results at all when the observer of any rank has left the evaluation. Raises
-    RuntimeError when not exactly `expected` images were seen.
+    models wait for no other rank. No results at all when the observer of any rank has left the evaluation.
+    Raises RuntimeError when not exactly `expected` images were seen.
     """
     start, modes = time.perf_counter(), [model.training for _, model in models]
     tallies, left = [_Tally(evaluation) for _ in models], False
@@ -357,8 +372,7 @@ def evaluate(models: Sequence[tuple[str, nn.Module]], loader: Iterable[Batch], e
                 tally.add(full_precision(logits), targets, batch.indices)
     for (_, model), mode in zip(models, modes):
         model.train(mode)
-    leavers = torch.tensor(int(left))
-    if leavers if evaluation.process is None else evaluation.process.all_reduce_(leavers, "max"):
+    if evaluation.process.all_reduce_(torch.tensor(int(left)), "max"):
         return []
     results = [tally.result(name) for (name, _), tally in zip(models, tallies)]
     for result in results:
@@ -375,7 +389,8 @@ class _Tally:
         self.evaluation, device = evaluation, evaluation.device
         self.columns = None if evaluation.columns is None else torch.as_tensor(evaluation.columns).to(device)
         self.counts = torch.zeros(5, dtype=torch.int64, device=device)
-        self.loss = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self.loss = torch.zeros((), dtype=wide, device=device)
         self.rows: list[tuple] = []
 
     def add(self, logits: Tensor, targets: Tensor, indices: Tensor) -> None:
@@ -394,17 +409,17 @@ class _Tally:
             self.rows.append((indices, targets.cpu(), top.cpu(), probabilities.cpu(), nll.float().cpu()))
 
     def result(self, name: str) -> EvalResult:
-        process = self.evaluation.process
-        for total in (self.counts, self.loss) if process is not None else ():
-            process.all_reduce_(total, "sum")
-        return EvalResult(name, *self.counts.tolist(), self.loss.item(), outputs=self._gather())
+        for total in (self.counts, self.loss):
+            self.evaluation.process.all_reduce_(total, "sum")
+        hits1, hits5, images, bad, nonfinite = self.counts.tolist()
+        return EvalResult(name, hits1, hits5, images, bad, nonfinite, self.loss.item(),
+                          outputs=self._gather())
 
     def _gather(self) -> Outputs | None:
         if not self.evaluation.outputs:
             return None
         own = [torch.cat(column).numpy() for column in zip(*self.rows)]
-        process = self.evaluation.process
-        parts = [own] if process is None else process.all_gather_object(own)
+        parts = self.evaluation.process.all_gather_object(own)
         columns = [np.concatenate(column) for column in zip(*(part for part in parts if part))]
         order = np.argsort(columns[0], kind="stable")
         return Outputs(*(column[order] for column in columns))
@@ -412,10 +427,10 @@ class _Tally:
 
 @contextmanager
 def true_float32() -> Iterator[None]:
-    """Products and convolutions of float32 tensors in float32 (no TF32, no bf16), the settings restored afterwards."""
-    backends = torch.backends
-    settings = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul,
-                backends.mkldnn.conv]
+    """Products and convolutions of float32 tensors in float32 (no TF32, no bf16), the settings restored
+    afterwards."""
+    names = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv")
+    settings = attrgetter(*names)(torch.backends)
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:

@@ -1,6 +1,5 @@
-"""`--eval true`: find the weights, evaluate them in one pass over the images, compare with what is published."""
+"""`--eval true`: find the weights, evaluate them in one pass over the images, compare with the published."""
 import sys
-from copy import copy
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -26,7 +25,6 @@ from datasets.dataset import make_loader
 from datasets.device import EvalPrepare
 from datasets.sampler import spread_over_classes
 from datasets.subsets import Subset, real_labels, recognise_folder
-from datasets.transforms import eval_transform
 from launch.process import Process
 from launch.watchdog import Watchdog
 from models import MODEL_NAMES
@@ -78,16 +76,11 @@ class Heartbeats(engine.Observer):
 
 
 def evaluate_checkpoints(resolved: Resolved, process: Process, watchdog: Watchdog) -> ExitCode:
-    """Evaluate every checkpoint of `--resume` (else `--pretrained`, else the run folder's best); the exit code."""
+    """Evaluate each checkpoint of `--resume` (else `--pretrained`, else the run's best); the exit code."""
     prepared = prepare_evaluation(resolved, process, Heartbeats(watchdog))
     options, data, candidates = prepared.options, prepared.data, prepared.candidates
     for note in data.notes:
         logger.info(note)
-    enough = not prepared.evaluation.columns and prepared.evaluation.expected >= 2 * SAMPLED
-    for candidate in candidates if enough else ():
-        warning = strange_weights(candidate.network, candidate.weights, data, options, prepared.evaluation)
-        if warning and process.is_main:
-            logger.warning("%s: %s", candidate.path, warning)
     loader = eval_loader(data, options, process.rank, process.world_size,
                          refuse_bad=not options.allow_bad_images)
     # None leaves the bar out where nobody watches a terminal.
@@ -99,6 +92,10 @@ def evaluate_checkpoints(resolved: Resolved, process: Process, watchdog: Watchdo
     finally:
         loader.close()
     results = [_result(prepared, candidate, each) for candidate, each in zip(candidates, found)]
+    judged = zip(candidates, found) if process.is_main and not prepared.evaluation.columns else ()
+    for candidate, each in judged:
+        if warning := low_score(each.hits1, each.images - each.bad, data.num_classes, candidate.weights):
+            logger.warning("%s: %s", candidate.path, warning)
     complete = True
     if process.is_main:
         complete = _write(prepared, results, found[0])
@@ -123,6 +120,7 @@ def prepare_evaluation(resolved: Resolved, process: Process, observer: engine.Ob
         class_names=list(subset.folders) if subset else classes))
     names = list(imagenet_synsets()) if subset else data.class_names
     candidates = [c for path in sources for c in load_candidates(path, options, names, process.device)]
+    assert data.val is not None
     evaluation = engine.Evaluation(
         EvalPrepare(options, process.device), process.device, amp_dtype(options), tf32=options.fast_math,
         columns=subset.columns if subset else None, outputs=bool(options.report or subset),
@@ -131,25 +129,27 @@ def prepare_evaluation(resolved: Resolved, process: Process, observer: engine.Ob
 
 
 def find_sources(resolved: Resolved) -> list[str]:
-    """Local paths of the checkpoints to evaluate; downloads what is given as an address. Never random weights.
+    """Local paths of the checkpoints to evaluate; downloads what is an address. Never random weights.
 
-    The weights that a recipe begins with, as a run's own config.yaml has them, count only where nothing else is.
+    The weights that a recipe begins with, as a run's config.yaml has them, count only where nothing else is.
     """
     options, folder = resolved.options, resolved.options.output_dir
     found = []
     for name in options.resume:
         if name in ("best", "latest") and not folder:
-            raise UserError(f"--resume {name} looks in the run folder: give --output_dir.", code="missing_option")
-        path = str(Checkpoints(folder).resolve(name).path) if name in ("best", "latest") else local_file(name)
-        found.append(str(best_checkpoint(Path(path)) or path) if Path(path).is_dir() else path)
+            raise UserError(f"--resume {name} looks in the run folder: give --output_dir.",
+                            code="missing_option")
+        loaded = Checkpoints(folder).resolve(name) if name in ("best", "latest") else None
+        path = loaded.path if loaded else Path(local_file(name))
+        found.append(best_checkpoint(path) or path if path.is_dir() else path)
     start = next((name for name in ("pretrained", "finetune") if getattr(options, name)), "")
     if folder and not found and not (start and resolved.origins[start] == "flag"):
         found += filter(None, [best_checkpoint(Path(folder))])
     if start and (not found or resolved.origins[start] == "flag"):
         found.append(fetch_published(options.model) if options.pretrained else local_file(options.finetune))
     if not found:
-        raise UserError("--eval true has nothing to evaluate: give --resume CHECKPOINT, --pretrained true, or the "
-                        "--output_dir of a run.", code="missing_checkpoint")
+        raise UserError("--eval true has nothing to evaluate: give --resume CHECKPOINT, --pretrained true, "
+                        "or the --output_dir of a run.", code="missing_checkpoint")
     return [*map(str, found)]
 
 
@@ -164,20 +164,20 @@ def with_checkpoint_settings(resolved: Resolved, checkpoint: dict, path: str) ->
     own = {name: OPTIONS[name].convert([str(args[name])], f"the checkpoint's {name}") for name in names
            if name in args and args[name] != getattr(resolved.options, name)}
     if own.get("model", MODEL_NAMES[0]) not in MODEL_NAMES:
-        raise UserError(f"the checkpoint's model {plain(str(own['model']))} is not known here; if its weights are "
-                        f"those of another model, name it with --model: {', '.join(MODEL_NAMES)}.",
-                        code="unknown_model")
+        raise UserError(f"the checkpoint's model {plain(str(own['model']))} is not known here; if its "
+                        "weights are those of another model, name it with --model: "
+                        f"{', '.join(MODEL_NAMES)}.", code="unknown_model")
     if own:
         logger.info("From the checkpoint: %s", ", ".join(f"{name} {value}" for name, value in own.items()))
     options = replace(resolved.options, **own)
     if not options.data_path and not options.eval_data_path:
-        raise UserError(f"--data_path is missing, and {path} is not in the folder of a run that names its data; "
-                        "give the folder that holds val/.", code="missing_data")
+        raise UserError(f"--data_path is missing, and {path} is not in the folder of a run that names its "
+                        "data; give the folder that holds val/.", code="missing_data")
     return options
 
 
 def companion(options: Options, classes: list[str] | None) -> Subset | None:
-    """ImageNet's validation set, V2, -A, -R or -Sketch, when the model has ImageNet's 1000 classes; else None."""
+    """ImageNet's validation set, V2, -A, -R or -Sketch, when the model has its 1000 classes; else None."""
     if options.data_set != "IMNET" or options.val_labels or options.nb_classes not in (None, 1000):
         return None
     if classes and tuple(classes) != imagenet_synsets():
@@ -197,7 +197,8 @@ def known_classes(checkpoint: dict, options: Options) -> list[str] | None:
     return classes if options.nb_classes in (None, len(classes)) else None
 
 
-def load_candidates(path: str, options: Options, class_names: list[str], device: torch.device) -> list[Candidate]:
+def load_candidates(path: str, options: Options, class_names: list[str], device: torch.device
+                    ) -> list[Candidate]:
     """The networks to evaluate of one checkpoint: one, or two for `--weights both`."""
     found = []
     for weights in ("model", "ema") if options.weights == "both" else (options.weights,):
@@ -220,14 +221,12 @@ def amp_dtype(options: Options) -> torch.dtype | None:
 
 def score_sample(networks: list[tuple[str, torch.nn.Module]], data: Data, options: Options,
                  evaluation: engine.Evaluation, count: int) -> list[engine.EvalResult]:
-    """Score (name, network) pairs on `count` images spread over the classes: validation ones, else training ones.
+    """Score (name, network) pairs on `count` validation images spread over the classes.
 
     Every rank must call it and gets the same results; unreadable images count as `bad`.
     """
     source, process = data.val, evaluation.process
-    if source is None:
-        source = copy(data.train)
-        source.transform = eval_transform(options.input_size, options.crop_pct)
+    assert source is not None and process is not None
     chosen = spread_over_classes(source.targets, count)[process.rank::process.world_size].tolist()
     size = max(1, int(1.5 * options.batch_size))
     batches = [chosen[first:first + size] for first in range(0, len(chosen), size)]
@@ -245,7 +244,7 @@ def strange_weights(network: torch.nn.Module, weights: str, data: Data, options:
 
     Only for 100 classes and more, where chance is at most 1 %. Every rank must call it; all get one answer.
     """
-    if data.num_classes < ENOUGH_CLASSES:
+    if data.num_classes < ENOUGH_CLASSES or data.val is None:
         return None
     found = score_sample([(weights, network)], data, options, evaluation, SAMPLED)[0]
     return low_score(found.hits1, found.images - found.bad, data.num_classes, weights)
@@ -259,10 +258,10 @@ def low_score(hits: int, images: int, classes: int, weights: str = "model") -> s
     if classes < ENOUGH_CLASSES or images < ENOUGH_IMAGES or hits >= LOW_SCORE * images:
         return None
     other = "model" if weights == "model_ema" else "ema"
-    return (f"the loaded weights get only {hits} of {images} images correct ({100 * hits / images:.1f} %, chance is "
-            f"{100 / classes:.2g} %), though their head has these {classes} classes; likely causes: another order "
-            "of the classes than the data's folders have, another normalisation "
-            f"(--imagenet_default_mean_and_std), or the other entry of the file (try --weights {other}).")
+    return (f"the loaded weights get only {hits} of {images} images correct ({100 * hits / images:.1f} %, "
+            f"chance is {100 / classes:.2g} %); likely causes: another order of the classes than the "
+            "folders have, another normalisation (--imagenet_default_mean_and_std), or the other entry of "
+            f"the file (try --weights {other}).")
 
 
 # ------------------------------------------------------------------------------------- results
@@ -278,7 +277,8 @@ def _result(prepared: Prepared, candidate: Candidate, found: engine.EvalResult) 
         dataset=subset.name if subset else "imagenet-val" if imagenet else options.data_set,
         pillow=PIL.__version__)
     predictions = predictions_of(found, data) if found.outputs is not None else None
-    result = results_from(found, protocol, PUBLISHED.get(options.model), predictions) | {"seconds": found.seconds}
+    result = results_from(found, protocol, PUBLISHED.get(options.model), predictions)
+    result["seconds"] = found.seconds
     if predictions is not None and subset is not None and subset.name == "imagenet-val":
         answers = real_labels(predictions.paths.tolist())
         result |= {} if answers is None else {"real": multi_label_accuracy(predictions.top5, answers)}
@@ -320,7 +320,7 @@ def _log(results: list[dict], options: Options) -> None:
         if len(results) > 1:
             logger.info("%s, %s:", result["checkpoint"], result["weights"])
         if options.explain_difference:
-            for sentence in result.get("departures", []) or ["no setting departs from the published protocol"]:
+            for sentence in result["departures"] or ["no setting departs from the published protocol"]:
                 logger.info("- %s", sentence)
         if result["nonfinite_images"]:
             logger.warning("%d of %d images gave outputs that are not numbers; they count as incorrect",
@@ -328,5 +328,5 @@ def _log(results: list[dict], options: Options) -> None:
         sys.stdout.write(summary_line(result) + "\n")
     sys.stdout.flush()
     if options.check and "verdict" not in results[0]:
-        logger.warning("--check true has nothing to compare with: a verdict needs a published model with all its "
-                       "classes at its own input size on ImageNet's validation set")
+        logger.warning("--check true has nothing to compare with: a verdict needs a published model with all "
+                       "its classes at its own input size on ImageNet's validation set")

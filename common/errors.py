@@ -31,20 +31,17 @@ class Failure(UserError):
 # What a machine lacks: code, words of the errors in which Python and PyTorch report it, sentence. First wins.
 _LACKS = (
     ("open_files", ("Too many open files", "items of ancdata"),
-     "too few file descriptors: raise the limit (`ulimit -n 4096`) or lower --num_workers"),
+     "too few file descriptors: raise the limit (ulimit -n 4096) or lower --num_workers"),
     ("processes", ("can't start new thread", "Resource temporarily unavailable"),
-     "no more threads or processes can be started: raise the limit (`ulimit -u`, or the container's limit of "
-     "pids), or lower --num_workers"),
+     "no more threads or processes are allowed: raise the limit (ulimit -u) or lower --num_workers"),
     ("shared_memory", ("unable to allocate shared memory", "shared memory object", "</torch_", "Bus error"),
-     "the shared memory in /dev/shm is full or too small: give the container more (docker run "
-     "--shm-size=8g), or lower --num_workers"),
+     "/dev/shm is full or too small: enlarge it (docker run --shm-size=8g) or lower --num_workers"),
     ("disk_full", ("No space left on device", "Disk quota exceeded"),
-     "a disk is full, that of --output_dir, the temporary folder or /dev/shm: free some space"),
+     "the disk of --output_dir, of temporary files or /dev/shm is full: free some space"),
     ("loader_killed", ("DataLoader worker (pid",),
      "a loader process was killed, mostly for lack of memory: lower --num_workers or free memory"),
     ("device_memory", ("CUDA out of memory", "XPU out of memory", "MPS backend out of memory"),
-     "the device has too little memory: lower --batch_size and raise --update_freq by the same factor, or "
-     "use --grad_checkpointing true"),
+     "the device has too little memory: lower --batch_size, with a higher --update_freq"),
     ("memory", ("can't allocate memory", "Cannot allocate memory", "MemoryError"),
      "the machine has too little memory: lower --batch_size or --num_workers"),
 )

@@ -72,7 +72,8 @@ class Resolved:
 
     def to_yaml(self) -> str:
         """The options as a recipe that `--config` reads back; comments have origins and published values."""
-        implied, different = "update_freq" if self.options.global_batch else "global_batch", self.differences()
+        different = self.differences()
+        implied = "update_freq" if self.options.global_batch else "global_batch"
         skipped = (*_PER_LAUNCH, "resume", "eval", implied)
         lines = [f"{name}: {_yaml(value)}  # {self.origins[name]}"
                  + (f", published: {_shown(different[name][1])}" if name in different else "")
@@ -214,36 +215,35 @@ def _shown(value: Value) -> str:
 def read_recipe(path: str) -> Recipe:
     """Read a recipe: a flat mapping of option names to values or lists of values.
 
-    PyYAML's BaseLoader leaves every scalar a string, so that flags and recipes share one conversion and
-    YAML 1.1's traps (4e-3 is a string, 0123 octal, 1:30 a number, `on` a boolean) do not arise.
+    YAML's nodes leave every scalar a string, so that flags and recipes share one conversion, YAML 1.1's traps
+    (4e-3 is a string, 0123 octal, 1:30 a number, `on` a boolean) do not arise, and a key given twice is seen.
     """
-    name = printable(path)
+    name, values = printable(path), {}
     try:
-        loaded = yaml.load(_text(path), Loader=_StrictLoader)
-    except UserError:
-        raise
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" in line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or "the file is not valid YAML"
-        raise UserError(f"recipe {name} cannot be read{place}: {reason}.", code="invalid_recipe") from None
-    if not isinstance(loaded or {}, dict):
-        raise UserError(f"recipe {name} must be lines of the form `name: value`, such as `lr: 4e-3`.",
-                        code="invalid_recipe")
-    texts = {str(key): _texts(name, str(key), value) for key, value in (loaded or {}).items()}
-    return Recipe(path, {key: OPTIONS[key].convert(words, f"recipe {name}: {key}") if key in OPTIONS
-                         else words[0] for key, words in texts.items()})
+        node = yaml.compose(_text(path), Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise _invalid(name, getattr(error, "problem", None) or "is not valid YAML",
+                       getattr(error, "problem_mark", None)) from None
+    if node is not None and not isinstance(node, yaml.MappingNode):
+        raise _invalid(name, "lines such as `lr: 4e-3` are accepted", node.start_mark)
+    for key, value in node.value if node else ():
+        nodes = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        texts = [node.value for node in nodes] or [""]
+        if not all(isinstance(text, str) for text in (key.value, *texts)):
+            raise _invalid(name, "a plain name with plain values is accepted", key.start_mark)
+        if key.value in values:
+            raise _invalid(name, f"the key {quote(key.value)} is given twice; keep one", key.start_mark)
+        if key.value not in OPTIONS and key.value not in NO_EFFECT:
+            hint = did_you_mean(key.value.replace("-", "_"), OPTIONS) or "; `--help all` lists all options."
+            raise UserError(f"recipe {name} has an unknown key {quote(key.value)}{hint}", code="unknown_key")
+        values[key.value] = (OPTIONS[key.value].convert(texts, f"recipe {name}: {key.value}")
+                             if key.value in OPTIONS else texts[0])
+    return Recipe(path, values)
 
 
-def _texts(recipe: str, key: str, value: object) -> list[str]:
-    if key not in OPTIONS and key not in NO_EFFECT:
-        hint = did_you_mean(key.replace("-", "_"), OPTIONS) or "; `--help all` lists every option."
-        raise UserError(f"recipe {recipe} has an unknown key {quote(key)}{hint}", code="unknown_key")
-    texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
-    if len(texts) < (len(value) if isinstance(value, list) else 1):
-        raise UserError(f"recipe {recipe}: {key} must be a plain value or a list of plain values.",
-                        code="invalid_recipe")
-    return texts or [""]
+def _invalid(recipe: str, problem: str, mark: yaml.Mark | None) -> UserError:
+    place = f", line {mark.line + 1}" if mark else ""
+    return UserError(f"recipe {recipe}{place}: {problem}.", code="invalid_recipe")
 
 
 def _text(path: str) -> str:
@@ -266,21 +266,6 @@ def _text(path: str) -> str:
 
 def _recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
-
-
-class _StrictLoader(yaml.BaseLoader):
-    """Strings only, and a key given twice is an error instead of the last one winning silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            problem = None if isinstance(key, yaml.ScalarNode) else "a key is not a plain word"
-            if problem is None and key.value in seen:
-                problem = f"the key {key.value!r} is given twice; keep one"
-            if problem:
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def _yaml(value: object) -> str:

@@ -2,7 +2,7 @@
 
     python examples/gnconv_in_convnext.py
 
-Needs no ImageNet: the pictures are handwritten digits from scikit-learn, written to data/digits on the first run.
+Needs no ImageNet: the images are handwritten digits from scikit-learn, written to data/digits on the first run.
 """
 import argparse
 import itertools

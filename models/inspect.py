@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -63,8 +63,12 @@ def image_transforms(model: HorNet) -> tuple[Callable[[Image.Image], Image.Image
     assert isinstance(steps, Compose)
     resize = Compose(steps.transforms[:-2])
 
-    def part(image: Image.Image) -> Image.Image:  # CIFAR's images are evaluated as they are
-        return image if image.size == (size, size) and size <= ImageSettings.SMALL else resize(image)
+    turn = getattr(model, "pretrained_cfg", {}).get("exif_orientation", False)
+
+    def part(image: Image.Image) -> Image.Image:
+        image = ImageOps.exif_transpose(image) if turn else image
+        small = size <= ImageSettings.SMALL and image.size == (size, size)  # CIFAR is evaluated as it is
+        return image if small else resize(image)
     return part, Compose(steps.transforms[-2:])
 
 

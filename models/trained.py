@@ -85,7 +85,7 @@ def load(source: str | os.PathLike, *, model: str | None = None, weights: str = 
     vars(net)["pretrained_cfg"].update(  # where timm's functions look
         input_size=(net.in_chans, size, size), crop_pct=settings.eval_crop_pct or 1.0, mean=settings.mean,
         crop_mode="squash" if settings.whole else "center", std=settings.std, interpolation="bicubic",
-        num_classes=count, label_names=tuple(classes))
+        num_classes=count, label_names=tuple(classes), exif_orientation=settings.exif_orientation)
     return Trained(net.to(device).eval(), name, path, key, classes, settings, image_transform(net))
 
 

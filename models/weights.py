@@ -31,10 +31,10 @@ class LoadReport:
     source_key: str
 
     def __str__(self) -> str:
-        def some(names: tuple[str, ...]) -> str:
-            return f" ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})" if names else ""
-        return (f"loaded {self.loaded}, missing {len(self.missing)}{some(self.missing)}, unexpected "
-                f"{len(self.unexpected)}{some(self.unexpected)} tensors from '{self.source_key}'")
+        missing, unexpected = (f"{len(some)} ({', '.join((*some[:2], '...')[:len(some)])})" if some else "0"
+                               for some in (self.missing, self.unexpected))
+        return (f"loaded {self.loaded}, missing {missing}, unexpected {unexpected} tensors "
+                f"from '{self.source_key}'")
 
 
 def load_for_model(model: nn.Module, path_or_url: str | os.PathLike, *, model_key: str = MODEL_KEY,

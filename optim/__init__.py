@@ -1,1 +1,2 @@
-"""The optimizer's side of training: parameter groups, schedules, losses, the update, EMA, batch arithmetic."""
+"""The optimizer's side of training: parameter groups, schedules, losses, the update, EMA, batch
+arithmetic."""

@@ -12,34 +12,36 @@ from config.options import Options
 from config.rules import mixes
 from optim.groups import param_groups
 
-# torch's optimizers whose fused kernel takes a device flag and changes nothing when it is set. SGD's is left out:
-# a flag set on its very first step leaves the momentum uninitialised (torch 2.15).
+# torch's optimizers whose fused kernel takes a device flag and changes nothing when it is set. SGD's is left
+# out: a flag set on its very first step leaves the momentum uninitialised (torch 2.15).
 _FUSED = {"adamw", "adam"}
 _FUSED_DEVICES = {"cpu", "cuda", "xpu", "mps"}
 _NEED_CLOSURE = {"adahessian", "kron", "kronc", "kronw"}
 
 
 def build_loss(options: Options) -> nn.Module:
-    """Mean loss over a micro-batch, from logits (B, classes): for soft targets (B, classes) with the smoothing already
-    inside where images are mixed, else for labels (B,) with label smoothing, else plain cross-entropy."""
+    """Mean loss over a micro-batch, from logits (B, classes): for soft targets (B, classes) with the
+    smoothing already inside where images are mixed, else for labels (B,) with label smoothing, else plain
+    cross-entropy."""
     if mixes(options):
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(options.smoothing) if options.smoothing > 0 else nn.CrossEntropyLoss()
 
 
 def build_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
-    """timm's optimizer `options.opt` over `model`'s weight-decay and layer-decay groups, fused where torch has it.
+    """timm's optimizer `options.opt` over `model`'s weight-decay and layer-decay groups, fused where torch
+    has it.
 
-    Reads opt, lr, weight_decay, layer_decay, opt_eps, opt_betas, momentum. Raises UserError for unknown names; so
-    does its `load_state_dict` for a state that does not fit (see `_fitting`).
+    Reads opt, lr, weight_decay, layer_decay, opt_eps, opt_betas, momentum. Raises UserError for unknown
+    names; so does its `load_state_dict` for a state that does not fit (see `_fitting`).
     """
     name = options.opt.lower()
     bare = name.rsplit("_", 1)[-1]
-    known = set(list_optimizers()) - _NEED_CLOSURE
+    known = {str(each) for each in list_optimizers()} - _NEED_CLOSURE
     if bare not in known:
         hint = did_you_mean(bare, known) or "; accepted are e.g. adamw, sgd, lamb and lion."
-        raise UserError(f"--opt {options.opt} is not one of timm's optimizers that train with a plain loop{hint}",
-                        code="invalid_value")
+        raise UserError(f"--opt {options.opt} is not one of timm's optimizers that train with a plain "
+                        f"loop{hint}", code="invalid_value")
     groups = param_groups(model.named_parameters(), options.weight_decay, options.layer_decay)
     settings: dict[str, Any] = {"lr": options.lr, "weight_decay": 0.0, "momentum": options.momentum,
                                 "eps": options.opt_eps}
@@ -53,36 +55,39 @@ def build_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer
         module = get_optimizer_class(bare, bind_defaults=False).__module__
         raise UserError(f"--opt {options.opt} needs a package that is not installed ({module}: {error}).",
                         code="missing_package") from error
-    getattr(optimizer, "_base_optimizer", optimizer).register_load_state_dict_pre_hook(_fitting)  # inside Lookahead
+    inner = getattr(optimizer, "_base_optimizer", optimizer)  # of Lookahead
+    inner.register_load_state_dict_pre_hook(_fitting)
     return optimizer
 
 
 def _fitting(optimizer: torch.optim.Optimizer, state: dict) -> dict:
-    """`state` as this optimizer can load it: moments and step counts, with this run's own choices (fused kernel,
-    scales, betas) instead of the file's. Raises UserError when it is of other tensors or damaged."""
+    """`state` as this optimizer can load it: moments and step counts, with this run's own choices (fused
+    kernel, scales, betas) instead of the file's. Raises UserError when it is of other tensors or damaged."""
     ours, theirs = optimizer.state_dict()["param_groups"], state["param_groups"]
     counts = [[len(group["params"]) for group in groups] for groups in (ours, theirs)]
     if counts[0] != counts[1]:
-        raise UserError(f"the checkpoint's optimizer state has groups of {counts[1]} tensors, this run's of {counts[0]}: "
-                        "resume with the same --layer_decay, --opt and model, or start from its weights with "
-                        "--finetune.", code="other_run")
+        raise UserError(f"the checkpoint's optimizer state has groups of {counts[1]} tensors, this run's of "
+                        f"{counts[0]}: resume with the same --layer_decay, --opt and model, or start from "
+                        "its weights with --finetune.", code="other_run")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     indices = [index for group in theirs for index in group["params"]]
     always = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.Adam) else set()
     for parameter, index in zip(parameters, indices) if state["state"] else ():
         entries = state["state"].get(index, {})
         for name in always | entries.keys():
-            if not _usable(entries.get(name), parameter):
-                raise UserError(f"the checkpoint's optimizer state {name} of tensor {index} is missing or does not fit "
-                                f"this model's tensor {tuple(parameter.shape)}: give --model as it was trained, or start "
-                                "from its weights with --finetune.", code="invalid_checkpoint")
+            if not _usable(entries.get(name), parameter, exact=name in always - {"step"}):
+                raise UserError(f"the checkpoint's optimizer state {name} of tensor {index} is missing or "
+                                f"does not fit this model's tensor {tuple(parameter.shape)}: give --model "
+                                "as it was trained, or start from its weights with --finetune.",
+                                code="invalid_checkpoint")
     kept = [{**own, "params": saved["params"]} for own, saved in zip(ours, theirs)]
     return {"state": state["state"], "param_groups": kept}
 
 
-def _usable(value: Any, parameter: nn.Parameter) -> bool:
-    """Whether an entry of an optimizer's state is a number, or an ordinary tensor of the parameter's shape or summed."""
-    if isinstance(value, torch.Tensor):
-        ordinary = value.layout is torch.strided and not value.is_meta and not value.is_quantized
-        return ordinary and (value.shape == parameter.shape or value.ndim != parameter.ndim or value.ndim == 0)
-    return isinstance(value, (int, float))
+def _usable(value: object, parameter: nn.Parameter, exact: bool) -> bool:
+    """Whether an entry of an optimizer's state is a number, or an ordinary tensor of the parameter's shape
+    or, unless `exact`, a reduction of it."""
+    if not isinstance(value, torch.Tensor):
+        return isinstance(value, (int, float)) and not exact
+    fits = value.shape == parameter.shape or not exact and value.ndim != parameter.ndim
+    return fits and value.layout is torch.strided and not value.is_meta and not value.is_quantized

@@ -7,10 +7,12 @@ from torch import nn
 
 
 class Ema:
-    """A model whose entries follow those of another: `ema += (1 - decay) * (weights - ema)` after each update.
+    """A model whose entries follow those of another: `ema += (1 - decay) * (weights - ema)` after each
+    update.
 
-    It starts as a copy of `model` and covers every state-dict entry (integer ones are copied). `device` keeps it
-    elsewhere, e.g. on the CPU (`--model_ema_force_cpu`). All ranks compute the same values from the same weights.
+    It starts as a copy of `model` and covers every state-dict entry (integer ones are copied). `device` keeps
+    it elsewhere, e.g. on the CPU (`--model_ema_force_cpu`). All ranks compute the same values from the same
+    weights.
     """
 
     def __init__(self, model: nn.Module, decay: float, device: torch.device | str | None = None):
@@ -18,18 +20,18 @@ class Ema:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         if device is not None:
             self.module.to(device)
-        source, own = _entries(model), _entries(self.module)
+        source, own = (network.state_dict(keep_vars=True) for network in (model, self.module))
         self._source = [source[name] for name in own]
         self._own = list(own.values())
 
     @torch.no_grad()
-    def update(self, applied: torch.Tensor | None = None) -> None:
+    def update(self, applied: torch.Tensor) -> None:
         """Follow the model once. `applied` (0-dim bool) false on the device leaves everything as it is.
 
         On the CPU the flag is read, elsewhere it is a factor, so that the host need not wait.
         """
-        on_host = applied is None or applied.device.type == "cpu" or self._own[0].device.type == "cpu"
-        if on_host and applied is not None and not applied.item():
+        on_host = "cpu" in (applied.device.type, self._own[0].device.type)
+        if on_host and not applied.item():
             return
         source = self._source
         if self._own[0].device != source[0].device:
@@ -54,14 +56,10 @@ class Ema:
 
 
 def masked_lerp_(own: list[torch.Tensor], new: list[torch.Tensor], weight: torch.Tensor) -> None:
-    """`own += weight * (new - own)` with a 0-dim `weight` on the device, which `_foreach_lerp_` does not take."""
+    """`own += weight * (new - own)` with a 0-dim `weight` on the device (`_foreach_lerp_` takes numbers)."""
     change = torch._foreach_sub(new, own)
     torch._foreach_mul_(change, weight)
     torch._foreach_add_(own, change)
-
-
-def _entries(model: nn.Module) -> dict[str, torch.Tensor]:
-    return model.state_dict(keep_vars=True)
 
 
 def half_life(decay: float) -> float:
@@ -77,9 +75,10 @@ def fitting_decay(total_updates: int) -> float:
 
 
 def half_life_warning(decay: float, total_updates: int) -> str | None:
-    """A sentence when the average could not follow within this run: half-life above a fifth of it. None if it can."""
+    """A sentence when the average could not follow within this run: half-life above a fifth of it. None if it
+    can."""
     if half_life(decay) <= total_updates / 5:
         return None
-    return (f"--model_ema_decay {decay:g} has a half-life of {half_life(decay):,.0f} updates, more than a fifth of "
-            f"this run's {total_updates:,}: the averaged weights will lag behind; --model_ema_decay "
+    return (f"--model_ema_decay {decay:g} has a half-life of {half_life(decay):,.0f} updates, more than a "
+            f"fifth of this run's {total_updates:,}: the averaged weights will lag behind; --model_ema_decay "
             f"{fitting_decay(total_updates):g} fits.")

@@ -2,10 +2,10 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from optim.update import UpdateStats
 
@@ -14,8 +14,8 @@ from optim.update import UpdateStats
 class NonfinitePolicy:
     """Decides what follows each update; the same on every rank, since the flags it is fed are agreed.
 
-    `mode`: "stop" ends the run at the first non-finite update; "skip" goes on without it, and asks for a rollback
-    to the last good checkpoint after `in_a_row` of them; "rollback" asks for one each time. After
+    `mode`: "stop" ends the run at the first non-finite update; "skip" goes on without it, and asks for a
+    rollback to the last good checkpoint after `in_a_row` of them; "rollback" asks for one each time. After
     `give_up_after` rollbacks, or ten times as many skipped updates, the answer is "stop".
     """
     mode: str = "skip"
@@ -37,8 +37,8 @@ class NonfinitePolicy:
     def decide(self, finite: bool, overflow: bool = False) -> str:
         """"go", "skip", "rollback" or "stop" after an update that was `finite` or not.
 
-        `overflow`: the loss was finite and a loss scale above 1 was in use, which will be halved. Such updates are
-        how that scale finds its value; they are skipped and not held against the run.
+        `overflow`: the loss was finite and a loss scale above 1 was in use, which will be halved. Such
+        updates are how that scale finds its value; they are skipped and not held against the run.
         """
         if finite or overflow:
             self.row = 0 if finite else self.row
@@ -54,32 +54,34 @@ class NonfinitePolicy:
 
 @dataclass(frozen=True)
 class Incident:
-    """An update that was not applied: its numbers on the host, what to do, and the context it was filed with."""
+    """An update that was not applied: its numbers on the host, what to do, and the context it was filed
+    with."""
     update: int
     action: str
     loss: float
     grad_norm: float
     loss_scale: float
-    context: Any
+    context: tuple
 
 
 class FiniteWatch:
     """Brings each update's flags to the host when that costs no wait, and lets the policy decide.
 
-    On an accelerator the copy is asynchronous and read when the next update has been queued, so that the device
-    always has work; on the CPU it is read at once. One watch serves the whole run.
+    On an accelerator the copy is asynchronous and read when the next update has been queued, so that the
+    device always has work; on the CPU it is read at once. One watch serves the whole run.
     """
 
     def __init__(self, policy: NonfinitePolicy):
         self.policy = policy
         self._pending: deque = deque()
 
-    def add(self, update: int, stats: UpdateStats, context: object = None) -> Iterator[Incident]:
+    def add(self, update: int, stats: UpdateStats, context: tuple = ()) -> Iterator[Incident]:
         """File an update; gives the incidents known by now."""
         values, event = stats.values, None
         if values.device.type in ("cuda", "xpu"):
             event = torch.Event(values.device)
-            values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values = host.copy_(values, non_blocking=True)
             event.record()
         self._pending.append((update, values, event, context))
         return self._read(keep=0 if event is None else 1)
@@ -103,10 +105,11 @@ class FiniteWatch:
 def diagnose(model: nn.Module, forward: Callable[[], torch.Tensor]) -> dict:
     """Replay a batch and name the first place that is not finite. Changes no weight, gradient or buffer.
 
-    `forward` runs the unwrapped `model` on the batch and returns its loss. Returns `first_module` (name of the
-    first module whose output is non-finite, in order of execution; "" for none), its `module_type`, `input_max`
-    (largest finite magnitude among its inputs), `replayed_loss`, `parameters` (up to ten that are non-finite
-    themselves, or whose gradient is, last layers first) and `reproduced` (whether anything of this was found).
+    `forward` runs the unwrapped `model` on the batch and returns its loss. Returns `first_module` (name of
+    the first module whose output is non-finite, in order of execution; "" for none), its `module_type`,
+    `input_max` (largest finite magnitude among its inputs), `replayed_loss`, `parameters` (up to ten that are
+    non-finite themselves, or whose gradient is, last layers first) and `reproduced` (whether anything of this
+    was found).
     """
     found: dict = {}
 
@@ -125,7 +128,7 @@ def diagnose(model: nn.Module, forward: Callable[[], torch.Tensor]) -> dict:
         bad = [name for name, p in model.named_parameters() if not _finite(p)]
         if not bad and _finite(loss):
             grads = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
-            bad = [name for (name, _), grad in zip(named, grads) if grad is not None and not _finite(grad)][::-1]
+            bad = [name for (name, _), grad in zip(named, grads) if not _finite(grad)][::-1]
     finally:
         for handle in handles:
             handle.remove()
@@ -134,18 +137,15 @@ def diagnose(model: nn.Module, forward: Callable[[], torch.Tensor]) -> dict:
             "replayed_loss": loss.item(), "parameters": bad[:10]}
 
 
-def _tensors(value) -> list[torch.Tensor]:
-    if torch.is_tensor(value):
-        return [value.detach()] if value.is_floating_point() or value.is_complex() else []
-    if isinstance(value, dict):
-        value = value.values()
-    return [t for item in value for t in _tensors(item)] if isinstance(value, (tuple, list, type({}.values()))) else []
+def _tensors(value: object) -> list[torch.Tensor]:
+    leaves = (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+    return [leaf.detach() for leaf in leaves if leaf.is_floating_point() or leaf.is_complex()]
 
 
-def _finite(value) -> bool:
+def _finite(value: object) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(value))
 
 
-def _largest(value) -> float | None:
-    peaks = [torch.nan_to_num(t.abs().float(), nan=0.0, posinf=0.0).max().item() for t in _tensors(value) if t.numel()]
-    return max(peaks, default=None)
+def _largest(value: object) -> float | None:
+    peaks = (t.abs().float().nan_to_num(nan=0.0, posinf=0.0).max() for t in _tensors(value) if t.numel())
+    return max((peak.item() for peak in peaks), default=None)

@@ -1,4 +1,5 @@
-"""Parameter groups: which tensors decay, and each layer's learning-rate scale, from names and shapes alone."""
+"""Parameter groups: which tensors decay, and each layer's learning-rate scale, from names and shapes
+alone."""
 import re
 from collections.abc import Iterable
 
@@ -8,7 +9,8 @@ _STAGE_THREE_BLOCK = re.compile(r"^stages\.2\.(\d+)\.")
 
 
 def decays(name: str, ndim: int) -> bool:
-    """Whether weight decay applies: not to vectors (biases, norms, layer scales), to everything else, filters too."""
+    """Whether weight decay applies: not to vectors (biases, norms, layer scales), to everything else, filters
+    too."""
     return ndim != 1 and not name.endswith(".bias")
 
 
@@ -23,7 +25,8 @@ def count_layers(names: Iterable[str]) -> int:
 
 
 def layer_id(name: str, num_layers: int = 12) -> int:
-    """Layer of a HorNet parameter, 0 (stem) to `num_layers` (last stage) and `num_layers + 1` (final norm and head)."""
+    """Layer of a HorNet parameter, 0 (stem) to `num_layers` (last stage) and `num_layers + 1` (final norm and
+    head)."""
     parts = name.split(".")
     if parts[0] == "downsample_layers":
         return (0, 2, 3, num_layers)[int(parts[1])]

@@ -13,12 +13,14 @@ def cosine(step: int, steps: int, base: float, final: float) -> float:
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * step / steps))
 
 
-# The shapes of the way down after the warm-up, by name. A new one is a row here and a word of its option.
+# The shapes of the way down after the warm-up, by name; `build_schedule` picks one.
 SHAPES: dict[str, Callable[[int, int, float, float], float]] = {"cosine": cosine}
 
 
-def value(update: int, base: float, final: float, total: int, warmup: int = 0, shape: str = "cosine") -> float:
-    """Value at `update` of `total`: a line from 0 to `base` over `warmup` updates, then the shape down to `final`.
+def value(update: int, base: float, final: float, total: int, warmup: int = 0,
+          shape: str = "cosine") -> float:
+    """Value at `update` of `total`: a line from 0 to `base` over `warmup` updates, then the shape down to
+    `final`.
 
     The shape's position counts from the end of the warm-up, so `final` is approached and not reached. From
     `total` on the last value holds.
@@ -33,8 +35,9 @@ def value(update: int, base: float, final: float, total: int, warmup: int = 0, s
 class Schedule:
     """Learning rate and weight decay of a run, per global update (0 is the first one).
 
-    `warmup_steps` (updates) wins over `warmup_epochs` when it is above 0. Weight decay has no warm-up and stays
-    constant when `weight_decay_end` is None. The learning rate is absolute: nothing here knows the batch.
+    `warmup_steps` (updates) wins over `warmup_epochs` when it is above 0. Weight decay has no warm-up and
+    stays constant when `weight_decay_end` is None. The learning rate is absolute: nothing here knows the
+    batch.
     """
     base_lr: float
     min_lr: float
@@ -44,6 +47,7 @@ class Schedule:
     updates_per_epoch: int
     warmup_epochs: int = 0
     warmup_steps: int = -1
+    shape: str = "cosine"  # of the learning rate, a name in SHAPES
 
     @property
     def total(self) -> int:
@@ -57,7 +61,7 @@ class Schedule:
 
     def lr(self, update: int) -> float:
         """Learning rate of global update `update`, before a group's `lr_scale`."""
-        return value(update, self.base_lr, self.min_lr, self.total, self.warmup)
+        return value(update, self.base_lr, self.min_lr, self.total, self.warmup, self.shape)
 
     def weight_decay(self, update: int) -> float:
         """Weight decay of global update `update` for the groups that decay."""
@@ -76,5 +80,6 @@ class Schedule:
 def build_schedule(options: Options, updates_per_epoch: int) -> Schedule:
     """The schedule of the resolved `options` (lr already scaled for the batch, if it is to be)."""
     return Schedule(base_lr=options.lr, min_lr=options.min_lr, base_weight_decay=options.weight_decay,
-                    weight_decay_end=options.weight_decay_end, epochs=options.epochs, updates_per_epoch=updates_per_epoch,
-                    warmup_epochs=options.warmup_epochs, warmup_steps=options.warmup_steps)
+                    weight_decay_end=options.weight_decay_end, epochs=options.epochs,
+                    updates_per_epoch=updates_per_epoch, warmup_epochs=options.warmup_epochs,
+                    warmup_steps=options.warmup_steps)

@@ -6,11 +6,12 @@ nothing on any of them: neither weights, optimizer state nor EMA.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.utils.agc import adaptive_clip_grad
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from optim.ema import Ema
 from optim.schedule import Schedule
@@ -20,9 +21,10 @@ from optim.schedule import Schedule
 class UpdateConfig:
     """How gradients become an update.
 
-    `clip_grad` limits by `clip_by`: total norm, absolute `value`, or the ratio to the weights (`agc`, the head left
-    out as in the NFNets paper). `clip_mode` "step" clips once per update; "official" as the authors' fp32 loop,
-    after every micro-batch and not at all for limits up to 0.1. `loss_scaling` is for fp16 gradients.
+    `clip_grad` limits by `clip_by`: total norm, absolute `value`, or the ratio to the weights (`agc`, the
+    head left out as in the NFNets paper). `clip_mode` "step" clips once per update; "official" as the
+    authors' fp32 loop, after every micro-batch and not at all for limits up to 0.1. `loss_scaling` is for
+    fp16 gradients.
     """
     update_freq: int = 1
     clip_grad: float | None = None
@@ -34,23 +36,23 @@ class UpdateConfig:
 class UpdateStats(NamedTuple):
     """What an update did, as 0-dim float32 tensors on the device; reading one waits for the device.
 
-    `loss` is this rank's mean over the update's micro-batches, `grad_norm` the norm before clipping (after it in
-    the official mode), `finite` is 1.0 when the update was applied, `loss_finite` when the loss was finite on
-    every rank, `loss_scale` the factor in use during the update. `values` holds the five in one tensor.
+    `loss` is this rank's mean over the update's micro-batches, `grad_norm` the norm before clipping (after it
+    in the official mode), `finite` is 1.0 when the update was applied, `loss_finite` when the loss was finite
+    on every rank, `loss_scale` the factor in use during the update. `values` holds the five in one tensor.
     """
-    loss: torch.Tensor
-    grad_norm: torch.Tensor
-    finite: torch.Tensor
-    loss_finite: torch.Tensor
-    loss_scale: torch.Tensor
-    values: torch.Tensor
+    loss: Tensor
+    grad_norm: Tensor
+    finite: Tensor
+    loss_finite: Tensor
+    loss_scale: Tensor
+    values: Tensor
 
 
 class LossScale:
     """Dynamic loss scale as torch's GradScaler keeps it, in device tensors and with its state dict.
 
-    It is separate because GradScaler reads its flag on the host for optimizers without a fused kernel, and does
-    not know whether another rank overflowed.
+    It is separate because GradScaler reads its flag on the host for optimizers without a fused kernel, and
+    does not know whether another rank overflowed.
     """
 
     def __init__(self, device: torch.device, enabled: bool, initial: float = 65536.0, interval: int = 2000):
@@ -58,13 +60,14 @@ class LossScale:
         self.scale = torch.tensor(initial if enabled else 1.0, device=device)
         self._good = torch.zeros((), dtype=torch.int32, device=device)
 
-    def update(self, finite: torch.Tensor) -> None:
+    def update(self, finite: Tensor) -> None:
         """Halve after an overflow, double after `interval` finite updates in a row. `finite`: 0-dim bool."""
         if not self.enabled:
             return
         good = torch.where(finite, self._good + 1, 0)
         grows = good >= self.interval
-        grown = torch.where(grows, (self.scale * 2).clamp(max=2.0 ** 100), self.scale)  # infinity could not be halved
+        # Bounded, because infinity could not be halved again.
+        grown = torch.where(grows, (self.scale * 2).clamp(max=2.0 ** 100), self.scale)
         self.scale.copy_(torch.where(finite, grown, self.scale / 2))
         self._good.copy_(torch.where(grows, 0, good))
 
@@ -84,7 +87,8 @@ class LossScale:
 
 
 def _clips_after(config: UpdateConfig) -> str:
-    """Clip after every "micro_batch", once per "update", or "never". The authors' fp16 loop clips once per update."""
+    """Clip after every "micro_batch", once per "update", or "never". The authors' fp16 loop clips once per
+    update."""
     if config.clip_grad is None:
         return "never"
     if config.clip_mode == "step" or config.loss_scaling:
@@ -104,8 +108,9 @@ class Update:
     weight decay. `agree(flags)` gives the elementwise minimum over all ranks; without it there is one rank.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, config: UpdateConfig,
-                 *, ema: Ema | None = None, agree: Callable[[torch.Tensor], torch.Tensor] = lambda flags: flags):
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule,
+                 config: UpdateConfig, *, ema: Ema | None = None,
+                 agree: Callable[[Tensor], Tensor] = lambda flags: flags):
         self.model, self.optimizer, self.schedule, self.config = model, optimizer, schedule, config
         self.ema, self.agree = ema, agree
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -113,28 +118,28 @@ class Update:
         self._agc_parameters = [p for name, p in named if ".head." not in f".{name}"]
         device = self.parameters[0].device
         self.scaler = LossScale(device, config.loss_scaling)
-        # torch's fused optimizers divide by a device scalar and obey a device flag within their one pass over the
-        # tensors. Their CPU kernel reads that scalar as float32, hence not for weights of other precision.
+        # torch's fused optimizers divide by a device scalar and obey a device flag within their one pass over
+        # the tensors. Their CPU kernel reads that scalar as float32, hence not for other weights.
         self._fused = (getattr(optimizer, "_step_supports_amp_scaling", False)
                        and all(p.dtype == torch.float32 for p in self.parameters))
-        # Reading the flag on the CPU waits for nothing and saves work. Optimizers without a fused kernel know no
-        # flag: there the host has to read it, which waits for an accelerator.
+        # Reading the flag on the CPU waits for nothing and saves work. Optimizers without a fused kernel know
+        # no flag: there the host has to read it, which waits for an accelerator.
         self.host_reads = device.type == "cpu" or not self._fused
-        self._clips_after = _clips_after(config)
+        self._clips_after, self._limit = _clips_after(config), config.clip_grad or 0.0
         self._loss = torch.zeros((), device=device)
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """Forward and backward of one micro-batch belong inside; gradients are reduced over ranks at the `last`."""
-        # What no_sync() sets, so that one code path serves both cases. Clipping the accumulated gradient after
-        # every micro-batch means the reduced one, so that mode reduces each time, as the authors do.
-        if hasattr(self.model, "require_backward_grad_sync"):
+        """Forward and backward of a micro-batch belong inside; ranks reduce gradients at the `last`."""
+        # What no_sync() sets, so that one code path serves both cases. Clipping the accumulated gradient
+        # after every micro-batch means the reduced one, so that mode reduces each time, as the authors do.
+        if isinstance(self.model, DistributedDataParallel):
             self.model.require_backward_grad_sync = last or self._clips_after == "micro_batch"
         yield
         if self._clips_after == "micro_batch":
-            self._clip(self.config.clip_grad)
+            self._clip()
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of `loss`, the mean over a micro-batch (0-dim)."""
         share = loss / self.config.update_freq
         self._loss += share.detach()
@@ -156,9 +161,9 @@ class Update:
         self.optimizer.zero_grad(set_to_none=True)
         values = torch.stack([self._loss, norm.float(), finite.float(), flags[0], scale])
         self._loss = torch.zeros_like(self._loss)
-        return UpdateStats(*values, values)
+        return UpdateStats._make([*values, values])
 
-    def _step(self, grads: list[torch.Tensor], scale: torch.Tensor, norm: torch.Tensor, finite: torch.Tensor) -> None:
+    def _step(self, grads: list[Tensor], scale: Tensor, norm: Tensor, finite: Tensor) -> None:
         if self.host_reads and not finite.item():
             return
         by_norm = self.config.clip_by == "norm"
@@ -166,24 +171,25 @@ class Update:
         divisor = scale
         if clips and by_norm:
             # The reciprocal of clip_grad_norm_'s coefficient, so that one pass unscales, clips and steps.
-            divisor = scale * ((norm + 1e-6) / self.config.clip_grad).clamp(min=1.0)
+            divisor = scale * ((norm + 1e-6) / self._limit).clamp(min=1.0)
         in_one_pass = self._fused and (by_norm or not clips)
         if not in_one_pass and (self.scaler.enabled or clips):
             torch._foreach_div_(grads, divisor.to(grads[0].dtype))
         if clips and not by_norm:
-            self._clip(self.config.clip_grad)
+            self._clip()
+        optimizer: Any = self.optimizer  # only fused ones know the two attributes
         if in_one_pass and not (self.host_reads and divisor.item() == 1.0):
-            self.optimizer.grad_scale = divisor.float()
+            optimizer.grad_scale = divisor.float()
         if not self.host_reads:
-            self.optimizer.found_inf = 1.0 - finite.float()
-        self.optimizer.step()
-        self.optimizer.grad_scale = self.optimizer.found_inf = None
+            optimizer.found_inf = 1.0 - finite.float()
+        optimizer.step()
+        optimizer.grad_scale = optimizer.found_inf = None
 
     @torch.no_grad()
-    def _clip(self, limit: float) -> None:
+    def _clip(self) -> None:
         if self.config.clip_by == "agc":
-            adaptive_clip_grad(self._agc_parameters, limit)
+            adaptive_clip_grad(self._agc_parameters, self._limit)
         elif self.config.clip_by == "value":
-            torch.nn.utils.clip_grad_value_(self.parameters, limit)
+            torch.nn.utils.clip_grad_value_(self.parameters, self._limit)
         else:
-            torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+            torch.nn.utils.clip_grad_norm_(self.parameters, self._limit)

@@ -310,12 +310,7 @@ def _thumbnail(path: str) -> str:
 
 def text(value: object) -> str:
     """A value of a configuration or record as a person writes it, at most 200 characters."""
-    if isinstance(value, (tuple, list)):
-        words = " ".join(map(text, value)) or "none"
-    elif isinstance(value, bool) or value is None:
-        words = {True: "true", False: "false", None: "none"}[value]
-    else:
-        words = json.dumps(value, default=str) if isinstance(value, dict) else str(value)
+    words = value if isinstance(value, str) else "none" if value is None else json.dumps(value, default=str)
     return words if len(words) <= 200 else words[:199] + "…"
 
 

@@ -19,15 +19,21 @@ import torch
 
 from common.errors import UserError
 from common.files import TEMPORARY_SUFFIX, atomic_write, read_json, sha256_file, write_json
+from common.ledger import restarts
 from common.log import logger
 from common.safe_load import safe_torch_load
 from common.text import file_size
+from config.parse import Resolved
+from models.download import local_file
+from run.folder import RunFolder
 from run.start import free_space
-from run.state import BEST, BEST_EMA, State, upgrade
+from run.state import BEST, BEST_EMA, State, check_resumable, check_same_run, upgrade
 
 _NUMBERED = re.compile(r"checkpoint-(?:e([0-9]{1,9})u([0-9]{1,15})|([0-9]{1,9}))\.pth")
 _SCORED = {BEST: "model", BEST_EMA: "model_ema"}
-_WRITTEN_BY_RANK_ZERO = ("checkpoint-", "log.txt", "status.json", "config.yaml", "environment.json")
+Score = tuple[float | None, int | None]  # top-1 in percent and epoch of a best file, None where unknown
+_UNREADABLE = (OSError, KeyError, TypeError, AttributeError)  # a manifest may hold anything, or be a folder
+_RECORDS = ("checkpoint-", "log.txt", "status.json", "config.yaml", "environment.json")
 
 
 @dataclass(frozen=True)
@@ -37,17 +43,17 @@ class Loaded:
     state: State
 
 
-def file_name(epoch: int, update: int | None = None) -> str:
-    """The name of the checkpoint at the end of `epoch` (from 0), or within it after global update `update`."""
-    return f"checkpoint-{epoch}.pth" if update is None else f"checkpoint-e{epoch}u{update}.pth"
-
-
 def position(name: str) -> tuple[int, float] | None:
-    """(epoch, update) in a checkpoint's name, the update of an epoch's end being infinite; None for other names."""
+    """(epoch, update) in a checkpoint's name, the update of an epoch's end being infinite; None for other
+    names."""
     match = _NUMBERED.fullmatch(name)
     if match is None:
         return None
     return (int(match[3]), math.inf) if match[3] else (int(match[1]), int(match[2]))
+
+
+def _at(path: Path) -> tuple[int, float]:
+    return position(path.name) or (-1, -1)
 
 
 def manifest_path(path: Path) -> Path:
@@ -55,7 +61,7 @@ def manifest_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def manifest(path: Path) -> dict[str, Any] | None:
+def manifest(path: Path) -> State | None:
     """The manifest's entry that is true of the file as it stands, None when there is no manifest.
 
     Raises UserError when the file is not the one that was written. A crash between writing the manifest and
@@ -69,27 +75,36 @@ def manifest(path: Path) -> dict[str, Any] | None:
         entry = next((e for e in entries if e["sha256"] == digest), None)
     except FileNotFoundError:
         return None
-    except (OSError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} or its manifest cannot be read ({error}).", code="damaged_checkpoint") from error
+    except _UNREADABLE as error:
+        raise _damaged(f"{path} or its manifest cannot be read ({error}).") from error
     if entry is None:
-        raise UserError(f"{path} is not the file that was saved: its size or sha256 differs from its manifest.",
-                        code="damaged_checkpoint")
+        raise _damaged(f"{path} is not the file that was saved: size or sha256 differ from its manifest.")
     return entry
 
 
-def _entries(path: Path) -> list[dict[str, Any]]:
+def _damaged(sentence: str) -> UserError:
+    return UserError(sentence, code="damaged_checkpoint")
+
+
+def _entries(path: Path) -> list[State]:
     entry = read_json(manifest_path(path), max_bytes=1 << 20)
     return [{k: v for k, v in e.items() if k != "previous"} for e in (entry, *entry.get("previous", []))]
+
+
+def _looks_whole(path: Path) -> bool:
+    try:
+        return _entries(path)[0]["size"] == path.stat().st_size
+    except (*_UNREADABLE, UserError):
+        return False
 
 
 def load(path: str | os.PathLike, needs_manifest: bool = False) -> Loaded:
     """Read one checkpoint after checking its manifest, or without one the CRCs inside. Raises UserError."""
     path = Path(path)
     if path.is_symlink() and not path.exists():
-        raise UserError(f"{path} is a link to {os.readlink(path)}, which is missing.", code="damaged_checkpoint")
+        raise _damaged(f"{path} is a link to {os.readlink(path)}, which is missing.")
     if path.is_file() and manifest(path) is None and needs_manifest:
-        raise UserError(f"{path.name} has no manifest; name it with --resume {path} if it is to be used.",
-                        code="damaged_checkpoint")
+        raise _damaged(f"{path.name} has no manifest; name it with --resume {path} if it is to be used.")
     return Loaded(path, upgrade(safe_torch_load(path), path))
 
 
@@ -103,7 +118,7 @@ def snapshot(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {snapshot(k): snapshot(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(snapshot(v) for v in value) if type(value) in (list, tuple) else [*map(snapshot, value)]
+        return [*map(snapshot, value)] if type(value) is not tuple else tuple(map(snapshot, value))
     if isinstance(value, np.generic):
         return value.item()
     return value if value is None or type(value) in (bool, int, float, str, bytes) else str(value)
@@ -118,11 +133,11 @@ def state_bytes(state: Any) -> int:
     return sum(map(state_bytes, state)) if isinstance(state, (list, tuple)) else 0
 
 
-def check_finite(state: Mapping[str, Any]) -> None:
+def check_finite(state: State) -> None:
     """Raise UserError naming the first tensor of the weights or their average that is not finite."""
     for part in _SCORED.values():
         for name, tensor in dict(state.get(part) or {}).items():
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
+            if torch.is_tensor(tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
                 raise UserError(f"the tensor {name} of {part} holds infinite or undefined values",
                                 code="nonfinite_weights")
 
@@ -132,24 +147,25 @@ class Checkpoints:
 
     Args:
         folder: the run folder (made by its owner).
-        keep: how many epoch ends to keep; at least two files always stay, and every `every`-th epoch, and the best.
-        background: write in a thread; training waits only while the state is copied to main memory.
+        keep: how many epoch ends to keep; at least two files always stay, and every `every`-th epoch, and the
+        best. background: write in a thread; training waits only while the state is copied to main memory.
 
-    `waited` counts the seconds that training stood still for saving, `newest` names the last file written.
+    `unsaved` says that the last save failed.
     """
 
     def __init__(self, folder: str | os.PathLike, keep: int = 3, every: int = 50, background: bool = True):
         self.folder, self.keep, self.every, self.background = Path(folder), max(keep, 1), every, background
-        self.waited, self.last_saved, self.newest = 0.0, time.monotonic(), ""
+        self.last_saved, self.unsaved = time.monotonic(), False
         self._thread: threading.Thread | None = None
         self._failures: list[str] = []
         self._failed_best: set[str] = set()
 
     # Saving
 
-    def save(self, state: Mapping[str, Any], *, epoch: int, update: int | None = None,
+    def save(self, state: Mapping[str, object], *, epoch: int, update: int | None = None,
              best: Mapping[str, float] | None = None, wait: bool = False) -> None:
-        """Save `checkpoint-{epoch}.pth`, or within an epoch (given `update`) `checkpoint-e{epoch}u{update}.pth`.
+        """Save `checkpoint-{epoch}.pth`, or within an epoch (given `update`)
+        `checkpoint-e{epoch}u{update}.pth`.
 
         Args:
             update: global updates done, for a save within an epoch.
@@ -157,9 +173,10 @@ class Checkpoints:
             best: file name (`BEST`, `BEST_EMA`) -> its top-1 in percent, for each that this epoch improves.
             wait: return only when the files are on the disk (before stopping).
 
-        A failure (full disk, read-only or vanished folder) is logged and kept for `failures()`; nothing is raised.
+        A failure (full disk, read-only or vanished folder) is logged and kept for `failures()`; nothing is
+        raised.
         """
-        started, name = time.monotonic(), file_name(epoch, update)
+        name = f"checkpoint-{epoch if update is None else f'e{epoch}u{update}'}.pth"
         self._join()
         try:
             arguments = snapshot(state), name, epoch, dict(best or {})
@@ -171,7 +188,6 @@ class Checkpoints:
         if wait or not self.background:
             self._join()
         self.last_saved = time.monotonic()
-        self.waited += self.last_saved - started
 
     def due(self, minutes: float) -> bool:
         """Whether `minutes` have passed since the last save (0: never)."""
@@ -184,9 +200,7 @@ class Checkpoints:
 
     def close(self) -> list[str]:
         """Wait for the save under way and return what failed."""
-        started = time.monotonic()
         self._join()
-        self.waited += time.monotonic() - started
         return self.failures()
 
     def _join(self) -> None:
@@ -195,8 +209,8 @@ class Checkpoints:
             self._thread = None
 
     def _write_all(self, state: State, name: str, epoch: int, best: dict[str, float]) -> None:
-        # The best files come first: a numbered file that says "this epoch was the best" must not outlive a crash
-        # that kept those weights from being written.
+        # The best files come first: a numbered file that says "this epoch was the best" must not outlive a
+        # crash that kept those weights from being written.
         for target in (*best, name):
             scored = {"scored": _SCORED[target]} if target in _SCORED else {}
             about = {"epoch": epoch, "update": state.get("update"), "score": best.get(target)}
@@ -208,23 +222,25 @@ class Checkpoints:
                 self._failed_best |= {target} & _SCORED.keys()
                 continue
             if target == name:
-                self.newest = name
+                self.unsaved = False
                 self._prune()
 
-    def _write(self, path: Path, state: State, about: dict[str, Any]) -> None:
+    def _write(self, path: Path, state: State, about: State) -> None:
         def write_manifest(digest: str, size: int, previous: list[dict]) -> None:
-            entry = {"file": path.name, "sha256": digest, "size": size, "format": state.get("format"), **about}
-            write_json(manifest_path(path), entry | ({"previous": previous} if previous else {}))
+            entry = {"file": path.name, "sha256": digest, "size": size, "format": state.get("format")}
+            write_json(manifest_path(path), entry | about | ({"previous": previous} if previous else {}))
 
         try:
             previous = _entries(path) if path.exists() else []
-        except (OSError, UserError, TypeError, AttributeError):
+        except (*_UNREADABLE, UserError):
             previous = []
-        # timm.create_model(checkpoint_path=...) takes `state_dict_ema` before `model_ema`: it finds what scored there.
-        content = state | {"state_dict_ema": state.get(state.get("scored") or "model")}  # the same tensors, once
+        # timm.create_model(checkpoint_path=...) takes `state_dict_ema` before `model_ema`: here it finds what
+        # scored, the same tensors, which are written once.
+        content = state | {"state_dict_ema": state.get(state.get("scored") or "model")}
         # torch.save needs the table of names and up to 64 bytes per tensor beside the values.
-        digest, size = atomic_write(path, lambda file: torch.save(content, file), reserve=state_bytes(state) + (64 << 10),
-                                    before_rename=lambda digest, size: write_manifest(digest, size, previous))
+        digest, size = atomic_write(
+            path, lambda file: torch.save(content, file), reserve=state_bytes(state) + (64 << 10),
+            before_rename=lambda digest, size: write_manifest(digest, size, previous))
         if previous:
             write_manifest(digest, size, [])
 
@@ -236,19 +252,20 @@ class Checkpoints:
         cause = getattr(error, "strerror", None) or str(error).splitlines()[0]
         there = [path.name for path in (*self.numbered()[-1:], *self._best_files())]
         free = "" if isinstance(error, UserError) else free  # the state itself is at fault, not the disk
-        sentence = (f"{name} was not saved in {self.folder}: {cause}{free}; training continues, saved so far: "
-                    f"{', '.join(there) or 'nothing'}.")
+        sentence = (f"{name} was not saved in {self.folder}: {cause}{free}; training continues, saved so "
+                    f"far: {', '.join(there) or 'nothing'}.")
         self._failures.append(sentence)
+        self.unsaved |= name not in _SCORED
         logger.error(sentence)
 
     def _prune(self) -> None:
         numbered = self.numbered()
-        ends = [path for path in numbered if position(path.name)[1] == math.inf]
+        ends = [path for path in numbered if _at(path)[1] == math.inf]
         # Those within an epoch that has ended since are kept only where fewer than two others are whole.
         useful = [*ends, *numbered[numbered.index(ends[-1]) + 1 if ends else 0:]]
-        whole = sorted(filter(self._looks_whole, numbered), key=useful.__contains__)
+        whole = sorted(filter(_looks_whole, numbered), key=useful.__contains__)
         keep = {*useful[-2:], *ends[-self.keep:], *whole[-2:]}
-        keep |= {path for path in ends if (position(path.name)[0] + 1) % self.every == 0}
+        keep |= {path for path in ends if (_at(path)[0] + 1) % self.every == 0}
         for path in numbered:
             if path not in keep:
                 try:
@@ -257,26 +274,13 @@ class Checkpoints:
                 except OSError as error:
                     logger.warning(f"{path} is no longer needed but cannot be removed ({error.strerror}).")
 
-    @staticmethod
-    def _looks_whole(path: Path) -> bool:
-        try:
-            return read_json(manifest_path(path), max_bytes=1 << 20)["size"] == path.stat().st_size
-        except (OSError, UserError, KeyError, TypeError):
-            return False
-
-    def disk_needed(self, state_size: int, epochs: int) -> int:
-        """Bytes that the checkpoints of `epochs` epochs take at most, for states of `state_size` bytes."""
-        return state_size * (min(max(self.keep, 2), epochs) + epochs // self.every + len(_SCORED) + 2)
-
-    def disk_estimate(self, state: Mapping[str, Any], epochs: int) -> str:
-        """One sentence for the start: what the checkpoints of `epochs` epochs will take, and what is free."""
-        size = state_bytes(state)
-        if not (state.get("optimizer") or {"state": True}).get("state"):
-            size += 2 * state_bytes(state["model"])  # AdamW's two moments come with the first update
-        needed, free = self.disk_needed(size, epochs), free_space(self.folder)
-        text = (f"Checkpoints take {file_size(size)} each and up to {file_size(needed)} in all; "
-                f"{file_size(free)} are available in {self.folder}.")
-        return text if needed < free else f"{text} This will not be enough: free some, or keep fewer."
+    def disk_estimate(self, size: int, epochs: int) -> tuple[str, bool]:
+        """What the checkpoints of `epochs` epochs take at most for states of `size` bytes, and whether it
+        fits."""
+        needed = size * (min(max(self.keep, 2), epochs) + epochs // self.every + len(_SCORED) + 2)
+        free = free_space(self.folder)
+        return (f"checkpoints take {file_size(size)} each and up to {file_size(needed)} in all; "
+                f"{file_size(free)} are available in {self.folder}"), needed < free
 
     # Finding
 
@@ -286,7 +290,7 @@ class Checkpoints:
             names = os.listdir(self.folder)
         except OSError:
             return []
-        return [self.folder / name for name in sorted((n for n in names if position(n)), key=position)]
+        return sorted((self.folder / name for name in names if position(name)), key=_at)
 
     def _best_files(self) -> list[Path]:
         return [self.folder / name for name in _SCORED if (self.folder / name).is_file()]
@@ -296,20 +300,23 @@ class Checkpoints:
 
         Returns how many files of this folder that were.
         """
-        stale = [p for name in _WRITTEN_BY_RANK_ZERO for p in self.folder.glob(f".{name}*{TEMPORARY_SUFFIX}")]
-        stale += [p for p in self.folder.glob("checkpoint-*.pth.json") if not os.path.lexists(p.with_suffix(""))]
-        stale = [p for p in stale if p.is_file()]
+        stale = [p for name in _RECORDS for p in self.folder.glob(f".{name}*{TEMPORARY_SUFFIX}")]
+        stale += [p for p in self.folder.glob("checkpoint-*.pth.json")
+                  if p.is_file() and not os.path.lexists(p.with_suffix(""))]
         for path in stale:
             path.unlink(missing_ok=True)
         return len(stale)
 
     def newest_valid(self) -> Loaded | None:
-        """The newest checkpoint that verifies, the best ones where no numbered one is; None when there is none at all.
+        """The newest checkpoint that verifies, the best ones where no numbered one is; None when there is
+        none at all.
 
-        Raises UserError when there are some and none can be used: a run must never start from scratch in silence.
+        Raises UserError when there are some and none can be used: a run must never start from scratch in
+        silence.
         """
         passed: list[str] = []
-        for path in self.numbered()[::-1] or sorted(self._best_files(), key=lambda path: self._scored(path.name)[1] or 0)[::-1]:
+        by_epoch = sorted(self._best_files(), key=lambda path: self._scored(path.name)[1] or 0)
+        for path in reversed(self.numbered() or by_epoch):
             try:
                 loaded = load(path, needs_manifest=True)
                 check_finite(loaded.state)
@@ -318,75 +325,117 @@ class Checkpoints:
                 passed.append(str(error))
                 logger.warning(f"Skipped {path.name}: {error}")
         if passed:
-            raise UserError(f"None of the {len(passed)} checkpoints in {self.folder} can be used: {' '.join(passed)} "
-                            "Name one with --resume, or start from scratch in another --output_dir.",
-                            code="no_valid_checkpoint")
+            raise UserError(f"None of the {len(passed)} checkpoints in {self.folder} can be used: "
+                            f"{' '.join(passed)} Name one with --resume, or start from scratch in another "
+                            "--output_dir.", code="no_valid_checkpoint")
         return None
 
     def best(self) -> Path | None:
-        """The best checkpoint by the scores in the manifests (the moving average wins a tie); None without one."""
-        return max(self._best_files(), key=lambda path: (self.score(path.name) or -math.inf, path.name == BEST_EMA),
-                   default=None)
+        """The best checkpoint by the scores in the manifests (the average wins a tie); None without one."""
+        rank = lambda path: (self._scored(path.name)[0] or -math.inf, path.name == BEST_EMA)
+        return max(self._best_files(), key=rank, default=None)
 
-    def score(self, name: str) -> float | None:
-        """Top-1 of `BEST` or `BEST_EMA` as it stands on the disk, None when missing or damaged."""
-        return self._scored(name)[0]
-
-    def _scored(self, name: str) -> tuple[float | None, int | None]:
-        """(top-1, epoch) of a best file, None for each that isn't known."""
+    def _scored(self, name: str) -> Score:
         try:
             entry = manifest(self.folder / name) or {}
         except UserError as error:
             logger.warning(str(error))
             entry = {}
         score, epoch = entry.get("score"), entry.get("epoch")
-        return (float(score), epoch if isinstance(epoch, int) else None) if isinstance(score, (int, float)) else (None, None)
+        return score if isinstance(score, (int, float)) else None, epoch if isinstance(epoch, int) else None
 
-    def scores(self) -> dict[str, tuple[float | None, int | None]]:
-        """{name: (top-1, epoch)} of the best files that are there, for `Best.correct`."""
+    def scores(self) -> dict[str, Score]:
+        """Those of the best files that are there, for `Best.correct`."""
         return {name: found for name in _SCORED if (found := self._scored(name))[0] is not None}
 
-    def failed_best(self) -> dict[str, tuple[float | None, int | None]]:
-        """The same of the best files whose last save failed, so that a later epoch makes it good."""
+    def failed_best(self) -> dict[str, Score]:
+        """Those of the best files whose last save failed, so that a later epoch makes it good."""
         self._join()
         names, self._failed_best = self._failed_best, set()
         return {name: self._scored(name) for name in names}
 
     def resolve(self, resume: str) -> Loaded | None:
-        """What `--resume` names: `latest`, `best`, a file, another run's folder (its newest valid one), or '' (the newest
-        valid one here, None in a new folder)."""
+        """What `--resume` names: `latest`, `best`, a file, another run's folder (its newest valid one), or ''
+        (the newest valid one here, None in a new folder)."""
         if resume == "best":
             path = self.best()
             if path is None:
-                raise UserError(f"--resume best: {self.folder} holds neither {BEST} nor {BEST_EMA}; name a file.",
-                                code="no_valid_checkpoint")
+                raise UserError(f"--resume best: {self.folder} holds neither {BEST} nor {BEST_EMA}; name a "
+                                "file.", code="no_valid_checkpoint")
             return load(path)
         if resume not in ("", "latest") and not os.path.isdir(resume):
             return load(resume)
         folder = self if resume in ("", "latest") else Checkpoints(resume)
         loaded = folder.newest_valid()
         if loaded is None and resume:
-            raise UserError(f"--resume {resume}: {folder.folder} holds no checkpoint; name a file or leave the option out.",
-                            code="no_valid_checkpoint")
+            raise UserError(f"--resume {resume}: {folder.folder} holds no checkpoint; name a file or leave "
+                            "the option out.", code="no_valid_checkpoint")
         return loaded
 
     def set_aside_newer(self, loaded: Loaded) -> list[str]:
-        """Rename this folder's numbered checkpoints after `loaded` to `superseded-…`; returns their former names.
+        """Rename this folder's numbered checkpoints after `loaded` to `superseded-…`; returns their former
+        names.
 
-        Resuming from an older checkpoint would otherwise find them newest again after the next crash. Those of a
-        run that resumes another folder's checkpoint are all set aside.
+        Resuming from an older checkpoint would otherwise find them newest again after the next crash. Those
+        of a run that resumes another folder's checkpoint are all set aside.
         """
         at: tuple[int, float] = (-1, 0)
         if loaded.path.parent.resolve() == self.folder.resolve():
-            at = position(loaded.path.name) or (loaded.state["epoch"] if loaded.state["epoch"] is not None else -1,
-                                                math.inf)
-        newer = [path for path in self.numbered() if position(path.name) > at]
+            at = position(loaded.path.name) or (loaded.state["epoch"], math.inf)
+        newer = [path for path in self.numbered() if _at(path) > at]
         for path in (each for found in newer for each in (found, manifest_path(found))):
             try:
                 os.replace(path, path.with_name(f"superseded-{path.name}"))
             except FileNotFoundError:  # it has no manifest, or somebody removed it meanwhile
                 continue
             except OSError as error:
-                raise UserError(f"{path} is newer than {loaded.path.name}, which is resumed, and cannot be renamed "
-                                f"({error.strerror}): move it away.", code="unwritable_folder") from error
+                raise UserError(f"{path} is newer than {loaded.path.name}, which is resumed, and cannot be "
+                                f"renamed ({error.strerror}): move it away.",
+                                code="unwritable_folder") from error
         return [path.name for path in newer]
+
+
+def open_folder(resolved: Resolved, folder: RunFolder | None) -> Loaded | None:
+    """Own the run folder (rank 0) and find the checkpoint to resume, if any."""
+    if folder is None:
+        return find_checkpoint(resolved, None)
+    sentence = folder.lock()
+    if sentence:
+        logger.info(sentence)
+    refusal = folder.reason_to_stop() if restarts() else None
+    if refusal:
+        raise UserError(refusal, code="not_restarted")
+    checkpoints = Checkpoints(folder.path)
+    checkpoints.sweep()
+    loaded = find_checkpoint(resolved, folder)
+    for name in checkpoints.set_aside_newer(loaded) if loaded else ():
+        logger.warning("%s is newer than the checkpoint that is resumed: it is now superseded-%s", name, name)
+    return loaded
+
+
+def find_checkpoint(resolved: Resolved, folder: RunFolder | None) -> Loaded | None:
+    """The checkpoint to resume, None for a new run; nothing in the folder is changed."""
+    options = resolved.options
+    asked = options.resume[0] if options.resume else ""
+    by_word = asked in ("", "latest", "best")
+    if folder is None and by_word:
+        if asked:
+            raise UserError(f"--resume {asked} looks in the run folder: give --output_dir.",
+                            code="missing_run")
+        return None
+    checkpoints = Checkpoints(folder.path if folder else ".")
+    if not asked and not options.auto_resume:
+        if checkpoints.numbered() or checkpoints.best():
+            raise UserError(f"--auto_resume false, but {checkpoints.folder} holds the checkpoints of an "
+                            "earlier run; choose another --output_dir.", code="other_run")
+        return None
+    # A requeued job repeats its command: what it began from then lies behind what it has saved here since.
+    own = by_word or folder is not None and folder.already_went_on_from(asked)
+    loaded = checkpoints.resolve(asked if by_word else "") if own else None
+    if loaded is None and not by_word:
+        loaded = checkpoints.resolve(local_file(asked))
+    if loaded is not None:
+        check_resumable(loaded.state, loaded.path)
+        for difference in check_same_run(loaded.state, resolved.to_dict(), loaded.path, explicit=not own):
+            logger.warning("Resuming with another option: %s", difference)
+    return loaded

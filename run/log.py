@@ -5,12 +5,11 @@ import os
 import shutil
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeVar
 
 from common.files import append_json_line, read_json_lines, write_json, write_text
 from common.log import logger
@@ -18,6 +17,7 @@ from common.text import duration
 from engine import Progress
 from run.folder import environment
 
+T = TypeVar("T")
 _WAIT_UPDATES, _WAIT_SHARE = 100, 0.10
 _TRAIN = ("loss", "lr", "min_lr", "weight_decay", "grad_norm", "class_acc", "images_per_second", "data_wait")
 
@@ -29,14 +29,6 @@ class WandbRun:
     name: str
     config: Mapping[str, object]
     checkpoints: bool = False
-
-
-class Sink(NamedTuple):
-    """A service outside this project that keeps figures; nothing it raises ends a training."""
-    name: str
-    scalars: Callable[[Mapping[str, float], int], object]
-    close: Callable[[], object]
-    checkpoint: Callable[[str], object] = lambda path: None
 
 
 class Tracker:
@@ -63,10 +55,10 @@ class Tracker:
         self.terminal = sys.stderr.isatty() if terminal is None else terminal
         self._lines: list[dict] = []
         self._bar, self._hinted, self._stack = None, False, ExitStack()
-        self._waits: deque[tuple[int, float, float]] = deque()
-        self._pace: deque[tuple[float, int]] = deque(maxlen=20)
         log_dir = log_dir or (self.folder and self.folder / "tensorboard")
-        self._sinks = _tensorboard(log_dir) + _wandb(wandb, self.folder)
+        self._board = self._outside("tensorboardX", _open_board, log_dir) if log_dir else None
+        self._wandb = self._outside("wandb", _open_wandb, wandb, self.folder) if wandb else None
+        self._keeps_checkpoints = wandb is not None and wandb.checkpoints
         if self.terminal:
             from tqdm.contrib.logging import logging_redirect_tqdm
             self._stack.enter_context(logging_redirect_tqdm(loggers=[logger]))  # log lines go above the bar
@@ -93,8 +85,6 @@ class Tracker:
 
     def start_epoch(self, epoch: int, first_update: int = 0) -> None:
         """`first_update` is the first update within the epoch, above 0 after resuming in its middle."""
-        self._waits.clear()
-        self._pace.clear()
         if self.terminal:
             from tqdm import tqdm
             # Not dynamic_ncols, which draws nothing where a terminal does not know its width (containers).
@@ -110,37 +100,20 @@ class Tracker:
 
     def progress(self, p: Progress) -> None:
         """Show the figures so far: every print_freq updates and at the end of an epoch."""
-        done = p.next_update - p.epoch * self.updates_per_epoch
-        self._pace.append((time.monotonic(), p.next_update))
-        values = (f"loss {p.recent_loss:.4f}  lr {p.lr:.3g}  {p.images_per_second:.1f} img/s  "
-                  f"data wait {100 * p.data_wait:.0f} %  ETA {self._eta(p)}")
+        done, left = p.next_update - p.first_update, self.epochs * self.updates_per_epoch - p.next_update
+        values = (f"loss {p.recent_loss:.4f}  lr {p.lr:.3g}  {p.images_per_second:.1f} img/s  data wait "
+                  f"{100 * p.data_wait:.0f} %  ETA {duration(left * p.seconds / max(done, 1))}")
         if self._bar is not None:
             self._bar.set_postfix_str(values)
         else:
-            logger.info("epoch %d/%d  update %d/%d  %s", p.epoch + 1, self.epochs, done,
-                        self.updates_per_epoch, values)
+            logger.info("epoch %d/%d  update %d/%d  %s", p.epoch + 1, self.epochs,
+                        p.next_update - p.epoch * self.updates_per_epoch, self.updates_per_epoch, values)
         self._scalars({"train/loss": p.recent_loss} | {f"train/{name}": getattr(p, name) for name in (
             "lr", "weight_decay", "grad_norm", "images_per_second", "data_wait")}, p.next_update)
-        self._watch_waiting(p)
-
-    def _eta(self, p: Progress) -> str:
-        left = self.epochs * self.updates_per_epoch - p.next_update
-        (start, first), (end, last) = self._pace[0], self._pace[-1]
-        first_of_epoch = p.seconds / max(p.next_update - p.first_update, 1)
-        return duration(left * ((end - start) / (last - first) if last > first else first_of_epoch))
-
-    def _watch_waiting(self, p: Progress) -> None:
-        self._waits.append((p.next_update, p.data_wait * p.seconds, p.seconds))
-        while len(self._waits) > 2 and self._waits[1][0] <= p.next_update - _WAIT_UPDATES:
-            self._waits.popleft()
-        update, waited, earlier = self._waits[0]
-        span = p.seconds - earlier
-        share = (p.data_wait * p.seconds - waited) / span if span > 0 else 0.0
-        if not self._hinted and p.next_update - update >= _WAIT_UPDATES and share > _WAIT_SHARE:
+        if not self._hinted and done >= _WAIT_UPDATES and p.data_wait > _WAIT_SHARE:
             self._hinted = True
-            self.incident("data_wait", f"{100 * share:.0f} % of the last {p.next_update - update} updates "
-                          f"was spent waiting for data; {remedy(self.num_workers, self.cpus)}.",
-                          update=p.next_update)
+            self.incident("data_wait", f"{100 * p.data_wait:.0f} % of the epoch so far was spent waiting for "
+                          f"data; {remedy(self.num_workers, self.cpus)}.", update=p.next_update)
 
     def end_epoch(self, p: Progress, results: Mapping[str, float | None], seconds: float) -> None:
         """Write the epoch's line to log.txt.
@@ -176,15 +149,17 @@ class Tracker:
 
     def log_checkpoint(self, path: str | os.PathLike) -> None:
         """Store a checkpoint at Weights & Biases when that was asked for."""
-        for sink in self._sinks:
-            _outside(sink, lambda: sink.checkpoint(str(path)))
+        if self._wandb is not None and self._keeps_checkpoints and Path(path).exists():
+            self._outside("wandb", self._wandb.log_artifact, str(path), type="model")
 
     def close(self) -> None:
         """Close the bar and the writers; may be called twice."""
         self._close_bar()
-        for sink in self._sinks:
-            _outside(sink, sink.close)  # a full disk shows here
-        self._sinks = []
+        if self._board is not None:
+            self._outside("tensorboardX", self._board.close)  # a full disk shows here
+        if self._wandb is not None:
+            self._outside("wandb", self._wandb.finish)
+        self._board = self._wandb = None
         self._stack.close()
 
     def _close_bar(self) -> None:
@@ -194,8 +169,22 @@ class Tracker:
 
     def _scalars(self, values: Mapping[str, object], update: int) -> None:
         numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
-        for sink in self._sinks:
-            _outside(sink, lambda: sink.scalars(numbers, update))
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._outside("tensorboardX", self._board.add_scalar, name, value, update)
+        if self._wandb is not None:
+            self._outside("wandb", self._wandb.log, numbers, step=update)
+
+    @staticmethod
+    def _outside(name: str, call: Callable[..., T], *arguments: object, **named: object) -> T | None:
+        """What `call` gives; nothing that a service outside this project raises ends a training."""
+        try:
+            return call(*arguments, **named)
+        except ImportError:
+            logger.warning("%s is not installed (pip install %s); the run continues without it.", name, name)
+        except Exception as error:  # of any type: a missing login, a lost network, a full disk
+            logger.warning("%s failed (%s); the run continues without this record.", name, error)
+        return None
 
     def _write_log(self, path: Path) -> None:
         write_text(path, "".join(json.dumps(line) + "\n" for line in self._lines))
@@ -208,51 +197,14 @@ class Tracker:
                 logger.error(f"{name} was not written in {self.folder}: {error.strerror}; the run continues.")
 
 
-def _outside(sink: Sink, call: Callable[[], object]) -> None:
-    try:
-        call()
-    except Exception as error:
-        logger.warning(f"{sink.name} failed ({error}); the run continues without this record.")
+def _open_board(folder: str | os.PathLike):
+    from tensorboardX import SummaryWriter
+    return SummaryWriter(str(folder))
 
 
-def _tensorboard(folder: str | os.PathLike | None) -> list[Sink]:
-    if folder is None:
-        return []
-    try:
-        from tensorboardX import SummaryWriter
-        board = SummaryWriter(str(folder))
-    except (ImportError, OSError) as error:
-        logger.warning(f"No TensorBoard log: {error} (pip install tensorboardX).")
-        return []
-
-    def scalars(values: Mapping[str, float], update: int) -> None:
-        for name, value in values.items():
-            board.add_scalar(name, value, update)
-    return [Sink("TensorBoard", scalars, board.close)]
-
-
-def _wandb(run: WandbRun | None, folder: Path | None) -> list[Sink]:
-    if run is None:
-        return []
-    try:
-        import wandb
-        service = wandb.init(project=run.project, name=run.name, config=dict(run.config), resume="allow",
-                             dir=folder)
-    except ImportError:
-        logger.warning("--enable_wandb true needs the package wandb: pip install wandb. The run continues "
-                       "without it.")
-        return []
-    except Exception as error:  # wandb raises its own types for a missing login or network
-        logger.warning(f"wandb cannot be used ({error}); the run continues without it.")
-        return []
-
-    def checkpoint(path: str) -> None:
-        if run.checkpoints and os.path.exists(path):
-            service.log_artifact(path, type="model")
-
-    def scalars(values: Mapping[str, float], update: int) -> None:
-        service.log(dict(values), step=update)
-    return [Sink("wandb", scalars, service.finish, checkpoint)]
+def _open_wandb(run: WandbRun, folder: Path | None):
+    import wandb
+    return wandb.init(project=run.project, name=run.name, config=dict(run.config), resume="allow", dir=folder)
 
 
 def remedy(num_workers: int, cpus: int) -> str:

@@ -1,7 +1,9 @@
 """What every training looks at before it starts: whether processes agree, shared memory, images, disk."""
 import os
 import shutil
+import subprocess
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -14,8 +16,7 @@ from launch.process import Process
 from run.folder import environment
 
 
-def start_warnings(options: Options, process: Process, code_version: str, sample: SampleCheck | None
-                   ) -> list[str]:
+def start_warnings(options: Options, process: Process, sample: SampleCheck | None) -> list[str]:
     """Sentences about what is wrong, none when all is well; every rank must call it.
 
     sample: rank 0's look at the images, None on other ranks.
@@ -23,24 +24,34 @@ def start_warnings(options: Options, process: Process, code_version: str, sample
     found = [] if sample is None else sample.sentences()[1:]
     if sample is not None and 2 * len(sample.tiny) <= sample.looked:  # every data set has a few small images
         found = [sentence for sentence in found if sentence.startswith("unreadable")]
-    return found + memory_problems(options, process) + process_problems(process, code_version)
+    return found + memory_problems(options, process) + process_problems(process)
 
 
-def process_problems(process: Process, code_version: str) -> list[str]:
+@cache
+def code_version() -> str:
+    """The commit of this code, with a + for local changes; "unknown" outside a git checkout."""
+    command = ["git", "describe", "--always", "--dirty=+"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, text=True, capture_output=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def process_problems(process: Process) -> list[str]:
     """Sentences about versions that differ between processes, and an all-reduce that gives another sum."""
     size, found = process.world_size, environment()
-    mine = {"code": code_version, "python": found["python"], "cuda": found["cuda"], **found["packages"]}
+    mine = {"code": code_version(), "python": found["python"], "cuda": found["cuda"], **found["packages"]}
     ramp = torch.arange(4096, dtype=torch.float32, device=process.device)
     total = process.all_reduce_(ramp + process.rank, "sum")
     correct = torch.equal(total, ramp * size + size * (size - 1) // 2)
     nodes, versions, sums = zip(*process.all_gather_object((process.node_name, mine, correct)))
     problems = [f"{name} is {versions[0][name]} on rank 0 ({nodes[0]}) and {other.get(name)} on rank {rank} "
                 f"({nodes[rank]}): use one environment on all nodes."
-                for rank, other in enumerate(versions) for name in mine if other.get(name) != versions[0].get(name)]
-    if not all(sums):
-        problems.append(f"all-reduce gives an incorrect sum on rank {sums.index(False)} ({nodes[sums.index(False)]}): "
-                        "the network or the devices' driver is at fault.")
-    return problems
+                for rank, other in enumerate(versions) for name in mine
+                if other.get(name) != versions[0].get(name)]
+    return problems + [f"all-reduce gives an incorrect sum on rank {rank} ({nodes[rank]}): the network or "
+                       "the devices' driver is at fault." for rank, correct in enumerate(sums) if not correct]
 
 
 def memory_problems(options: Options, process: Process, folder: str = "/dev/shm") -> list[str]:
@@ -72,13 +83,14 @@ def existing_folder(path: str | os.PathLike) -> Path:
 
 
 def check_writable(flag: str, folder: str) -> None:
-    """Raise UserError when nothing can be written where `folder` is to be; a nameless file leaves no trace."""
+    """Raise UserError when nothing can be written where `folder` is to be; nothing is left there."""
     try:
         with tempfile.TemporaryFile(dir=existing_folder(folder)) as file:
             file.write(b"hornet")
     except OSError as error:
-        raise UserError(f"{flag} {folder} cannot be used: nothing can be written in {existing_folder(folder)} "
-                        f"({error.strerror}); choose another.", code="unusable_folder") from error
+        raise UserError(f"{flag} {folder} cannot be used: nothing can be written in "
+                        f"{existing_folder(folder)} ({error.strerror}); choose another.",
+                        code="unusable_folder") from error
 
 
 def free_space(output_dir: str | os.PathLike) -> int:

@@ -1,10 +1,10 @@
-"""What a checkpoint holds, declared once: `TABLE`. Which formats are read, and whether a file belongs to a run.
+"""What a checkpoint holds, declared once: `TABLE`. Which formats are read, and to which run a file belongs.
 
-A run is made of parts, each with `state_dict` and `load_state_dict`; a checkpoint has one entry per row of the table:
-a part's whole state (`model`, `optimizer`), or one value of a part that is made of plain values (`epoch`, `update`).
-A new value to save is one line: a field made with `saved`, or a row of the table for a new part. An entry that a file
-lacks leaves its part as it began. Values are tensors and plain Python only; beside them stand `format` and, in a best
-file, `scored`, the weights that earned it.
+A run is made of parts, each with `state_dict` and `load_state_dict`; a checkpoint has one entry per row of
+the table: a part's whole state (`model`, `optimizer`), or one value of a part that is made of plain values
+(`epoch`, `update`). A new value to save is one line: a field made with `saved`, or a row of the table for a
+new part. An entry that a file lacks leaves its part as it began. Values are tensors and plain Python only;
+beside them stand `format` and, in a best file, `scored`, the weights that earned it.
 """
 import os
 from collections.abc import Callable, Mapping
@@ -21,8 +21,8 @@ State = dict[str, Any]
 Valid = Callable[[Any], bool]
 FORMAT = 3  # 1: files of the published training code; 2: the number of images has another name
 BEST, BEST_EMA = "checkpoint-best.pth", "checkpoint-best-ema.pth"
-_NOT_THE_RECIPE = {"epochs", "start_epoch", "weights", "allow_partial", "model_key", "model_prefix", "pretrained",
-                   "finetune", "grad_checkpointing", "model_ema_eval"}
+_NOT_THE_RECIPE = {"epochs", "start_epoch", "weights", "allow_partial", "model_key", "model_prefix",
+                   "pretrained", "finetune", "grad_checkpointing", "model_ema_eval"}
 _ALSO = ("data_set", "nb_classes", "seed", "use_amp", "amp_dtype")
 
 
@@ -30,23 +30,27 @@ class Part(Protocol):
     """Something whose state a checkpoint holds."""
 
     def state_dict(self) -> State: ...
-    def load_state_dict(self, state: State) -> object: ...
+    def load_state_dict(self, state: State, /) -> object: ...
+
+
+Parts = Mapping[str, Part | None]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One entry of a checkpoint: whose it is, what it may hold (a file from elsewhere may hold anything), and whether
-    nothing can be resumed without it."""
+    """One entry of a checkpoint: whose it is, what it may hold (a file from elsewhere may hold anything), and
+    whether nothing can be resumed without it."""
     part: str
     valid: Valid
     needed: bool = False
 
 
-def saved(valid: Valid, default: Any = None, needed: bool = False) -> Any:
+def saved(valid: Valid, default: object = None, needed: bool = False) -> Any:
     """A field of `Values` that checkpoints hold, with its value for a new run."""
     return field(default=default, metadata={"valid": valid, "needed": needed})
 
 
+@dataclass
 class Values:
     """A part made of plain values: the dataclass fields that were made with `saved`."""
 
@@ -76,29 +80,32 @@ def _count(lowest: int) -> Valid:
 
 def _each(kind: type, valid: Valid) -> Valid:
     """A list or dict all of whose values are valid."""
-    return lambda value: isinstance(value, kind) and all(map(valid, value.values() if kind is dict else value))
+    values = dict.values if kind is dict else iter
+    return lambda value: isinstance(value, kind) and all(map(valid, values(value)))
+
 
 
 _number, _tensors = _is(int, float, type(None)), _each(dict, torch.is_tensor)
 
 
-def _optimizer(value: Any) -> bool:
+def _optimizer(value: object) -> bool:
     """As torch's optimizers give it; whether it fits the model is found when it is loaded."""
-    group = lambda found: isinstance(found, dict) and _each(list, _is(int))(found.get("params"))
-    return isinstance(value, dict) and _each(list, group)(value.get("param_groups")) and _each(dict, _is(dict))(
-        value.get("state"))
+    return (isinstance(value, dict) and _each(list, _is(dict))(value.get("param_groups"))
+            and all(_each(list, _is(int))(group.get("params")) for group in value["param_groups"])
+            and _each(dict, _is(dict))(value.get("state")))
 
 
-def _scaler(value: Any) -> bool:
+def _scaler(value: object) -> bool:
     """As torch's GradScaler gives it: empty without loss scaling."""
     needed = {"scale", "growth_interval", "_growth_tracker"}
-    return _each(dict, _is(int, float))(value) and (not value or needed <= value.keys())
+    return isinstance(value, dict) and _each(dict, _is(int, float))(value) and (
+        not value or needed <= value.keys())
 
 
 @dataclass
 class Position(Values):
-    """Where a run stands. `epoch` is the last one finished (from 0; -1: none), `update` the number of global updates
-    done, `sums` (engine.Progress.sums) those of an epoch that was begun and isn't finished."""
+    """Where a run stands. `epoch` is the last one finished (from 0; -1: none), `update` the number of global
+    updates done, `sums` (engine.Progress.sums) those of an epoch that was begun and isn't finished."""
     updates_per_epoch: int
     epoch: int = saved(_count(-1), -1, needed=True)
     update: int = saved(_count(0), 0)
@@ -117,29 +124,32 @@ class Position(Values):
     def load_state_dict(self, state: State) -> None:
         """Take over a position. Raises UserError when it isn't one of this data: images came or went.
 
-        A run that was stopped between an epoch's last update and its evaluation stands at that epoch's end, with sums.
+        A run stopped between an epoch's last update and its evaluation stands at that epoch's end, with sums.
         """
         finished = state.get("epoch", self.epoch) + 1
         super().load_state_dict({"update": finished * self.updates_per_epoch} | {
             name: value for name, value in state.items() if value is not None})
-        longest = self.updates_per_epoch if self.sums is not None else self.updates_per_epoch - 1
+        longest = self.updates_per_epoch - (self.sums is None)
         if not 0 <= self.update_in_epoch <= longest:
-            raise UserError(f"the checkpoint stands at update {self.update}, finished epochs: {finished}; with these "
-                            f"images an epoch has {self.updates_per_epoch} updates, so the data set is not the one the "
-                            "run began with: restore it, or start from the weights with --finetune in another "
-                            "--output_dir.", code="other_run")
+            raise UserError(
+                f"the checkpoint stands at update {self.update}, finished epochs: {finished}; with these "
+                f"images an epoch has {self.updates_per_epoch} updates, so the data set is not the one the "
+                "run began with: restore it, or use --finetune to start from the weights elsewhere.",
+                code="other_run")
 
 
 @dataclass
 class Best(Values):
-    """The best top-1 (percent) so far of the weights and of their moving average, and the epochs that gave it."""
+    """The best top-1 (percent) so far of the weights and of their moving average, and the epochs that gave
+    it."""
     acc1: float | None = saved(_number)
     epoch: int | None = saved(_number)
     ema_acc1: float | None = saved(_number)
     ema_epoch: int | None = saved(_number)
 
     def take(self, epoch: int, score: float | None, ema_score: float | None = None) -> dict[str, float]:
-        """Take in an epoch's results; returns {file name: score} of the best files to save, for `save(best=…)`."""
+        """Take in an epoch's results; returns {file name: score} of the best files to save, for
+        `save(best=…)`."""
         files = {}
         if score is not None and (self.acc1 is None or score > self.acc1):
             self.acc1, self.epoch, files[BEST] = score, epoch, score
@@ -162,20 +172,23 @@ class DataIdentity(Values):
     images_before: int | None = None
 
     def load_state_dict(self, state: State) -> None:
-        """Remember the number of images; classes and global batch of the run were taken before its data were built."""
+        """Remember the number of images; classes and global batch were taken over before the data were
+        built."""
         self.images_before = state.get("images")
 
 
 @dataclass
 class Environment(Values):
-    """What a run was started with, beside its data: options, fast paths, CPU threads and the code's version."""
-    args: dict[str, Any] = saved(_is(dict))
+    """What a run was started with, beside its data: options, fast paths, CPU threads and the code's
+    version."""
+    args: State = saved(_is(dict))
     code_paths: dict[str, str] = saved(_each(dict, _is(str)))
     threads: int = saved(_count(1))
     version: str = saved(_is(str))
 
     def load_state_dict(self, state: State) -> None:
-        """Use the run's own number of threads, and report another version; the fast paths were taken with the model."""
+        """Use the run's own number of threads, and report another version; the fast paths came with the
+        model."""
         threads, version = state.get("threads"), state.get("version")
         if threads and threads != self.threads:
             # Sums are split by thread, so another number of threads gives other last bits.
@@ -183,7 +196,8 @@ class Environment(Values):
             torch.set_num_threads(threads)
             self.threads = threads
         if version and version != self.version:
-            logger.info("The checkpoint was saved by version %s of this code, this is %s", version, self.version)
+            logger.info("The checkpoint was saved by version %s of this code, this is %s", version,
+                        self.version)
 
 
 TABLE: dict[str, Row] = {
@@ -199,14 +213,14 @@ TABLE: dict[str, Row] = {
 }
 
 
-def collect(parts: Mapping[str, Part | None]) -> State:
+def collect(parts: Parts) -> State:
     """The state of a run made of `parts`: an entry per row of the table; None for a part that it lacks."""
     states = {name: part.state_dict() for name, part in parts.items() if part is not None}
     return {"format": FORMAT} | {
         name: states.get(name) if name in parts else states[row.part][name] for name, row in TABLE.items()}
 
 
-def restore(state: Mapping[str, Any], parts: Mapping[str, Part | None]) -> None:
+def restore(state: State, parts: Parts) -> None:
     """Give each part its entries of `state`; the inverse of `collect`."""
     for name, part in parts.items():
         entries = {entry: state.get(entry) for entry, row in TABLE.items() if row.part == name}
@@ -225,35 +239,38 @@ def upgrade(state: object, path: str | os.PathLike) -> State:
                         code="invalid_checkpoint")
     number = state.get("format", 1)
     if not isinstance(number, int) or not 1 <= number <= FORMAT:
-        raise UserError(f"{path} has checkpoint format {number!r}; this version reads 1 to {FORMAT}: update the code.",
-                        code="invalid_checkpoint")
-    full = {name: None for name in TABLE} | state
-    full |= {"format": number} | ({"images": state.get("pictures")} if number == 2 else {})
+        raise UserError(f"{path} has checkpoint format {number!r}; this version reads 1 to {FORMAT}: update "
+                        "the code.", code="invalid_checkpoint")
+    full = dict.fromkeys(TABLE) | state | {"format": number}
+    if number == 2:
+        full["images"] = state.get("pictures")
     if number == 1:
         full |= {name: None for name, row in TABLE.items() if not row.valid(full[name])}
     return full
 
 
-def check_resumable(state: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Raise UserError when training cannot be resumed from a state: weights alone, a published best file, odd entries."""
+def check_resumable(state: State, path: str | os.PathLike) -> None:
+    """Raise UserError when training cannot resume from a state: weights alone, a published best file, odd
+    entries."""
     missing = [name for name, row in TABLE.items() if row.needed and state.get(name) is None]
     if missing:
-        raise UserError(f"{path} has no {' and no '.join(missing)}, so training cannot be resumed from it; start from its "
-                        "weights with --finetune, or resume a numbered checkpoint.", code="not_resumable")
+        raise UserError(f"{path} has no {' and no '.join(missing)}, so training cannot be resumed from it; "
+                        "start from its weights with --finetune, or resume a numbered checkpoint.",
+                        code="not_resumable")
     odd = [name for name, row in TABLE.items() if state.get(name) is not None and not row.valid(state[name])]
     if odd:
         raise UserError(f"{path} is no checkpoint of a training: its entry {' and its entry '.join(odd)} is "
-                        "unexpected; resume another one, or start from its weights with "
-                        "--finetune.", code="invalid_checkpoint")
+                        "unexpected; resume another one, or start from its weights with --finetune.",
+                        code="invalid_checkpoint")
 
 
-def check_same_run(state: Mapping[str, Any], args: Mapping[str, Any], path: str | os.PathLike,
+def check_same_run(state: State, args: State, path: str | os.PathLike,
                    explicit: bool = False) -> list[str]:
     """Compare the run a checkpoint comes from with the one at hand, `args` being plain values by option name.
 
     Returns sentences such as `lr 0.004 there, 0.001 here` for each option that makes a run what it is. Raises
-    UserError instead for another model or number of classes, and for any of them unless the checkpoint was named
-    with --resume (`explicit`).
+    UserError instead for another model or number of classes, and for any of them unless the checkpoint was
+    named with --resume (`explicit`).
     """
     names = [f.name for f in fields(Options) if f.metadata["recipe"] and f.name not in _NOT_THE_RECIPE]
     plain = lambda value: [*value] if isinstance(value, (list, tuple)) else None if value == "" else value
@@ -261,11 +278,11 @@ def check_same_run(state: Mapping[str, Any], args: Mapping[str, Any], path: str 
     found = [f"{name} {old[name]} there, {args[name]} here" for name in (*names, *_ALSO)
              if name in old and name in args and plain(old[name]) != plain(args[name])]
     if found and (not explicit or any(text.startswith(("model ", "nb_classes ")) for text in found)):
-        raise UserError(f"{path} belongs to another run: {'; '.join(found)}. Give the same options, choose another "
-                        "--output_dir, or start from its weights with --finetune.", code="other_run")
+        raise UserError(f"{path} belongs to another run: {'; '.join(found)}. Give the same options, choose "
+                        "another --output_dir, or start from its weights with --finetune.", code="other_run")
     return found
 
 
-def finished(state: Mapping[str, Any], epochs: int) -> bool:
+def finished(state: State, epochs: int) -> bool:
     """Whether a checkpoint is the end of a run of `epochs` epochs."""
     return state.get("epoch") is not None and state["epoch"] + 1 >= epochs

@@ -30,7 +30,8 @@ MAY_IMPORT["engine"] = {"common", "config", "models", "datasets", "optim", "laun
 MAY_IMPORT["run"] = MAY_IMPORT["engine"] | {"engine"}
 MAY_IMPORT["report"] = MAY_IMPORT["run"] | {"run"}
 MAY_IMPORT["evaluation"] = MAY_IMPORT["report"] | {"report", "native"}
-MAY_IMPORT["training"] = MAY_IMPORT["evaluation"] | {"evaluation"}
+MAY_IMPORT["plan"] = MAY_IMPORT["evaluation"] | {"evaluation"}
+MAY_IMPORT["training"] = MAY_IMPORT["plan"] | {"plan"}
 MAY_IMPORT["dryrun"] = MAY_IMPORT["tools"] = MAY_IMPORT["training"] | {"training"}
 MAY_IMPORT["main"] = MAY_IMPORT["dryrun"] | {"dryrun", "tools"}
 MAY_IMPORT["hubconf"] = {"common", "config", "models"}
@@ -39,8 +40,8 @@ LINES = {"core": 6100, "native": 1700, "benchmarks": 350, "tests": 7000}
 MODULES, FILE, FUNCTION, COLUMNS, ANY = 62, 350, 50, 110, 20
 FORBIDDEN = re.compile(
     r"picture|\bmend(?:s|ed|ing)?\b|\banew\b|\brightly\b|\bwrongly\b|\bcan be had\b|\btold\b", re.I)
-# Keys of files that earlier versions wrote; they stay readable.
-OLD_KEYS = {"run/state.py": 2}
+# Keys of files that earlier versions wrote, and a flag that they had; they stay readable.
+OLD_KEYS = {"run/state.py": 2, "tools/export.py": 1}
 SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
            tokenize.ENDMARKER,
            tokenize.ENCODING}

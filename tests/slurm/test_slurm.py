@@ -1,12 +1,14 @@
 """Jobs on a real Slurm: to the end, through preemption, failures and lost nodes, and two at once."""
 import json
 import re
+import time
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from common.ledger import Ledger
 from launch import run_with_submitit
 from tests.kits.processes import TOY, expected_value, wait_for, write_toy_program
 
@@ -35,8 +37,9 @@ def submit(cluster, tmp_path, monkeypatch):
         cluster.wait(job)
 
 
-def records(folder: Path) -> list[str]:
-    return [json.loads(line)["what"] for line in (folder / "job.jsonl").read_text().splitlines()]
+def attempts(folder: Path) -> list[tuple]:
+    """(state, requeued) of each attempt."""
+    return [(a["state"], a.get("requeued")) for a in Ledger(folder).attempts()]
 
 
 def said(folder: Path) -> str:
@@ -64,7 +67,8 @@ def test_two_nodes_with_two_tasks_each_run_to_the_end(cluster, submit):
 def test_a_job_that_fails_twice_at_the_same_update_stops_with_the_cause(cluster, submit):
     job, folder = submit(20, "raise=1@7", 2, 1)
     assert cluster.wait(job) == "FAILED"
-    assert records(folder) == ["started", "failed", "requeued", "started", "failed", "not requeued"]
+    assert attempts(folder) == [("FAILED", True), ("FAILED", False)]
+    assert {(a["rank"], a["update"]) for a in Ledger(folder).attempts()} == {(1, 7)}
     assert final_code(job) == "1"
     status = run_with_submitit.status(folder)
     assert "ArithmeticError: one divided by nothing" in status and "attempt  2 of" in status
@@ -74,7 +78,8 @@ def test_a_job_that_fails_twice_at_the_same_update_stops_with_the_cause(cluster,
 def test_a_users_mistake_is_not_tried_again(cluster, submit):
     job, folder = submit(20, "user_error=0@3", 2, 1)
     assert cluster.wait(job) == "FAILED"
-    assert records(folder) == ["started"] and final_code(job) == "2"
+    assert attempts(folder) == [("FAILED", None)] and final_code(job) == "2"
+    assert "the value 7 is not accepted" in run_with_submitit.status(folder)
 
 
 def test_survivors_of_a_lost_node_requeue_the_job(cluster, submit):
@@ -82,7 +87,7 @@ def test_survivors_of_a_lost_node_requeue_the_job(cluster, submit):
     wait_for(lambda: (folder / "now").exists())
     try:
         cluster.control("node-kill", "127.0.0.12")
-        wait_for(lambda: "requeued" in records(folder) or cluster.field(job, "%r") == "BeginTime")
+        wait_for(lambda: ("FAILED", True) in attempts(folder) or cluster.field(job, "%r") == "BeginTime")
     finally:
         cluster.control("node-up", "127.0.0.12")
     assert cluster.wait(job) == "COMPLETED", said(folder)
@@ -94,7 +99,21 @@ def test_a_cancelled_job_does_not_come_back(cluster, submit):
     wait_for(lambda: (folder / "now").exists())
     subprocess.run(["scancel", job], check=True)
     assert cluster.wait(job) == "CANCELLED"
-    assert "requeued" not in records(folder)
+    assert not any(requeued for _, requeued in attempts(folder))
+
+
+def test_a_suspended_job_continues_when_it_is_resumed(cluster, submit):
+    """For three times the patience of the watchdog, which counts only the time in which the job ran."""
+    job, folder = submit(300, "pace=0.05 hang_timeout=5", 2, 1)
+    wait_for(lambda: (folder / "now").exists() and int((folder / "now").read_text() or 0) > 60)
+    subprocess.run(["scontrol", "suspend", job], check=True)
+    time.sleep(2)
+    stood = (folder / "now").read_text()
+    time.sleep(15)
+    assert (folder / "now").read_text() == stood
+    subprocess.run(["scontrol", "resume", job], check=True)
+    assert cluster.wait(job) == "COMPLETED", said(folder)
+    assert attempts(folder) == [("DONE", None)] and value(folder) == expected_value(300, 2)
 
 
 def test_two_jobs_at_once_on_one_node(cluster, submit):

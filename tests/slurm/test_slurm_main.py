@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.ledger import Ledger
 from launch import run_with_submitit
 from tests.kits.processes import REPOSITORY, wait_for
 
@@ -88,8 +89,7 @@ def test_preempted_in_an_epoch_and_requeued_it_ends_with_the_same_bits(cluster, 
     wait_for(lambda: "epoch 1/2  update 20" in log(folder, "preempted", job), 400)
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
     assert cluster.wait(job, seconds=400) == "COMPLETED", log(folder, "preempted", job)
-    records = [json.loads(line) for line in (run.parent / job / "job.jsonl").read_text().splitlines()]
-    assert [record["what"] for record in records] == ["started", "requeued", "started", "done"]
+    assert [(a["state"], a.get("requeued")) for a in Ledger(run).attempts()] == [("PAUSED", True), ("DONE", None)]
     for part in ("model", "model_ema", "optimizer"):
         assert_equal_bits(final_state(undisturbed)[part], final_state(run)[part], part)
     epochs = [json.loads(line)["epoch"] for line in (run / "log.txt").read_text().splitlines()]
@@ -101,8 +101,8 @@ def test_after_a_killed_rank_it_goes_on_and_ends_with_the_same_bits(cluster, fol
     wait_for(lambda: "epoch 2/2  update 20" in log(folder, "killed", job), 400)
     os.kill(trainers(run)[-1], signal.SIGKILL)
     assert cluster.wait(job, seconds=400) == "COMPLETED", log(folder, "killed", job)
-    records = [json.loads(line) for line in (run.parent / job / "job.jsonl").read_text().splitlines()]
-    assert [record["what"] for record in records] == ["started", "failed", "requeued", "started", "done"]
-    assert "killed" in records[1]["cause"] and records[1]["update"] > 100  # in its own words or in those of its peers
+    killed, again = Ledger(run).attempts()
+    assert (killed["state"], killed["requeued"], again["state"]) == ("FAILED", True, "DONE")
+    assert "killed" in killed["cause"] and killed["update"] > 100  # in its own words or in those of its peers
     for part in ("model", "model_ema", "optimizer"):
         assert_equal_bits(final_state(undisturbed)[part], final_state(run)[part], part)

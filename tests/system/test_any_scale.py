@@ -10,10 +10,11 @@ from launch.process import start as start_process
 from launch.stop import StopRequest
 from launch.watchdog import Watchdog
 from models import MODEL_NAMES
+from plan import plan_run
 from tests.kits.images import write_images
 from tests.kits.processes import FORKS, codes, environment, places
 from tests.kits.runs import arguments, result, start
-from training import Trainer, plan_run
+from training import Trainer
 
 GLOBAL_BATCH, UPDATES, ACCUMULATIONS = 32, 3, (1, 2, 4)
 

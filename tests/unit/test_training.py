@@ -1,4 +1,5 @@
-"""A run saves all that resuming it needs, before anything can fail, and never starts from scratch in silence."""
+"""A run saves all that resuming it needs, before anything can fail, and never starts from scratch in
+silence."""
 import json
 import logging
 import shutil
@@ -11,16 +12,17 @@ from common.errors import UserError
 from common.log import logger
 from common.outcome import Outcome
 from config.parse import parse
-from launch.process import Place as Rank
 from launch.process import Process
 from launch.stop import StopRequest
 from launch.watchdog import Watchdog
 from models import MODEL_NAMES
+from plan import Classification, plan_run
 from run.checkpoint import Checkpoints, load, manifest_path, snapshot
+from run.start import code_version
 from run.state import TABLE, check_resumable, check_same_run, collect
 from tests.kits.faults import Place, command, start
 from tests.kits.images import write_images
-from training import Classification, Trainer, code_version, plan_run
+from training import Trainer
 
 UPDATES, STOP_AFTER, TIMES = 6, 8, ("seconds", "train_images_per_second", "train_data_wait")
 OPTIONS = {"model": "hornet_pico_7x7", "device": "cpu", "input_size": 32, "epochs": 2, "batch_size": 4, "lr": 0.01,
@@ -30,7 +32,7 @@ OPTIONS = {"model": "hornet_pico_7x7", "device": "cpu", "input_size": 32, "epoch
 
 @pytest.fixture(scope="module")
 def process():
-    return Process(Rank(), torch.device("cpu"))
+    return Process(device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,8 @@ def options(images, **changes):
 
 
 class Poisoned(Trainer):
-    """The loss of update 2 is infinite; the run is asked to stop after `stop_after`. Losses are scaled as for fp16."""
+    """The loss of update 2 is infinite; the run is asked to stop after `stop_after`. Losses are scaled as for
+    fp16."""
     stop_after = -1
 
     def load_state_dict(self, state):
@@ -100,7 +103,8 @@ def outcome_of(call):
 
 
 def observe(state, images, process, folder, caplog):
-    """All that a person could see of a run that is resumed from `state` in another environment, with an image more."""
+    """All that a person could see of a run that is resumed from `state` in another environment, with an image
+    more."""
     more, other = images.parent / "more", images.parent / "other"
     if not more.exists():
         shutil.copytree(images, more)
@@ -163,7 +167,8 @@ def test_a_part_without_state_dict_cannot_be_saved(name, images, process, tmp_pa
     run.close()
 
 
-# ---------------------------------------------------------------------------------- around a run, from the command line
+# ---------------------------------------------------------------------------------- around a run, from the
+# command line
 
 @pytest.fixture
 def place(tmp_path):

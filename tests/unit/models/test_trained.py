@@ -10,8 +10,9 @@ from PIL import Image
 import models
 from config.options import ImageSettings
 from datasets.device import Normalise
+from datasets.images import decode_path
 from datasets.transforms import eval_transform
-from models.inspect import predict
+from models.inspect import as_rgb, predict
 from run.checkpoint import BEST, BEST_EMA, Checkpoints
 from tests.kits.errors import refused
 from tests.kits.trained import checkpoint, lively
@@ -80,6 +81,19 @@ def test_the_transform_gives_the_values_of_the_evaluation(tmp_path, two, size, c
     wanted = Normalise(settings, "cpu")(pixels[None])[0].permute(2, 0, 1)
     assert torch.equal(models.load(path).transform(image), wanted)
     assert models.load(path, input_size=96).transform(image).shape == (3, 96, 96)
+
+
+def test_a_run_with_exif_orientation_turns_images_here_too(tmp_path, two):
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (60, 90, 3), dtype=np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    for turn in (False, True):
+        path = checkpoint(tmp_path / "c.pth", two[0], model="hornet_pico_gf", input_size=64, exif_orientation=turn)
+        pixels = torch.tensor(eval_transform(64)(decode_path(str(tmp_path / "turned.jpg"), turn)))
+        wanted = Normalise(ImageSettings().mean, ImageSettings().std, "cpu")(pixels[None])[0].permute(2, 0, 1)
+        for opened in (decode_path(str(tmp_path / "turned.jpg")), as_rgb(tmp_path / "turned.jpg")):
+            assert torch.equal(models.load(path).transform(opened), wanted)
 
 
 def test_files_of_others(tmp_path, two):

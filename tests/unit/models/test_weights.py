@@ -72,15 +72,6 @@ def test_every_kind_of_file_loads_to_the_same_values(tmp_path, wrap):
     assert (report.loaded, report.missing, report.unexpected) == (len(state), (), ())
 
 
-def test_safetensors_load(tmp_path):
-    from safetensors.torch import save_file
-    state = weights_of(make())
-    save_file(state, tmp_path / "a.safetensors")
-    model = make(seed=1)
-    load_for_model(model, tmp_path / "a.safetensors")
-    assert same(model, state)
-
-
 @pytest.mark.parametrize("entries,file_name,options,expected", [
     (("model", "model_ema"), "a.pth", {}, "model"),
     (("model", "model_ema"), "a.pth", dict(weights="ema"), "model_ema"),
@@ -214,13 +205,6 @@ def test_unreadable_files_are_one_sentence(tmp_path, content):
         load_for_model(make(), tmp_path)
     with refused("not_https", "http://example.org/a.pth"):
         load_for_model(make(), "http://example.org/a.pth")
-
-
-def test_dtype_and_device_of_the_model_stay(tmp_path):
-    path = saved(tmp_path, {"model": {k: v.half() for k, v in weights_of(make()).items()}})
-    model = make()
-    load_for_model(model, path)
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", STATE_DICTS)

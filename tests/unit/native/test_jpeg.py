@@ -177,18 +177,6 @@ def test_evaluation_batches_are_equal_and_the_same_files_are_bad(folder, interpo
     assert not bad & {"cmyk.JPEG", "png.JPEG", "damaged.JPEG", "trailing.JPEG", "narrow.JPEG"}
 
 
-def test_a_cut_file_is_bad_wherever_it_is_cut():
-    data, transform = jpeg(150, 200, progressive=False), eval_transform(64)
-    top = fast.image_of(data).crop((0, 0, 40, 40))
-    assert same(top, plain(data).crop((0, 0, 40, 40)))
-    for end in range(700, len(data), 171):
-        lazy = fast.image_of(data[:end])
-        assert lazy is not None
-        for steps in (transform, lambda image: np.asarray(image.crop((0, 0, 40, 40)))):
-            with pytest.raises(fast.NeedsPillow):
-                steps(lazy)
-
-
 def test_without_a_compiler_everything_goes_through_pillow(folder, monkeypatch, tmp_path):
     ours, _ = both(folder, eval_transform(64))
     expected = ours.__getitems__([0, 1, 2]).images.numpy()

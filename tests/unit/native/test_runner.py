@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import models  # noqa: F401 - registers the models with timm
 import native
-from models.gnconv import LayerNorm2d, global_filter, interleave
-from models.hornet import Block
+from models.gnconv import global_filter, interleave
 from native import kernels, paths, runner
 from tests.kits.fill import PARITY, parity_input, parity_tensor
 
@@ -102,14 +101,6 @@ def test_each_operation_equals_float64(fast, shape):
     compare(recursion, formula, x, w(6, 4), w(6), w(12, 6), w(12))
 
 
-@pytest.mark.parametrize("fast", PATHS, indirect=True)
-def test_depthwise_takes_a_channel_slice(fast):
-    x, weight, bias = torch.randn(2, 10, 12, 32), torch.randn(20, 1, 7, 7), torch.randn(20)
-    exact = nhwc(F.conv2d(nchw(x[..., 12:]), weight, bias, padding=3, groups=20))
-    found = fast.depthwise(x[..., 12:], layer(weight, bias), 1.0, x.dtype)
-    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-4)
-
-
 def test_gelu_over_its_whole_range():
     if kernels.library() is None:
         pytest.skip("no C++ compiler")
@@ -177,22 +168,6 @@ def test_bfloat16_products_of_a_cpu_without_instructions_for_them(monkeypatch):
         matrices = [entry[1] for entry in paths.runner_of(fast).packed.values() if entry[1].ndim == 2]
     assert matrices and all(matrix.dtype == torch.float32 for matrix in matrices)
     torch.testing.assert_close(found, exact, rtol=0, atol=0.05 * float(exact.abs().max()))
-
-
-def test_autocast_leaves_products_in_the_type_chosen_for_them(monkeypatch):
-    monkeypatch.setattr(runner, "product_dtype", lambda dtype: torch.float32)
-    seen = set()
-
-    class Watching(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-            if function in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
-                seen.update(argument.dtype for argument in arguments)
-            return function(*arguments, **(keywords or {}))
-
-    x, weight, bias = torch.randn(6, 8).bfloat16(), torch.randn(5, 8).bfloat16(), torch.randn(5).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16), Watching():
-        assert runner.product(x, weight, bias, onednn=False).dtype == torch.bfloat16
-    assert seen == {torch.float32}
 
 
 @pytest.mark.parametrize("chosen", PATHS)
@@ -352,8 +327,3 @@ def test_it_steps_aside_for_modes_transforms_and_types():
     note(x.bfloat16())  # a float32 block
     assert len(seen) == 13 and all(out is NotImplemented for out in seen)
     assert fast(block, x, None) is not NotImplemented
-
-
-def test_a_block_of_its_own_norm_type_is_known():
-    block = timm.create_model("hornet_pico_7x7").stages[0][0]
-    assert type(block) is Block and type(block.norm1) is LayerNorm2d

@@ -131,9 +131,9 @@ def test_waiting_for_data_gives_one_hint_naming_the_change(tmp_path, logged, wor
     for done in range(10, 400, 10):
         t.progress(at(0, done=done, updates=1000, data_wait=0.3))
     hints = [line for line in logged if "waiting for data" in line]
-    assert len(hints) == 1 and words in hints[0] and "30 % of the last" in hints[0]
+    assert len(hints) == 1 and words in hints[0] and "30 % of the epoch" in hints[0]
     (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert event["kind"] == "data_wait" and event["update"] == 110
+    assert event["kind"] == "data_wait" and event["update"] == 100
     t.close()
 
 

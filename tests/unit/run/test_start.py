@@ -26,10 +26,10 @@ class Pair:
 
 
 def test_processes_must_agree():
-    assert process_problems(Pair(), "v1") == []
-    old = process_problems(Pair(lambda m: ("two", m[1] | {"timm": "0.4"}, m[2])), "v1")
+    assert process_problems(Pair()) == []
+    old = process_problems(Pair(lambda m: ("two", m[1] | {"timm": "0.4"}, m[2])))
     assert len(old) == 1 and "timm is " in old[0] and "0.4 on rank 1 (two)" in old[0]
-    assert "on rank 0 (one)" in process_problems(Pair(factor=3), "v1")[0]
+    assert "on rank 0 (one)" in process_problems(Pair(factor=3))[0]
 
 
 def test_shared_memory_is_counted_for_all_workers_of_a_node(tmp_path):
@@ -53,8 +53,8 @@ def test_writing_is_tried_without_a_trace(tmp_path):
 
 def test_only_what_is_wrong_is_reported():
     options = SimpleNamespace(num_workers=0, batch_size=2, input_size=32)
-    assert start_warnings(options, Pair(), "v1", None) == []
-    assert start_warnings(options, Pair(), "v1", SampleCheck(8, 2, 0.01, tiny=["a"])) == []
-    assert start_warnings(options, Pair(), "v1", SampleCheck(8, 2, 0.01, [("x", "empty")])) == ["unreadable: x (empty)"]
-    (small,) = start_warnings(options, Pair(), "v1", SampleCheck(8, 2, 0.01, tiny=["a"] * 5))
+    assert start_warnings(options, Pair(), None) == []
+    assert start_warnings(options, Pair(), SampleCheck(8, 2, 0.01, tiny=["a"])) == []
+    assert start_warnings(options, Pair(), SampleCheck(8, 2, 0.01, [("x", "empty")])) == ["unreadable: x (empty)"]
+    (small,) = start_warnings(options, Pair(), SampleCheck(8, 2, 0.01, tiny=["a"] * 5))
     assert small.startswith("5 images") and small.endswith("such as a")

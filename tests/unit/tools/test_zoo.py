@@ -1,8 +1,5 @@
-"""tools.zoo: list, get, verify and convert, on generated files in both namings and a server on this machine."""
-import functools
-import http.server
+"""tools.zoo: list, get, verify and convert, on generated files in both namings."""
 import shutil
-import threading
 from dataclasses import replace
 
 import pytest
@@ -109,44 +106,19 @@ def test_verify_names_the_model_and_what_is_wrong(files, tmp_path, capsys):
     assert [": WRONG: " in line for line in lines] == [False, True, True, True]
 
 
-@pytest.fixture
-def published(files, monkeypatch):
-    """Publish a file of the folder as hornet_tiny_7x7's, served from this machine."""
-    folder, _ = files
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
+def test_get_prints_the_path_of_a_checked_file_or_where_to_put_it(files, tmp_path, monkeypatch, capfd):
+    """What a server does is in tests/unit/models/test_download.py; here none listens."""
     monkeypatch.setattr("models.download.time.sleep", lambda seconds: None)
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-
-    def publish(name, prefix):
-        file = zoo.PublishedFile("openmmlab", name, (f"http://127.0.0.1:{server.server_port}/{name}",), prefix)
-        row = replace(zoo.VARIANTS["hornet_tiny_7x7"], files=(file,))
-        monkeypatch.setitem(zoo.VARIANTS, "hornet_tiny_7x7", row)
-    yield publish
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def test_get_downloads_checks_and_prints_the_path(files, published, tmp_path, capsys):
-    published("openmmlab.pth", sha256_file(files[0] / "openmmlab.pth")[:8])
-    assert main(["--folder", str(tmp_path), "get", "hornet_tiny_7x7"]) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "openmmlab.pth")
-    assert main(["--folder", str(tmp_path), "get", "hornet_tiny_7x7", "--source", "authors"]) == 2
-
-
-@pytest.mark.parametrize("name, prefix", [("openmmlab.pth", "00000000"), ("gone.pth", "00000000")])
-def test_get_names_where_to_put_a_file_that_is_not_available(published, tmp_path, name, prefix, capfd):
-    published(name, prefix)
-    assert main(["--folder", str(tmp_path), "get", "hornet_tiny_7x7"]) == 2
-    err = capfd.readouterr().err
-    assert str(tmp_path / name) in err and "Traceback" not in err
+    path, get = tmp_path / "openmmlab.pth", ["--folder", str(tmp_path), "get", "hornet_tiny_7x7"]
+    file = zoo.PublishedFile("openmmlab", path.name, ("https://127.0.0.1:9/x.pth",),
+                             sha256_file(files[0] / path.name)[:8])
+    monkeypatch.setitem(zoo.VARIANTS, "hornet_tiny_7x7", replace(zoo.VARIANTS["hornet_tiny_7x7"], files=(file,)))
+    assert main(get) == 2 and str(path) in capfd.readouterr().err
+    shutil.copy(files[0] / path.name, path)
+    assert main(get) == 0 and capfd.readouterr().out.strip() == str(path)
+    assert main([*get, "--source", "authors"]) == 2
+    path.write_bytes(b"other bytes")
+    assert main(get) == 2
 
 
 @pytest.mark.parametrize("argv, named", [
