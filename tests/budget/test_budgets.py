@@ -29,7 +29,8 @@ MAY_IMPORT["engine"] = {"common", "config", "models", "datasets", "optim", "laun
 MAY_IMPORT["run"] = MAY_IMPORT["engine"] | {"engine"}
 MAY_IMPORT["report"] = MAY_IMPORT["run"] | {"run"}
 MAY_IMPORT["evaluation"] = MAY_IMPORT["report"] | {"report", "native"}
-MAY_IMPORT["training"] = MAY_IMPORT["evaluation"] | {"evaluation"}
+MAY_IMPORT["plan"] = MAY_IMPORT["evaluation"] | {"evaluation"}
+MAY_IMPORT["training"] = MAY_IMPORT["plan"] | {"plan"}
 MAY_IMPORT["dryrun"] = MAY_IMPORT["tools"] = MAY_IMPORT["training"] | {"training"}
 MAY_IMPORT["main"] = MAY_IMPORT["dryrun"] | {"dryrun", "tools"}
 MAY_IMPORT["hubconf"] = {"common", "config", "models"}
