@@ -178,7 +178,7 @@ class Trainer(engine.Observer):
 
     def close(self) -> None:
         """End the loader workers and the records. Left to the garbage collector, the workers' queues close
-        before they are told to end, and the program waits 5 s for each of them."""
+        before they are asked to end, and the program waits 5 s for each of them."""
         for loader in self._loaders:
             loader.close()
         self.tracker.close()
