@@ -43,7 +43,6 @@ from run.start import (
     code_version,
     cpus_per_process,
     existing_folder,
-    free_space,
     memory_problems,
     process_problems,
 )
@@ -303,13 +302,10 @@ class DryRun:
             self.row("disk", "nothing would be saved: give --output_dir (and leave --save_ckpt true)")
         elif self.process.is_main:
             checkpoints = Checkpoints(options.output_dir, keep=options.save_ckpt_num)
-            needed = checkpoints.disk_needed(state_size, options.epochs)
-            free = free_space(options.output_dir)
-            text = (f"checkpoints take {file_size(state_size)} each, up to {file_size(needed)} in all; "
-                    f"{file_size(free)} are available in {options.output_dir}")
+            text, enough = checkpoints.disk_estimate(state_size, options.epochs)
             self.row("disk", text)
-            short = [f"{text}: free some, or keep fewer with --save_ckpt_num."] if needed >= free else []
-            self.problems("disk", short)
+            more = f"{text}: free some, or keep fewer with --save_ckpt_num."
+            self.problems("disk", [] if enough else [more])
 
 
 def peak_memory(device: torch.device) -> tuple[int, int]:

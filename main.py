@@ -81,8 +81,8 @@ def _allow_open_files(options: Options) -> None:
     # Measured with 2 loader processes: 45, and 3 for each batch of an update that waits in shared memory.
     needed = options.num_workers and 64 + 16 * options.num_workers + 4 * options.update_freq
     if allowed < needed:
-        raise UserError(f"--num_workers {options.num_workers} needs {needed} open files, and this process may "
-                        f"open {allowed}: raise the limit (ulimit -n 4096) or use --num_workers 0.",
+        raise UserError(f"--num_workers {options.num_workers} needs {needed} open files, and this process "
+                        f"may open {allowed}: raise the limit (ulimit -n 4096) or use --num_workers 0.",
                         code="open_files")
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, most))
 

@@ -1,4 +1,5 @@
 """What a run is made of before it trains: data and batch, the network it starts from, the task it learns."""
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -59,6 +60,19 @@ def plan_run(resolved: Resolved, process: Process, state: State | None, data: Da
     batch = replace(batch, notices=(*batch.notices, small)) if small else batch
     return Plan(resolved=resolved, options=batch.apply(options), data=data, train=data.train, batch=batch,
                    updates_per_epoch=updates)
+
+
+def set_numerics(options: Options) -> None:
+    """Switch deterministic algorithms and TF32 as the options say, for the whole process."""
+    if options.deterministic:
+        # Some versions of cuBLAS need this to be deterministic, and PyTorch then refuses matrix products
+        # without it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    # The older of PyTorch's two ways to say this: torch.export and torch.compile read it, and refuse a mix of
+    # both.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.fast_math
 
 
 def build_model(options: Options, num_classes: int) -> HorNet:

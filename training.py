@@ -1,5 +1,4 @@
 """Training: one run from its first update to its last, with what it saves, and the command around it."""
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +14,6 @@ from common.ledger import restarts
 from common.log import logger
 from common.outcome import ExitCode, Outcome
 from common.text import plural, printable
-from config.options import Options
 from config.parse import Resolved
 from config.rules import resumed_schedule_notice
 from datasets.build import check_sample, train_loader
@@ -29,9 +27,9 @@ from optim.ema import Ema, half_life_warning
 from optim.finite import FiniteWatch, NonfinitePolicy
 from optim.schedule import build_schedule
 from optim.update import Update, UpdateConfig, UpdateStats
-from plan import Classification, Plan, build_model, compiled, load_start_weights, plan_run
+from plan import Classification, Plan, build_model, compiled, load_start_weights, plan_run, set_numerics
 from report.page import write_report
-from run.checkpoint import Checkpoints, Loaded, open_folder
+from run.checkpoint import Checkpoints, Loaded, open_folder, state_bytes
 from run.folder import RunFolder
 from run.log import Tracker, WandbRun
 from run.start import code_version, cpus_per_process, start_warnings
@@ -66,7 +64,7 @@ class Trainer(engine.Observer):
         options, data, batch, updates = plan.options, plan.data, plan.batch, plan.updates_per_epoch
         self.options, self.process, self.stop, self.watchdog = options, process, stop, watchdog
         self.checkpoints = checkpoints
-        _set_numerics(options)
+        set_numerics(options)
         self.model = build_model(options, data.num_classes).to(process.device)
         if state is None:
             load_start_weights(self.model, options, data, process)
@@ -171,8 +169,8 @@ class Trainer(engine.Observer):
         loaded = self.process.on_rank_zero(lambda: self.checkpoints and self.checkpoints.newest_valid())
         if loaded is None:
             raise UserError(f"the loss or gradient was non-finite several times up to update {update} and "
-                            "there is no checkpoint to roll back to: lower --lr, lengthen --warmup_epochs, or "
-                            "train without --use_amp.", code="nonfinite")
+                            "there is no checkpoint to roll back to: lower --lr, lengthen --warmup_epochs, "
+                            "or train without --use_amp.", code="nonfinite")
         names, earlier = ("model", "model_ema", "optimizer", "scaler"), loaded.state["update"]
         self._restore(loaded.state, {name: self.parts[name] for name in names})
         self.on_incident("rollback", f"Rolled back to the weights of update {earlier}; training continues "
@@ -180,7 +178,7 @@ class Trainer(engine.Observer):
 
     def close(self) -> None:
         """End the loader workers and the records. Left to the garbage collector, the workers' queues close
-        before they are told to end, and the program waits 5 s for each of them."""
+        before they are asked to end, and the program waits 5 s for each of them."""
         for loader in self._loaders:
             loader.close()
         self.tracker.close()
@@ -292,18 +290,6 @@ class Trainer(engine.Observer):
                     epoch=self.position.begun, images=[path])
 
 
-def _set_numerics(options: Options) -> None:
-    if options.deterministic:
-        # Some versions of cuBLAS need this to be deterministic, and PyTorch then refuses matrix products
-        # without it.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-    # The older of PyTorch's two ways to say this: torch.export and torch.compile read it, and refuse a mix of
-    # both.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.fast_math
-
-
 def _tracker(plan: Plan, process: Process, folder: str, model: torch.nn.Module) -> Tracker:
     options, main = plan.options, process.is_main
     wandb = WandbRun(options.project, options.exp_name, plan.resolved.to_dict(), options.wandb_ckpt)
@@ -327,7 +313,7 @@ def train(resolved: Resolved, process: Process, watchdog: Watchdog) -> ExitCode:
         loaded = process.on_rank_zero(lambda: open_folder(resolved, folder))
         state = loaded.state if loaded else None
         if loaded is not None and finished(loaded.state, options.epochs):
-            logger.info("This run has finished its %s (%s); raise --epochs to train on. Evaluating it instead.",
+            logger.info("This run has finished its %s (%s); raise --epochs to train on. Now evaluating it.",
                         plural(options.epochs, "epoch"), loaded.path)
             return _evaluate_finished(resolved, loaded, process, watchdog)
         with StopRequest(options.stop_before_end) as stop:
@@ -379,7 +365,10 @@ def _introduce(trainer: Trainer, plan: Plan) -> None:
         logger.info("--num_workers %d is more than the %s of this process: it loads nothing faster.",
                     options.num_workers, plural(tracker.cpus, "CPU"))
     if trainer.checkpoints is not None:
-        logger.info(trainer.checkpoints.disk_estimate(trainer.state_dict(), options.epochs))
+        state = trainer.state_dict()  # AdamW's two moments come with the first update
+        size = state_bytes(state) + (0 if state["optimizer"]["state"] else 2 * state_bytes(state["model"]))
+        text, enough = trainer.checkpoints.disk_estimate(size, options.epochs)
+        logger.info("The %s%s", text, "" if enough else ": that is not enough, free some or keep fewer")
     else:
         logger.warning("Nothing of this run is saved: give --output_dir (and leave --save_ckpt true) to keep "
                        "checkpoints.")

@@ -190,9 +190,9 @@ def small_data_notice(options: Options, plan: BatchPlan, num_images: int) -> str
     few = updates < _FEW_PER_EPOCH and updates * options.epochs < _FEW_UPDATES
     if unused < num_images // _FEW_PER_EPOCH and not few:
         return None
-    return (f"Each epoch uses {num_images - unused} of the {num_images} training images (others in every "
-            f"epoch) in {plural(updates, 'update')}, {updates * options.epochs} in the whole run; for more, "
-            f"{_fitting(options, plan.world_size, num_images // _FEW_PER_EPOCH)}.")
+    return (f"An epoch uses {num_images - unused} of the {num_images} training images in "
+            f"{plural(updates, 'update')}, and the run has {plural(updates * options.epochs, 'update')}; for "
+            f"more of both, {_fitting(options, plan.world_size, num_images // _FEW_PER_EPOCH)}.")
 
 
 def resumed_schedule_notice(*, epochs: int, earlier_epochs: int, lr: float, earlier_lr: float) -> str | None:

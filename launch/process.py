@@ -123,12 +123,9 @@ class Process(Place):
 
     def local_first(self, work: Callable[[], T]) -> T:
         """`work()`, done by one process of each node before the others, who then find its caches."""
-        if self.local_rank != 0:
-            self.barrier()
-        result = work()
-        if self.local_rank == 0:
-            self.barrier()
-        return result
+        results = [work()] if self.local_rank == 0 else []
+        self.barrier()
+        return results[0] if results else work()
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """DistributedDataParallel around `model`, or the model itself when this process is alone.
@@ -273,22 +270,17 @@ def _slurm(env: Mapping[str, str], name: str) -> Place:
 
 def tasks_per_node(env: Mapping[str, str]) -> list[int]:
     """Slurm's "2(x3),1" as [2, 2, 2, 1]."""
-    name = "SLURM_STEP_TASKS_PER_NODE" if "SLURM_STEP_TASKS_PER_NODE" in env else "SLURM_TASKS_PER_NODE"
-    counts = []
-    for part in env.get(name, "").split(","):
-        match = re.fullmatch(r"([1-9]\d{0,4})(?:\(x([1-9]\d{0,4})\))?", part)
-        if match is None:
-            raise _odd(env, name, "numbers such as 2(x3),1")
-        counts += [int(match[1])] * int(match[2] or 1)
-    return counts
+    text, part = env.get("SLURM_STEP_TASKS_PER_NODE", ""), r"([1-9]\d{0,4})(?:\(x([1-9]\d{0,4})\))?"
+    if not re.fullmatch(f"{part}(,{part})*", text):
+        raise _odd(env, "SLURM_STEP_TASKS_PER_NODE", "numbers such as 2(x3),1")
+    return [int(count) for count, times in re.findall(part, text) for _ in range(int(times or 1))]
 
 
 def first_node(env: Mapping[str, str]) -> str:
     """The first name of a Slurm node list: "gpu[07-09,12],login1" gives gpu07. Rank 0 runs there."""
-    name = "SLURM_STEP_NODELIST" if "SLURM_STEP_NODELIST" in env else "SLURM_JOB_NODELIST"
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", env.get(name, ""))
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", env.get("SLURM_STEP_NODELIST", ""))
     if first is None:
-        raise _odd(env, name, "names such as gpu[07-09]")
+        raise _odd(env, "SLURM_STEP_NODELIST", "names such as gpu[07-09]")
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group())
 
 
@@ -353,12 +345,11 @@ def device_identity(device: torch.device) -> str:
 
 def refuse_shared_devices(found: list[tuple[int, str]]) -> None:
     """`found[rank]` is (node, device identity); UserError when two ranks of one node have the same device."""
-    owners: dict[tuple[int, str], int] = {}
     for rank, (node, identity) in enumerate(found):
-        if identity and (node, identity) in owners:
-            raise _no_device(f"ranks {owners[node, identity]} and {rank} on node {node} share one device "
-                             f"({identity}): start one process per device, without a number in --device.")
-        owners[node, identity] = rank
+        first = found.index((node, identity))
+        if identity and first != rank:
+            raise _no_device(f"ranks {first} and {rank} on node {node} share one device ({identity}): start "
+                             "one process per device, without a number in --device.")
 
 
 # -------------------------------------------------------------------------------------------- rendezvous

@@ -40,7 +40,7 @@ SIGNAL_DELAY = 120  # seconds before the time limit at which Slurm signals: more
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.removeprefix('argument ')}; --help lists the launcher's options.", code="unknown_flag")
+        raise UserError(f"{message.removeprefix('argument ')}; see --help.", code="unknown_flag")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,7 +73,7 @@ def split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     options, rest = parser().parse_known_args(argv)
     for name in ("nodes", "ngpus", "cpus_per_task", "timeout"):
         if not 0 < getattr(options, name) < 1e5:
-            raise UserError(f"--{name} {getattr(options, name)}: a number above 0 is accepted.", code="invalid_value")
+            raise UserError(f"--{name} {getattr(options, name)}: give more than 0.", code="invalid_value")
     for name in ("config", "output_dir", "device"):
         rest += [f"--{name}", value] if (value := getattr(options, name)) else []
     return options, rest
@@ -86,8 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[:1] == ["status"]:
             if len(argv) != 2:
-                raise UserError("status takes one folder: python -m launch.run_with_submitit status DIR.",
-                                code="missing_value")
+                raise UserError("status takes one folder, the job's.", code="missing_value")
             sys.stdout.write(status(Path(argv[1])))
             return ExitCode.DONE
         return submit(*split(argv))
@@ -99,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def submit(options: argparse.Namespace, argv: list[str]) -> int:
     """Check, take the snapshot, submit, and say where to look. `argv` is main.py's."""
     if options.use_volta32:
-        logger.warning("--use_volta32 has no effect, as it names one cluster's GPUs: use --slurm constraint=NAME.")
+        logger.warning("--use_volta32 has no effect: use --slurm constraint=NAME for GPUs of one kind.")
     cluster = choose_cluster(options, argv)
     check_main_options(argv)
     folder = str(Path(options.job_dir).expanduser().absolute())
@@ -149,8 +148,7 @@ def choose_cluster(options: argparse.Namespace, argv: list[str]) -> str:
                         f"{', on each node,' if several else ''} torchrun --nnodes={options.nodes}{several} "
                         f"--nproc_per_node={options.ngpus} main.py {shlex.join(argv)}", code="no_slurm")
     if cluster == "local" and options.nodes > 1:
-        raise UserError(f"--nodes {options.nodes}: a local job has one node; start torchrun on each.",
-                        code="contradiction")
+        raise UserError(f"--nodes {options.nodes}: a local job has one.", code="contradiction")
     return cluster
 
 
@@ -160,9 +158,8 @@ def check_main_options(argv: list[str]) -> None:
     answer = subprocess.run(command, capture_output=True, text=True)
     if not answer.returncode:
         return
-    sentence = answer.stderr.strip() or f"main.py ended with {answer.returncode}"
-    if answer.returncode == ExitCode.USAGE:
-        sentence = sentence.splitlines()[-1].removeprefix("error: ")
+    sentence = (answer.stderr.splitlines() or [f"main.py ended with {answer.returncode}"])[-1]
+    sentence = sentence.removeprefix("error: ")
     if unknown := re.match(r"unknown flag --([\w-]+)", sentence):  # the launcher's may be nearer
         names = [option.removeprefix("--") for option in parser()._option_string_actions]
         names += re.findall(r"did you mean --(\w+)\?", sentence)

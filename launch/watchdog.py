@@ -29,7 +29,7 @@ from launch.process import Process
 from launch.stop import alive, end_now
 
 BEAT_EVERY = 1.0
-LONGEST_STEP = 3.0  # seconds between two ticks of the clock beyond which the process did not run
+LONGEST_STEP = 2.0  # seconds between two ticks of the clock beyond which the process did not run
 SILENT_AFTER = 4.0  # seconds without a heartbeat after which a rank whose peers lost it counts as gone
 LINGER = 2.5  # seconds in which the others read a cause; launchers blame the rank that ends first, its teller
 GRACE_WITHOUT_LAUNCHER = 15.0
@@ -90,7 +90,7 @@ class Cause(Beat):
     """The last heartbeat of the rank for which all end, and the reason in a sentence; `teller` saw it."""
 
     text: str = ""
-    hang: str = ""  # "slow", or "silent" where not even its watchdog answers
+    hang: bool = False
     code: int = ExitCode.FAILED
     teller: int = -1
 
@@ -134,11 +134,9 @@ class Watchdog:
         self.beat.phase, self.beat.update, self._since = name, update, self._clock()
 
     def __enter__(self) -> "Watchdog":
-        with suppress(AttributeError, RuntimeError):  # stacks even where the interpreter is locked
-            faulthandler.register(signal.SIGQUIT, all_threads=True, chain=True)
         if self.process.store is not None:
             self._store = self.process.store.clone()
-            self._send(self._store)
+            self._send()
             self.process.barrier()
             self._main_pid = self._beats()[0].pid
             if self.hang_timeout:
@@ -148,16 +146,16 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        store = self.process.store
+        together = self.process.store is not None
         error = None if isinstance(error, SystemExit) else error
-        if store is not None and error is None:
+        if together and error is None:
             try:
                 self.process.barrier()
                 self.beat.left = True
-                self._send(store)
+                self._send()
             except Exception as lost:  # a peer failed after this rank was done
                 error = lost
-        if store is not None and error is not None:
+        if together and error is not None:
             for number in (signal.SIGTERM, signal.SIGINT):  # launchers end the peers: first the words
                 signal.signal(number, signal.SIG_IGN)
             self._since, self._error = self._clock(), error
@@ -201,7 +199,7 @@ class Watchdog:
 
     def _look(self) -> Cause | None:
         """The cause that has been declared, or that this rank has or sees, and declares."""
-        self._send(self._store)
+        self._send()
         if self._store.check(["watchdog/cause"]):
             return Cause(**json.loads(self._store.get("watchdog/cause")))
         error, cause = self._error, None
@@ -216,14 +214,14 @@ class Watchdog:
         mine = json.dumps(dataclasses.asdict(cause))
         return Cause(**json.loads(self._store.compare_set("watchdog/cause", "", mine)))
 
-    def _send(self, store: dist.Store) -> None:
+    def _send(self) -> None:
         beat = self.beat
         first = self._first_update is None or beat.update <= self._first_update
         times = PATIENCE.get(beat.phase, FIRST_UPDATE_PATIENCE if first else 1)
         beat.patience = self.hang_timeout * times or float("inf")
         beat.age, beat.waits_in = self._clock() - self._since, self.process.waits_in
         beat.count += 1
-        store.set(f"watchdog/{beat.rank}", json.dumps(dataclasses.asdict(beat)))
+        self._store.set(f"watchdog/{beat.rank}", json.dumps(dataclasses.asdict(beat)))
 
     def _beats(self) -> list[Beat]:
         """The heartbeats of all ranks that are still at work, with `age` brought up to now."""
@@ -257,14 +255,14 @@ class Watchdog:
                                "by a signal, out of memory, or its node is down")
         if silence > worst.patience:
             return self._cause(worst, f"{worst.name} has given no sign of life for {silence:.0f} s, last in "
-                               f"{worst.where} (stopped, or its node is gone)", hang="silent")
+                               f"{worst.where} (stopped, or its node is gone)", hang=True)
         busy = [beat for beat in beats if not beat.waits_in] or beats
         worst = min(busy, key=lambda beat: (beat.order, beat.age))
         if worst.age <= worst.patience:
             return None
         others = ", ".join(f"rank {b.rank} in {b.waits_in or b.where}" for b in beats if b is not worst)
         text = f"{worst.name} has been in {worst.waits_in or worst.where} for {worst.age:.0f} s"
-        return self._cause(worst, f"{text} (--hang_timeout); others: {others[:500] or 'none'}", hang="slow")
+        return self._cause(worst, f"{text} (--hang_timeout); others: {others[:500] or 'none'}", hang=True)
 
     def _cause(self, beat: Beat, text: str, **more: str | int) -> Cause:
         return Cause(**{**dataclasses.asdict(beat), "text": text, "teller": self.beat.rank, **more})
@@ -272,7 +270,7 @@ class Watchdog:
     def _store_gone(self, detail: str) -> Cause:
         text = (f"rank 0 ({self.process.master_addr}) is gone or doesn't answer: killed, stopped, or its "
                 f"node is down ({detail}); {self.beat.name} was in {self.beat.where}")
-        return self._cause(self.beat, text, rank=0, hang="slow")
+        return self._cause(self.beat, text, rank=0, hang=True)
 
     # ---------------------------------------------------------------------------------------------- the end
 
@@ -281,11 +279,7 @@ class Watchdog:
         self._ending.acquire()  # for ever when the other thread is at it
         mine, text = cause.teller == self.beat.rank, cause.text.rstrip(".")
         if cause.hang:
-            self._dump_stacks()
-            text += f"; Python stacks: {self._stacks('*')}"
-        if cause.hang == "silent" and cause.node == self.beat.node:
-            with suppress(OSError):  # should its interpreter be locked, a signal still reaches it
-                os.kill(cause.pid, signal.SIGQUIT)
+            text += f"; Python stacks: {self._dump_stacks()}"
         if self.process.is_main or mine:
             self._record(cause)
         if not mine:
@@ -302,15 +296,12 @@ class Watchdog:
             Ledger(self.folder).fail(cause.text, pid=self._main_pid, update=cause.update, rank=cause.rank,
                                      node=cause.node, phase=cause.phase)
 
-    def _stacks(self, rank: int | str) -> str:
-        return str(self.folder / f"stacks-rank{rank}.txt") if self.folder else "above"
-
-    def _dump_stacks(self) -> None:
-        with suppress(OSError), open(self._stacks(self.beat.rank) if self.folder else os.dup(2), "a") as file:
-            where = f"{self.beat.where} {self.process.waits_in}"
-            file.write(f"{time.strftime('%F %T')} {self.beat.name} in {where}\n")
-            file.flush()
+    def _dump_stacks(self) -> str:
+        """Write this rank's; returns where all ranks have theirs."""
+        name = self.folder / f"stacks-rank{self.beat.rank}.txt" if self.folder else os.dup(2)
+        with suppress(OSError), open(name, "w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
+        return f"{self.folder}/stacks-rank*.txt" if self.folder else "above"
 
 
 def _sentence(error: BaseException) -> str:

@@ -2,10 +2,10 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from optim.update import UpdateStats
 
@@ -61,7 +61,7 @@ class Incident:
     loss: float
     grad_norm: float
     loss_scale: float
-    context: Any
+    context: tuple
 
 
 class FiniteWatch:
@@ -75,7 +75,7 @@ class FiniteWatch:
         self.policy = policy
         self._pending: deque = deque()
 
-    def add(self, update: int, stats: UpdateStats, context: object = None) -> Iterator[Incident]:
+    def add(self, update: int, stats: UpdateStats, context: tuple = ()) -> Iterator[Incident]:
         """File an update; gives the incidents known by now."""
         values, event = stats.values, None
         if values.device.type in ("cuda", "xpu"):
@@ -137,18 +137,15 @@ def diagnose(model: nn.Module, forward: Callable[[], torch.Tensor]) -> dict:
             "replayed_loss": loss.item(), "parameters": bad[:10]}
 
 
-def _tensors(value) -> list[torch.Tensor]:
-    if torch.is_tensor(value):
-        return [value.detach()] if value.is_floating_point() or value.is_complex() else []
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [t for item in value for t in _tensors(item)] if isinstance(value, (tuple, list)) else []
+def _tensors(value: object) -> list[torch.Tensor]:
+    leaves = (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+    return [leaf.detach() for leaf in leaves if leaf.is_floating_point() or leaf.is_complex()]
 
 
-def _finite(value) -> bool:
+def _finite(value: object) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(value))
 
 
-def _largest(value) -> float | None:
+def _largest(value: object) -> float | None:
     peaks = (t.abs().float().nan_to_num(nan=0.0, posinf=0.0).max() for t in _tensors(value) if t.numel())
     return max((peak.item() for peak in peaks), default=None)

@@ -13,7 +13,7 @@ def cosine(step: int, steps: int, base: float, final: float) -> float:
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * step / steps))
 
 
-# The shapes of the way down after the warm-up, by name. A new one is a row here and a word of its option.
+# The shapes of the way down after the warm-up, by name; `build_schedule` picks one.
 SHAPES: dict[str, Callable[[int, int, float, float], float]] = {"cosine": cosine}
 
 
@@ -47,6 +47,7 @@ class Schedule:
     updates_per_epoch: int
     warmup_epochs: int = 0
     warmup_steps: int = -1
+    shape: str = "cosine"  # of the learning rate, a name in SHAPES
 
     @property
     def total(self) -> int:
@@ -60,7 +61,7 @@ class Schedule:
 
     def lr(self, update: int) -> float:
         """Learning rate of global update `update`, before a group's `lr_scale`."""
-        return value(update, self.base_lr, self.min_lr, self.total, self.warmup)
+        return value(update, self.base_lr, self.min_lr, self.total, self.warmup, self.shape)
 
     def weight_decay(self, update: int) -> float:
         """Weight decay of global update `update` for the groups that decay."""

@@ -20,7 +20,7 @@ from common.errors import UserError
 from common.files import read_json, read_json_lines, write_text
 from common.ledger import Ledger
 from common.text import printable
-from config.options import Options
+from config.options import OPTIONS, Options
 from config.parse import Resolved, published_recipe, read_recipe
 from datasets.images import BadImage, decode_path
 from models.inspect import class_titles
@@ -65,7 +65,7 @@ class Run:
     @property
     def recipe_difference(self) -> dict:
         """The published values of the options in which the run departs from its model's recipe."""
-        options = Options(**self.config)
+        options = Options(**{name: value for name, value in self.config.items() if name in OPTIONS})
         published = published_recipe(options) if self.config else None
         differences = Resolved(options, {}, published=published).differences()
         return {name: theirs for name, (_, theirs) in differences.items()}

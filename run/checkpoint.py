@@ -32,6 +32,7 @@ from run.state import BEST, BEST_EMA, State, check_resumable, check_same_run, up
 _NUMBERED = re.compile(r"checkpoint-(?:e([0-9]{1,9})u([0-9]{1,15})|([0-9]{1,9}))\.pth")
 _SCORED = {BEST: "model", BEST_EMA: "model_ema"}
 Score = tuple[float | None, int | None]  # top-1 in percent and epoch of a best file, None where unknown
+_UNREADABLE = (OSError, KeyError, TypeError, AttributeError)  # a manifest may hold anything, or be a folder
 _RECORDS = ("checkpoint-", "log.txt", "status.json", "config.yaml", "environment.json")
 
 
@@ -60,7 +61,7 @@ def manifest_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def manifest(path: Path) -> dict[str, Any] | None:
+def manifest(path: Path) -> State | None:
     """The manifest's entry that is true of the file as it stands, None when there is no manifest.
 
     Raises UserError when the file is not the one that was written. A crash between writing the manifest and
@@ -74,7 +75,7 @@ def manifest(path: Path) -> dict[str, Any] | None:
         entry = next((e for e in entries if e["sha256"] == digest), None)
     except FileNotFoundError:
         return None
-    except (OSError, KeyError, TypeError, AttributeError) as error:
+    except _UNREADABLE as error:
         raise _damaged(f"{path} or its manifest cannot be read ({error}).") from error
     if entry is None:
         raise _damaged(f"{path} is not the file that was saved: size or sha256 differ from its manifest.")
@@ -85,9 +86,16 @@ def _damaged(sentence: str) -> UserError:
     return UserError(sentence, code="damaged_checkpoint")
 
 
-def _entries(path: Path) -> list[dict[str, Any]]:
+def _entries(path: Path) -> list[State]:
     entry = read_json(manifest_path(path), max_bytes=1 << 20)
     return [{k: v for k, v in e.items() if k != "previous"} for e in (entry, *entry.get("previous", []))]
+
+
+def _looks_whole(path: Path) -> bool:
+    try:
+        return _entries(path)[0]["size"] == path.stat().st_size
+    except (*_UNREADABLE, UserError):
+        return False
 
 
 def load(path: str | os.PathLike, needs_manifest: bool = False) -> Loaded:
@@ -125,7 +133,7 @@ def state_bytes(state: Any) -> int:
     return sum(map(state_bytes, state)) if isinstance(state, (list, tuple)) else 0
 
 
-def check_finite(state: Mapping[str, Any]) -> None:
+def check_finite(state: State) -> None:
     """Raise UserError naming the first tensor of the weights or their average that is not finite."""
     for part in _SCORED.values():
         for name, tensor in dict(state.get(part) or {}).items():
@@ -142,19 +150,19 @@ class Checkpoints:
         keep: how many epoch ends to keep; at least two files always stay, and every `every`-th epoch, and the
         best. background: write in a thread; training waits only while the state is copied to main memory.
 
-    `waited` counts the seconds that training stood still for saving; `unsaved`: the last save failed.
+    `unsaved` says that the last save failed.
     """
 
     def __init__(self, folder: str | os.PathLike, keep: int = 3, every: int = 50, background: bool = True):
         self.folder, self.keep, self.every, self.background = Path(folder), max(keep, 1), every, background
-        self.waited, self.last_saved, self.unsaved = 0.0, time.monotonic(), False
+        self.last_saved, self.unsaved = time.monotonic(), False
         self._thread: threading.Thread | None = None
         self._failures: list[str] = []
         self._failed_best: set[str] = set()
 
     # Saving
 
-    def save(self, state: Mapping[str, Any], *, epoch: int, update: int | None = None,
+    def save(self, state: Mapping[str, object], *, epoch: int, update: int | None = None,
              best: Mapping[str, float] | None = None, wait: bool = False) -> None:
         """Save `checkpoint-{epoch}.pth`, or within an epoch (given `update`)
         `checkpoint-e{epoch}u{update}.pth`.
@@ -169,7 +177,6 @@ class Checkpoints:
         raised.
         """
         name = f"checkpoint-{epoch if update is None else f'e{epoch}u{update}'}.pth"
-        started = time.monotonic()
         self._join()
         try:
             arguments = snapshot(state), name, epoch, dict(best or {})
@@ -181,7 +188,6 @@ class Checkpoints:
         if wait or not self.background:
             self._join()
         self.last_saved = time.monotonic()
-        self.waited += self.last_saved - started
 
     def due(self, minutes: float) -> bool:
         """Whether `minutes` have passed since the last save (0: never)."""
@@ -194,9 +200,7 @@ class Checkpoints:
 
     def close(self) -> list[str]:
         """Wait for the save under way and return what failed."""
-        started = time.monotonic()
         self._join()
-        self.waited += time.monotonic() - started
         return self.failures()
 
     def _join(self) -> None:
@@ -221,14 +225,14 @@ class Checkpoints:
                 self.unsaved = False
                 self._prune()
 
-    def _write(self, path: Path, state: State, about: dict[str, Any]) -> None:
+    def _write(self, path: Path, state: State, about: State) -> None:
         def write_manifest(digest: str, size: int, previous: list[dict]) -> None:
             entry = {"file": path.name, "sha256": digest, "size": size, "format": state.get("format")}
             write_json(manifest_path(path), entry | about | ({"previous": previous} if previous else {}))
 
         try:
             previous = _entries(path) if path.exists() else []
-        except (OSError, UserError, TypeError, AttributeError):
+        except (*_UNREADABLE, UserError):
             previous = []
         # timm.create_model(checkpoint_path=...) takes `state_dict_ema` before `model_ema`: here it finds what
         # scored, the same tensors, which are written once.
@@ -259,7 +263,7 @@ class Checkpoints:
         ends = [path for path in numbered if _at(path)[1] == math.inf]
         # Those within an epoch that has ended since are kept only where fewer than two others are whole.
         useful = [*ends, *numbered[numbered.index(ends[-1]) + 1 if ends else 0:]]
-        whole = sorted(filter(self._looks_whole, numbered), key=useful.__contains__)
+        whole = sorted(filter(_looks_whole, numbered), key=useful.__contains__)
         keep = {*useful[-2:], *ends[-self.keep:], *whole[-2:]}
         keep |= {path for path in ends if (_at(path)[0] + 1) % self.every == 0}
         for path in numbered:
@@ -270,26 +274,13 @@ class Checkpoints:
                 except OSError as error:
                     logger.warning(f"{path} is no longer needed but cannot be removed ({error.strerror}).")
 
-    @staticmethod
-    def _looks_whole(path: Path) -> bool:
-        try:
-            return read_json(manifest_path(path), max_bytes=1 << 20)["size"] == path.stat().st_size
-        except (OSError, UserError, KeyError, TypeError):
-            return False
-
-    def disk_needed(self, state_size: int, epochs: int) -> int:
-        """Bytes that the checkpoints of `epochs` epochs take at most, for states of `state_size` bytes."""
-        return state_size * (min(max(self.keep, 2), epochs) + epochs // self.every + len(_SCORED) + 2)
-
-    def disk_estimate(self, state: Mapping[str, Any], epochs: int) -> str:
-        """One sentence for the start: what the checkpoints of `epochs` epochs will take, and what is free."""
-        size = state_bytes(state)
-        if not (state.get("optimizer") or {"state": True}).get("state"):
-            size += 2 * state_bytes(state["model"])  # AdamW's two moments come with the first update
-        needed, free = self.disk_needed(size, epochs), free_space(self.folder)
-        text = (f"Checkpoints take {file_size(size)} each and up to {file_size(needed)} in all; "
-                f"{file_size(free)} are available in {self.folder}.")
-        return text if needed < free else f"{text} This will not be enough: free some, or keep fewer."
+    def disk_estimate(self, size: int, epochs: int) -> tuple[str, bool]:
+        """What the checkpoints of `epochs` epochs take at most for states of `size` bytes, and whether it
+        fits."""
+        needed = size * (min(max(self.keep, 2), epochs) + epochs // self.every + len(_SCORED) + 2)
+        free = free_space(self.folder)
+        return (f"checkpoints take {file_size(size)} each and up to {file_size(needed)} in all; "
+                f"{file_size(free)} are available in {self.folder}"), needed < free
 
     # Finding
 
@@ -340,17 +331,11 @@ class Checkpoints:
         return None
 
     def best(self) -> Path | None:
-        """The best checkpoint by the scores in the manifests (the moving average wins a tie); None without
-        one."""
-        rank = lambda path: (self.score(path.name) or -math.inf, path.name == BEST_EMA)
+        """The best checkpoint by the scores in the manifests (the average wins a tie); None without one."""
+        rank = lambda path: (self._scored(path.name)[0] or -math.inf, path.name == BEST_EMA)
         return max(self._best_files(), key=rank, default=None)
 
-    def score(self, name: str) -> float | None:
-        """Top-1 of `BEST` or `BEST_EMA` as it stands on the disk, None when missing or damaged."""
-        return self._scored(name)[0]
-
     def _scored(self, name: str) -> Score:
-        """(top-1, epoch) of a best file, None for each that isn't known."""
         try:
             entry = manifest(self.folder / name) or {}
         except UserError as error:

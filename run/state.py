@@ -45,7 +45,7 @@ class Row:
     needed: bool = False
 
 
-def saved(valid: Valid, default: Any = None, needed: bool = False) -> Any:
+def saved(valid: Valid, default: object = None, needed: bool = False) -> Any:
     """A field of `Values` that checkpoints hold, with its value for a new run."""
     return field(default=default, metadata={"valid": valid, "needed": needed})
 
@@ -88,17 +88,18 @@ def _each(kind: type, valid: Valid) -> Valid:
 _number, _tensors = _is(int, float, type(None)), _each(dict, torch.is_tensor)
 
 
-def _optimizer(value: Any) -> bool:
+def _optimizer(value: object) -> bool:
     """As torch's optimizers give it; whether it fits the model is found when it is loaded."""
     return (isinstance(value, dict) and _each(list, _is(dict))(value.get("param_groups"))
             and all(_each(list, _is(int))(group.get("params")) for group in value["param_groups"])
             and _each(dict, _is(dict))(value.get("state")))
 
 
-def _scaler(value: Any) -> bool:
+def _scaler(value: object) -> bool:
     """As torch's GradScaler gives it: empty without loss scaling."""
     needed = {"scale", "growth_interval", "_growth_tracker"}
-    return _each(dict, _is(int, float))(value) and (not value or needed <= value.keys())
+    return isinstance(value, dict) and _each(dict, _is(int, float))(value) and (
+        not value or needed <= value.keys())
 
 
 @dataclass
@@ -180,7 +181,7 @@ class DataIdentity(Values):
 class Environment(Values):
     """What a run was started with, beside its data: options, fast paths, CPU threads and the code's
     version."""
-    args: dict[str, Any] = saved(_is(dict))
+    args: State = saved(_is(dict))
     code_paths: dict[str, str] = saved(_each(dict, _is(str)))
     threads: int = saved(_count(1))
     version: str = saved(_is(str))
@@ -219,7 +220,7 @@ def collect(parts: Parts) -> State:
         name: states.get(name) if name in parts else states[row.part][name] for name, row in TABLE.items()}
 
 
-def restore(state: Mapping[str, Any], parts: Parts) -> None:
+def restore(state: State, parts: Parts) -> None:
     """Give each part its entries of `state`; the inverse of `collect`."""
     for name, part in parts.items():
         entries = {entry: state.get(entry) for entry, row in TABLE.items() if row.part == name}
@@ -248,7 +249,7 @@ def upgrade(state: object, path: str | os.PathLike) -> State:
     return full
 
 
-def check_resumable(state: Mapping[str, Any], path: str | os.PathLike) -> None:
+def check_resumable(state: State, path: str | os.PathLike) -> None:
     """Raise UserError when training cannot resume from a state: weights alone, a published best file, odd
     entries."""
     missing = [name for name, row in TABLE.items() if row.needed and state.get(name) is None]
@@ -263,7 +264,7 @@ def check_resumable(state: Mapping[str, Any], path: str | os.PathLike) -> None:
                         code="invalid_checkpoint")
 
 
-def check_same_run(state: Mapping[str, Any], args: Mapping[str, Any], path: str | os.PathLike,
+def check_same_run(state: State, args: State, path: str | os.PathLike,
                    explicit: bool = False) -> list[str]:
     """Compare the run a checkpoint comes from with the one at hand, `args` being plain values by option name.
 
@@ -282,6 +283,6 @@ def check_same_run(state: Mapping[str, Any], args: Mapping[str, Any], path: str 
     return found
 
 
-def finished(state: Mapping[str, Any], epochs: int) -> bool:
+def finished(state: State, epochs: int) -> bool:
     """Whether a checkpoint is the end of a run of `epochs` epochs."""
     return state.get("epoch") is not None and state["epoch"] + 1 >= epochs

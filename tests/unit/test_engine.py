@@ -1,4 +1,5 @@
-"""The training loop: the same numbers on any split, stopping and resuming, what observers hear, non-finite updates."""
+"""The training loop: the same numbers on any split, stopping and resuming, what observers hear, non-finite
+updates."""
 import copy
 
 import pytest

@@ -1,4 +1,5 @@
-"""A run saves all that resuming it needs, before anything can fail, and never starts from scratch in silence."""
+"""A run saves all that resuming it needs, before anything can fail, and never starts from scratch in
+silence."""
 import json
 import logging
 import shutil
@@ -45,7 +46,8 @@ def options(images, **changes):
 
 
 class Poisoned(Trainer):
-    """The loss of update 2 is infinite; the run is asked to stop after `stop_after`. Losses are scaled as for fp16."""
+    """The loss of update 2 is infinite; the run is asked to stop after `stop_after`. Losses are scaled as for
+    fp16."""
     stop_after = -1
 
     def load_state_dict(self, state):
@@ -101,7 +103,8 @@ def outcome_of(call):
 
 
 def observe(state, images, process, folder, caplog):
-    """All that a person could see of a run that is resumed from `state` in another environment, with an image more."""
+    """All that a person could see of a run that is resumed from `state` in another environment, with an image
+    more."""
     more, other = images.parent / "more", images.parent / "other"
     if not more.exists():
         shutil.copytree(images, more)
@@ -164,7 +167,8 @@ def test_a_part_without_state_dict_cannot_be_saved(name, images, process, tmp_pa
     run.close()
 
 
-# ---------------------------------------------------------------------------------- around a run, from the command line
+# ---------------------------------------------------------------------------------- around a run, from the
+# command line
 
 @pytest.fixture
 def place(tmp_path):

@@ -31,7 +31,7 @@ def judge(found: list[Beat], silent: dict[int, float] = {}, hang_timeout: float 
 def test_the_rank_that_keeps_the_others_waiting_is_named():
     cause = judge(beats({"age": 211}, {"age": 212, "phase": "data", "order": 29},
                         {"age": 210, "waits_in": "all_reduce", "order": 31}))
-    assert (cause.rank, cause.phase, cause.update, cause.hang) == (1, "data", 9, "slow")
+    assert (cause.rank, cause.phase, cause.update, cause.hang) == (1, "data", 9, True)
     for words in ("rank 1 (node01)", "data loading at update 9", "212 s", "rank 2 in all_reduce", "--hang_timeout"):
         assert words in cause.text
 
@@ -42,11 +42,11 @@ def test_nobody_is_named_while_the_slowest_still_has_time():
 
 
 def test_start_the_first_update_and_saving_get_more_patience():
-    watchdog, store = Watchdog(Process(device=torch.device("cpu")), None, 10), torch.distributed.HashStore()
+    watchdog = Watchdog(Process(device=torch.device("cpu")), None, 10)
     patience = []
     for phase in [("start", -1), ("data", 7), ("saving", 7), ("data", 8), ("evaluation", 8), ("saving", 8)]:
         watchdog.phase(*phase)
-        watchdog._send(store)
+        watchdog._send()
         patience.append(watchdog.beat.patience)
     assert patience == [100, 30, 30, 10, 10, 30]
 
@@ -54,9 +54,9 @@ def test_start_the_first_update_and_saving_get_more_patience():
 def test_a_silent_rank_is_named_even_if_it_was_waiting():
     found = beats({"age": 5, "waits_in": "all_reduce"}, {"age": 200, "waits_in": "all_reduce"})
     cause = judge(found, silent={1: 190})
-    assert (cause.rank, cause.hang) == (1, "silent") and "no sign of life for 190 s" in cause.text
+    assert (cause.rank, cause.hang) == (1, True) and "no sign of life for 190 s" in cause.text
     assert judge(found, silent={1: 6}) is None
-    assert (judge(found, {1: 6}, lost=True).rank, judge(found, {1: 6}, lost=True).hang) == (1, "")  # it is gone
+    assert (judge(found, {1: 6}, lost=True).rank, judge(found, {1: 6}, lost=True).hang) == (1, False)  # it is gone
 
 
 def test_ranks_that_all_wait_for_each_other_are_named():
@@ -97,7 +97,7 @@ def last_line(output: str) -> str:
     return output.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_an_exception_ends_all_ranks_and_every_log_names_it(tmp_path, rank):
     results = finish(start_ranks(2, TOY, tmp_path, 1000, f"raise={rank}@5"))
     assert [code for code, _ in results] == [1, 1]
@@ -142,22 +142,22 @@ def test_a_rank_that_hangs_in_loading_is_named_with_everyones_stacks(tmp_path):
     assert "all_reduce" in (tmp_path / "stacks-rank0.txt").read_text()
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_suspended_job_continues_with_the_same_result(tmp_path, world_size):
-    """Ctrl-Z and scontrol suspend stop every process, here for three times the patience, and not at one moment."""
-    ranks = start_ranks(world_size, TOY, tmp_path, 150, "hang_timeout=3", "pace=0.05")
+    """Ctrl-Z and scontrol suspend stop every process, here for twice the patience, and not at one moment."""
+    ranks = start_ranks(world_size, TOY, tmp_path, 60, "hang_timeout=4", "pace=0.05")
     wait_for(lambda: int((tmp_path / "now").read_text() or 0) > 20 if (tmp_path / "now").exists() else False)
     for name in ("SIGSTOP", "SIGCONT"):
         for rank in ranks:
             os.kill(rank.pid, getattr(signal, name))
             time.sleep(0.3)
-        time.sleep(9 if name == "SIGSTOP" else 0)
+        time.sleep(8 if name == "SIGSTOP" else 0)
     assert [code for code, _ in finish(ranks)] == [0] * world_size
-    assert str(expected_value(150, world_size)) in (tmp_path / "state.json").read_text()
+    assert str(expected_value(60, world_size)) in (tmp_path / "state.json").read_text()
     assert Ledger(tmp_path).status()["state"] == Outcome.DONE
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_stopped_rank_is_named_and_wakes_to_no_other_blame(tmp_path, rank):
     processes = start_ranks(2, TOY, tmp_path, 10000, "hang_timeout=4")
     wait_for(lambda: (tmp_path / "now").exists() and int((tmp_path / "now").read_text() or 0) > 60)
@@ -170,6 +170,7 @@ def test_a_stopped_rank_is_named_and_wakes_to_no_other_blame(tmp_path, rank):
     assert failed(tmp_path) == blame
 
 
+@pytest.mark.slow
 def test_a_lone_process_that_hangs_says_where(tmp_path):
     [(code, output)] = finish(start_ranks(1, TOY, tmp_path, 10000, "sleep=0@60:data", "hang_timeout=4"))
     assert code == 1 and "data loading at update 60" in output

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from optim.schedule import Schedule, value as schedule_value
+from optim.schedule import SHAPES, Schedule
+from optim.schedule import value as schedule_value
 
 CASES = json.loads((Path(__file__).parents[2] / "data/parity/schedules.json").read_text())
 
@@ -40,3 +41,9 @@ def test_constant_weight_decay_and_the_end():
     assert schedule.lr(25) == schedule.lr(19)
     assert math.isfinite(schedule_value(0, 1.0, 0.1, total=5, warmup=5)) and schedule_value(4, 1.0, 0.1, 5, warmup=5) == 1.0
     assert schedule_value(0, 1.0, 0.1, total=5, warmup=1) == 0.0
+
+
+def test_another_shape_is_a_row_of_the_table(monkeypatch):
+    monkeypatch.setitem(SHAPES, "linear", lambda step, steps, base, final: base + (final - base) * step / steps)
+    schedule = schedule_of(base_lr=1.0, epochs=2, updates_per_epoch=10, shape="linear")
+    assert [schedule.lr(update) for update in (0, 5, 10)] == [1.0, 0.75, 0.5]

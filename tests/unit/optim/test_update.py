@@ -1,4 +1,5 @@
-"""An update equals plain torch: clip, AdamW and averaging written out, with and without a limit that is reached."""
+"""An update equals plain torch: clip, AdamW and averaging written out, with and without a limit that is
+reached."""
 import copy
 
 import pytest
