@@ -25,7 +25,8 @@ from datasets.transforms import Erasing, eval_transform, train_transform
 
 @dataclass(frozen=True)
 class Data:
-    """`train` and `val` (None when not asked for), the class names in logit order, and notes for the console."""
+    """`train` and `val` (None when not asked for), the class names in logit order, and notes for the
+    console."""
 
     train: ImageDataset | None
     val: ImageDataset | None
@@ -38,12 +39,14 @@ class Data:
         return len(self.class_names)
 
     def describe(self) -> dict[str, object]:
-        """Plain values for data.json in a run folder: classes, images per class, files left out, and notes."""
+        """Plain values for data.json in a run folder: classes, images per class, files left out, and
+        notes."""
         found: dict[str, object] = {"classes": self.class_names, "notes": self.notes}
         for part, dataset in (("train", self.train), ("val", self.val)):
             if dataset is not None:
                 counts = np.bincount(dataset.targets, minlength=self.num_classes).tolist()
-                found[part] = {"images": len(dataset), "per_class": counts, "left_out": dataset.reader.left_out}
+                found[part] = {"images": len(dataset), "per_class": counts,
+                               "left_out": dataset.reader.left_out}
         return found
 
 
@@ -69,7 +72,7 @@ def build_data(options: Options, *, train: bool, evaluate: bool, class_names: li
     if options.data_set == "SAMPLE":
         ensure_sample(options.data_path)
     cache = IndexCache(options.index_cache, options.reindex, rank_zero)
-    splits = [_split(options, part, cache) for part, wanted in (("train", train), ("val", evaluate)) if wanted]
+    splits = [_split(options, part, cache) for part in ["train"] * train + ["val"] * evaluate]
     notes: list[str] = []
     names = class_names
     if names is None:
@@ -88,20 +91,22 @@ def _split(options: Options, part: str, cache: IndexCache) -> _Split:
     elif root:
         reader = open_reader(root, cache)
     else:
-        raise UserError("The evaluation images are not named; give --eval_data_path FOLDER with the validation "
-                        "classes, or --disable_eval true.", code="missing_data")
+        raise UserError("The evaluation images are missing; give --eval_data_path FOLDER, or --disable_eval "
+                        "true.", code="missing_data")
     shown = printable(reader.root)
     if reader.classes != [""]:
         if options.data_set == "image_folder" and {"train", "val"} <= set(reader.classes):
-            raise UserError(f"{shown} holds train/ and val/, which are no classes; give --data_set IMNET, or --data_path "
-                            f"{shown}/train --eval_data_path {shown}/val.", code="no_class_folders")
+            raise UserError(f"{shown} holds train/ and val/, which are no classes; give --data_set IMNET, or "
+                            f"--data_path {shown}/train --eval_data_path {shown}/val.",
+                            code="no_class_folders")
         if options.val_labels and not training:
             logger.info("--val_labels has no effect: the images in %s lie in class folders.", shown)
         return _Split(part, reader, reader.labels, reader.classes)
     if training or not options.val_labels:
-        raise UserError(f"{shown} holds images but no class folders; sort them into one folder per class" + (
-            "." if training else ", or give their classes with --val_labels FILE (a CSV of file name,synset, or the "
-            "devkit's ILSVRC2012_validation_ground_truth.txt with meta.mat beside it)."), code="no_class_folders")
+        raise UserError(f"{shown} holds images but no class folders; sort them into one folder per class, "
+                        "or, for evaluation images, give --val_labels FILE (a CSV of file name,synset, or "
+                        "the devkit's ILSVRC2012_validation_ground_truth.txt with meta.mat beside it).",
+                        code="no_class_folders")
     file_names = [os.path.basename(reader.name(i)) for i in range(len(reader))]
     classes, labels = np.unique(read_val_labels(options.val_labels, file_names), return_inverse=True)
     return _Split(part, reader, labels.astype(np.int32), classes.tolist(), "synset")
@@ -136,15 +141,17 @@ def _dataset(options: Options, split: _Split, names: list[str], notes: list[str]
     targets = mapped[split.labels]
     known, found = int((targets >= 0).sum()), len(np.unique(targets[targets >= 0]))
     if len(names) < 2 or (part == "train" and found < 2):
-        raise UserError(f"{shown} has images of one class only ({printable(split.classes[0])}), so any network "
-                        "would be correct without learning; give at least two class folders.", code="one_class")
+        raise UserError(f"{shown} has images of one class only ({printable(split.classes[0])}), so any "
+                        "network is correct without learning; give at least two class folders.",
+                        code="one_class")
     if known < len(targets):
         notes.append(f"{part}: {len(targets) - known} images of {split.noun}s without a class are skipped")
     notes.append(f"{part}: {known} images in {found} of {len(names)} classes")
     if reader.left_out:
         types = sorted(reader.left_out.items(), key=lambda item: (-item[1], item[0]))
-        words = ", ".join(f"{count} {printable(kind)}" for kind, count in types[:6]) + ", …" * (len(types) > 6)
-        notes.append(f"{part}: {plural(sum(reader.left_out.values()), 'file')} skipped, as they are no images: {words}")
+        words = ", ".join(f"{count} {printable(kind)}" for kind, count in types)
+        notes.append(f"{part}: {plural(sum(reader.left_out.values()), 'file')} skipped, as they are no "
+                     f"images: {words[:300]}")
     if part == "val" and tuple(names) == imagenet_synsets() and len(targets) != 50_000:
         notes.append(f"val: {len(targets)} images, the ImageNet validation set has 50000")
     size, training = options.input_size, part == "train"
@@ -164,7 +171,8 @@ def eval_loader(data: Data, options: Options, rank: int = 0, world_size: int = 1
                 refuse_bad: bool = False) -> ImageLoader:
     """This rank's share of the validation images, each once over all ranks, in batches of 1.5 x batch_size.
 
-    refuse_bad: an unreadable image is a UserError; otherwise it counts as incorrect and is kept in `bad_images`.
+    refuse_bad: an unreadable image is a UserError; otherwise it counts as incorrect and is kept in
+    `bad_images`.
     """
     assert data.val is not None
     sampler = ExactEvalSampler(len(data.val), rank, world_size)
@@ -185,16 +193,18 @@ class SampleCheck:
 
     def sentences(self) -> list[str]:
         """What a person should know, in words; the first says what was looked at."""
-        found = [f"{self.looked} images of {self.classes} classes looked at, {1000 * self.seconds:.1f} ms each, "
-                 f"{len(self.unreadable)} unreadable"]
+        found = [f"{self.looked} images of {self.classes} classes looked at, "
+                 f"{1000 * self.seconds:.1f} ms each, {len(self.unreadable)} unreadable"]
         found += [f"unreadable: {path} ({reason})" for path, reason in self.unreadable[:1]]
         if self.tiny:
-            found.append(f"{len(self.tiny)} images are smaller than half the input size, such as {self.tiny[0]}")
+            found.append(f"{len(self.tiny)} images are smaller than half the input size, such as "
+                         f"{self.tiny[0]}")
         return found
 
 
 def check_sample(dataset: ImageDataset, count: int = 64, seed: int = 0) -> SampleCheck:
-    """Decode and transform up to `count` images drawn evenly from the data set; bad ones are counted, not raised."""
+    """Decode and transform up to `count` images drawn evenly from the data set; bad ones are counted, not
+    raised."""
     count = min(count, len(dataset))
     edges = np.linspace(0, len(dataset), count + 1).astype(np.int64)
     chosen = [int(i) for i in numpy_generator(seed, "check").integers(edges[:-1], edges[1:])]

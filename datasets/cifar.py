@@ -1,4 +1,5 @@
-"""The form of CIFAR-10 and CIFAR-100 as distributed (python version), read without executing their pickles."""
+"""The form of CIFAR-10 and CIFAR-100 as distributed (python version), read without executing their
+pickles."""
 import importlib
 import io
 import os
@@ -40,7 +41,8 @@ class Cifar:
 
 
 def read_cifar(root: str, num_classes: int, train: bool) -> Cifar:
-    """CIFAR-10 or -100 from `root`, or from its usual subfolder; UserError when a file is not what it should be."""
+    """CIFAR-10 or -100 from `root`, or from its usual subfolder; UserError when a file is not what it should
+    be."""
     if num_classes not in _FILES:
         raise UserError(f"--data_set CIFAR has 10 or 100 classes, not --nb_classes {num_classes}.",
                         code="wrong_classes")
@@ -51,7 +53,7 @@ def read_cifar(root: str, num_classes: int, train: bool) -> Cifar:
         for name in train_files if train else val_files:
             content = read_arrays(os.path.join(folder, name))
             data, found = content["data"], np.asarray(content[labels_key], dtype=np.int32)
-            if data.dtype != np.uint8 or found.min() < 0 or found.max() >= num_classes or len(found) != len(data):
+            if data.dtype != np.uint8 or len(found) != len(data) or not set(found) <= set(range(num_classes)):
                 raise ValueError("its labels or pixels are out of range")
             pixels.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
             labels.append(found)
@@ -60,9 +62,10 @@ def read_cifar(root: str, num_classes: int, train: bool) -> Cifar:
                    for text in read_arrays(os.path.join(folder, meta))[names_key]]
         if len(set(classes)) != num_classes:
             raise ValueError(f"it does not name {num_classes} classes")
-    except Exception as error:  # A damaged or hostile pickle raises nearly anything; nothing of it has been executed.
-        raise UserError(f"{printable(os.path.join(folder, name))} is no file of CIFAR-{num_classes} ({error}); unpack "
-                        "the python version of CIFAR there.", code="unreadable_data") from error
+    except Exception as error:  # Damaged or hostile pickles raise nearly anything; none is executed.
+        path = printable(os.path.join(folder, name))
+        raise UserError(f"{path} is no file of CIFAR-{num_classes} ({error}); unpack the python version of "
+                        "CIFAR there.", code="unreadable_data") from error
     return Cifar(np.ascontiguousarray(np.concatenate(pixels)), np.concatenate(labels), classes,
                  os.path.join(folder, "train" if train else "test"))
 

@@ -1,4 +1,5 @@
-"""The data set that workers run, and the loader around it: uint8 batches in one shared buffer, keyed draws."""
+"""The data set that workers run, and the loader around it: uint8 batches in one shared buffer, keyed
+draws."""
 import atexit
 import ctypes
 import gc
@@ -9,7 +10,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
@@ -32,7 +33,7 @@ from datasets.transforms import Erasing, Transform
 UNREADABLE_TARGET = -100  # torch's cross entropy passes over it, and no prediction equals it
 _ATTEMPTS = 20
 _PATIENCE = 300  # seconds for one batch
-_SHORTAGES = {  # what an error of the loader means when the machine has run out of something other than memory
+_SHORTAGES = {  # what an error of the loader means when the machine has run out of something
     "Too many open files": "open files than `ulimit -n` allows",
     "unable to allocate shared memory": "shared memory than /dev/shm has (docker run --shm-size 8g)",
     "can't start new thread": "threads than `ulimit -u` or the container allows",
@@ -40,9 +41,10 @@ _SHORTAGES = {  # what an error of the loader means when the machine has run out
 
 
 class Batch(NamedTuple):
-    """images uint8 (B, H, W, 3); targets, indices (in the data set) and positions (global, within the epoch; -1 in
-    evaluation) int64 (B,); boxes to erase int32 (B, recount, 4) as top, left, height, width (0 = none); bad bool (B,):
-    in training the image was replaced, in evaluation it is black and its target -100; epoch (-1 in evaluation);
+    """images uint8 (B, H, W, 3); targets, indices (in the data set) and positions (global, within the epoch;
+    -1 in evaluation) int64 (B,); boxes to erase int32 (B, recount, 4) as top, left, height, width (0 = none);
+    bad bool (B,): in training the image was replaced, in evaluation it is black and its target -100; epoch
+    (-1 in evaluation);
     unreadable: (index, reason) of each image that could not be read, replacements included."""
 
     images: torch.Tensor
@@ -58,8 +60,8 @@ class Batch(NamedTuple):
 class ImageDataset(Dataset[Batch]):
     """Images of a reader with their logit positions, transformed; takes a micro-batch's items, gives a Batch.
 
-    targets: int64 (N,), -1 for images of no class, which are left out; indices count what is left. `compiled` False
-    keeps JPEGs out of the compiled reader; the pixels are the same.
+    targets: int64 (N,), -1 for images of no class, which are left out; indices count what is left. `compiled`
+    False keeps JPEGs out of the compiled reader; the pixels are the same.
     """
 
     def __init__(self, reader: Reader, targets: np.ndarray, transform: Transform, size: int, *, seed: int = 0,
@@ -69,7 +71,8 @@ class ImageDataset(Dataset[Batch]):
         kept = targets >= 0
         self._kept = None if kept.all() else np.flatnonzero(kept)
         self.targets = targets if self._kept is None else targets[self._kept]
-        self.reader, self.transform, self.size, self.seed, self.erasing = reader, transform, size, seed, erasing
+        self.reader, self.transform, self.size = reader, transform, size
+        self.seed, self.erasing = seed, erasing
         self.exif_orientation, self.compiled = exif_orientation, compiled
 
     def __len__(self) -> int:
@@ -104,19 +107,20 @@ class ImageDataset(Dataset[Batch]):
     def __getitem__(self, item: Item | int) -> Batch:
         return self.__getitems__([item])
 
-    def __getitems__(self, items: list[Item] | list[int]) -> Batch:
+    def __getitems__(self, items: Sequence[Item | int]) -> Batch:
         """A Batch from (epoch, index, position) tuples in training or plain indices in evaluation."""
         count, size = len(items), self.size
         images = torch.empty(count, size, size, 3, dtype=torch.uint8)
         if get_worker_info() is not None:
-            images.share_memory_()  # While still empty: filled in place, it need not be copied on its way out.
+            images.share_memory_()  # While still empty: filled in place, it is not copied on its way out.
         boxes = np.zeros((count, self.erasing.count if self.erasing else 1, 4), dtype=np.int32)
         targets, bad, unreadable = np.empty(count, dtype=np.int64), np.zeros(count, dtype=bool), []
         rows = [item if isinstance(item, tuple) else (-1, item, -1) for item in items]
         with seeded(0) if rows[0][0] >= 0 else nullcontext():
             for row, (epoch, index, _) in enumerate(rows):
                 used = self._fill(epoch, index, images.numpy()[row], boxes[row], unreadable)
-                targets[row], bad[row] = UNREADABLE_TARGET if used is None else self.targets[used], used != index
+                targets[row] = UNREADABLE_TARGET if used is None else self.targets[used]
+                bad[row] = used != index
         indices, positions = torch.tensor([row[1:] for row in rows], dtype=torch.int64).T.contiguous()
         return Batch(images, torch.from_numpy(targets), indices, positions, torch.from_numpy(boxes),
                      torch.from_numpy(bad), rows[0][0], tuple(unreadable))
@@ -126,8 +130,8 @@ class ImageDataset(Dataset[Batch]):
 
     def _fill(self, epoch: int, index: int, pixels: np.ndarray, boxes: np.ndarray,
               unreadable: list[tuple[int, str]]) -> int | None:
-        """Fill a row of a batch and return the index of the image in it: `index`, or in training, where that cannot be
-        read, another. None and a black row when none could be read."""
+        """Fill a row of a batch and return the index of the image in it: `index`, or in training, where that
+        cannot be read, another. None and a black row when none could be read."""
         used = index
         for attempt in range(_ATTEMPTS if epoch >= 0 else 1):
             try:
@@ -148,10 +152,11 @@ _torch_handler: Callable | None = None
 
 @contextmanager
 def worker_deaths_noticed() -> Iterator[None]:
-    """While a batch is awaited, the death of a worker is an error at once; elsewhere it waits for the next batch.
+    """While a batch is awaited, the death of a worker is an error at once; elsewhere it waits for the next
+    batch.
 
-    PyTorch's handler of SIGCHLD stays in place for good and raises in the middle of any line: of a save, of the error
-    handling itself. So it is kept aside and only used here.
+    PyTorch's handler of SIGCHLD stays in place for good and raises in the middle of any line: of a save, of
+    the error handling itself. So it is kept aside and only used here.
     """
     global _torch_handler
     if threading.current_thread() is not threading.main_thread():
@@ -170,8 +175,9 @@ def worker_deaths_noticed() -> Iterator[None]:
 class ImageLoader(DataLoader[Batch]):
     """A DataLoader that keeps what could not be read; workers log nothing, so that no progress bar is torn.
 
-    bad_images: (index in the data set, reason), each image once in the loader's life; whoever reports them empties the
-    list. With `refuse_bad` the first one is a UserError instead; so are 20 unreadable ones in a row in training.
+    bad_images: (index in the data set, reason), each image once in the loader's life; whoever reports them
+    empties the list. With `refuse_bad` the first one is a UserError instead; so are 20 unreadable ones in a
+    row in training.
     """
 
     def __init__(self, dataset: ImageDataset, *, refuse_bad: bool, **arguments):
@@ -180,7 +186,8 @@ class ImageLoader(DataLoader[Batch]):
         self.bad_images: list[tuple[int, str]] = []
         self._known: set[int] = set()
         if self.num_workers:
-            # multiprocessing ends what is left at exit by one SIGTERM, which workers let pass: end them before.
+            # multiprocessing ends what is left at exit by one SIGTERM, which workers let pass: end them
+            # before.
             atexit.register(_close, weakref.ref(self))
 
     def take_bad(self) -> list[str]:
@@ -194,12 +201,13 @@ class ImageLoader(DataLoader[Batch]):
         iterator, self._iterator = self._iterator, None
         if iterator is not None:
             # Not left to __del__: after an exception a traceback may still hold the iterator.
-            iterator._shutdown_workers()
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
 
     def __iter__(self) -> Iterator[Batch]:
         if self.num_workers and self._iterator is None and dist.is_available() and dist.is_initialized():
-            # A thread of the process group that is just letting go of a tensor holds a lock of the interpreter, and
-            # a worker forked meanwhile waits for it for ever (CPython 3.11): let those threads come to rest.
+            # A thread of the process group that is just letting go of a tensor holds a lock of the
+            # interpreter, and a worker forked meanwhile waits for it for ever (CPython 3.11): let those
+            # threads come to rest.
             time.sleep(0.2)
         try:
             with worker_deaths_noticed():
@@ -220,13 +228,14 @@ class ImageLoader(DataLoader[Batch]):
             raise
 
     def _keep(self, batch: Batch) -> None:
-        index, reason = batch.unreadable[-1]
+        index, reason = batch.unreadable[0]
+        last = f"{printable(self.images.path(index))} cannot be read ({reason})"
         if self.refuse_bad:
-            raise UserError(f"Image {printable(self.images.path(index))} cannot be read ({reason}); fix or remove it, or "
-                            "count unreadable images as incorrect with --allow_bad_images true.", code="unreadable_image")
+            raise UserError(f"Image {last}; fix or remove it, or count unreadable images as incorrect with "
+                            "--allow_bad_images true.", code="unreadable_image")
         if batch.epoch >= 0 and (batch.targets == UNREADABLE_TARGET).any():
-            raise UserError(f"{_ATTEMPTS} images in a row are unreadable, the last is {printable(self.images.path(index))} "
-                            f"({reason}); check the disk and the data path.", code="unreadable_image")
+            raise UserError(f"{_ATTEMPTS} images in a row cannot be read, such as {last}; check the disk and "
+                            "the data path.", code="unreadable_image")
         for index, reason in batch.unreadable:
             if index not in self._known:
                 self._known.add(index)
@@ -234,8 +243,8 @@ class ImageLoader(DataLoader[Batch]):
 
 
 def _need_descriptors(workers: int) -> None:
-    """Allow as many open files as the loader can need, six per batch on its way and some per worker, because a worker
-    that runs out of them ends in tracebacks; UserError where the hard limit forbids it."""
+    """Allow as many open files as the loader can need, six per batch on its way and some per worker, because
+    a worker that runs out of them ends in tracebacks; UserError where the hard limit forbids it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = len(os.listdir("/dev/fd")) + 16 * workers + 32
     if soft != resource.RLIM_INFINITY and soft < needed:
@@ -249,19 +258,21 @@ def _too_few(what: str) -> UserError:
                      code="too_few_resources")
 
 
-def make_loader(dataset: ImageDataset, options: Options, batches: Iterable, *, refuse_bad: bool = False) -> ImageLoader:
+def make_loader(dataset: ImageDataset, options: Options, batches: Iterable, *,
+                refuse_bad: bool = False) -> ImageLoader:
     """The loader over `batches` of items: workers live as long as the loader, and end with their parent.
 
     Its own generator keeps the base seed that every iteration draws away from the default one.
     """
+    extra = {}
     if options.num_workers:
         _need_descriptors(options.num_workers)
-    workers, method = options.num_workers, "fork" if sys.platform == "linux" else "spawn"
-    # A forked worker is there in 0.05 s (spawned: 3 s) and shares the index; it never touches an accelerator.
-    extra = {"persistent_workers": True, "timeout": _PATIENCE, "multiprocessing_context": method,
-             "worker_init_fn": partial(_start_worker, os.getpid() if method == "fork" else None)} if workers else {}
-    return ImageLoader(dataset, refuse_bad=refuse_bad, batch_sampler=batches, collate_fn=_as_is,
-                       num_workers=workers, pin_memory=options.pin_mem and torch.cuda.is_available(),
+        # A forked worker is there in 0.05 s (spawned: 3 s), shares the index and touches no accelerator.
+        method = "fork" if sys.platform == "linux" else "spawn"
+        extra = {"persistent_workers": True, "timeout": _PATIENCE, "multiprocessing_context": method,
+                 "worker_init_fn": partial(_start_worker, os.getpid() if method == "fork" else None)}
+    return ImageLoader(dataset, refuse_bad=refuse_bad, batch_sampler=batches, num_workers=options.num_workers,
+                       collate_fn=_as_is, pin_memory=options.pin_mem and torch.cuda.is_available(),
                        generator=torch.Generator(), **extra)
 
 
@@ -278,9 +289,9 @@ def _as_is(batch: Batch) -> Batch:
 def _start_worker(parent: int | None, worker: int) -> None:
     """One thread, no part in the run's signals, and an end with the parent.
 
-    Launchers and Slurm signal whole groups when a run shall stop; the run finishes its update first and needs its
-    workers for that, so they let SIGTERMs pass for ten seconds from the first on (a group's and its launcher's come
-    together) and end at a later one, or when the parent is gone.
+    Launchers and Slurm signal whole groups when a run shall stop; the run finishes its update first and needs
+    its workers for that, so they let SIGTERMs pass for ten seconds from the first on (a group's and its
+    launcher's come together) and end at a later one, or when the parent is gone.
     """
     torch.set_num_threads(1)
     gc.freeze()  # What the parent had stays out of collections: 5 % of the time, and its pages stay shared.

@@ -1,4 +1,5 @@
-"""The last steps before the network, on its device: normalise, erase, mix; all draws keyed by image or place."""
+"""The last steps before the network, on its device: normalise, erase, mix; all draws keyed by image or
+place."""
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,8 @@ GROUP = 64  # consecutive positions of an epoch that share one choice of mixing
 
 
 class Normalise:
-    """uint8 NHWC pixels → float32 NHWC, exactly ToTensor + Normalize, from a table of their 256 x 3 results."""
+    """uint8 NHWC pixels → float32 NHWC, exactly ToTensor + Normalize, from a table of their 256 x 3
+    results."""
 
     def __init__(self, settings: ImageSettings, device: torch.device | str):
         mean, std = settings.mean, settings.std
@@ -24,8 +26,8 @@ class Normalise:
         self._table = table.reshape(-1).contiguous().to(device)  # 3 x 256
         self._offset = torch.tensor([0, 256, 512], dtype=torch.int32, device=device)
         self._mean, self._std = torch.tensor(mean), torch.tensor(std)
-        # On a CPU the gather costs 2.5 ms per image of 224 and the arithmetic 0.3; it is used only where it gives
-        # the table's bits for all 768 entries.
+        # On a CPU the gather costs 2.5 ms per image of 224 and the arithmetic 0.3; it is used only where it
+        # gives the table's bits for all 768 entries.
         self._calculate = False
         if torch.device(device).type == "cpu":
             every = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3).contiguous()
@@ -48,9 +50,9 @@ class Normalise:
 class TrainPrepare:
     """A training batch ready for the network: (images float32 (B, 3, H, W) channels_last, targets).
 
-    Targets are soft, float32 (B, classes), when anything is mixed, otherwise int64 (B,). The result for an image
-    depends on (seed, epoch, image, global position), not on the batch it came in. Noise in erased boxes is equal
-    bit for bit on one kind of device (CPUs and GPUs draw differently).
+    Targets are soft, float32 (B, classes), when anything is mixed, otherwise int64 (B,). The result for an
+    image depends on (seed, epoch, image, global position), not on the batch it came in. Noise in erased boxes
+    is equal bit for bit on one kind of device (CPUs and GPUs draw differently).
     """
 
     def __init__(self, options: Options, num_classes: int, device: torch.device | str):
@@ -84,10 +86,11 @@ class TrainPrepare:
 
 
 class EvalPrepare:
-    """An evaluation batch ready for the network: (images float32 (B, 3, H, W) channels_last, targets int64 (B,)).
+    """An evaluation batch ready for the network: (images float32 (B, 3, H, W) channels_last, targets int64
+    (B,)).
 
-    The target of an image that could not be read (only with allow_bad_images) is -100, which no prediction equals
-    and torch's cross entropy passes over: it counts as incorrect and stays in the denominator.
+    The target of an image that could not be read (only with allow_bad_images) is -100, which no prediction
+    equals and torch's cross entropy passes over: it counts as incorrect and stays in the denominator.
     """
 
     def __init__(self, options: Options, device: torch.device | str):
@@ -101,8 +104,9 @@ class EvalPrepare:
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring images [start, stop) of a batch that share one choice: `lam` of the own label remains; with a
-    `box` (top, bottom, left, right) the partner's pixels fill it, without one the images are blended."""
+    """Neighbouring images [start, stop) of a batch that share one choice: `lam` of the own label remains;
+    with a `box` (top, bottom, left, right) the partner's pixels fill it, without one the images are
+    blended."""
 
     start: int
     stop: int
@@ -111,12 +115,12 @@ class Run:
 
 
 class GroupMixup:
-    """Mixup and CutMix of NHWC float batches whose choices belong to global positions, so that no split of a global
-    batch changes them; drawn as timm's Mixup draws them.
+    """Mixup and CutMix of NHWC float batches whose choices belong to global positions, so that no split of a
+    global batch changes them; drawn as timm's Mixup draws them.
 
-    One choice holds for a group of 64 consecutive positions of the epoch (mode 'batch'), for a pair or for one image
-    ('elem'), and position p is mixed with p xor 1. timm mixes each process's batch with its reverse instead: the
-    same distribution, but another result for every split.
+    One choice holds for a group of 64 consecutive positions of the epoch (mode 'batch'), for a pair or for
+    one image ('elem'), and position p is mixed with p xor 1. timm mixes each process's batch with its reverse
+    instead: the same distribution, but another result for every split.
     """
 
     def __init__(self, options: Options, num_classes: int):
@@ -136,7 +140,8 @@ class GroupMixup:
             for lam, cut in zip(lams.tolist(), cuts.tolist(), strict=True):
                 box = None
                 if cut and lam != 1.0:
-                    box, lam = cutmix_bbox_and_lam((3, height, width), lam, ratio_minmax=self._timm.cutmix_minmax)
+                    limits = self._timm.cutmix_minmax
+                    box, lam = cutmix_bbox_and_lam((3, height, width), lam, ratio_minmax=limits)
                     box = tuple(int(edge) for edge in box)
                 chosen.append((float(lam), box))
         return chosen
@@ -173,7 +178,7 @@ class GroupMixup:
                 mine[:, top:bottom, left:right] = other[:, top:bottom, left:right]
             elif run.lam != 1.0:
                 mine.mul_(run.lam).add_(other.mul_(1.0 - run.lam))
-        lam = torch.tensor([run.lam for run in runs for _ in range(run.stop - run.start)], dtype=torch.float32)
+        lam = torch.tensor([run.lam for run in runs for _ in range(run.start, run.stop)], dtype=torch.float32)
         lam, off = lam.to(images.device, non_blocking=True)[:, None], self.smoothing / self.num_classes
         own = torch.full((count, self.num_classes), off, dtype=torch.float32, device=images.device)
         own.scatter_(1, targets[:, None], 1.0 - self.smoothing + off)

@@ -17,8 +17,8 @@ def recognise(root: str) -> bool:
 def read(root: str, cache: IndexCache) -> "Folders":
     """The images below `root`: in class folders, or directly in it, where they form the one class ''.
 
-    Links are followed, loops are not; names starting with a dot are left out. Raises UserError when the folder
-    cannot be read or holds no images.
+    Links are followed, loops are not; names starting with a dot are left out. Raises UserError when the
+    folder cannot be read or holds no images.
     """
     return Folders(cache.index("folders", root, _scan))
 
@@ -34,7 +34,8 @@ class Folders:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        """Path of image `index`; bytes that are not UTF-8 as surrogates, as Python's file functions have them."""
+        """Path of image `index`; bytes that are not UTF-8 as surrogates, as Python's file functions have
+        them."""
         return os.path.join(self.root, self.classes[self.labels[index]], self.index.names[index])
 
     def encoded(self, index: int) -> bytes:
@@ -75,21 +76,25 @@ def _scan(root: str) -> Index:
         classes = class_folders(root)
         if classes:
             seen.append("")
-            left_out.update(f"{file_type(e.name)} beside the class folders" for e in visible(root) if not is_folder(e))
+            left_out.update(f"{file_type(entry.name)} beside the class folders" for entry in visible(root)
+                            if not is_folder(entry))
         for number, name in enumerate(classes or [""]):
             found = list(_walk(os.path.join(root, name), name, frozenset(), seen, left_out))
             names += [path[len(name) + bool(name):] for path in found]
             labels += [number] * len(found)
-        index = Index.of(root, classes=classes or [""], labels=labels, names=names, seen=seen, left_out=left_out)
+        index = Index.of(root, classes=classes or [""], labels=labels, names=names, seen=seen,
+                         left_out=left_out)
     except OSError as error:
-        raise UserError(f"{printable(os.fsdecode(error.filename or root))} cannot be read ({error.strerror}); "
-                        "check the permissions of the data folder.", code="unreadable_data") from error
+        path = printable(os.fsdecode(error.filename or root))
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions.",
+                        code="unreadable_data") from error
     if not names:
         raise no_images(root, f"holds no images ({', '.join(extensions())}) in class folders; check the path")
     return index
 
 
-def _walk(folder: str, below: str, above: frozenset, seen: list[str], left_out: Counter[str]) -> Iterator[str]:
+def _walk(folder: str, below: str, above: frozenset, seen: list[str],
+          left_out: Counter[str]) -> Iterator[str]:
     """The images in `folder` and its folders, as paths below the root; `above` ends a loop of links."""
     status = os.stat(folder)
     here = (status.st_dev, status.st_ino)
@@ -100,7 +105,7 @@ def _walk(folder: str, below: str, above: frozenset, seen: list[str], left_out: 
         path = os.path.join(below, entry.name)
         if is_folder(entry):
             yield from _walk(entry.path, path, above | {here}, seen, left_out)
-        elif is_image(entry.name):  # A link that leads nowhere too: evaluation must not pass over it in silence.
+        elif is_image(entry.name):  # a link that leads nowhere too: it must not be skipped in silence
             yield path
         else:
             left_out[file_type(entry.name)] += 1

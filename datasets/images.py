@@ -1,8 +1,10 @@
-"""From the bytes of a file to an image: which formats, which pixels, and one exception for all that cannot be read.
+"""From the bytes of a file to an image: which formats, which pixels, and one exception for all that cannot be
+read.
 
-Pixels are those of Pillow's `convert("RGB")`, as published: an animation's first frame, no EXIF orientation unless it
-is asked for, and an alpha channel dropped without blending, so that the colours stored under transparent parts show.
-Only 16-bit grey differs: its values are scaled by 1/257, where Pillow would cut them off at 255 and show white.
+Pixels are those of Pillow's `convert("RGB")`, as published: an animation's first frame, no EXIF orientation
+unless it is asked for, and an alpha channel dropped without blending, so that the colours stored under
+transparent parts show. Only 16-bit grey differs: its values are scaled by 1/257, where Pillow would cut them
+off at 255 and show white.
 """
 import errno
 import io
@@ -46,7 +48,8 @@ def is_image(name: str) -> bool:
 
 
 def read_file(path: str, limit: int = LARGEST_FILE) -> bytes:
-    """The bytes of a regular file of at most `limit` bytes; BadImage for any other, which is not even opened."""
+    """The bytes of a regular file of at most `limit` bytes; BadImage for any other, which is not even
+    opened."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
@@ -88,17 +91,19 @@ def decode(data: bytes, exif_orientation: bool = False) -> Image.Image:
 
 
 def decode_path(path: str, exif_orientation: bool = False) -> Image.Image:
-    """`decode` for a file; one that cannot be opened (missing, a loop of links, no permission) is a BadImage too."""
+    """`decode` for a file; one that cannot be opened (missing, a loop of links, no permission) is a BadImage
+    too."""
     return decode(read_file(path), exif_orientation)
 
 
 def transformed(data: bytes, transform: Callable[[Image.Image], _T], *, exif_orientation: bool = False,
                 compiled: bool = True) -> _T:
-    """`transform(image)` of encoded `data`, through the compiled JPEG reader where it is available (unless `compiled`
-    is False), else through Pillow; both give the same pixels. Raises BadImage.
+    """`transform(image)` of encoded `data`, through the compiled JPEG reader where it is available (unless
+    `compiled` is False), else through Pillow; both give the same pixels. Raises BadImage.
 
-    The compiled reader decodes only what a crop needs, so it finds damage within the transform, which is then called a
-    second time, with Pillow's image: draws must be seeded inside it. Turned images are left to Pillow.
+    The compiled reader decodes only what a crop needs, so it finds damage within the transform, which is then
+    called a second time, with Pillow's image: draws must be seeded inside it. Turned images are left to
+    Pillow.
     """
     fast = fast_jpeg() if compiled and not (exif_orientation and _may_be_turned(data)) else None
     image = fast.image_of(data) if fast else None

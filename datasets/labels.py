@@ -1,4 +1,5 @@
-"""From class folders to logit positions: ImageNet's own order, the 22k order, one's own classes, flat val folders."""
+"""From class folders to logit positions: ImageNet's own order, the 22k order, one's own classes, flat val
+folders."""
 import csv
 import io
 import os
@@ -24,24 +25,26 @@ class ClassMap:
     notes: list[str] = field(default_factory=list)
 
 
-def classes_of(folders: list[str], nb_classes: int | None, *, imagenet_layout: bool, allow_mismatch: bool = False,
-               evaluating: bool = False) -> ClassMap:
+def classes_of(folders: list[str], nb_classes: int | None, *, imagenet_layout: bool,
+               allow_mismatch: bool = False, evaluating: bool = False) -> ClassMap:
     """The class list, in logit order, that class folders `folders` (sorted as text) stand for.
 
-    Synset folders of ImageNet-1k with a 1000-class model (`nb_classes` 1000, or not given in the ImageNet layout) get
-    ImageNet's own order, so that a part of ImageNet gets its labels; those of the 22k set get the published one.
-    Otherwise the folders' own order as text. Raises UserError when `nb_classes` does not fit.
+    Synset folders of ImageNet-1k with a 1000-class model (`nb_classes` 1000, or not given in the ImageNet
+    layout) get ImageNet's own order, so that a part of ImageNet gets its labels; those of the 22k set get the
+    published one. Otherwise the folders' own order as text. Raises UserError when `nb_classes` does not fit.
     """
-    for known, wanted in ((imagenet_synsets(), imagenet_layout), (published_22k_synsets(), len(folders) == 10459)):
+    for known, wanted in ((imagenet_synsets(), imagenet_layout),
+                          (published_22k_synsets(), len(folders) == 10459)):
         if nb_classes == len(known) or (nb_classes is None and wanted):
             unknown = sorted(set(folders) - set(known))
             if not unknown or (allow_mismatch and len(unknown) < len(folders)):
                 note = [] if len(folders) == len(known) else [
-                    f"{len(folders) - len(unknown)} of {len(known)} classes have a folder; the order is ImageNet's own"]
+                    f"{len(folders) - len(unknown)} of {len(known)} classes have a folder; the order is "
+                    "ImageNet's own"]
                 return ClassMap(list(known), note)
             if len(unknown) * 10 <= len(folders):
-                raise UserError(f"{_some(unknown)} among {len(folders)} synset folders are none of the {len(known)} "
-                                "classes; remove them, or leave them out with --allow_class_mismatch true.",
+                raise UserError(f"{_some(unknown)} among {len(folders)} synset folders are none of the "
+                                f"{len(known)} classes; remove or skip them (--allow_class_mismatch true).",
                                 code="wrong_classes")
     if nb_classes is not None and nb_classes != len(folders):
         raise UserError(f"--nb_classes {nb_classes} does not fit the {len(folders)} class folders found "
@@ -51,25 +54,29 @@ def classes_of(folders: list[str], nb_classes: int | None, *, imagenet_layout: b
 
 
 def _numbered(folders: list[str], strict: bool) -> list[str]:
-    """Folders 0, 1, …, 10 sorted as text put folder 10 at index 2: explained, refused where that decides a result."""
+    """Folders 0, 1, …, 10 sorted as text put folder 10 at index 2: explained, refused where that decides a
+    result."""
     if not all(name.isascii() and name.isdigit() for name in folders) or folders == sorted(folders, key=int):
         return []
     by_number = sorted(folders, key=int)
     at = next(i for i, folder in enumerate(folders) if folder != by_number[i])
     sentence = f"class folders are numbers and sort as text, so folder '{folders[at]}' is class {at}"
     if strict:
-        raise UserError(f"The {sentence}, and the checkpoint names no classes to compare with; rename the folders with "
-                        "leading zeros or to synsets, or accept this order with --allow_class_mismatch true.",
+        raise UserError(f"The {sentence}, and the checkpoint names no classes to compare with; rename the "
+                        "folders with leading zeros or to synsets, or accept this order with "
+                        "--allow_class_mismatch true.",
                         code="wrong_classes")
     return [sentence + "; the class names are kept in the checkpoint, and evaluation goes by them"]
 
 
 def map_folders(found: list[str], names: list[str], *, partial: bool, allow_mismatch: bool, what: str,
                 noun: str = "folder") -> np.ndarray:
-    """Logit index of each class `found`, int64 (found,), -1 for those of no class (only with `allow_mismatch`).
+    """Logit index of each class `found`, int64 (found,), -1 for those of no class (only with
+    `allow_mismatch`).
 
-    partial: some classes may be missing (a part of ImageNet); otherwise that is an error too. noun: what `found` are,
-    folders or the synsets of a label file. Raises UserError naming the missing and extra classes.
+    partial: some classes may be missing (a part of ImageNet); otherwise that is an error too. noun: what
+    `found` are, folders or the synsets of a label file. Raises UserError naming the missing and extra
+    classes.
     """
     position = {name: i for i, name in enumerate(names)}
     mapped = np.array([position.get(name, -1) for name in found], dtype=np.int64)
@@ -81,8 +88,8 @@ def map_folders(found: list[str], names: list[str], *, partial: bool, allow_mism
     problems = ([f"has {noun}s of no known class: {_some(extra)}"] if extra else []) + (
         [f"has no {noun} for {_some(missing)}"] if missing and not partial else [])
     if problems and not allow_mismatch:
-        raise UserError(f"{what[:1].upper()}{what[1:]} {' and '.join(problems)}; fix the {noun}s, or use the common "
-                        "classes alone with --allow_class_mismatch true.", code="wrong_classes")
+        raise UserError(f"{what[:1].upper()}{what[1:]} {' and '.join(problems)}; fix the {noun}s, or use the "
+                        "common classes alone with --allow_class_mismatch true.", code="wrong_classes")
     return mapped
 
 
@@ -92,19 +99,20 @@ def _some(names: list[str], shown: int = 3) -> str:
 
 
 def read_val_labels(path: str, file_names: list[str]) -> list[str]:
-    """The class name of each file of a flat val folder, from a CSV of file name and synset (a header and further
-    columns are allowed, endings may differ) or the devkit's ground truth (one ILSVRC2012_ID per line) with meta.mat
-    beside it.
+    """The class name of each file of a flat val folder, from a CSV of file name and synset (a header and
+    further columns are allowed, endings may differ) or the devkit's ground truth (one ILSVRC2012_ID per line)
+    with meta.mat beside it.
 
     Raises UserError when the file is not readable as either, names a file twice, or an image has no label.
     """
     rows = _rows(path)
     if rows and all(len(row) == 1 and row[0].strip().isdigit() for row in rows):
         return _devkit_labels(Path(path), [int(row[0]) for row in rows], file_names)
-    labelled = [(Path(row[0].strip()).name, row[1].split()[0]) for row in rows if len(row) > 1 and row[1].strip()]
-    files, lines = (Counter(Path(name).stem for name in names) for names in (file_names, dict(labelled)))
-    exact = Counter(name for name, _ in labelled)
-    twice = [name for name, _ in labelled if exact[name] > 1 or lines[Path(name).stem] > max(1, files[Path(name).stem])]
+    labelled = [(Path(row[0].strip()).name, row[1].split()[0]) for row in rows if row[1:] and row[1].strip()]
+    lines = Counter(Path(name).stem for name, _ in labelled)
+    files = Counter(Path(name).stem for name in file_names)
+    twice = [name for name, number in Counter(name for name, _ in labelled).items()
+             if number > 1 or lines[Path(name).stem] > max(1, files[Path(name).stem])]
     if twice:
         raise UserError(f"--val_labels {path} names {printable(twice[0])} twice; each image needs one line "
                         "`file name,synset`.", code="invalid_labels")
@@ -112,8 +120,9 @@ def read_val_labels(path: str, file_names: list[str]) -> list[str]:
     found = [table.get(name, table.get(Path(name).stem)) for name in file_names]
     unnamed = [name for name, label in zip(file_names, found, strict=True) if label is None]
     if unnamed:
-        raise UserError(f"--val_labels {path} has no line for {len(unnamed)} of {len(file_names)} images, such as "
-                        f"{printable(unnamed[0])}; each image needs a line `file name,synset`.", code="invalid_labels")
+        raise UserError(f"--val_labels {path} has no line for {len(unnamed)} of {len(file_names)} images, "
+                        f"such as {printable(unnamed[0])}; each image needs a line `file name,synset`.",
+                        code="invalid_labels")
     return [label for label in found if label is not None]
 
 
@@ -122,23 +131,25 @@ def _rows(path: str) -> list[list[str]]:
         text = read_file(path, _LARGEST_LABELS).decode()
         return [row for row in csv.reader(text.splitlines()) if row]
     except (BadImage, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--val_labels {printable(path)} cannot be read ({error}); give a CSV of file name,synset or "
-                        "ILSVRC2012_validation_ground_truth.txt.", code="invalid_labels") from error
+        raise UserError(f"--val_labels {printable(path)} cannot be read ({error}); give a CSV of file "
+                        "name,synset or ILSVRC2012_validation_ground_truth.txt.",
+                        code="invalid_labels") from error
 
 
 def _devkit_labels(path: Path, ids: list[int], file_names: list[str]) -> list[str]:
     if len(ids) != len(file_names):
-        raise UserError(f"--val_labels {path} has {len(ids)} labels for {len(file_names)} images; the devkit's "
-                        "file has one for each of the 50,000 images in the order of their names.", code="invalid_labels")
+        raise UserError(f"--val_labels {path} has {len(ids)} labels for {len(file_names)} images; the "
+                        "devkit's file has one for each of the 50,000 images in the order of their names.",
+                        code="invalid_labels")
     meta = path.parent / "meta.mat"
     if not os.path.exists(meta):
-        raise UserError(f"{path.name} needs the devkit's meta.mat in {path.parent}, which says what its numbers mean; "
-                        "copy it there.", code="invalid_labels")
+        raise UserError(f"{path.name} needs the devkit's meta.mat in {path.parent}, which says what its "
+                        "numbers mean; copy it there.", code="invalid_labels")
     from scipy.io import loadmat
     try:
         entries = loadmat(io.BytesIO(read_file(str(meta), _LARGEST_LABELS)), squeeze_me=True)["synsets"]
         synsets = {int(entry["ILSVRC2012_ID"]): str(entry["WNID"]) for entry in np.atleast_1d(entries)}
         return [synsets[number] for number in ids]
     except Exception as error:  # loadmat raises many types for a damaged file; all mean the same here.
-        raise UserError(f"{meta} does not explain the numbers in {path.name} ({error!r}); take both files from one "
-                        "devkit.", code="invalid_labels") from error
+        raise UserError(f"{meta} does not explain the numbers in {path.name} ({error!r}); take both files "
+                        "from one devkit.", code="invalid_labels") from error

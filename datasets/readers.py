@@ -1,6 +1,7 @@
 """Where images come from: what every form gives, the forms, and the flat index that is kept between starts.
 
-To add a form, write a module with `recognise(root) -> bool` and `read(root, cache) -> Reader`; name it in FORMS.
+To add a form, write a module with `recognise(root) -> bool` and `read(root, cache) -> Reader`; name it in
+FORMS.
 """
 import hashlib
 import importlib
@@ -30,8 +31,8 @@ _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip
 class Reader(Protocol):
     """Images of one split, in the order of class and name.
 
-    root: the folder, for messages · labels: int32 (N,), positions in `classes` (sorted as text) · left_out: how
-    many files of which type (`.txt`) are no images.
+    root: the folder, for messages · labels: int32 (N,), positions in `classes` (sorted as text) · left_out:
+    how many files of which type (`.txt`) are no images.
     """
 
     root: str
@@ -57,8 +58,8 @@ def open_reader(root: str, cache: "IndexCache") -> Reader:
         module = importlib.import_module(f"datasets.{form}")
         if module.recognise(root):
             return module.read(root, cache)
-    raise no_images(root, "does not exist; --data_path must hold train/ and val/ with one folder per class (with "
-                          "--data_set image_folder it is the train folder itself)")
+    raise no_images(root, "does not exist; --data_path must hold train/ and val/ with one folder per class "
+                          "(it is the train folder itself with --data_set image_folder)")
 
 
 def no_images(root: str, problem: str) -> UserError:
@@ -66,14 +67,15 @@ def no_images(root: str, problem: str) -> UserError:
     names = sorted(os.listdir(root)) if os.path.isdir(root) else []
     names += [os.path.basename(root) + ending for ending in _ARCHIVES if os.path.isfile(root + ending)]
     found = [name for name in names if name.endswith(_ARCHIVES)][:1]
-    hint = "".join(f"; {printable(name)} is there: unpack it, or move plain .tar files into that folder" for name in found)
+    hint = "".join(f"; unpack {printable(name)}, or move plain .tar files into that folder" for name in found)
     return UserError(f"{printable(root)} {problem}{hint}.", code="missing_data")
 
 
 class Strings:
     """A list of strings in two arrays, the bytes of all (uint8) and where each ends (int64).
 
-    A Python list of 1.28 million paths costs every worker 250 MB once reference counts have touched its pages.
+    A Python list of 1.28 million paths costs every worker 250 MB once reference counts have touched its
+    pages.
     """
 
     def __init__(self, blob: np.ndarray, ends: np.ndarray):
@@ -102,9 +104,9 @@ class Index:
     """What a form found below `root`, as flat arrays that forked workers share.
 
     labels: int32 (N,), positions in `classes` · names: path of each image below its class folder, or in its
-    container · places: int64 (N, 3), the container as a position in `seen`, offset and size of the bytes; (0, 3)
-    for images that are files · seen: the folders and containers below `root` · stamps: int64 (K, 2), their times
-    in ns and sizes, which tell whether the index still holds.
+    container · places: int64 (N, 3), the container as a position in `seen`, offset and size of the bytes; (0,
+    3) for images that are files · seen: the folders and containers below `root` · stamps: int64 (K, 2), their
+    times in ns and sizes, which tell whether the index still holds.
     """
 
     root: str
@@ -120,9 +122,9 @@ class Index:
     def of(cls, root: str, *, classes: list[str], labels: Sequence[int], names: list[str], seen: list[str],
            left_out: dict[str, int], places: Sequence[tuple[int, int, int]] = ()) -> "Index":
         """From lists; raises OSError when something of `seen` has gone meanwhile."""
-        return cls(root=root, classes=classes, labels=np.array(labels, dtype=np.int32), names=Strings.of(names),
-                   places=np.array(places, dtype=np.int64).reshape(-1, 3), seen=Strings.of(seen),
-                   stamps=_stamps(root, seen), left_out=dict(left_out))
+        return cls(root=root, classes=classes, labels=np.array(labels, dtype=np.int32),
+                   names=Strings.of(names), places=np.array(places, dtype=np.int64).reshape(-1, 3),
+                   seen=Strings.of(seen), stamps=_stamps(root, seen), left_out=dict(left_out))
 
 
 def _stamps(root: str, seen: Iterable[str]) -> np.ndarray:
@@ -133,8 +135,9 @@ def _stamps(root: str, seen: Iterable[str]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class IndexCache:
-    """Where indices are kept between starts: in `folder` (None: `$XDG_CACHE_HOME/hornet` or `~/.cache/hornet`),
-    never inside the data. `reindex` scans all the same; without `write` nothing is stored."""
+    """Where indices are kept between starts: in `folder` (None: `$XDG_CACHE_HOME/hornet` or
+    `~/.cache/hornet`), never inside the data. `reindex` scans all the same; without `write` nothing is
+    stored."""
 
     folder: str | None = None
     reindex: bool = False
@@ -179,18 +182,18 @@ def save_index(path: Path, index: Index) -> None:
 
 
 def _load(path: Path, root: str) -> Index | None:
-    """The stored index, or None when there is none, it is damaged (zip's checksums tell), or anything of `seen` has
-    changed since."""
+    """The stored index, or None when there is none, it is damaged (zip's checksums tell), or anything of
+    `seen` has changed since."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             data = {name: stored[name] for name in stored.files}
-        real, classes, names, seen, types = (
-            Strings(data[name], data[f"{name}_ends"]) for name in ("root", "classes", "names", "seen", "types"))
+        real, classes, names, seen, types = (Strings(data[name], data[f"{name}_ends"])
+                                             for name in ("root", "classes", "names", "seen", "types"))
         if int(data["format"]) != _CACHE_FORMAT or real[0] != os.path.realpath(root) \
                 or not np.array_equal(data["stamps"], _stamps(root, seen)):
             return None
-        return Index(root=root, classes=list(classes), labels=data["labels"], names=names, places=data["places"],
-                     seen=seen, stamps=data["stamps"],
+        return Index(root=root, classes=list(classes), labels=data["labels"], names=names,
+                     places=data["places"], seen=seen, stamps=data["stamps"],
                      left_out=dict(zip(types, data["counts"].tolist(), strict=True)))
     except Exception:  # Whatever a damaged file raises, scanning again is the answer.
         return None

@@ -15,17 +15,17 @@ SIZE = 64
 def ensure_sample(folder: str | os.PathLike) -> None:
     """Write the sample data to `folder` unless it is there.
 
-    The files go to a temporary folder beside it, which is then renamed: `folder` is whole or not there, and of
-    several processes that come at the same time the first one's is kept. Raises UserError when `folder` holds
-    something else.
+    The files go to a temporary folder beside it, which is then renamed: `folder` is whole or not there, and
+    of several processes that come at the same time the first one's is kept. Raises UserError when `folder`
+    holds something else.
     """
     given, folder = folder, Path(folder).absolute()
     if _complete(folder):
         return
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"--data_path {folder} holds other files and not the sample data; name a new folder.",
-                            code="unwritable_folder")
+            raise UserError(f"--data_path {folder} holds other files and not the sample data; name a new "
+                            "folder.", code="unwritable_folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
             write_digits(Path(temporary, "data"))
@@ -36,8 +36,8 @@ def ensure_sample(folder: str | os.PathLike) -> None:
                     raise
         logger.info("wrote the sample data, 1437 + 360 handwritten digits, to %s", given)
     except OSError as error:
-        raise UserError(f"The sample data cannot be written to {folder} ({error.strerror or error}); "
-                        "name a folder you may write to with --data_path.", code="unwritable_folder") from error
+        raise UserError(f"The sample data cannot be written to {folder} ({error.strerror or error}); name "
+                        "a folder you may write to with --data_path.", code="unwritable_folder") from error
 
 
 def _complete(folder: Path) -> bool:

@@ -13,20 +13,21 @@ Item = tuple[int, int, int]  # (epoch, index in the data set, global position wi
 class GlobalBatchSampler(Sampler[list[Item]]):
     """Micro-batches of one process, cut from global batches that no number of processes changes.
 
-    The epoch's order is a permutation from key(seed, 'order', epoch); global batch k is its k-th slice (what is left
-    over at the end is not used, as published); rank r takes the r-th contiguous part of it and micro-batch m the m-th
-    slice of that. Iteration starts where `set_start` says, so a resumed run needs only (epoch, update).
+    The epoch's order is a permutation from key(seed, 'order', epoch); global batch k is its k-th slice (what
+    is left over at the end is not used, as published); rank r takes the r-th contiguous part of it and
+    micro-batch m the m-th slice of that. Iteration starts where `set_start` says, so a resumed run needs only
+    (epoch, update).
     """
 
     def __init__(self, num_images: int, global_batch: int, batch_size: int, update_freq: int,
                  rank: int = 0, world_size: int = 1, seed: int = 0):
+        arithmetic = f"batch_size {batch_size} x update_freq {update_freq} x {world_size} processes"
         if global_batch != batch_size * update_freq * world_size:
-            raise UserError(f"A global batch of {global_batch} is not batch_size {batch_size} x update_freq "
-                            f"{update_freq} x {world_size} processes; change one of them.", code="batch_arithmetic")
+            raise UserError(f"A global batch of {global_batch} is not {arithmetic}; change one of them.",
+                            code="batch_arithmetic")
         if num_images < global_batch:
             raise UserError(f"The training set has {num_images} images, less than one global batch of "
-                            f"{global_batch} (batch_size {batch_size} x update_freq {update_freq} x {world_size} "
-                            "processes), so an epoch would have no update; lower --batch_size or --update_freq.",
+                            f"{global_batch} ({arithmetic}); lower --batch_size or --update_freq.",
                             code="too_few_images")
         self.num_images, self.global_batch, self.batch_size = num_images, global_batch, batch_size
         self.update_freq, self.rank, self.world_size, self.seed = update_freq, rank, world_size, seed
@@ -41,7 +42,8 @@ class GlobalBatchSampler(Sampler[list[Item]]):
         """The next iteration yields `epoch` from its update `first_update_in_epoch` on."""
         if not 0 <= first_update_in_epoch <= self.updates_per_epoch:
             raise UserError(f"Update {first_update_in_epoch} of epoch {epoch} does not exist; an epoch has "
-                            f"{self.updates_per_epoch} updates with a global batch of {self.global_batch}.", code="other_run")
+                            f"{self.updates_per_epoch} updates with a global batch of {self.global_batch}.",
+                            code="other_run")
         self.epoch, self.first_update = epoch, first_update_in_epoch
 
     def __len__(self) -> int:
@@ -77,7 +79,8 @@ class ExactEvalSampler(Sampler[int]):
 
 
 def spread_over_classes(targets: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """Positions of up to `count` images, int64, drawn so that as many classes as possible are there equally often.
+    """Positions of up to `count` images, int64, drawn so that as many classes as possible are there equally
+    often.
 
     targets: int64 (N,) class of each image.
     """

@@ -1,4 +1,5 @@
-"""ImageNet's companions: ReaL labels for the validation set, and V2, -A, -R and -Sketch by their class folders."""
+"""ImageNet's companions: ReaL labels for the validation set, and V2, -A, -R and -Sketch by their class
+folders."""
 import importlib.resources
 import json
 import os
@@ -18,8 +19,8 @@ _INFO = importlib.resources.files("timm.data") / "_info"
 class Subset:
     """How images of one of the sets are judged by a model with ImageNet-1k's 1000 logits.
 
-    name: imagenet-val, imagenet-v2, imagenet-a, imagenet-r or imagenet-sketch · folders: class folders in the order
-    of the logits that are kept · columns: indices of these logits, None for all 1000.
+    name: imagenet-val, imagenet-v2, imagenet-a, imagenet-r or imagenet-sketch · folders: class folders in the
+    order of the logits that are kept · columns: indices of these logits, None for all 1000.
     """
     name: str
     folders: tuple[str, ...]
@@ -29,8 +30,8 @@ class Subset:
 def recognise(folders: Sequence[str], images: Sequence[str] = ()) -> Subset | None:
     """The set that class `folders` and the names of some `images` belong to; None for any other data.
 
-    -A and -R have 200 of the 1000 synsets each and are judged among these alone, as their authors do. V2's folders
-    are the class indices 0 to 999 (sorted as text they would be other classes).
+    -A and -R have 200 of the 1000 synsets each and are judged among these alone, as their authors do. V2's
+    folders are the class indices 0 to 999 (sorted as text they would be other classes).
     """
     found, synsets = set(folders), imagenet_synsets()
     if len(found) == 1000 and found == {str(i) for i in range(1000)}:
@@ -49,7 +50,8 @@ def recognise(folders: Sequence[str], images: Sequence[str] = ()) -> Subset | No
 
 
 def recognise_folder(root: str) -> Subset | None:
-    """`recognise` for a folder of class folders; reads the names of these and of a few images. None if unreadable."""
+    """`recognise` for a folder of class folders; reads the names of these and of a few images. None if
+    unreadable."""
     try:
         folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
         images = [next(entry.name for entry in os.scandir(os.path.join(root, folder))
@@ -71,7 +73,8 @@ def _real_labels() -> list[list[int]]:
 
 
 def real_labels(images: Sequence[str]) -> list[list[int]] | None:
-    """ImageNet-ReaL's answers for validation images, by the number in their names; None when one has no such name.
+    """ImageNet-ReaL's answers for validation images, by the number in their names; None when one has no such
+    name.
 
     An empty list is an image that its annotators gave no label; it is left out of the ReaL accuracy
     (Beyer et al., 2020; the labels come with timm).

@@ -1,7 +1,7 @@
 """The form of tar files, read where they lie: an index of offsets, nothing is ever extracted.
 
-`train/` and `val/` hold `*.tar`. An image's class is the folder before its name inside the tar, or the tar's own
-name where there is no folder (one tar per class). Order and labels are those of the unpacked folder.
+`train/` and `val/` hold `*.tar`. An image's class is the folder before its name inside the tar, or the tar's
+own name where there is no folder (one tar per class). Order and labels are those of the unpacked folder.
 """
 import io
 import os
@@ -34,7 +34,8 @@ def recognise(root: str) -> bool:
 
 
 def read(root: str, cache: IndexCache) -> "Tars":
-    """The images in the tar files of `root`; raises UserError for a damaged tar and when there is no image."""
+    """The images in the tar files of `root`; raises UserError for a damaged tar and when there is no
+    image."""
     return Tars(cache.index("tars", root, _scan))
 
 
@@ -92,21 +93,23 @@ def _scan(root: str) -> Index:
                 else:
                     left_out[file_type(path.name)] += 1
         except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{printable(os.path.join(root, tar))} cannot be read as an uncompressed tar ({error}); "
-                            "copy or make it again.", code="unreadable_data") from error
+            path = printable(os.path.join(root, tar))
+            raise UserError(f"{path} cannot be read as an uncompressed tar ({error}); copy or make it again.",
+                            code="unreadable_data") from error
     if not found:
         raise no_images(root, f"holds no images ({', '.join(extensions())}) in its tar files; check the path")
     found.sort()
     classes, labels = np.unique(np.array([entry[0] for entry in found], dtype=object), return_inverse=True)
-    return Index.of(root, classes=classes.tolist(), labels=labels.tolist(), names=[entry[1] for entry in found],
-                    seen=["", *tars], left_out=left_out, places=[entry[2:] for entry in found])
+    return Index.of(root, classes=classes.tolist(), labels=labels.tolist(), seen=["", *tars],
+                    left_out=left_out, names=[entry[1] for entry in found],
+                    places=[entry[2:] for entry in found])
 
 
 def members(path: str) -> Iterator[tarfile.TarInfo]:
     """What a tar holds, in order; raises ValueError, OSError, RecursionError or TarError for a damaged one.
 
-    Python's reader alone takes a header of any claimed size into memory, follows negative sizes backwards, and
-    ends in silence where a header is damaged.
+    Python's reader alone takes a header of any claimed size into memory, follows negative sizes backwards,
+    and ends in silence where a header is damaged.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("not a regular file")
@@ -115,7 +118,7 @@ def members(path: str) -> Iterator[tarfile.TarInfo]:
             if member.size < 0:
                 raise ValueError("a negative size")
             yield member
-            tar.members = []  # Otherwise it keeps every header it has met.
+            vars(tar)["members"] = []  # Otherwise it keeps every header it has met.
         block = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
         if len(block) < tarfile.BLOCKSIZE or any(block):
             raise ValueError(f"damaged or cut short at byte {tar.offset}")

@@ -1,16 +1,16 @@
 """From a decoded image to uint8 pixels: the published crops and augmentation, without normalisation.
 
-Normalisation and the filling of erased boxes happen on the device (device.py); a quarter of the bytes pass from the
-workers, and the values stay those of ToTensor + Normalize, bit for bit.
+Normalisation and the filling of erased boxes happen on the device (device.py); a quarter of the bytes pass
+from the workers, and the values stay those of ToTensor + Normalize, bit for bit.
 """
 import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from timm.data.transforms import str_to_interp_mode
 from timm.data.transforms_factory import create_transform
 from torchvision import transforms
 
@@ -22,26 +22,29 @@ Transform = Callable[[Image.Image], np.ndarray]
 def train_transform(options: Options) -> Transform:
     """RGB image → uint8 (size, size, 3): timm's random resized crop, flip and RandAugment or colour jitter.
 
-    Draws from the default generators of Python, NumPy and torch; seed them around each call. Up to 32 pixels the
-    area crop is a plain one after padding by 4, as published.
+    Draws from the default generators of Python, NumPy and torch; seed them around each call. Up to 32 pixels
+    the area crop is a plain one after padding by 4, as published.
     """
     settings = ImageSettings.of(options)
-    first, second, _ = create_transform(
-        options.input_size, is_training=True, color_jitter=options.color_jitter or None,
+    parts: Any = create_transform(
+        options.input_size, is_training=True, color_jitter=options.color_jitter or None,  # type: ignore
         auto_augment=options.aa if options.aa and options.aa != "none" else None,
-        interpolation=options.train_interpolation, re_prob=0.0, mean=settings.mean, std=settings.std, separate=True,
-        hflip=options.hflip, scale=tuple(options.scale) if options.scale else None)
+        interpolation=options.train_interpolation, re_prob=0.0, mean=settings.mean, std=settings.std,
+        separate=True, hflip=options.hflip, scale=(options.scale[0], options.scale[1]))
+    first, second, _ = parts
     if options.input_size <= settings.SMALL:
         first.transforms[0] = transforms.RandomCrop(options.input_size, padding=4, pad_if_needed=True)
     return _ToPixels(first, second)
 
 
-def eval_transform(input_size: int, crop_pct: float | None = None, interpolation: str = "bicubic") -> Transform:
-    """RGB image → uint8 (size, size, 3): short side to int(size / crop_pct) and centre crop; from 384 on a warp.
+def eval_transform(input_size: int, crop_pct: float | None = None,
+                   interpolation: str = "bicubic") -> Transform:
+    """RGB image → uint8 (size, size, 3): short side to int(size / crop_pct) and centre crop; from 384 on a
+    warp.
 
     An image that has the wanted size of 32 pixels or fewer is left as it is (CIFAR).
     """
-    settings, mode = ImageSettings(input_size, crop_pct), str_to_interp_mode(interpolation)
+    settings, mode = ImageSettings(input_size, crop_pct), transforms.InterpolationMode(interpolation)
     if settings.eval_crop_pct is None:
         return _ToPixels(transforms.Resize((input_size, input_size), interpolation=mode))
     short = int(input_size / settings.eval_crop_pct)

@@ -170,7 +170,7 @@ class Task:
     def _decides(self) -> bool:
         """Whether this task is the first of its attempt to get here; it decides for all, once.
 
-        The others may have failed too, or were told to stop because the first one has requeued the job.
+        The others may have failed too, or were asked to stop because the first one has requeued the job.
         """
         try:
             os.close(os.open(self.folder / f"decision-{self.id}-{restarts()}", os.O_CREAT | os.O_EXCL))

@@ -128,7 +128,7 @@ class Comparison:
         if self.p_value < 0.05:
             better = "second" if self.difference > 0 else "first"
             return f"The {better} is better, by more than chance explains ({figures})."
-        return f"The two cannot be told apart on these images ({figures})."
+        return f"The two cannot be distinguished on these images ({figures})."
 
 
 def compare(first: Predictions, second: Predictions, samples: int = 10_000) -> Comparison:

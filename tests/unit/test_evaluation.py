@@ -94,7 +94,7 @@ def test_the_report_folders_of_two_evaluations_are_compared(world, tmp_path):
     assert report([str(tmp_path / "model"), str(tmp_path / "ema"), "--out", str(tmp_path / "two.html")]) == 0
     html = (tmp_path / "two.html").read_text("utf-8")
     assert all(f'<td class="n">{n}</td>' in html for n in hits)
-    assert "The two cannot be told apart" in html or "is better" in html or "Both get the same number" in html
+    assert "The two cannot be distinguished" in html or "is better" in html or "Both get the same number" in html
 
 
 def test_outputs_of_the_engine_become_predictions_with_the_same_sums():

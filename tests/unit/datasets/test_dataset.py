@@ -1,4 +1,5 @@
-"""Batches depend on seed, epoch and position alone: not on workers, splits, restarts or other random streams."""
+"""Batches depend on seed, epoch and position alone: not on workers, splits, restarts or other random
+streams."""
 import os
 import random
 import signal
@@ -140,7 +141,8 @@ def test_an_error_in_a_transform_names_the_image(folder, workers):
         list(eval_loader(data, options))
 
 
-# ------------------------------------------------------------------------------------------------- unreadable images
+# ------------------------------------------------------------------------------------------------- unreadable
+# images
 
 @pytest.fixture
 def damaged(tmp_path):
@@ -214,7 +216,8 @@ def test_the_sample_check_names_what_it_finds(damaged):
     assert "20 images of 2 classes" in found.sentences()[0] and "3.JPEG" in found.sentences()[1]
 
 
-# ---------------------------------------------------------------------------------- what a machine has too little of
+# ---------------------------------------------------------------------------------- what a machine has too
+# little of
 
 _SHORT = """
 import os, resource, sys
@@ -261,7 +264,8 @@ def test_too_little_shared_memory_processes_or_descriptors_are_one_sentence_each
     assert "Traceback" not in done.stderr, done.stderr
 
 
-# ------------------------------------------------------------------------------------------------------- workers' ends
+# -------------------------------------------------------------------------------------------------------
+# workers' ends
 
 _CHILD = """
 import sys, time

@@ -1,4 +1,5 @@
-"""The last steps on the device: normalisation, erasing and mixing, equal for every split of the global batch."""
+"""The last steps on the device: normalisation, erasing and mixing, equal for every split of the global
+batch."""
 import numpy as np
 import pytest
 import torch
@@ -64,7 +65,8 @@ def test_images_and_labels_are_mixed_with_the_neighbour_by_the_same_share(mode):
 
 @pytest.mark.parametrize("mode, units", [("batch", 1), ("pair", 32), ("elem", 64)])
 def test_shares_are_distributed_as_in_timm(mode, units):
-    """Against the distributions themselves: half CutMix, a share prob mixed at all, Beta(0.8, 0.8) for mixup."""
+    """Against the distributions themselves: half CutMix, a share prob mixed at all, Beta(0.8, 0.8) for
+    mixup."""
     mixup = group_mixup(mixup_mode=mode, mixup_prob=0.7)
     drawn = [choice for group in range(6400 // units) for choice in mixup.choices(0, group, 224, 224)]
     mixed = [lam for lam, box in drawn if box is None and lam < 1]

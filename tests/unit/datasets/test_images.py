@@ -1,4 +1,5 @@
-"""Decoding: what cannot be read is a BadImage with a reason, and odd images are what the docstring promises."""
+"""Decoding: what cannot be read is a BadImage with a reason, and odd images are what the docstring
+promises."""
 import io
 import os
 import tempfile

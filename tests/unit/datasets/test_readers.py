@@ -1,4 +1,5 @@
-"""The index of a data folder: kept between starts, never believed when something changed; forms are recognised."""
+"""The index of a data folder: kept between starts, never believed when something changed; forms are
+recognised."""
 import os
 import pickle
 import time

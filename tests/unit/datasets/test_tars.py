@@ -1,4 +1,5 @@
-"""Tar files give the images, labels and order of the folder they were made from; hostile ones are one sentence."""
+"""Tar files give the images, labels and order of the folder they were made from; hostile ones are one
+sentence."""
 import io
 import os
 import shutil

@@ -34,7 +34,7 @@ def test_evaluation_pixels_are_the_published_ones(case):
     assert np.abs(np.array(probes) - expected["probe"]).max() < 1e-5
 
 
-@pytest.mark.parametrize("aa, hflip, scale", [("rand-m9-mstd0.5-inc1", 0.5, None), ("none", 0.0, (0.5, 1.0))])
+@pytest.mark.parametrize("aa, hflip, scale", [("rand-m9-mstd0.5-inc1", 0.5, (0.08, 1.0)), ("none", 0.0, (0.5, 1.0))])
 def test_training_pixels_equal_timms_pipeline(aa, hflip, scale):
     options = data_options(input_size=96, aa=aa, hflip=hflip, scale=scale)
     ours = train_transform(options)

@@ -1,4 +1,5 @@
-"""Loader workers over an index of a million images: memory, open files and shared memory stay where they are."""
+"""Loader workers over an index of a million images: memory, open files and shared memory stay where they
+are."""
 import multiprocessing
 import os
 from dataclasses import replace
@@ -62,8 +63,9 @@ def shared_memory() -> int:
 
 
 def measure(folder: Path, answer) -> None:
-    """Footprints of workers and parent after each of four passes. In a process of its own: workers forked from a
-    test runner share its gigabytes, whose pages they copy one by one as the counts of references in them change."""
+    """Footprints of workers and parent after each of four passes. In a process of its own: workers forked
+    from a test runner share its gigabytes, whose pages they copy one by one as the counts of references in
+    them change."""
     options = data_options(num_workers=2, input_size=32, pin_mem=False)
     source = reader(folder)
     dataset = ImageDataset(source, source.labels.astype(np.int64), train_transform(options), 32, seed=0,
