@@ -203,7 +203,7 @@ def poisoned(updates, rank, process, policy="skip", kind="loss", epochs=1, **cha
     if kind == "gradient":  # a finite loss whose gradient is not
         task.criterion = lambda logits, targets: criterion(logits, targets) + (
             (logits - logits).abs().sum().sqrt() if bad() else 0)
-    if kind == "value":  # an infinite loss with a finite gradient, which reducing gradients does not carry over
+    if kind == "value":  # an infinite loss with a finite gradient, which gradients do not carry over
         task.criterion = lambda logits, targets: criterion(logits, targets) + (
             float("inf") if bad() else 0)
     progress = [train(state, epoch, observer=recorder) for epoch in range(epochs)]

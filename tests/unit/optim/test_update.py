@@ -17,7 +17,8 @@ from tests.kits.toy import CLASSES, SIZE, Toy, options
 def batches(updates, update_freq):
     generator = torch.Generator().manual_seed(5)
     return [[(torch.randn(4, 3, SIZE, SIZE, generator=generator),
-              torch.randint(CLASSES, (4,), generator=generator)) for _ in range(update_freq)] for _ in range(updates)]
+              torch.randint(CLASSES, (4,), generator=generator)) for _ in range(update_freq)]
+            for _ in range(updates)]
 
 
 def ours(config, data, **changes):
