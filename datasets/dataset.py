@@ -192,7 +192,7 @@ class ImageLoader(DataLoader[Batch]):
 
     def take_bad(self) -> list[str]:
         """The images that could not be read since the last call."""
-        paths = [self.dataset.path(index) for index in self.bad_images]
+        paths = [self.images.path(index) for index in self.bad_images]
         self.bad_images.clear()
         return paths
 
