@@ -277,8 +277,8 @@ def _yaml(value: object) -> str:
 def published_recipe(options: Options) -> Recipe | None:
     """The published recipe of a run's model, or None.
 
-    The large models have two, ImageNet-22k pre-training and 384-pixel fine-tuning, distinguished by the start
-    and the input size.
+    The large models have two, ImageNet-22k pre-training and 384-pixel fine-tuning: the start and the input
+    size decide.
     """
     endings = ["_ft1k_384"] if options.finetune else ["", "_in22k", "_ft1k_384"]
     if options.input_size >= 384:

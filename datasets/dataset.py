@@ -236,8 +236,10 @@ class ImageLoader(DataLoader[Batch]):
         if batch.epoch >= 0 and (batch.targets == UNREADABLE_TARGET).any():
             raise UserError(f"{_ATTEMPTS} images in a row cannot be read, such as {last}; check the disk and "
                             "the data path.", code="unreadable_image")
-        self.bad_images += [(index, reason) for index, reason in batch.unreadable if index not in self._known]
-        self._known.update(index for index, _ in batch.unreadable)
+        for index, reason in batch.unreadable:
+            if index not in self._known:
+                self._known.add(index)
+                self.bad_images.append((index, reason))
 
 
 def _need_descriptors(workers: int) -> None:

@@ -45,7 +45,7 @@ def compile_model(model: nn.Module, shape: tuple[int, int, int, int], dtype: tor
 
 @contextmanager
 def _true_float32() -> Iterator[None]:
-    """Products without TF32, said in the one of PyTorch's two ways that torch.compile can read."""
+    """Products without TF32, in the one of PyTorch's two ways to set it that torch.compile can read."""
     places: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
     allowed = [place.allow_tf32 for place in places]
     try:

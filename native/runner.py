@@ -204,7 +204,7 @@ class BlockRunner:
 
     def __call__(self, block: Block, x: Tensor, keep: Tensor | None) -> Tensor:
         dtype = served_dtype(block, x, keep)
-        if dtype is None:
+        if dtype is None or (self.compiled and kernels.library() is None):  # a model pickled elsewhere
             return NotImplemented
         first, second = (None, None) if keep is None else keep.unbind(1)
         x = x.permute(0, 2, 3, 1)

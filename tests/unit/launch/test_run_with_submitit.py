@@ -86,7 +86,7 @@ def test_slurm_where_there_is_none_names_the_torchrun_line(program, no_slurm, ca
 
 
 @pytest.mark.parametrize("argv, sentence", [
-    (["--cluster", "local", "--nodes", "2"], "a local job has one node"),
+    (["--cluster", "local", "--nodes", "2"], "--nodes 2"),
     (["status", "nowhere"], "nowhere holds no job.json"),
     (["status"], "status takes one folder"),
     (["--cluster", "local", "--no_such_flag", "1"], "no_such_flag"),

@@ -65,7 +65,7 @@ def test_a_graph_that_computes_something_else_is_not_used(backend, monkeypatch, 
     assert all(module.fourier is None for module in model.modules() if isinstance(module, GlobalLocalFilter))
 
 
-def test_a_compiler_that_fails_is_told_in_one_line(monkeypatch, caplog):
+def test_a_compiler_that_fails_is_one_line(monkeypatch, caplog):
     def broken(graph, inputs):
         raise RuntimeError("no compiler here\nand much more")
 
@@ -74,15 +74,15 @@ def test_a_compiler_that_fails_is_told_in_one_line(monkeypatch, caplog):
     model = network("hornet_pico_7x7")
     with caplog.at_level(logging.WARNING, "hornet"):
         assert compiling.compile_model(model, SHAPE, None, alone) is model
-    said = [record.getMessage() for record in caplog.records if record.name == "hornet"]
-    assert len(said) == 1 and "no compiler here" in said[0] and "much more" not in said[0]
+    messages = [record.getMessage() for record in caplog.records if record.name == "hornet"]
+    assert len(messages) == 1 and "no compiler here" in messages[0] and "much more" not in messages[0]
 
 
 def test_it_is_used_by_all_processes_or_by_none(backend, caplog):
-    model, told = network("hornet_pico_7x7"), []
+    model, asked = network("hornet_pico_7x7"), []
     with caplog.at_level(logging.WARNING, "hornet"):
-        assert compiling.compile_model(model, SHAPE, None, lambda mine: told.append(mine)) is model
-    assert told == [True] and "another process" in caplog.text
+        assert compiling.compile_model(model, SHAPE, None, lambda mine: asked.append(mine)) is model
+    assert asked == [True] and "another process" in caplog.text
 
 
 @pytest.mark.slow

@@ -91,7 +91,7 @@ def test_a_run_with_exif_orientation_turns_images_here_too(tmp_path, two):
     for turn in (False, True):
         path = checkpoint(tmp_path / "c.pth", two[0], model="hornet_pico_gf", input_size=64, exif_orientation=turn)
         pixels = torch.tensor(eval_transform(64)(decode_path(str(tmp_path / "turned.jpg"), turn)))
-        wanted = Normalise(ImageSettings().mean, ImageSettings().std, "cpu")(pixels[None])[0].permute(2, 0, 1)
+        wanted = Normalise(ImageSettings(), "cpu")(pixels[None])[0].permute(2, 0, 1)
         for opened in (decode_path(str(tmp_path / "turned.jpg")), as_rgb(tmp_path / "turned.jpg")):
             assert torch.equal(models.load(path).transform(opened), wanted)
 

@@ -217,6 +217,6 @@ def test_the_self_test_notices_another_pixel(monkeypatch):
                 return result
             return spoilt
 
-    for name, said in (("window", "decoding and resizing"), ("affine", "warps")):
+    for name, found in (("window", "decoding and resizing"), ("affine", "warps")):
         monkeypatch.setattr(fast, "_library", lambda name=name: Wrong(name))
-        assert fast._self_test() == said
+        assert fast._self_test() == found

@@ -2,6 +2,7 @@
 seen.
 """
 import copy
+import pickle
 import platform
 
 import numpy as np
@@ -327,3 +328,10 @@ def test_it_steps_aside_for_modes_transforms_and_types():
     note(x.bfloat16())  # a float32 block
     assert len(seen) == 13 and all(out is NotImplemented for out in seen)
     assert fast(block, x, None) is not NotImplemented
+
+
+def test_a_model_pickled_where_there_were_kernels_runs_where_there_are_none(monkeypatch):
+    fast, plain = pair("hornet_pico_gf", PATHS[1].values[0])
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(pickle.loads(pickle.dumps(fast))(x), plain(x))
