@@ -6,7 +6,14 @@ import pytest
 from scipy.stats import binomtest
 
 from common.errors import UserError
-from report.metrics import Predictions, calibration_error, compare, confusion_pairs, metrics, multi_label_accuracy
+from report.metrics import (
+    Predictions,
+    calibration_error,
+    compare,
+    confusion_pairs,
+    metrics,
+    multi_label_accuracy,
+)
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox"]
 

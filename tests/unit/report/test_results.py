@@ -7,12 +7,21 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from models import zoo
 from engine import EvalResult
+from models import zoo
 from report.metrics import Predictions, confusion_pairs
 from report.results import (
-    Protocol, explain_difference, per_class, read_predictions, results_from, summary_line, verdict, write_eval_json,
-    write_predictions, write_report_files)
+    Protocol,
+    explain_difference,
+    per_class,
+    read_predictions,
+    results_from,
+    summary_line,
+    verdict,
+    write_eval_json,
+    write_predictions,
+    write_report_files,
+)
 from tests.unit.report.test_metrics import CLASSES, predictions
 
 PROTOCOL = Protocol(model="hornet_tiny_7x7", num_classes=1000, input_size=224)
