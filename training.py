@@ -10,7 +10,6 @@ import engine
 import native
 from common.errors import UserError
 from common.files import read_json_lines
-from common.ledger import restarts
 from common.log import logger
 from common.outcome import ExitCode, Outcome
 from common.text import plural, printable
@@ -379,8 +378,7 @@ def _fit(trainer: Trainer, folder: RunFolder | None) -> ExitCode:
     options, checkpoints, at = trainer.options, trainer.checkpoints, trainer.position
     if folder is not None:
         trainer.tracker.resume(at.begun)
-        folder.begin(update=at.update, epoch=at.begun, resume=options.resume[0] if options.resume else "",
-                     automatic=restarts() > 0)
+        folder.begin(update=at.update, epoch=at.begun, resume=options.resume[0] if options.resume else "")
     if checkpoints is not None:
         trainer.best.correct(checkpoints.scores())
     outcome, cause = Outcome.FAILED, ""

@@ -11,14 +11,14 @@ from torch import nn
 
 import models
 import native
+from benchmarks.reference import PlainUpdate, plain_model
+from benchmarks.timing import Row, interleave, peak_bandwidth, peak_flops, rows
 from models.inspect import complexity
 from models.zoo import VARIANTS
 from native.paths import runner_of
 from native.runner import product_dtype
 from optim.ema import Ema
 from optim.update import Update, UpdateConfig
-from benchmarks.reference import PlainUpdate, plain_model
-from benchmarks.timing import Row, interleave, peak_bandwidth, peak_flops, rows
 
 F32, BF16 = torch.float32, torch.bfloat16
 CASES = ("reference bf16", "plain", "plain bf16", "fast", "fast bf16")

@@ -15,14 +15,14 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.datasets import ImageFolder
 
+from benchmarks.timing import CLOCKS, Row, interleave, rows
+from config.parse import Options
 from datasets.dataset import ImageDataset
 from datasets.device import EvalPrepare, TrainPrepare
 from datasets.folders import Folders, read
 from datasets.readers import Index, IndexCache, Strings, save_index
 from datasets.sampler import GlobalBatchSampler
 from datasets.transforms import Erasing, eval_transform, train_transform
-from config.parse import Options
-from benchmarks.timing import CLOCKS, Row, interleave, rows
 
 IMAGENET = 1_281_167
 PRIVATE = re.compile(r"Private_Dirty:\s+(\d+) kB")

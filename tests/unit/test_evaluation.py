@@ -181,7 +181,7 @@ def test_a_runs_folder_is_enough_for_its_evaluation_and_its_page_is_refreshed(tm
         assert (result["model"], result["input_size"], result["images"]) == ("hornet_pico_7x7", 32, 14)
         (folder / "eval.json").unlink()
     assert (folder / "report.html").read_text("utf-8") == page
-    assert main(["--eval", "true", "--output_dir", str(folder), "--report", str(folder), *DEVICE]) == 0
+    assert main(["--eval", "true", "--report", str(folder), *DEVICE]) == 0
     refreshed = (folder / "report.html").read_text("utf-8")
     assert "evaluated top-1" in refreshed and "evaluated top-1" not in page
     assert main(["--eval", "true", "--output_dir", str(folder), "--data_path", "/nowhere", *DEVICE]) == 2
