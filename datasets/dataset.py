@@ -190,12 +190,6 @@ class ImageLoader(DataLoader[Batch]):
             # before.
             atexit.register(_close, weakref.ref(self))
 
-    def take_bad(self) -> list[str]:
-        """The images that could not be read since the last call."""
-        paths = [self.images.path(index) for index in self.bad_images]
-        self.bad_images.clear()
-        return paths
-
     def close(self) -> None:
         """End the workers; a later iteration starts new ones."""
         iterator, self._iterator = self._iterator, None
