@@ -1,4 +1,5 @@
-"""`python -m benchmarks {model,train,optim,data,family,all}`: a table of medians and ratios, and JSON beside it."""
+"""`python -m benchmarks {model,train,optim,data,family,all}`: a table of medians and ratios, and JSON beside
+it."""
 import argparse
 import json
 import multiprocessing
@@ -8,12 +9,12 @@ import timm
 import torch
 
 import models
+from benchmarks import cases, data, timing
+from benchmarks.plot import accuracy_speed
 from common.files import write_json, write_text
 from common.log import logger
 from models.inspect import complexity
 from models.zoo import PUBLISHED, VARIANTS
-from benchmarks import cases, data, timing
-from benchmarks.plot import accuracy_speed
 from tools.command import run_command
 
 WORKS = ("model", "train", "optim", "data", "family", "all")

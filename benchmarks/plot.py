@@ -6,8 +6,9 @@ WIDTH, HEIGHT, LEFT, BOTTOM, EDGE = 720, 440, 60, 50, 20
 
 
 def accuracy_speed(family: list[dict], title: str) -> str:
-    """An SVG of top-1 (published, ImageNet-1k) over milliseconds per picture (evaluation, float32); the two series
-    are the 7x7 and the global-filter models. Rows without a published top-1 or a speed are left out."""
+    """An SVG of top-1 (published, ImageNet-1k) over milliseconds per picture (evaluation, float32); the two
+    series are the 7x7 and the global-filter models. Rows without a published top-1 or a speed are left
+    out."""
     points = [(1e3 / row["evaluate_per_second"], row["top1"], row["model"]) for row in family
               if row.get("top1") and row.get("evaluate_per_second")]
     if not points:

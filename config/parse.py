@@ -78,9 +78,7 @@ class Resolved:
         lines = [f"{name}: {_yaml(value)}  # {self.origins[name]}"
                  + (f", published: {_shown(different[name][1])}" if name in different else "")
                  for name, value in self.to_dict().items() if name not in skipped]
-        compared = (f"{len(different)} differ from the published recipe {self.published.name}, whose global "
-                    f"batch is {self.published.global_batch}" if self.published else "no published recipe")
-        return "\n".join([*lines, f"# {compared}", ""])
+        return "\n".join([*lines, ""])
 
 
 def parse(argv: Sequence[str], model_names: Sequence[str] = ()) -> Resolved:

@@ -95,5 +95,5 @@ def check_writable(flag: str, folder: str) -> None:
 
 def free_space(output_dir: str | os.PathLike) -> int:
     """Bytes that a run can have for its checkpoints in `output_dir`, including those of its own there."""
-    own = sum(path.stat().st_size for path in Path(output_dir).glob("*.pth"))
+    own = sum(path.stat().st_size for path in Path(output_dir).glob("*.pth") if path.is_file())
     return shutil.disk_usage(existing_folder(output_dir)).free + own

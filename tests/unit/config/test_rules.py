@@ -105,10 +105,7 @@ def test_learning_rate_for_another_global_batch(argv, lr):
     result = plan_batch(options(f"--model hornet_tiny_7x7 --batch_size 64 {argv}"), 8)
     assert result.lr == pytest.approx(lr)
     logged = " ".join(result.notices)
-    assert logged == "" if argv else all(word in logged for word in ("512", "4096", "0.0005", "--update_freq "
-                                                                                              "8 "))
-    with refused("contradiction", "--lr_scale linear", "--min_lr"):
-        plan_batch(options("--model hornet_tiny_7x7 --batch_size 2 --lr_scale linear --min_lr 1e-3"), 1)
+    assert logged == "" if argv else all(word in logged for word in ("512", "4096", "0.0005"))
 
 
 def test_no_word_about_the_batch_when_it_is_the_recipes():
@@ -121,7 +118,6 @@ def test_a_flag_replaces_the_recipes_global_batch():
     assert len(resolved.notices) == 1 and "--update_freq 1" in resolved.notices[0]
     result = plan_batch(resolved, 8)
     assert result.global_batch == 1024 and "0.001 instead of 0.004" in result.notices[0]
-    assert "--update_freq 4 " in result.notices[0]
 
 
 # With the data indexed

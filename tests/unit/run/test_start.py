@@ -4,8 +4,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from datasets.build import SampleCheck
 from common.errors import UserError
+from datasets.build import SampleCheck
 from run.start import check_writable, memory_problems, process_problems, start_warnings
 
 
