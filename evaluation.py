@@ -143,6 +143,7 @@ def find_sources(resolved: Resolved) -> list[str]:
         path = loaded.path if loaded else Path(local_file(name))
         found.append(best_checkpoint(path) or path if path.is_dir() else path)
     start = next((name for name in ("pretrained", "finetune") if getattr(options, name)), "")
+    folder = folder or ("" if start else options.report)  # of a run whose page is to be refreshed
     if folder and not found and not (start and resolved.origins[start] == "flag"):
         found += filter(None, [best_checkpoint(Path(folder))])
     if start and (not found or resolved.origins[start] == "flag"):

@@ -1,4 +1,5 @@
-"""`python -m benchmarks {model,train,optim,data,family,all}`: a table of medians and ratios, and JSON beside it."""
+"""`python -m benchmarks {model,train,optim,data,family,all}`: a table of medians and ratios, and JSON beside
+it."""
 import argparse
 import json
 import multiprocessing

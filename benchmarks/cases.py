@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-import models
+import models  # noqa: F401  registers the architectures with timm
 import native
 from benchmarks.reference import PlainUpdate, plain_model
 from benchmarks.timing import Row, interleave, peak_bandwidth, peak_flops, rows
@@ -26,8 +26,8 @@ CASES = ("reference bf16", "plain", "plain bf16", "fast", "fast bf16")
 
 @dataclass
 class Setting:
-    """How to measure; `clock` "cpu" counts only this process' time, for a machine shared with others. `only` names
-    those of CASES to run beside the reference, all if empty."""
+    """How to measure; `clock` "cpu" counts only this process' time, for a machine shared with others. `only`
+    names those of CASES to run beside the reference, all if empty."""
 
     batch: int = 8
     repeats: int = 9
@@ -47,7 +47,8 @@ def autocast(dtype: torch.dtype):
 
 
 def _trio(name: str, drop_path: float = 0.0) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """The reference, the product in plain PyTorch and the product on this machine's paths, with equal weights."""
+    """The reference, the product in plain PyTorch and the product on this machine's paths, with equal
+    weights."""
     torch.manual_seed(0)
     plain, reference = timm.create_model(name, drop_path_rate=drop_path), plain_model(name, 1000, drop_path)
     with torch.no_grad():
@@ -145,8 +146,8 @@ class _Constant:
 
 
 def optimizer(name: str, setting: Setting) -> list[Row]:
-    """Clipping, AdamW and EMA on every tensor of a model; the share is of a pass over memory that reads gradient,
-    weight, two moments and average and writes the last four."""
+    """Clipping, AdamW and EMA on every tensor of a model; the share is of a pass over memory that reads
+    gradient, weight, two moments and average and writes the last four."""
     one, other = timm.create_model(name), timm.create_model(name)
     native.attach(other)  # freed memory is kept, for the reference too
     gradients = [torch.randn_like(p) * 1e-3 for p in one.parameters()]
@@ -197,7 +198,8 @@ def family_member(name: str, setting: Setting, train: bool) -> float:
 
 
 def report_member(name: str, setting: Setting, train: bool, threads: int, answers) -> None:
-    """`family_member` in a process of its own: puts (pictures per second, GiB above an idle start) into `answers`."""
+    """`family_member` in a process of its own: puts (pictures per second, GiB above an idle start) into
+    `answers`."""
     torch.set_num_threads(threads)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     speed = family_member(name, setting, train)

@@ -29,9 +29,10 @@ PRIVATE = re.compile(r"Private_Dirty:\s+(\d+) kB")
 
 
 def loading(repeats: int, clock: str, pictures: int = 24) -> list[Row]:
-    """From JPEG files of 500x375 to normalised batches on the CPU, one process, against torchvision's and timm's usual
-    chain (float32 ToTensor, Normalize and collate). Mixing is left out on both sides. `pillow` is the product without
-    its compiled helper; `pixels` in a row's name stops at the uint8 batch that workers hand over."""
+    """From JPEG files of 500x375 to normalised batches on the CPU, one process, against torchvision's and
+    timm's usual chain (float32 ToTensor, Normalize and collate). Mixing is left out on both sides. `pillow`
+    is the product without its compiled helper; `pixels` in a row's name stops at the uint8 batch that workers
+    hand over."""
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "pictures" / "class"
         folder.mkdir(parents=True)
@@ -78,9 +79,9 @@ def _cases(root: str, reader: Folders, training: bool) -> dict[str, Callable[[],
 
 
 def start_up(repeats: int, clock: str, pictures: int = IMAGENET) -> list[Row]:
-    """The second start on `pictures` in 1000 class folders up to the first batch's picture numbers and paths, and what
-    10,000 look-ups in a forked worker take and cost in private memory. The class folders are real, the files are only
-    in the index: a second start looks at folders, not at files."""
+    """The second start on `pictures` in 1000 class folders up to the first batch's picture numbers and paths,
+    and what 10,000 look-ups in a forked worker take and cost in private memory. The class folders are real,
+    the files are only in the index: a second start looks at folders, not at files."""
     with tempfile.TemporaryDirectory() as root:
         data, cache = os.path.join(root, "train"), os.path.join(root, "cache")
         classes = [f"n{number:08d}" for number in range(1000)]

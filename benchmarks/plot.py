@@ -6,8 +6,9 @@ WIDTH, HEIGHT, LEFT, BOTTOM, EDGE = 720, 440, 60, 50, 20
 
 
 def accuracy_speed(family: list[dict], title: str) -> str:
-    """An SVG of top-1 (published, ImageNet-1k) over milliseconds per picture (evaluation, float32); the two series
-    are the 7x7 and the global-filter models. Rows without a published top-1 or a speed are left out."""
+    """An SVG of top-1 (published, ImageNet-1k) over milliseconds per picture (evaluation, float32); the two
+    series are the 7x7 and the global-filter models. Rows without a published top-1 or a speed are left
+    out."""
     points = [(1e3 / row["evaluate_per_second"], row["top1"], row["model"]) for row in family
               if row.get("top1") and row.get("evaluate_per_second")]
     if not points:
@@ -27,7 +28,7 @@ def accuracy_speed(family: list[dict], title: str) -> str:
         _, y = place(math.exp(low), step / 2)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - EDGE}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
                      f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{step / 2:.1f}</text>')
-    for ms in (d * 10 ** e for e in range(0, 5) for d in (1, 2, 5)):
+    for ms in (d * 10 ** e for e in range(5) for d in (1, 2, 5)):
         if low <= math.log(ms) <= high:
             x, _ = place(ms, floor)
             parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{2 * EDGE}" y2="{HEIGHT - BOTTOM}" stroke="#eee"/>'

@@ -1,9 +1,9 @@
 """The yardstick of every ratio: the published model in its plain formulation, and the plain update step.
 
-Layout NCHW; LayerNorm over channels written as mean, variance and scale; 1x1 convolutions; complex FFT with the
-filter resized on every forward that needs it; chunks and concatenations; drop path as a mask; AdamW as a loop
-over tensors; EMA as a loop over state-dict entries. Nothing here is tuned and nothing may be slowed down: tests
-hold it to the published figures, and the product is measured against it.
+Layout NCHW; LayerNorm over channels written as mean, variance and scale; 1x1 convolutions; complex FFT with
+the filter resized on every forward that needs it; chunks and concatenations; drop path as a mask; AdamW as a
+loop over tensors; EMA as a loop over state-dict entries. Nothing here is tuned and nothing may be slowed
+down: tests hold it to the published figures, and the product is measured against it.
 Source: HorNet (Rao et al., NeurIPS 2022), sections 3.1-3.3.
 """
 from dataclasses import dataclass
@@ -146,7 +146,8 @@ WIDTHS = {"pico": 8, "nano": 32, "tiny": 64, "small": 96, "base": 128, "large": 
 
 
 def plain_model(name: str, num_classes: int = 1000, drop_path_rate: float = 0.0) -> PlainHorNet:
-    """The plain network with the parameter names and shapes of `name` (`hornet_<size>_<7x7|gf|gf_img384>`)."""
+    """The plain network with the parameter names and shapes of `name`
+    (`hornet_<size>_<7x7|gf|gf_img384>`)."""
     _, size, kind, *rest = name.split("_")
     small = {"pico": (1, 1, 1, 1), "nano": (1, 1, 3, 1)}
     last = ((24, 13), (12, 7)) if rest == ["img384"] else ((4, 3), (2, 2)) if size in small else ((14, 8), (7, 4))

@@ -15,8 +15,8 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 @dataclass
 class Row:
     """One measured case. Times are milliseconds per call; `ratio` is the reference's median over this median,
-    `ratio_of_minimums` the same of the fastest calls; `spread` is (third - first quartile) / median; `share` is
-    of the peak named by `limit`, measured on this machine in the same run."""
+    `ratio_of_minimums` the same of the fastest calls; `spread` is (third - first quartile) / median; `share`
+    is of the peak named by `limit`, measured on this machine in the same run."""
 
     work: str
     case: str
@@ -59,7 +59,8 @@ def rows(work: str, times: dict[str, list[float]], amount: float, unit: str, ref
 
 
 def peak_flops(dtype: torch.dtype, clock: str) -> float:
-    """Best multiply-add rate of a large oneDNN matrix product, in operations per second (2 per multiply-add)."""
+    """Best multiply-add rate of a large oneDNN matrix product, in operations per second (2 per
+    multiply-add)."""
     x, w = torch.randn(1536, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
     with torch.inference_mode():
         packed = torch.ops.mkldnn._reorder_linear_weight(w, len(x))

@@ -54,7 +54,8 @@ def mixes(options: Options) -> bool:
 def check(options: Options) -> None:
     """Refuse contradictions between options. Raises `UserError` (`missing_data`, `contradiction`)."""
     o = options
-    known = o.eval and (o.eval_data_path or o.output_dir or o.resume)  # a run's folder names its own data
+    # A run's folder names its own data.
+    known = o.eval and (o.eval_data_path or o.output_dir or o.resume or o.report)
     if not o.print_config and not o.data_path and not known:
         raise UserError("--data_path is missing; give the folder that holds train/ and val/, or try --config "
                         "recipes/quickstart.yaml without any data.", code="missing_data")

@@ -33,11 +33,7 @@ from datasets.transforms import Erasing, Transform
 UNREADABLE_TARGET = -100  # torch's cross entropy passes over it, and no prediction equals it
 _ATTEMPTS = 20
 _PATIENCE = 300  # seconds for one batch
-_SHORTAGES = {  # what an error of the loader means when the machine has run out of something
-    "Too many open files": "open files than `ulimit -n` allows",
-    "unable to allocate shared memory": "shared memory than /dev/shm has (docker run --shm-size 8g)",
-    "can't start new thread": "threads than `ulimit -u` or the container allows",
-    "Resource temporarily unavailable": "processes than `ulimit -u` or the container allows"}
+
 
 
 class Batch(NamedTuple):
@@ -190,12 +186,6 @@ class ImageLoader(DataLoader[Batch]):
             # before.
             atexit.register(_close, weakref.ref(self))
 
-    def take_bad(self) -> list[str]:
-        """The images that could not be read since the last call."""
-        paths = [self.dataset.path(index) for index in self.bad_images]
-        self.bad_images.clear()
-        return paths
-
     def close(self) -> None:
         """End the workers; a later iteration starts new ones."""
         iterator, self._iterator = self._iterator, None
@@ -220,11 +210,8 @@ class ImageLoader(DataLoader[Batch]):
                 if len(batch.unreadable):
                     self._keep(batch)
                 yield batch
-        except Exception as error:
+        except Exception:
             self.close()
-            for words, what in _SHORTAGES.items():
-                if words in str(error):
-                    raise _too_few(what) from error
             raise
 
     def _keep(self, batch: Batch) -> None:
@@ -249,13 +236,10 @@ def _need_descriptors(workers: int) -> None:
     needed = len(os.listdir("/dev/fd")) + 16 * workers + 32
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY and hard < needed:
-            raise _too_few(_SHORTAGES["Too many open files"])
+            raise UserError(f"--num_workers {workers} needs {needed} open files, and this process may open "
+                            f"{hard}: raise the limit (ulimit -n 4096), or use --num_workers "
+                            "0.", code="open_files")
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
-def _too_few(what: str) -> UserError:
-    return UserError(f"Loading images needs more {what}: raise that, or lower --num_workers.",
-                     code="too_few_resources")
 
 
 def make_loader(dataset: ImageDataset, options: Options, batches: Iterable, *,

@@ -138,7 +138,8 @@ def test_a_disk_that_is_too_small_is_a_problem(two_classes, tmp_path, run, monke
     assert code == 2 and "1.0 MB" in text and "--save_ckpt_num" in text, text
 
 
-# ---------------------------------------------------------------------------------------- weights that know nothing
+# ---------------------------------------------------------------------------------------- weights that know
+# nothing
 
 @pytest.fixture(scope="module")
 def hundred_classes(tmp_path_factory):
@@ -165,7 +166,8 @@ def test_weights_that_know_nothing_end_a_fine_tuning_and_warn_an_evaluation(hund
     assert code == 0 and "warning: the loaded weights get only 1 of 100" in text, text
 
 
-# -------------------------------------------------------------------------------------------------- the pure pieces
+# -------------------------------------------------------------------------------------------------- the pure
+# pieces
 
 def test_a_sample_is_spread_over_the_classes():
     targets = np.repeat(np.arange(20), np.arange(1, 21) * 5)

@@ -1,4 +1,5 @@
-"""Figures from the answer for every image, against loops and closed forms, and the paired test of two evaluations."""
+"""Figures from the answer for every image, against loops and closed forms, and the paired test of two
+evaluations."""
 import math
 
 import numpy as np

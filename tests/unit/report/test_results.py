@@ -1,4 +1,5 @@
-"""The comparison with the published figure, the reasons for a difference, and the files an evaluation leaves."""
+"""The comparison with the published figure, the reasons for a difference, and the files an evaluation
+leaves."""
 import csv
 import json
 from dataclasses import replace
