@@ -39,13 +39,13 @@ def test_without_nb_classes_own_folders_count_and_image_folder_counts_synsets_to
 
 def test_a_stray_folder_among_synsets_is_named():
     folders = sorted([*imagenet_synsets()[:30], "backup"])
-    refused("wrong_classes", lambda: classes_of(folders, None, imagenet_layout=True), "backup", "--allow_class_mismatch")
+    refused("unexpected_classes", lambda: classes_of(folders, None, imagenet_layout=True), "backup", "--allow_class_mismatch")
     assert len(classes_of(folders, None, imagenet_layout=True, allow_mismatch=True).names) == 1000
-    refused("wrong_classes", lambda: classes_of(["a", "b"], 7, imagenet_layout=True), "--nb_classes 7", "--nb_classes 2")
+    refused("unexpected_classes", lambda: classes_of(["a", "b"], 7, imagenet_layout=True), "--nb_classes 7", "--nb_classes 2")
 
 
 def test_mapping_gives_minus_one_only_when_allowed():
-    refused("wrong_classes", lambda: map_folders(["a", "z"], ["a", "b"], partial=True, allow_mismatch=False, what="x"),
+    refused("unexpected_classes", lambda: map_folders(["a", "z"], ["a", "b"], partial=True, allow_mismatch=False, what="x"),
             "folders of no known class: z")
     assert map_folders(["a", "z"], ["b", "a"], partial=True, allow_mismatch=True, what="x").tolist() == [1, -1]
 
