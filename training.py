@@ -15,7 +15,7 @@ from common.outcome import ExitCode, Outcome
 from common.text import plural, printable
 from config.parse import Resolved
 from config.rules import resumed_schedule_notice
-from datasets.build import check_sample, train_loader
+from datasets.build import train_loader
 from datasets.sampler import GlobalBatchSampler
 from evaluation import amp_dtype, evaluate_checkpoints
 from launch.process import Process
@@ -31,7 +31,7 @@ from report.page import write_report
 from run.checkpoint import Checkpoints, Loaded, open_folder, state_bytes
 from run.folder import RunFolder
 from run.log import Tracker, WandbRun
-from run.start import code_version, cpus_per_process, start_warnings
+from run.start import code_version, cpus_per_process, memory_problems, process_problems
 from run.state import (
     BEST,
     BEST_EMA,
@@ -320,8 +320,7 @@ def train(resolved: Resolved, process: Process, watchdog: Watchdog) -> ExitCode:
             watchdog.record_in(options.output_dir)  # not before: a start that is refused leaves nothing there
             for note in (*plan.data.notes, plan.batch.equation, *plan.batch.notices):
                 logger.info(note)
-            sample = check_sample(plan.train, 8) if process.is_main else None
-            for warning in start_warnings(options, process, sample):
+            for warning in memory_problems(options, process) + process_problems(process):
                 if process.is_main:
                     logger.warning(warning)
             trainer = Trainer(plan, process, stop=stop, watchdog=watchdog, state=state,

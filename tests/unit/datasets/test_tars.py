@@ -50,7 +50,7 @@ def test_batches_are_those_of_the_folder(both, workers):
     plain, tars = (build_data(values, train=True, evaluate=True) for values in options)
     assert tars.class_names == plain.class_names and len(tars.train) == 12
     items = [(2, index, index) for index in range(12)]
-    for a, b in zip(plain.train.__getitems__(items)[:6], tars.train.__getitems__(items)[:6], strict=True):
+    for a, b in zip(plain.train.__getitems__(items)[:5], tars.train.__getitems__(items)[:5], strict=True):
         assert np.array_equal(a.numpy(), b.numpy())
     for a, b in zip(eval_loader(plain, options[0]), eval_loader(tars, options[1]), strict=True):
         assert np.array_equal(a.images.numpy(), b.images.numpy()) and np.array_equal(a.targets, b.targets)
