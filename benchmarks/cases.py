@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-import models
+import models  # noqa: F401  registers the architectures with timm
 import native
 from benchmarks.reference import PlainUpdate, plain_model
 from benchmarks.timing import Row, interleave, peak_bandwidth, peak_flops, rows

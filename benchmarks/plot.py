@@ -28,7 +28,7 @@ def accuracy_speed(family: list[dict], title: str) -> str:
         _, y = place(math.exp(low), step / 2)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - EDGE}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
                      f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{step / 2:.1f}</text>')
-    for ms in (d * 10 ** e for e in range(0, 5) for d in (1, 2, 5)):
+    for ms in (d * 10 ** e for e in range(5) for d in (1, 2, 5)):
         if low <= math.log(ms) <= high:
             x, _ = place(ms, floor)
             parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{2 * EDGE}" y2="{HEIGHT - BOTTOM}" stroke="#eee"/>'

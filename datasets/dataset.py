@@ -31,12 +31,6 @@ from datasets.transforms import Erasing, Transform
 UNREADABLE_TARGET = -100  # torch's cross entropy passes over it, and no prediction equals it
 _ATTEMPTS = 20
 _PATIENCE = 300  # seconds for one batch
-_SHORTAGES = {  # what an error of the loader means when the machine has run out of something
-    "Too many open files": "open files than `ulimit -n` allows",
-    "unable to allocate shared memory": "shared memory than /dev/shm has (docker run --shm-size 8g)",
-    "can't start new thread": "threads than `ulimit -u` or the container allows",
-    "Resource temporarily unavailable": "processes than `ulimit -u` or the container allows"}
-
 
 class Batch(NamedTuple):
     """images uint8 (B, H, W, 3); targets, indices (in the data set) and positions (global, within the epoch;
@@ -165,11 +159,8 @@ class ImageLoader(DataLoader[Batch]):
                 if batch.unreadable:
                     self._keep(batch)
                 yield batch
-        except Exception as error:
+        except Exception:
             self.close()
-            for words, what in _SHORTAGES.items():
-                if words in str(error):
-                    raise _too_few(what) from error
             raise
 
     def _keep(self, batch: Batch) -> None:
@@ -187,30 +178,27 @@ class ImageLoader(DataLoader[Batch]):
                 self.bad_images.append((index, reason))
 
 
-def _too_few(what: str) -> UserError:
-    return UserError(f"Loading images needs more {what}: raise that, or lower --num_workers.",
-                     code="too_few_resources")
-
-
 def make_loader(dataset: ImageDataset, options: Options, batches: Iterable, *,
                 refuse_bad: bool = False) -> ImageLoader:
     """The loader over `batches` of items: workers live as long as the loader, and end with their parent.
 
     Its own generator keeps the base seed that every iteration draws away from the default one.
     """
-    extra = {}
-    if options.num_workers:
+    extra, workers = {}, options.num_workers
+    if workers:
         # Six files per batch on its way and some per worker: one that runs out of them ends in tracebacks.
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # -1 is no limit
-        needed = len(os.listdir("/dev/fd")) + 16 * options.num_workers + 32
+        needed = len(os.listdir("/dev/fd")) + 16 * workers + 32
         if 0 <= hard < needed:
-            raise _too_few(_SHORTAGES["Too many open files"])
+            raise UserError(f"--num_workers {workers} needs {needed} open files, and this process may open "
+                            f"{hard}: raise the limit (ulimit -n 4096), or use --num_workers 0.",
+                            code="open_files")
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed) if soft >= 0 else soft, hard))
         # A forked worker is there in 0.05 s (spawned: 3 s), shares the index and touches no accelerator.
         extra = {"persistent_workers": True, "timeout": _PATIENCE,
                  "multiprocessing_context": "fork" if sys.platform == "linux" else "spawn",
                  "worker_init_fn": partial(_start_worker, os.getpid())}
-    return ImageLoader(dataset, refuse_bad=refuse_bad, batch_sampler=batches, num_workers=options.num_workers,
+    return ImageLoader(dataset, refuse_bad=refuse_bad, batch_sampler=batches, num_workers=workers,
                        collate_fn=Batch._make, pin_memory=options.pin_mem and torch.cuda.is_available(),
                        generator=torch.Generator(), **extra)
 

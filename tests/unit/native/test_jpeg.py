@@ -1,5 +1,5 @@
-"""The compiled decoder gives Pillow's pixels bit for bit, leaves to Pillow what is damaged or rare, and is not
-needed.
+"""The compiled decoder gives Pillow's pixels bit for bit, leaves to Pillow what is damaged or rare, and is
+not needed.
 """
 import io
 import random
