@@ -15,7 +15,7 @@ from common.outcome import ExitCode, Outcome
 from common.text import plural, printable
 from config.parse import Resolved
 from config.rules import resumed_schedule_notice
-from datasets.build import train_loader
+from datasets.dataset import make_loader
 from datasets.sampler import GlobalBatchSampler
 from evaluation import amp_dtype, evaluate_checkpoints
 from launch.process import Process
@@ -83,7 +83,7 @@ class Trainer(engine.Observer):
         policy = NonfinitePolicy(options.on_nonfinite)
         self.loop = engine.Loop(
             model=wrapped, plain=self.model, task=self.task, update=update, sampler=sampler,
-            loader=train_loader(data, options, sampler), watch=FiniteWatch(policy), process=process,
+            loader=make_loader(data.train, options, sampler), watch=FiniteWatch(policy), process=process,
             updates_per_epoch=updates, print_freq=options.print_freq, path_of=plan.train.path)
         self.position = Position(updates, options.start_epoch - 1, options.start_epoch * updates)
         self.best, self.data = Best(), DataIdentity(batch.global_batch, len(plan.train), data.class_names)

@@ -1,6 +1,7 @@
 """The data of a run from its options: what is where, which classes and labels; a look at a sample of it."""
 import os
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +18,6 @@ from datasets.folders import class_folders
 from datasets.labels import classes_of, map_folders, read_val_labels
 from datasets.readers import IndexCache, Reader, open_reader
 from datasets.sample import ensure_sample
-from datasets.sampler import GlobalBatchSampler
 from datasets.transforms import Erasing, eval_transform, train_transform
 
 
@@ -71,13 +71,12 @@ def build_data(options: Options, *, train: bool, evaluate: bool, class_names: li
         ensure_sample(options.data_path)
     cache = IndexCache(options.index_cache, options.reindex, rank_zero)
     splits = [_split(options, part, cache) for part in ["train"] * train + ["val"] * evaluate]
-    notes: list[str] = []
-    names = class_names
+    names, notes = class_names, []
     if names is None:
-        found = classes_of(_deciding_classes(options, splits[0]), options.nb_classes, evaluating=not train,
-                           imagenet_layout=options.data_set in ("IMNET", "SAMPLE"),
-                           allow_mismatch=options.allow_class_mismatch)
-        names, notes = found.names, found.notes
+        names, notes = classes_of(
+            _deciding_classes(options, splits[0]), options.nb_classes, evaluating=not train,
+            imagenet_layout=options.data_set in ("IMNET", "SAMPLE"),
+            allow_mismatch=options.allow_class_mismatch)
     built = {split.part: _dataset(options, split, names, notes) for split in splits}
     return Data(built.get("train"), built.get("val"), list(names), notes)
 
@@ -146,10 +145,9 @@ def _dataset(options: Options, split: _Split, names: list[str], notes: list[str]
         notes.append(f"{part}: {len(targets) - known} images of {split.noun}s without a class are skipped")
     notes.append(f"{part}: {known} images in {found} of {len(names)} classes")
     if reader.left_out:
-        types = sorted(reader.left_out.items(), key=lambda item: (-item[1], item[0]))
+        types = Counter(reader.left_out).most_common()
         words = ", ".join(f"{count} {printable(kind)}" for kind, count in types)
-        notes.append(f"{part}: {plural(sum(reader.left_out.values()), 'file')} skipped, as they are no "
-                     f"images: {words[:300]}")
+        notes.append(f"{part}: left out as no images: {words[:300]}")
     if part == "val" and tuple(names) == imagenet_synsets() and len(targets) != 50_000:
         notes.append(f"val: {len(targets)} images, the ImageNet validation set has 50000")
     size, training = options.input_size, part == "train"
@@ -157,12 +155,6 @@ def _dataset(options: Options, split: _Split, names: list[str], notes: list[str]
     erasing = Erasing(options.reprob, options.recount) if training and options.reprob > 0 else None
     return ImageDataset(reader, targets, transform, size, seed=options.seed, erasing=erasing,
                         exif_orientation=options.exif_orientation)
-
-
-def train_loader(data: Data, options: Options, sampler: GlobalBatchSampler) -> ImageLoader:
-    """One loader for the whole run; call `sampler.set_start(epoch, update)` before each iteration."""
-    assert data.train is not None
-    return make_loader(data.train, options, sampler)
 
 
 def eval_loader(data: Data, options: Options, rank: int = 0, world_size: int = 1, *,

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from datasets.build import build_data, eval_loader, train_loader
+from datasets.build import build_data, eval_loader
 from datasets.cifar import read_arrays, read_cifar
+from datasets.dataset import make_loader
 from datasets.sampler import GlobalBatchSampler
 from tests.kits.options import data_options
 
@@ -39,7 +40,7 @@ def test_cifar_is_read_as_it_is(tmp_path):
     assert data.train.targets.tolist() == list(range(8)) and data.val.path(2).endswith("test[2]")
     batch = next(iter(eval_loader(data, options(tmp_path))))
     assert np.array_equal(batch.images.numpy().transpose(0, 3, 1, 2).reshape(4, -1), pixels["test"])
-    loader = train_loader(data, options(tmp_path), GlobalBatchSampler(8, 4, 4, 1))
+    loader = make_loader(data.train, options(tmp_path), GlobalBatchSampler(8, 4, 4, 1))
     assert sum(len(batch.images) for batch in loader) == 8
 
 

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from datasets.build import build_data, eval_loader, train_loader
+from datasets.build import build_data, eval_loader
+from datasets.dataset import make_loader
 from datasets.device import EvalPrepare, TrainPrepare
 from datasets.sampler import GlobalBatchSampler
 from tests.kits.images import fill_folder, jpeg
@@ -48,7 +49,7 @@ def _epoch(folder, world=1, freq=1, epoch=1, start=0, **changes):
     for rank in range(world):
         sampler = GlobalBatchSampler(len(data.train), 64, options.batch_size, freq, rank, world, seed=options.seed)
         sampler.set_start(epoch, start)
-        loader = train_loader(data, options, sampler)
+        loader = make_loader(data.train, options, sampler)
         for batch in loader:
             images, targets = prepare(batch)
             for row, position in enumerate(batch.positions.tolist()):
@@ -82,7 +83,7 @@ def test_epochs_and_seeds_give_other_images(folder):
 def test_loading_disturbs_no_other_random_stream(folder, workers):
     options = _options(folder, num_workers=workers)
     data = build_data(options, train=True, evaluate=True)
-    loaders = train_loader(data, options, GlobalBatchSampler(len(data.train), 64, 64, 1)), eval_loader(data, options)
+    loaders = make_loader(data.train, options, GlobalBatchSampler(len(data.train), 64, 64, 1)), eval_loader(data, options)
 
     def draws(load):
         random.seed(3), np.random.seed(3), torch.manual_seed(3)
@@ -101,7 +102,7 @@ def test_workers_persist_and_follow_the_sampler(folder):
     options = _options(folder, num_workers=2)
     data = build_data(options, train=True, evaluate=False)
     sampler = GlobalBatchSampler(len(data.train), 16, 16, 1)
-    loader = train_loader(data, options, sampler)
+    loader = make_loader(data.train, options, sampler)
     workers = []
     for epoch, start in ((0, 5), (4, 0), (4, 7)):
         sampler.set_start(epoch, start)
@@ -166,7 +167,7 @@ def test_training_replaces_them_the_same_way_each_time_and_reports_each_once(dam
     data = build_data(options, train=True, evaluate=False)
     runs = []
     for _ in range(2):
-        loader = train_loader(data, options, GlobalBatchSampler(20, 4, 4, 1))
+        loader = make_loader(data.train, options, GlobalBatchSampler(20, 4, 4, 1))
         runs.append(list(loader))
         assert sorted(os.path.basename(data.train.path(i)) for i, _ in loader.bad_images) == sorted(BAD)
         assert all(reason for _, reason in loader.bad_images)
@@ -203,7 +204,7 @@ def test_nothing_but_bad_images_ends_with_a_sentence(tmp_path, workers):
         path.write_bytes(b"nothing")
     options = _options(tmp_path, num_workers=workers)
     data = build_data(options, train=True, evaluate=False)
-    loader = train_loader(data, options, GlobalBatchSampler(8, 4, 4, 1))
+    loader = make_loader(data.train, options, GlobalBatchSampler(8, 4, 4, 1))
     with pytest.raises(UserError) as caught:
         list(loader)
     assert caught.value.code == "unreadable_image" and ".JPEG" in str(caught.value) and "20" in str(caught.value)
@@ -218,7 +219,9 @@ import os, resource, sys
 sys.path[:0] = [{root!r}]
 import torch
 from common.errors import UserError, lacks_in_words
-from datasets.build import *
+from datasets.build import build_data
+from datasets.dataset import make_loader
+from datasets.sampler import GlobalBatchSampler
 from tests.kits.options import data_options
 options = data_options(data_set="IMNET", data_path={data!r}, num_workers=2, input_size=48, batch_size=16)
 data = build_data(options, train=True, evaluate=False)
@@ -231,7 +234,7 @@ def full(error):
 def load():
     try:
         with lacks_in_words():
-            list(train_loader(data, options, GlobalBatchSampler(len(data.train), 16, 16, 1)))
+            list(make_loader(data.train, options, GlobalBatchSampler(len(data.train), 16, 16, 1)))
     except UserError as error:
         print(error.code, error, flush=True)
 
@@ -266,10 +269,12 @@ _CHILD = """
 import sys, time
 sys.path[:0] = [{root!r}]
 from tests.kits.options import data_options
-from datasets.build import *
+from datasets.build import build_data
+from datasets.dataset import make_loader
+from datasets.sampler import GlobalBatchSampler
 options = data_options(data_set="IMNET", data_path={data!r}, num_workers=2, input_size=48)
 data = build_data(options, train=True, evaluate=False)
-loader = train_loader(data, options, GlobalBatchSampler(len(data.train), 16, 16, 1))
+loader = make_loader(data.train, options, GlobalBatchSampler(len(data.train), 16, 16, 1))
 batches = iter(loader)
 next(batches)
 print(*[worker.pid for worker in loader._iterator._workers], flush=True)

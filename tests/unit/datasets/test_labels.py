@@ -20,27 +20,27 @@ def test_the_22k_order_has_the_published_tail():
     listed = published_22k_synsets()
     assert len(listed) == len(set(listed)) == 10459 and set(imagenet_synsets()) < set(listed)
     assert (listed[10450], listed[10458]) == ("n02085782", "n04399382")
-    found = classes_of(sorted(listed), None, imagenet_layout=False)
-    assert tuple(found.names) == listed and not found.notes
+    names, notes = classes_of(sorted(listed), None, imagenet_layout=False)
+    assert tuple(names) == listed and not notes
 
 
 @pytest.mark.parametrize("nb_classes, expected", [(None, 1000), (1000, 1000), (3, 3)])
 def test_nb_classes_decides_whether_synsets_are_imagenets(nb_classes, expected):
-    found = classes_of([imagenet_synsets()[i] for i in (0, 417, 999)], nb_classes, imagenet_layout=True)
-    assert len(found.names) == expected
+    names, _ = classes_of([imagenet_synsets()[i] for i in (0, 417, 999)], nb_classes, imagenet_layout=True)
+    assert len(names) == expected
 
 
 def test_without_nb_classes_own_folders_count_and_image_folder_counts_synsets_too():
-    assert classes_of(["n10000000", "n10001111"], None, imagenet_layout=True).names == ["n10000000", "n10001111"]
-    assert len(classes_of(list(imagenet_synsets()[:5]), None, imagenet_layout=False).names) == 5
+    assert classes_of(["n10000000", "n10001111"], None, imagenet_layout=True)[0] == ["n10000000", "n10001111"]
+    assert len(classes_of(list(imagenet_synsets()[:5]), None, imagenet_layout=False)[0]) == 5
     padded = sorted(f"{i:02d}" for i in range(11))
-    assert not classes_of(padded, None, imagenet_layout=True, evaluating=True).notes
+    assert not classes_of(padded, None, imagenet_layout=True, evaluating=True)[1]
 
 
 def test_a_stray_folder_among_synsets_is_named():
     folders = sorted([*imagenet_synsets()[:30], "backup"])
     refused("wrong_classes", lambda: classes_of(folders, None, imagenet_layout=True), "backup", "--allow_class_mismatch")
-    assert len(classes_of(folders, None, imagenet_layout=True, allow_mismatch=True).names) == 1000
+    assert len(classes_of(folders, None, imagenet_layout=True, allow_mismatch=True)[0]) == 1000
     refused("wrong_classes", lambda: classes_of(["a", "b"], 7, imagenet_layout=True), "--nb_classes 7", "--nb_classes 2")
 
 
