@@ -9,7 +9,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -193,14 +192,8 @@ def recognise(root: str) -> Subset | None:
     return Subset("imagenet-val", synsets) if len(found) == 1000 or all(map(_VAL_NAME.match, names)) else None
 
 
-@cache
 def _columns(name: str) -> tuple[int, ...]:
     return tuple(int(line) for line in (_INFO / f"{name.replace('-', '_')}_indices.txt").read_text().split())
-
-
-@cache
-def _real_labels() -> list[list[int]]:
-    return json.loads((_INFO / "imagenet_real_labels.json").read_text())
 
 
 def real_labels(images: Sequence[str]) -> list[list[int]] | None:
@@ -210,6 +203,7 @@ def real_labels(images: Sequence[str]) -> list[list[int]] | None:
     An empty list is an image that its annotators gave no label; it is left out of the ReaL accuracy
     (Beyer et al., 2020; the labels come with timm).
     """
-    labels, found = _real_labels(), [_VAL_NAME.match(PurePath(image).name) for image in images]
+    labels = json.loads((_INFO / "imagenet_real_labels.json").read_text())
+    found = [_VAL_NAME.match(PurePath(image).name) for image in images]
     numbers = [int(match[1]) for match in found if match and 1 <= int(match[1]) <= len(labels)]
     return [labels[number - 1] for number in numbers] if numbers and len(numbers) == len(found) else None

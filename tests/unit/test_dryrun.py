@@ -13,7 +13,6 @@ from PIL import Image
 import dryrun
 import models  # noqa: F401  registers the architectures
 from common.errors import UserError
-from datasets.sampler import spread_over_classes
 from dryrun import DryRun, Trial, digest
 from main import main
 from tests.kits.docs import ROOT
@@ -168,13 +167,6 @@ def test_weights_that_know_nothing_end_a_fine_tuning_and_warn_an_evaluation(hund
 
 # -------------------------------------------------------------------------------------------------- the pure
 # pieces
-
-def test_a_sample_is_spread_over_the_classes():
-    targets = np.repeat(np.arange(20), np.arange(1, 21) * 5)
-    chosen = spread_over_classes(targets, 60)
-    assert np.bincount(targets[chosen]).tolist() == [3] * 20 and len(set(chosen.tolist())) == 60
-    assert len(spread_over_classes(targets, 10 ** 6)) == len(targets)
-
 
 def test_the_pace_leaves_out_the_first_update_and_the_waiting():
     trial = Trial(None, None)

@@ -89,14 +89,6 @@ def test_off_partly_on_and_impossible():
         only_mixup.runs(0, np.arange(3), 32, 32)
 
 
-def test_drawing_disturbs_no_other_stream():
-    np.random.seed(1), torch.manual_seed(1)
-    expected = np.random.rand(), torch.rand(1)
-    np.random.seed(1), torch.manual_seed(1)
-    group_mixup().choices(0, 0, 32, 32)
-    assert (np.random.rand(), torch.rand(1)) == expected
-
-
 @pytest.mark.parametrize("imagenet", [True, False])
 def test_normalisation_is_bit_equal_to_totensor_and_normalize(imagenet):
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3).contiguous()

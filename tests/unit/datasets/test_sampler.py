@@ -27,11 +27,6 @@ def test_every_split_sees_the_same_global_batches_in_the_same_order(world, freq)
         assert items == [(3, int(order[p]), p) for p in range(update * 32, update * 32 + 32)]
 
 
-def test_a_start_in_the_middle_gives_the_rest_of_the_epoch():
-    whole, rest = _global_batches(203, 32, 2, 2), _global_batches(203, 32, 2, 2, start=4)
-    assert rest == {4: whole[4], 5: whole[5]}
-
-
 def test_epochs_and_seeds_differ_and_an_epoch_has_no_images_twice():
     orders = [epoch_order(100, seed, epoch) for seed in (0, 1) for epoch in range(3)]
     assert all(np.array_equal(np.sort(order), np.arange(100)) for order in orders)
