@@ -107,7 +107,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     atomic_write(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
+def write_json(path: str | os.PathLike, value: object) -> None:
     """Write `value` as indented JSON atomically."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
 

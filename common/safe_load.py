@@ -138,7 +138,7 @@ def _check_tensors(path: Path, loaded: object, size: int) -> None:
             waiting.extend((f"{name}.{key}", inner) for key, inner in pairs)
 
 
-def _load_safetensors(path: Path, size: int, map_location: str | torch.device) -> Any:
+def _load_safetensors(path: Path, size: int, map_location: str | torch.device) -> dict:
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -78,9 +78,7 @@ class Resolved:
         lines = [f"{name}: {_yaml(value)}  # {self.origins[name]}"
                  + (f", published: {_shown(different[name][1])}" if name in different else "")
                  for name, value in self.to_dict().items() if name not in skipped]
-        compared = (f"{len(different)} differ from the published recipe {self.published.name}, whose global "
-                    f"batch is {self.published.global_batch}" if self.published else "no published recipe")
-        return "\n".join([*lines, f"# {compared}", ""])
+        return "\n".join([*lines, ""])
 
 
 def parse(argv: Sequence[str], model_names: Sequence[str] = ()) -> Resolved:
@@ -277,8 +275,8 @@ def _yaml(value: object) -> str:
 def published_recipe(options: Options) -> Recipe | None:
     """The published recipe of a run's model, or None.
 
-    The large models have two, ImageNet-22k pre-training and 384-pixel fine-tuning, distinguished by the start
-    and the input size.
+    The large models have two, ImageNet-22k pre-training and 384-pixel fine-tuning: the start and the input
+    size decide.
     """
     endings = ["_ft1k_384"] if options.finetune else ["", "_in22k", "_ft1k_384"]
     if options.input_size >= 384:

@@ -54,28 +54,29 @@ def mixes(options: Options) -> bool:
 def check(options: Options) -> None:
     """Refuse contradictions between options. Raises `UserError` (`missing_data`, `contradiction`)."""
     o = options
-    known = o.eval and (o.eval_data_path or o.output_dir or o.resume)  # a run's folder names its own data
+    # A run's folder names its own data.
+    known = o.eval and (o.eval_data_path or o.output_dir or o.resume or o.report)
     if not o.print_config and not o.data_path and not known:
         raise UserError("--data_path is missing; give the folder that holds train/ and val/, or try --config "
                         "recipes/quickstart.yaml without any data.", code="missing_data")
-    training = not o.eval
+    if o.pretrained and o.finetune:
+        raise UserError(f"--pretrained true and --finetune {o.finetune} both name the weights to start from; "
+                        "give one of them.", code="contradiction")
     rules = (
-        (o.pretrained and o.finetune, f"--pretrained true and --finetune {o.finetune} both name the weights "
-         "to start from; give one of them."),
-        (training and len(o.resume) > 1, f"--resume takes one checkpoint in training, {len(o.resume)} were "
-         "given; add --eval true to evaluate several."),
-        (training and o.weights == "both", "--weights both is for --eval true; use auto, model or ema."),
-        (training and o.warmup_steps <= 0 and o.warmup_epochs > o.epochs, f"--warmup_epochs "
-         f"{o.warmup_epochs} is longer than the run; give --warmup_epochs from 0 to {o.epochs}."),
-        (training and o.start_epoch >= o.epochs, f"--start_epoch {o.start_epoch} is not below --epochs "
-         f"{o.epochs}; lower it or raise --epochs."),
-        (training and o.min_lr > o.lr, f"--min_lr {o.min_lr:g} is above --lr {o.lr:g}; lower --min_lr."),
-        (training and mixes(o) and o.batch_size % 2, f"--batch_size {o.batch_size} is odd, but mixup and "
-         "CutMix mix pairs of images; give an even number, or --mixup 0 --cutmix 0."),
-        (training and (o.global_batch or o.batch_size) < o.batch_size, f"--global_batch {o.global_batch} is "
-         f"below --batch_size {o.batch_size}; lower --batch_size or raise --global_batch."),
+        (len(o.resume) > 1, f"--resume takes one checkpoint in training, {len(o.resume)} were given; add "
+         "--eval true to evaluate several."),
+        (o.weights == "both", "--weights both is for --eval true; use auto, model or ema."),
+        (o.warmup_steps <= 0 and o.warmup_epochs > o.epochs, f"--warmup_epochs {o.warmup_epochs} is longer "
+         f"than the run; give --warmup_epochs from 0 to {o.epochs}."),
+        (o.start_epoch >= o.epochs, f"--start_epoch {o.start_epoch} is not below --epochs {o.epochs}; lower "
+                                    "it."),
+        (o.min_lr > o.lr, f"--min_lr {o.min_lr:g} is above --lr {o.lr:g}; lower --min_lr."),
+        (mixes(o) and o.batch_size % 2, f"--batch_size {o.batch_size} is odd, but mixup and CutMix mix pairs "
+         "of images; give an even number, or --mixup 0 --cutmix 0."),
+        ((o.global_batch or o.batch_size) < o.batch_size, f"--global_batch {o.global_batch} is below "
+         f"--batch_size {o.batch_size}; lower --batch_size or raise --global_batch."),
     )
-    for broken, sentence in rules:
+    for broken, sentence in () if o.eval else rules:
         if broken:
             raise UserError(sentence, code="contradiction")
 
@@ -134,17 +135,9 @@ def plan_batch(resolved: "Resolved", world_size: int, checkpoint_batch: int | No
     reference = resolved.reference
     factor = wanted / (reference and reference.global_batch or _PUBLISHED_BATCH)
     lr = options.lr * {"none": 1.0, "linear": factor, "sqrt": factor ** 0.5}[options.lr_scale]
-    if lr < options.min_lr and not options.eval:
-        raise UserError(f"--lr_scale {options.lr_scale} gives lr {lr:g} for a global batch of {wanted}, "
-                        f"below --min_lr {options.min_lr:g}; lower --min_lr.", code="contradiction")
     if reference and factor != 1 and options.lr_scale == "none" and not options.eval:
-        scaled = (f" linear scaling would give lr {lr * factor:g} instead of {lr:g} (--lr_scale linear),"
-                  if lr == reference.values.get("lr", Options.lr) else "")
-        recipes = reference.global_batch or 0
-        way = f"--update_freq {recipes // per_pass}"
-        way = f"--global_batch {recipes}" if asked or recipes % per_pass else way
-        notices.append(f"The global batch is {wanted}, not the recipe's {recipes}:{scaled} {way} restores "
-                       "the recipe.")
+        notices.append(f"The global batch is {wanted}, not the recipe's {reference.global_batch}: --lr_scale "
+                       f"linear would give lr {lr * factor:g} instead of {lr:g}.")
     return replace(plan, lr=lr, notices=tuple(notices))
 
 

@@ -29,7 +29,7 @@ from launch.process import Process
 from launch.stop import alive, end_now
 
 BEAT_EVERY = 1.0
-LONGEST_STEP = 3.0  # seconds between two ticks of the clock beyond which the process did not run
+LONGEST_STEP = 2.0  # seconds between two ticks of the clock beyond which the process did not run
 SILENT_AFTER = 4.0  # seconds without a heartbeat after which a rank whose peers lost it counts as gone
 LINGER = 2.5  # seconds in which the others read a cause; launchers blame the rank that ends first, its teller
 GRACE_WITHOUT_LAUNCHER = 15.0

@@ -148,8 +148,10 @@ def headline(run: Run) -> dict[str, Figure]:
             found[f"last {label}"] = Figure(scores[-1], 2, "%")
     if (acc1 := run.evaluation.get("acc1")) is not None:
         found["evaluated top-1"] = Figure(acc1, 2, "%", f"{run.evaluation.get('images', '?')} images")
-    for part in run.data.keys() & {"train", "val"}:
-        found[f"{part} images"] = Figure(run.data[part]["images"], note=f"{len(run.data['classes'])} classes")
+    classes = f"{len(run.data.get('classes', ()))} classes"
+    for part in ("train", "val"):
+        if part in run.data:
+            found[f"{part} images"] = Figure(run.data[part]["images"], note=classes)
     if run.log:
         planned = f"planned {run.config['epochs']}" if "epochs" in run.config else ""
         found["epochs"] = Figure(len(run.log), note=planned)
@@ -220,6 +222,7 @@ def _draw(title: str, y_label: str, from_zero: bool, lines: list[tuple[list[int]
         if len(epochs) == 1:
             axes.set(xlim=(epochs[0] - 1, epochs[0] + 1), xticks=epochs)
         if from_zero or len(epochs) == 1:
+            axes.margins(y=0.1)
             axes.set_ylim(bottom=0)
         canvas.legend(loc="outside upper left", ncols=columns)
         svg = io.StringIO()

@@ -1,7 +1,7 @@
-"""Every sentence that the product raises or logs, for a review as text: `python -m tests.kits.sentences` writes
-tests/golden/sentences.txt.
+"""Every sentence that the product raises or logs, for a review as text.
 
-A line is the code of a UserError or Failure, or the level of a log line, and its sentence with `{placeholders}`.
+`python -m tests.kits.sentences` writes tests/golden/sentences.txt: the code of a UserError or Failure, or the
+level of a log line, and the sentence with `{placeholders}`.
 """
 import ast
 import re
@@ -21,7 +21,8 @@ def written(node: ast.expr) -> str:
     if isinstance(node, ast.JoinedStr):
         return "".join(map(written, node.values))
     if isinstance(node, ast.FormattedValue):
-        return written(node.value) if isinstance(node.value, ast.Constant | ast.JoinedStr) else f"{{{name(node.value)}}}"
+        inner = node.value
+        return written(inner) if isinstance(inner, ast.Constant | ast.JoinedStr) else f"{{{name(inner)}}}"
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return written(node.left) + written(node.right)
     return f"{{{name(node)}}}"
@@ -32,7 +33,7 @@ def name(node: ast.expr) -> str:
     match node:
         case ast.Name(id=found) | ast.Attribute(attr=found):
             return found
-        case ast.Call(func=inner) | ast.Subscript(value=inner) | ast.IfExp(body=inner) | ast.Starred(value=inner):
+        case ast.Call(func=inner) | ast.Subscript(value=inner) | ast.IfExp(body=inner):
             return name(inner)
     return "..."
 
@@ -50,7 +51,7 @@ def sentences(source: str) -> list[str]:
             found.add(f"{written(codes[0]) if codes else 'usage'}: {text}")
         elif owner == "logger" and called in LEVELS:
             for argument in node.args[1:]:
-                text = re.sub(r"%[-+0-9.]*[a-z]", lambda _: f"{{{name(argument)}}}", text, count=1)  # noqa: B023
+                text = re.sub(r"%[-+0-9.]*[a-z]", "{" + name(argument) + "}", text, count=1)
             found.add(f"{called}: {text}")
     return sorted(found)
 

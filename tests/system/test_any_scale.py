@@ -116,8 +116,8 @@ def test_another_number_of_processes_goes_on_with_the_global_batch(images, tmp_p
                        at=[at])) == [75] * before
     ranks = start(arguments(images, folder, **kept), tmp_path / "console2", after)
     assert codes(ranks) == [0] * after, ranks[0].text()
-    told = [line for line in ranks[0].text().splitlines() if "global batch of 32 is kept" in line]
-    assert len(told) == 1 and f"update_freq is {4 // after} on {after} process" in told[0]
+    said = [line for line in ranks[0].text().splitlines() if "global batch of 32 is kept" in line]
+    assert len(said) == 1 and f"x {4 // after} forward pass" in said[0]
     one, other = result(whole), result(folder)
     assert other["global_batch"] == 32 and other["update"] == one["update"] == 2 * UPDATES
     for part in ("model", "model_ema"):

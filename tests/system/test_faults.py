@@ -58,7 +58,7 @@ def owned(place):
     Row("report folder that is a file", f"--eval true {LAST} --report {{data}}/train/cat/0.JPEG",
         "unusable_folder", ("--report",)),
     Row("a check without a published figure", f"--eval true {LAST} --check true", 1, ("--check true",)),
-    Row("a log folder that is a file", "--log_dir {data}/train/cat/0.JPEG", 0, ("TensorBoard",)),
+    Row("a log folder that is a file", "--log_dir {data}/train/cat/0.JPEG", 0, ("{data}/train/cat/0.JPEG",)),
     Row("a run folder in use", "", "folder_in_use", ("{run}", f"process {os.getpid()}", "--output_dir"),
         owned),
     Row("evaluating beside a training", f"{LAST} --output_dir {{run}}", 0, (), owned, base="eval"),

@@ -34,14 +34,16 @@ def test_an_attempt_without_an_end_was_killed(tmp_path):
     with open(tmp_path / "attempts.jsonl", "a") as file:
         file.write('{"attempt": 1, "state": "DO')
     Ledger(tmp_path).begin(update=7)
-    assert [(a["state"], a["from_update"]) for a in Ledger(tmp_path).attempts()] == [(RUNNING, 5), (RUNNING, 7)]
+    attempts = Ledger(tmp_path).attempts()
+    assert [(a["state"], a["from_update"]) for a in attempts] == [(RUNNING, 5), (RUNNING, 7)]
 
 
 @pytest.mark.parametrize("order", ["run first", "watchdog first"])
 def test_the_first_cause_stands_whoever_writes_first(tmp_path, order):
     run, watchdog = Ledger(tmp_path), Ledger(tmp_path)
     run.begin(update=0, epoch=3, pid=77)
-    writers = [lambda: run.end(Outcome.FAILED, update=41, epoch=3, cause="RuntimeError: connection closed by peer"),
+    writers = [lambda: run.end(Outcome.FAILED, update=41, epoch=3, cause="RuntimeError: connection closed by "
+                                                                         "peer"),
                lambda: watchdog.fail("rank 1 ran out of memory", pid=77, update=41, rank=1, node="gpu7")]
     for write in writers if order == "run first" else reversed(writers):
         write()
@@ -65,7 +67,7 @@ def test_a_note_belongs_to_the_newest_attempt(tmp_path, monkeypatch):
     Ledger(tmp_path).begin(update=3)
     Ledger(tmp_path).note(requeued=True, reason="SIGUSR2")
     newest = Ledger(tmp_path).newest()
-    assert (newest["job"], newest["restarts"], newest["requeued"], newest["state"]) == ("88", 2, True, RUNNING)
+    assert newest.items() >= {"job": "88", "restarts": 2, "requeued": True, "state": RUNNING}.items()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "twice")
     Ledger(tmp_path).begin(update=3)
     assert Ledger(tmp_path).newest()["restarts"] == 0

@@ -31,7 +31,7 @@ class Runs:
 
 
 def refused(path, code, named=""):
-    """`path` is refused with `code`, soon and in one sentence that has `named` and none of torch's advice in it."""
+    """`path` is refused with `code`, soon, in one sentence with `named` and none of torch's advice in it."""
     started = time.process_time()  # the machine may be busy with other tests
     with pytest.raises(UserError) as caught:
         safe_torch_load(path)
@@ -47,10 +47,11 @@ def test_a_published_training_file_loads_with_its_namespace_as_a_dict(tmp_path, 
     args = argparse.Namespace(lr=4e-3, model="hornet_tiny_7x7", opt_betas=[0.9, 0.999])
     args.__dict__.update({"keys": 1, "get": "x", "__class__": "int", "__init__": None})
     path = tmp_path / "c.pth"
-    torch.save(STATE | {"args": args, "epoch": 3, "best": np.float64(83.25), "n": np.int64(7), "f": np.float32(0.5),
-                        "t": np.bool_(True)}, path, _use_new_zipfile_serialization=zipped)
+    scalars = {"best": np.float64(83.25), "n": np.int64(7), "f": np.float32(0.5), "t": np.bool_(True)}
+    torch.save(STATE | scalars | {"args": args, "epoch": 3}, path, _use_new_zipfile_serialization=zipped)
     loaded = safe_torch_load(path)
-    assert type(loaded["args"]) is dict and loaded["args"]["__class__"] == "int" and loaded["args"]["lr"] == 4e-3
+    assert type(loaded["args"]) is dict and loaded["args"]["__class__"] == "int"
+    assert loaded["args"]["lr"] == 4e-3
     assert (loaded["best"], loaded["n"], loaded["f"], loaded["t"]) == (83.25, 7, 0.5, True)
     assert {type(loaded[k]) for k in ("best", "n", "f", "t")} == {float, int, bool}
     assert torch.equal(loaded["model"]["w"], STATE["model"]["w"])

@@ -12,8 +12,9 @@ PUBLISHED_DEFAULTS = dict(
     layer_scale_init_value=1e-6, model_ema=False, model_ema_decay=0.9999, model_ema_eval=False,
     model_ema_force_cpu=False, opt="adamw", opt_eps=1e-8, opt_betas=None, clip_grad=None, momentum=0.9,
     weight_decay=0.05, weight_decay_end=None, lr=4e-3, layer_decay=1.0, min_lr=1e-6, warmup_epochs=20,
-    warmup_steps=-1, color_jitter=0.4, aa="rand-m9-mstd0.5-inc1", smoothing=0.1, train_interpolation="bicubic",
-    crop_pct=None, reprob=0.25, remode="pixel", recount=1, mixup=0.8, cutmix=1.0, cutmix_minmax=None,
+    warmup_steps=-1, color_jitter=0.4, aa="rand-m9-mstd0.5-inc1", smoothing=0.1,
+    train_interpolation="bicubic", crop_pct=None, reprob=0.25, remode="pixel", recount=1, mixup=0.8,
+    cutmix=1.0, cutmix_minmax=None,
     mixup_prob=1.0, mixup_switch_prob=0.5, mixup_mode="batch", finetune="", head_init_scale=1.0,
     model_key="model|module", model_prefix="", data_path="", eval_data_path=None,
     imagenet_default_mean_and_std=True, data_set="IMNET", output_dir="", log_dir=None, device="auto", seed=0,
@@ -30,12 +31,13 @@ def test_defaults_are_the_published_ones():
 
 def test_every_default_is_what_its_option_accepts():
     for name, option in OPTIONS.items():
-        texts = [str(v) for v in option.default] if isinstance(option.default, tuple) else [str(option.default)]
-        assert option.convert(texts or ["none"], name) == option.default, name
+        values = option.default if isinstance(option.default, tuple) else (option.default,)
+        assert option.convert(list(map(str, values)) or ["none"], name) == option.default, name
 
 
 def test_image_settings_are_those_of_the_options_and_of_a_checkpoints_args():
-    options = Options(input_size=64, crop_pct=1.0, imagenet_default_mean_and_std=False, layer_scale_init_value=0.0)
+    options = Options(input_size=64, crop_pct=1.0, imagenet_default_mean_and_std=False,
+                      layer_scale_init_value=0.0)
     settings = ImageSettings.of(options)
     assert (settings.input_size, settings.eval_crop_pct, settings.mean) == (64, 1.0, (0.5, 0.5, 0.5))
     assert not settings.whole and ImageSettings(input_size=384).eval_crop_pct is None
@@ -45,9 +47,9 @@ def test_image_settings_are_those_of_the_options_and_of_a_checkpoints_args():
 
 
 @pytest.mark.parametrize("name, value", [
-    ("input_size", 16), ("input_size", 64.5), ("input_size", True), ("crop_pct", 2.0), ("crop_pct", float("nan")),
-    ("imagenet_default_mean_and_std", [1]), ("train_interpolation", "x"), ("layer_scale_init_value", None),
-    ("input_size", "9" * 5000)])
+    ("input_size", 16), ("input_size", 64.5), ("input_size", True), ("crop_pct", 2.0),
+    ("crop_pct", float("nan")), ("imagenet_default_mean_and_std", [1]), ("train_interpolation", "x"),
+    ("layer_scale_init_value", None), ("input_size", "9" * 5000)])
 def test_image_settings_from_a_strange_file_are_refused(name, value):
     with pytest.raises(UserError) as caught:
         ImageSettings.from_args({name: value})
@@ -55,7 +57,7 @@ def test_image_settings_from_a_strange_file_are_refused(name, value):
 
 
 def test_mean_and_deviation_are_those_of_timm():
-    settings = ImageSettings()
-    assert (settings.mean, settings.std) == (constants.IMAGENET_DEFAULT_MEAN, constants.IMAGENET_DEFAULT_STD)
-    settings = ImageSettings(imagenet_default_mean_and_std=False)
-    assert (settings.mean, settings.std) == (constants.IMAGENET_INCEPTION_MEAN, constants.IMAGENET_INCEPTION_STD)
+    for name, settings in (("DEFAULT", ImageSettings()),
+                           ("INCEPTION", ImageSettings(imagenet_default_mean_and_std=False))):
+        assert settings.mean == getattr(constants, f"IMAGENET_{name}_MEAN")
+        assert settings.std == getattr(constants, f"IMAGENET_{name}_STD")

@@ -1,4 +1,5 @@
-"""Failing, dying, hanging and stopped ranks: named, and nobody waits for ever; a suspended job is none of these."""
+"""Failing, dying, hanging and stopped ranks: named, and nobody waits for ever; a suspended job is none of
+these."""
 import os
 import signal
 import time
@@ -97,7 +98,7 @@ def last_line(output: str) -> str:
     return output.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_an_exception_ends_all_ranks_and_every_log_names_it(tmp_path, rank):
     results = finish(start_ranks(2, TOY, tmp_path, 1000, f"raise={rank}@5"))
     assert [code for code, _ in results] == [1, 1]
@@ -142,22 +143,22 @@ def test_a_rank_that_hangs_in_loading_is_named_with_everyones_stacks(tmp_path):
     assert "all_reduce" in (tmp_path / "stacks-rank0.txt").read_text()
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_suspended_job_continues_with_the_same_result(tmp_path, world_size):
-    """Ctrl-Z and scontrol suspend stop every process, here for three times the patience, and not at one moment."""
-    ranks = start_ranks(world_size, TOY, tmp_path, 150, "hang_timeout=3", "pace=0.05")
+    """Ctrl-Z and scontrol suspend stop every process, here for twice the patience, and not at one moment."""
+    ranks = start_ranks(world_size, TOY, tmp_path, 60, "hang_timeout=4", "pace=0.05")
     wait_for(lambda: int((tmp_path / "now").read_text() or 0) > 20 if (tmp_path / "now").exists() else False)
     for name in ("SIGSTOP", "SIGCONT"):
         for rank in ranks:
             os.kill(rank.pid, getattr(signal, name))
             time.sleep(0.3)
-        time.sleep(9 if name == "SIGSTOP" else 0)
+        time.sleep(8 if name == "SIGSTOP" else 0)
     assert [code for code, _ in finish(ranks)] == [0] * world_size
-    assert str(expected_value(150, world_size)) in (tmp_path / "state.json").read_text()
+    assert str(expected_value(60, world_size)) in (tmp_path / "state.json").read_text()
     assert Ledger(tmp_path).status()["state"] == Outcome.DONE
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_stopped_rank_is_named_and_wakes_to_no_other_blame(tmp_path, rank):
     processes = start_ranks(2, TOY, tmp_path, 10000, "hang_timeout=4")
     wait_for(lambda: (tmp_path / "now").exists() and int((tmp_path / "now").read_text() or 0) > 60)
@@ -170,6 +171,7 @@ def test_a_stopped_rank_is_named_and_wakes_to_no_other_blame(tmp_path, rank):
     assert failed(tmp_path) == blame
 
 
+@pytest.mark.slow
 def test_a_lone_process_that_hangs_says_where(tmp_path):
     [(code, output)] = finish(start_ranks(1, TOY, tmp_path, 10000, "sleep=0@60:data", "hang_timeout=4"))
     assert code == 1 and "data loading at update 60" in output

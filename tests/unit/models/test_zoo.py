@@ -1,4 +1,5 @@
-"""The rows of models/zoo.py agree with the registry, the recipes, the option's help, README and the class lists."""
+"""The rows of models/zoo.py agree with the registry, the recipes, the option's help, README and the class
+lists."""
 import re
 from pathlib import Path
 

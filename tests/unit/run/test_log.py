@@ -1,4 +1,5 @@
-"""What a person sees: console lines, a bar, one log.txt line per epoch whatever happens, incidents, one hint."""
+"""What a person sees: console lines, a bar, one log.txt line per epoch whatever happens, incidents, one
+hint."""
 import fcntl
 import json
 import logging
