@@ -1,9 +1,4 @@
-<<<<<<< HEAD
 """`python -m benchmarks {model,train,optim,data,family,all}`: a table of medians and ratios, and JSON."""
-=======
-"""`python -m benchmarks {model,train,optim,data,family,all}`: a table of medians and ratios, and JSON beside
-it."""
->>>>>>> main
 import argparse
 import json
 import multiprocessing
@@ -17,18 +12,10 @@ from matplotlib.figure import Figure
 
 import models
 from benchmarks import cases, data, timing
-<<<<<<< HEAD
 from common.files import write_json
 from common.log import logger
 from models.inspect import complexity
 from models.zoo import PUBLISHED
-=======
-from benchmarks.plot import accuracy_speed
-from common.files import write_json, write_text
-from common.log import logger
-from models.inspect import complexity
-from models.zoo import PUBLISHED, VARIANTS
->>>>>>> main
 from tools.command import run_command
 
 

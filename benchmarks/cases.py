@@ -9,17 +9,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-<<<<<<< HEAD
 import models  # noqa: F401  registers the models
 import native
 from benchmarks.reference import PlainHorNet, plain_update
 from benchmarks.timing import Row, interleave, peak_bandwidth, peak_flops, peak_memory, rows
-=======
-import models  # noqa: F401  registers the architectures with timm
-import native
-from benchmarks.reference import PlainUpdate, plain_model
-from benchmarks.timing import Row, interleave, peak_bandwidth, peak_flops, rows
->>>>>>> main
 from models.inspect import complexity
 from models.zoo import VARIANTS
 from native.runner import product_dtype
@@ -31,15 +24,10 @@ CASES = ("reference bf16", "plain", "plain bf16", "fast", "fast bf16")
 
 @dataclass
 class Setting:
-<<<<<<< HEAD
     """How to measure; `clock` "cpu" counts only this process' time, for a machine shared with others.
 
     `only` names those of CASES to run beside the reference, all if empty.
     """
-=======
-    """How to measure; `clock` "cpu" counts only this process' time, for a machine shared with others. `only`
-    names those of CASES to run beside the reference, all if empty."""
->>>>>>> main
 
     batch: int = 8
     repeats: int = 9
@@ -71,18 +59,12 @@ def step_of(model: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32, fus
     return call
 
 
-<<<<<<< HEAD
 def network(name: str, setting: Setting, train: bool) -> list[Row]:
     """Evaluation or training steps (drop path 0.2) of the reference, and of the product with equal weights.
 
     Plain: as on a device without fast paths; fast: on this machine's, in evaluation with weights packed
     before. Differences are of logits, or of the first loss, from the float32 reference.
     """
-=======
-def _trio(name: str, drop_path: float = 0.0) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """The reference, the product in plain PyTorch and the product on this machine's paths, with equal
-    weights."""
->>>>>>> main
     torch.manual_seed(0)
     plain = timm.create_model(name, drop_path_rate=0.2 if train else 0.0).train(train)
     with torch.no_grad():
@@ -113,16 +95,11 @@ def _trio(name: str, drop_path: float = 0.0) -> tuple[nn.Module, nn.Module, nn.M
 
 
 def optimizer(name: str, setting: Setting) -> list[Row]:
-<<<<<<< HEAD
     """Clipping, AdamW and EMA on every tensor of a model.
 
     The share is of a pass over memory that reads gradient, weight, two moments and average and writes the
     last four.
     """
-=======
-    """Clipping, AdamW and EMA on every tensor of a model; the share is of a pass over memory that reads
-    gradient, weight, two moments and average and writes the last four."""
->>>>>>> main
     one, other = timm.create_model(name), timm.create_model(name)
     native.attach(other)  # freed memory is kept, for the reference too
     gradients = [torch.randn_like(p) * 1e-3 for p in one.parameters()]
@@ -148,28 +125,8 @@ def optimizer(name: str, setting: Setting) -> list[Row]:
 def family_member(name: str, setting: Setting, train: bool, threads: int) -> tuple[float, float]:
     """Images per second of one model on this machine's paths in float32, and GiB above an idle start.
 
-<<<<<<< HEAD
     Call it in a process of its own, so that the memory is the model's.
     """
-=======
-    def step() -> None:
-        model.train()(x).square().mean().backward()
-        adamw.step()
-        adamw.zero_grad()
-
-    def forward() -> None:
-        with torch.inference_mode():
-            model.eval()(x)
-
-    with contextlib.nullcontext() if train else native.packed(model):
-        times = interleave({"": step if train else forward}, setting.repeats, setting.clock)[""]
-    return setting.batch / sorted(times)[len(times) // 2]
-
-
-def report_member(name: str, setting: Setting, train: bool, threads: int, answers) -> None:
-    """`family_member` in a process of its own: puts (pictures per second, GiB above an idle start) into
-    `answers`."""
->>>>>>> main
     torch.set_num_threads(threads)
     before = peak_memory()
     model = timm.create_model(name).train(train)

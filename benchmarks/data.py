@@ -3,11 +3,9 @@ import os
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
-from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from unittest import mock
 from unittest import mock
 
 import numpy as np
@@ -16,13 +14,8 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.datasets import ImageFolder
 
-<<<<<<< HEAD
 from benchmarks.timing import Row, interleave, rows
 from config.options import Options
-=======
-from benchmarks.timing import CLOCKS, Row, interleave, rows
-from config.parse import Options
->>>>>>> main
 from datasets.dataset import ImageDataset
 from datasets.device import EvalPrepare, TrainPrepare
 from datasets.folders import read
@@ -33,7 +26,6 @@ from datasets.transforms import Erasing, eval_transform, train_transform
 IMAGENET = 1_281_167
 
 
-<<<<<<< HEAD
 def loading(repeats: int, clock: str, images: int = 24) -> list[Row]:
     """From JPEG files of 500x375 to normalised batches on the CPU, one process.
 
@@ -41,13 +33,6 @@ def loading(repeats: int, clock: str, images: int = 24) -> list[Row]:
     on both sides. `pillow` is the product without its compiled decoder; `pixels` in a row's name stops at the
     uint8 batch that workers hand over.
     """
-=======
-def loading(repeats: int, clock: str, pictures: int = 24) -> list[Row]:
-    """From JPEG files of 500x375 to normalised batches on the CPU, one process, against torchvision's and
-    timm's usual chain (float32 ToTensor, Normalize and collate). Mixing is left out on both sides. `pillow`
-    is the product without its compiled helper; `pixels` in a row's name stops at the uint8 batch that workers
-    hand over."""
->>>>>>> main
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "images" / "class"
         folder.mkdir(parents=True)
@@ -74,18 +59,12 @@ def _cases(root: str, training: bool) -> dict[str, Callable[[], object]]:
     prepare: Callable = TrainPrepare(options, 1, "cpu") if training else EvalPrepare(options, "cpu")
 
     def ours(compiled: bool, prepared: bool) -> Callable[[], object]:
-<<<<<<< HEAD
         part = ImageDataset(reader, reader.labels, transform, 224, erasing=Erasing() if training else None)
-=======
-        part = ImageDataset(reader, reader.labels, train_transform(options) if training else eval_transform(224), 224,
-                              erasing=Erasing(0.25, 1) if training else None)
->>>>>>> main
         epochs = count()
 
         def call() -> object:
             epoch = next(epochs)
             with nullcontext() if compiled else mock.patch("native.jpeg", return_value=None):
-                with nullcontext() if compiled else mock.patch("native.jpeg", return_value=None):
                 batch = part.__getitems__([(epoch, i, i) if training else i for i in range(len(part))])
             return prepare(batch) if prepared else batch
         return call
@@ -94,18 +73,11 @@ def _cases(root: str, training: bool) -> dict[str, Callable[[], object]]:
             "pillow": ours(False, True), "product": ours(True, True), "product, pixels": ours(True, False)}
 
 
-<<<<<<< HEAD
 def start_up(repeats: int, clock: str, images: int = IMAGENET) -> list[Row]:
     """The second start on `images` in 1000 class folders up to the first batch's paths.
 
     The class folders are real, the files are only in the index: a second start looks at folders alone.
     """
-=======
-def start_up(repeats: int, clock: str, pictures: int = IMAGENET) -> list[Row]:
-    """The second start on `pictures` in 1000 class folders up to the first batch's picture numbers and paths,
-    and what 10,000 look-ups in a forked worker take and cost in private memory. The class folders are real,
-    the files are only in the index: a second start looks at folders, not at files."""
->>>>>>> main
     with tempfile.TemporaryDirectory() as root:
         data, cache = os.path.join(root, "train"), os.path.join(root, "cache")
         classes = [f"n{number:08d}" for number in range(1000)]

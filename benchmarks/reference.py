@@ -1,17 +1,10 @@
 """The yardstick of every ratio: the published model in its plain formulation, and the plain update step.
 
-<<<<<<< HEAD
 Computed with the weights of a HorNet of this project, but as the authors' code computes: layout NCHW;
 LayerNorm over channels written as mean, variance and scale; complex FFT with the filter resized on every
 forward that needs it; chunks and concatenations; drop path as a mask; AdamW as a loop over tensors; EMA as a
 loop over state-dict entries. Nothing here is tuned and nothing may be slowed down: a test holds it to the
 published logits, and the product is measured against it.
-=======
-Layout NCHW; LayerNorm over channels written as mean, variance and scale; 1x1 convolutions; complex FFT with
-the filter resized on every forward that needs it; chunks and concatenations; drop path as a mask; AdamW as a
-loop over tensors; EMA as a loop over state-dict entries. Nothing here is tuned and nothing may be slowed
-down: tests hold it to the published figures, and the product is measured against it.
->>>>>>> main
 Source: HorNet (Rao et al., NeurIPS 2022), sections 3.1-3.3.
 """
 import copy
@@ -103,92 +96,9 @@ def plain_update(model: nn.Module, max_norm: float = 1.0, decay: float = 0.9999)
     shadow = copy.deepcopy(model)
     adamw = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05, foreach=False, fused=False)
 
-<<<<<<< HEAD
     def step() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=False)
         adamw.step()
-=======
-    def __init__(self, dim: int, order: int, grid: tuple[int, int] | None, p: float):
-        super().__init__()
-        self.gamma1 = nn.Parameter(1e-6 * torch.ones(dim))
-        self.gamma2 = nn.Parameter(1e-6 * torch.ones(dim))
-        self.norm1 = ChannelNorm(dim)
-        self.gnconv = RecursiveGate(dim, order, grid)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.pwconv1 = nn.Linear(dim, 4 * dim)
-        self.act = nn.GELU()
-        self.pwconv2 = nn.Linear(4 * dim, dim)
-        self.p = p
-
-    def forward(self, x: Tensor, draws: tuple[Tensor | None, Tensor | None]) -> Tensor:
-        x = x + drop_path(self.gamma1.view(-1, 1, 1) * self.gnconv(self.norm1(x)), self.p, draws[0])
-        y = self.norm2(x.permute(0, 2, 3, 1))
-        y = self.gamma2 * self.pwconv2(self.act(self.pwconv1(y)))
-        return x + drop_path(y.permute(0, 3, 1, 2), self.p, draws[1])
-
-
-class PlainHorNet(nn.Module):
-    """The network; `forward(x, drop_draws)` as in the product, so that both drop the same samples."""
-
-    def __init__(self, base: int, depths: tuple[int, ...], grids: tuple, drop_path_rate: float, num_classes: int):
-        super().__init__()
-        widths = [base * 2 ** i for i in range(4)]
-        self.downsample_layers = nn.ModuleList([nn.Sequential(nn.Conv2d(3, base, 4, 4), ChannelNorm(base))])
-        for a, b in zip(widths, widths[1:]):
-            self.downsample_layers.append(nn.Sequential(ChannelNorm(a), nn.Conv2d(a, b, 2, 2)))
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
-        self.stages = nn.ModuleList(
-            nn.Sequential(*(PlainBlock(width, 2 + i, grids[i], next(rates)) for _ in range(depth)))
-            for i, (width, depth) in enumerate(zip(widths, depths)))
-        self.norm = nn.LayerNorm(widths[-1], eps=1e-6)
-        self.head = nn.Linear(widths[-1], num_classes)
-        self.num_drop_draws = 2 * sum(depths)
-
-    def forward(self, x: Tensor, drop_draws: Tensor | None = None) -> Tensor:
-        if drop_draws is None and self.training:
-            drop_draws = torch.rand(len(x), self.num_drop_draws, device=x.device)
-        block_index = 0
-        for down, stage in zip(self.downsample_layers, self.stages):
-            x = down(x)
-            for block in stage:
-                pair = (None, None)
-                if self.training:
-                    pair = drop_draws[:, 2 * block_index], drop_draws[:, 2 * block_index + 1]
-                x = block(x, pair)
-                block_index += 1
-        return self.head(self.norm(x.mean((-2, -1))))
-
-
-WIDTHS = {"pico": 8, "nano": 32, "tiny": 64, "small": 96, "base": 128, "large": 192}
-
-
-def plain_model(name: str, num_classes: int = 1000, drop_path_rate: float = 0.0) -> PlainHorNet:
-    """The plain network with the parameter names and shapes of `name`
-    (`hornet_<size>_<7x7|gf|gf_img384>`)."""
-    _, size, kind, *rest = name.split("_")
-    small = {"pico": (1, 1, 1, 1), "nano": (1, 1, 3, 1)}
-    last = ((24, 13), (12, 7)) if rest == ["img384"] else ((4, 3), (2, 2)) if size in small else ((14, 8), (7, 4))
-    grids = (None, None, *last) if kind == "gf" else (None,) * 4
-    return PlainHorNet(WIDTHS[size], small.get(size, (2, 3, 18, 2)), grids, drop_path_rate, num_classes)
-
-
-@dataclass
-class PlainUpdate:
-    """Clip by global norm tensor by tensor, AdamW as a loop, EMA over every state-dict entry."""
-
-    model: nn.Module
-    shadow: nn.Module
-    max_norm: float = 1.0
-    decay: float = 0.9999
-
-    def __post_init__(self):
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=4e-3, weight_decay=0.05,
-                                           foreach=False, fused=False)
-
-    def step(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm, foreach=False)
-        self.optimizer.step()
->>>>>>> main
         with torch.no_grad():
             for old, new in zip(shadow.state_dict().values(), model.state_dict().values()):
                 old.copy_(decay * old + (1 - decay) * new)

@@ -14,31 +14,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Row = dict  # of plain values, as `rows` makes them
 
 
-<<<<<<< HEAD
 def interleave(cases: dict[str, Callable[[], object]], repeats: int, clock: str) -> dict[str, list[float]]:
-=======
-@dataclass
-class Row:
-    """One measured case. Times are milliseconds per call; `ratio` is the reference's median over this median,
-    `ratio_of_minimums` the same of the fastest calls; `spread` is (third - first quartile) / median; `share`
-    is of the peak named by `limit`, measured on this machine in the same run."""
-
-    work: str
-    case: str
-    median: float
-    minimum: float
-    spread: float
-    per_second: float
-    unit: str
-    ratio: float
-    ratio_of_minimums: float
-    share: float | None = None
-    limit: str = ""
-    difference: float | None = None
-
-
-def interleave(cases: dict[str, Callable[[], object]], repeats: int, clock: str = "wall") -> dict[str, list[float]]:
->>>>>>> main
     """Seconds of each call: every round runs each case once, in turning order, after one round unmeasured."""
     now, names = CLOCKS[clock], list(cases)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -72,12 +48,7 @@ def rows(work: str, times: dict[str, list[float]], amount: float, unit: str) -> 
 
 @cache
 def peak_flops(dtype: torch.dtype, clock: str) -> float:
-<<<<<<< HEAD
     """Best rate of a large oneDNN matrix product, in operations per second (2 per multiply-add)."""
-=======
-    """Best multiply-add rate of a large oneDNN matrix product, in operations per second (2 per
-    multiply-add)."""
->>>>>>> main
     x, w = torch.randn(1536, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
     with torch.inference_mode():
         packed = torch.ops.mkldnn._reorder_linear_weight(w, len(x))
