@@ -40,22 +40,25 @@ SRUN = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_N
         "SLURM_STEP_TASKS_PER_NODE": "2(x3)", "SLURM_STEP_NODELIST": "gpu[07-09]", "SLURM_NTASKS": "6"}
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1",
             "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
+MPIRUN = {f"OMPI_COMM_WORLD_{name}": TORCHRUN[name.replace("LOCAL_SIZE", "LOCAL_WORLD_SIZE")]
+          for name in ("RANK", "LOCAL_RANK", "LOCAL_SIZE")}
+MPIRUN |= {"OMPI_COMM_WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
 
 
 @pytest.mark.parametrize("env, expected", [
-    ({}, ("none", 0, 1, 0, 1, 0)),
-    (SRUN, ("srun", 5, 6, 1, 2, 2)),
-    (dict(SRUN, SUBMITIT_EXECUTOR="slurm"), ("submitit-slurm", 5, 6, 1, 2, 2)),
-    (dict(SRUN, **TORCHRUN), ("torchrun", 3, 4, 1, 2, 1)),  # it may itself run under srun
-    ({"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_GLOBALID": "1",
-      "SUBMITIT_LOCAL_JOB_ID": "9"}, ("submitit-local", 1, 2, 1, 2, 0)),
-    ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, ("none", 0, 1, 0, 1, 0)),  # in a batch script
-    (dict(SRUN, SLURM_PTY_PORT="1"), ("none", 0, 1, 0, 1, 0)),  # in the shell of srun --pty
+    ({}, ("none", 0, 1, 0, 1)),
+    (SRUN, ("srun", 5, 6, 1, 2)),
+    (dict(SRUN, SUBMITIT_EXECUTOR="slurm"), ("submitit-slurm", 5, 6, 1, 2)),
+    (dict(SRUN, **TORCHRUN), ("torchrun", 3, 4, 1, 2)),  # it may itself run under srun
+    (dict(SRUN, **MPIRUN), ("mpirun", 3, 4, 1, 2)),  # whose daemons srun has started
+    ({"SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_LOCALID": "1",
+      "SUBMITIT_LOCAL_JOB_ID": "9"}, ("submitit-local", 1, 2, 1, 2)),
+    ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, ("none", 0, 1, 0, 1)),  # in a batch script
+    (dict(SRUN, SLURM_PTY_PORT="1"), ("none", 0, 1, 0, 1)),  # in the shell of srun --pty
 ])
 def test_the_place_of_a_process(env, expected):
     place = find_place(env)
-    assert (place.launcher, place.rank, place.world_size, place.local_rank, place.local_world_size,
-            place.node) == expected
+    assert (place.launcher, place.rank, place.world_size, place.local_rank, place.local_world_size) == expected
 
 
 def test_where_the_processes_meet():
@@ -78,7 +81,8 @@ def test_where_the_processes_meet():
         ("SLURM_PROCID", "x"), ("SLURM_PROCID", "6"), ("SLURM_STEP_NUM_TASKS", "0"), ("SLURM_NODEID", "3"),
         ("SLURM_LOCALID", "2"), ("SLURM_STEP_TASKS_PER_NODE", "2(x"), ("SLURM_STEP_TASKS_PER_NODE", "0"),
         ("SLURM_STEP_TASKS_PER_NODE", ""), ("SLURM_STEP_NODELIST", "")]],
-    ({"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_NTASKS": "2"}, "SUBMITIT_LOCAL_GLOBALID", "2"),
+    ({"SUBMITIT_LOCAL_NTASKS": "2"}, "SUBMITIT_LOCAL_GLOBALID", "2"),
+    (MPIRUN, "MASTER_ADDR", None),  # processes that don't know each other must not train alone, in silence
 ])
 def test_a_variable_that_makes_no_sense_is_one_sentence(base, name, value):
     env = {**base, name: value} if value is not None else {n: v for n, v in base.items() if n != name}
@@ -118,9 +122,9 @@ def test_a_missing_device_is_refused_whatever_the_scheduler_says(monkeypatch):
 
 
 def test_one_device_for_two_ranks_is_refused_naming_both():
-    with pytest.raises(UserError, match="ranks 1 and 3 on node 0"):
-        refuse_shared_devices([(0, "a"), (0, "b"), (1, "b"), (0, "b")])
-    refuse_shared_devices([(0, ""), (0, ""), (1, "a"), (2, "a")])
+    with pytest.raises(UserError, match="ranks 1 and 3 on node a"):
+        refuse_shared_devices([("a", "x"), ("a", "y"), ("b", "y"), ("a", "y")])
+    refuse_shared_devices([("a", ""), ("a", ""), ("b", "x"), ("c", "x")])
 
 
 # ----------------------------------------------------------------------------------------------------
