@@ -132,23 +132,20 @@ class Process(Place):
         return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True,
                                                          find_unused_parameters=exact)
 
-    def close(self, failed: bool = False) -> None:
-        """Leave the process group. After a failure nobody waits for peers that may be gone."""
-        if self.side is None:
-            return
-        if not failed:
-            self.barrier()
-        # A group destroyed while autograd holds DDP's buckets sometimes aborts the interpreter at its end.
-        gc.collect()
-        self.side = None
-        if not failed or self.backend != "nccl":  # which would wait for the collectives in flight
-            dist.destroy_process_group()
-
     def __enter__(self) -> "Process":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close(failed=kind is not None)
+        """Leave the process group. After a failure nobody waits for peers that may be gone."""
+        if self.side is None:
+            return
+        if kind is None:
+            self.barrier()
+        # A group destroyed while autograd holds DDP's buckets sometimes aborts the interpreter at its end.
+        gc.collect()
+        self.side = None
+        if kind is None or self.backend != "nccl":  # which would wait for the collectives in flight
+            dist.destroy_process_group()
 
     def _together(self, what: str, collective: Callable, *given: object, **named: object) -> None:
         if self.world_size > 1:

@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import submitit
 import yaml
@@ -192,7 +192,7 @@ def build_executor(cluster: str, folder: str, options: argparse.Namespace) -> Pi
         slurm_comment=options.comment, slurm_signal_delay_s=SIGNAL_DELAY, slurm_additional_parameters=extra,
         # From 22.05 on srun doesn't take this over from the job.
         slurm_setup=["export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"])
-    return executor._executor
+    return cast(PicklingExecutor, executor._executor)
 
 
 def script(cluster: str, executor: PicklingExecutor, argv: list[str]) -> str:
@@ -220,7 +220,7 @@ def status(folder: Path) -> str:
                      f"{now.get('world_size', 1)} processes)")
     for attempt in attempts[-6:]:
         at = f" at update {attempt['update']}" if "update" in attempt else ""
-        then = {True: ", requeued", False: ", not requeued"}.get(attempt.get("requeued"), "")
+        then = ", requeued" if attempt.get("requeued") else ", not requeued" if "requeued" in attempt else ""
         why = attempt.get("reason") or attempt.get("cause") or "no reason recorded"
         lines.append(f"         attempt {attempt['restarts'] + 1}: {attempt['state']}{at}{then} ({why})")
     if last.get("state") == Outcome.FAILED:

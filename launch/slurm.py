@@ -62,7 +62,7 @@ class Task:
         self.slurm, self.id = environment.cluster == "slurm", environment.job_id
         self.folder = Path(job.folder.replace("%j", self.id))
         self.output_dir = Path(job.output_dir.replace("%j", self.id))
-        self.child, self.signalled = None, 0
+        self.signalled = 0
         if not self.slurm:  # which counts the attempts itself
             os.environ["SLURM_RESTART_COUNT"] = str(len(list(self.folder.glob(f"decision-{self.id}-*"))))
 
@@ -70,14 +70,12 @@ class Task:
         """Exit code of main.py; a stop before it could handle signals counts as one that lost nothing."""
         if self.slurm and self.rank == 0 and shutil.which("scontrol") is None:
             logger.warning("No scontrol on this node's PATH: when preempted, the job is saved, not requeued.")
-        for name in ("SIGTERM", "SIGUSR1", "SIGUSR2"):
-            signal.signal(getattr(signal, name), self._forward)
         parent = os.getppid()
         command = [sys.executable, "-u", os.path.join(self.job.code, "main.py"), *self.job.argv]
-        command = [argument.replace("%j", self.id) for argument in command]
-        self.child = subprocess.Popen(command, cwd=self.job.cwd)
-        if self.signalled:  # before there was a process to pass it on to
-            self.child.send_signal(self.signalled)
+        self.child = subprocess.Popen([argument.replace("%j", self.id) for argument in command],
+                                      cwd=self.job.cwd)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # till now they are submitit's
+            signal.signal(number, self._forward)
         while (code := self.child.poll()) is None:
             if os.getppid() != parent:  # slurmstepd or submitit's controller is gone
                 self.child.terminate()  # main.py saves
@@ -188,5 +186,4 @@ class Task:
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self.signalled = number
-        if self.child is not None and self.child.poll() is None:
-            self.child.send_signal(number)
+        self.child.send_signal(number)

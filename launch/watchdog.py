@@ -11,10 +11,8 @@ import json
 import os
 import re
 import signal
-import sys
 import threading
 import time
-import traceback
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,7 +33,6 @@ GRACE_WITHOUT_LAUNCHER = 15.0
 # The patience is hang_timeout times this: an index of a million images on a cold network disk takes its time,
 # and the first update, which compiles and fills caches, has three times the patience too.
 PATIENCE = {"start": 10, "saving": 3}
-FIRST_UPDATE_PATIENCE = 3
 # What gloo and NCCL say when a peer is gone: never the first cause, that is what ended the peer.
 LOST_PEER = re.compile("(closed|reset) by peer|broken pipe|connection (refused|was likely closed)|"
                        "socket closed|failed to (recv|send)|remote process exited|timed out waiting", re.I)
@@ -108,7 +105,7 @@ class Watchdog:
         self.record_in(folder)
         self._store: dist.Store = dist.HashStore()
         self._clock, self._since = RunningClock(), 0.0
-        self._asked = None  # when the store was asked what it has not answered yet
+        self._asked = float("inf")  # when the store was asked what it has not answered yet
         self._error: BaseException | None = None  # with which the main thread has left the block
         self._first_update = float("inf")
         self._seen: dict[int, tuple[int, float]] = {}
@@ -169,8 +166,7 @@ class Watchdog:
                 if not self._stop.wait(GRACE_WITHOUT_LAUNCHER):
                     end_now(ExitCode.FAILED)
                 return
-            asked = self._asked
-            if self.hang_timeout and asked is not None and self._clock() - asked > self.hang_timeout:
+            if self.hang_timeout and self._clock() - self._asked > self.hang_timeout:
                 self._end(self._store_gone(f"no answer for {self.hang_timeout:.0f} s"))
 
     def _watch(self) -> None:
@@ -182,7 +178,7 @@ class Watchdog:
             try:
                 self._asked = self._clock()
                 cause = self._look()
-                self._asked = None
+                self._asked = float("inf")
             except Exception as error:  # of the store; their kinds differ between torch versions
                 if os.getppid() != self._parent or self._stop.wait(2):  # the launcher is gone, or all is done
                     return
@@ -206,7 +202,7 @@ class Watchdog:
 
     def _send(self) -> None:
         beat = self.beat
-        times = PATIENCE.get(beat.phase, FIRST_UPDATE_PATIENCE if beat.update <= self._first_update else 1)
+        times = PATIENCE.get(beat.phase, 3 if beat.update <= self._first_update else 1)
         beat.patience = self.hang_timeout * times or float("inf")
         beat.age, beat.waits_in = self._clock() - self._since, self.process.waits_in
         beat.count += 1
@@ -267,10 +263,9 @@ class Watchdog:
         if self.process.is_main or mine:
             self._record(cause)
         own = self._error if mine and cause.rank == self.beat.rank else None
-        if own is not None:
-            text = own if isinstance(own, UserError) else "".join(traceback.format_exception(own)).strip()
-        logger.error("%s%s", "" if mine else f"{self.beat.name} ends: ", text)
-        sys.stderr.flush()
+        if isinstance(own, UserError):  # whose sentence says it all
+            text, own = str(own), None
+        logger.error("%s%s", "" if mine else f"{self.beat.name} ends: ", text, exc_info=own)
         time.sleep((LINGER + (not mine)) * (self.process.world_size > 1))
         end_now(cause.code)
 

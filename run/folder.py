@@ -13,7 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import read_json
 from common.ledger import Ledger, Record, job_id, now
 from common.log import logger
 
@@ -83,11 +82,7 @@ class RunFolder(Ledger):
 
     def owner(self) -> Record:
         """Host, pid, job and start of the training that owns, or last owned, the folder; {} when released."""
-        try:
-            owner = read_json(self.path / "owner.json", max_bytes=1 << 16)
-        except (OSError, UserError):
-            return {}
-        return owner if isinstance(owner, dict) else {}
+        return self.read("owner.json")
 
     def _write_owner(self, owner: Record) -> None:
         assert self._lock is not None

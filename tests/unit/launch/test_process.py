@@ -16,12 +16,10 @@ from launch.process import (
     Place,
     choose_device,
     find_place,
-    first_node,
     meet,
     name_this_start,
     refuse_shared_devices,
     start,
-    tasks_per_node,
 )
 from tests.kits.processes import (
     PROGRAMS,
@@ -62,6 +60,10 @@ def test_the_place_of_a_process(env, expected):
 
 
 def test_where_the_processes_meet():
+    for names, first in [("gpu[07-09,12],login1", "gpu07"), ("a1,b[1-2]", "a1"), ("127.0.0.[11-12]", "127.0.0.11"),
+                         ("r[1-2]n[05,09]", "r1n05")]:
+        assert find_place(dict(SRUN, SLURM_STEP_NODELIST=names)).master_addr == first
+    assert find_place(dict(SRUN, SLURM_STEP_TASKS_PER_NODE="1,4(x2)")).local_world_size == 4
     assert find_place(SRUN).master_addr == "gpu07" and find_place(SRUN).node_name == "gpu09"
     one_node = dict(SRUN, SLURM_NODEID="0", SLURM_LOCALID="5", SLURM_STEP_TASKS_PER_NODE="6", SLURM_STEP_NODELIST="gpu07")
     assert find_place(one_node).master_addr == "127.0.0.1"
@@ -89,17 +91,6 @@ def test_a_variable_that_makes_no_sense_is_one_sentence(base, name, value):
     with pytest.raises(UserError) as error:
         find_place(env)
     assert error.value.code == "environment" and name in str(error.value) and len(str(error.value)) < 300
-
-
-@pytest.mark.parametrize("text, counts", [("4", [4]), ("2(x3),1", [2, 2, 2, 1]), ("1,8(x2)", [1, 8, 8])])
-def test_tasks_per_node(text, counts):
-    assert tasks_per_node({"SLURM_STEP_TASKS_PER_NODE": text}) == counts
-
-
-@pytest.mark.parametrize("text, name", [("gpu07", "gpu07"), ("gpu[07-09,12],login1", "gpu07"), ("a1,b[1-2]", "a1"),
-                                        ("127.0.0.[11-12]", "127.0.0.11"), ("r[1-2]n[05,09]", "r1n05")])
-def test_first_node(text, name):
-    assert first_node({"SLURM_STEP_NODELIST": text}) == name
 
 
 # -------------------------------------------------------------------------------------------------------
@@ -248,12 +239,6 @@ def test_a_resumed_run_adds_gradients_in_the_same_order():
     # Two processes would hide it: a + b is b + a.
     for code, output in finish(start_ranks(3, PROGRAMS / "resumed_updates.py")):
         assert code == 0 and "same bits: True" in output, output
-
-
-def test_torchrun(tmp_path):
-    [(code, output)] = finish([start_torchrun(2, TOY, tmp_path, 10)])
-    assert code == 0, output
-    assert str(expected_value(10, 2)) in (tmp_path / "state.json").read_text()
 
 
 def test_main_says_in_one_sentence_that_a_port_is_taken(port):

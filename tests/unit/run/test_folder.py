@@ -9,6 +9,7 @@ import pytest
 from common.errors import UserError
 from common.outcome import Outcome
 from run.folder import RunFolder
+from tests.kits.processes import wait_for
 
 
 def child(work) -> int:
@@ -19,13 +20,6 @@ def child(work) -> int:
         finally:
             os._exit(1)
     return pid
-
-
-def wait_for(path, seconds=5.0):
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def refused(path) -> UserError:
@@ -55,7 +49,7 @@ def test_a_killed_owner_leaves_no_lock_though_its_workers_live_on(tmp_path):
         os.rename(tmp_path / "worker", tmp_path / "ready")
         time.sleep(30)
     owner = child(train)
-    wait_for(tmp_path / "ready")
+    wait_for((tmp_path / "ready").exists)
     try:
         assert f"pid {owner}" in str(refused(tmp_path))
         os.kill(owner, signal.SIGKILL)
