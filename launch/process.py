@@ -186,9 +186,10 @@ def start(device: str = "auto", rendezvous_timeout: float = 180.0) -> Process:
     process.side = cast(dist.ProcessGroup, group)
     refuse_shared_devices(process.all_gather_object((place.node_name, device_identity(chosen))))
     # From here on a rank that keeps the others waiting is the watchdog's business, which knows a job that was
-    # suspended from one that hangs. Public (dist.set_timeout) since torch 2.15.
+    # suspended from one that hangs. Public since torch 2.15.
+    change = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     for group in {dist.group.WORLD, process.side}:
-        dist.distributed_c10d._set_pg_timeout(timedelta(days=365), group)
+        change(timedelta(days=365), group)
     return process
 
 
