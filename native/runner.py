@@ -12,8 +12,12 @@ keeps true float32 on CPUs where that switch would round to bfloat16. Under auto
 float32.
 """
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
+from operator import itemgetter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -329,7 +333,7 @@ class BlockRunner:
         if not self.onednn or dtype not in DTYPES:
             return
         for block in model.modules():
-            if type(block) is not Block or not _as_built(block):
+            if type(block) is not Block or _dtype_as_built(block) is None:
                 continue
             gnconv = block.gnconv
             layers: list[Any] = [block.pwconv1, block.pwconv2, gnconv.proj_in, gnconv.proj_out, *gnconv.pws]
@@ -345,12 +349,13 @@ def served_dtype(block: Block, x: Tensor, keep: Tensor | None) -> torch.dtype | 
         return None
     if x.dtype not in DTYPES or (keep is not None and (type(keep) is not Tensor or not keep.is_cpu)):
         return None
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if dtype not in DTYPES or (x.dtype, dtype) == (torch.bfloat16, torch.float32) or not _as_built(block):
+    weights = _dtype_as_built(block)
+    if weights is None:
         return None
-    if not torch.is_autocast_enabled("cpu") and block.pwconv1.weight.dtype != x.dtype:
-        return None  # plain PyTorch has its say about such a mixture
-    return dtype
+    if not torch.is_autocast_enabled("cpu"):
+        return x.dtype if x.dtype == weights else None  # plain PyTorch has its say about a mixture
+    dtype = torch.get_autocast_dtype("cpu")
+    return dtype if dtype in DTYPES and (x.dtype, dtype) != (torch.bfloat16, torch.float32) else None
 
 
 def _watched() -> bool:
@@ -363,61 +368,79 @@ def _watched() -> bool:
         or hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
 
 
-def _as_built(block: Block) -> bool:
-    """Whether every module of `block` is of the type and form that the runner computes, and without hooks.
+@dataclass
+class _Seen:
+    """What a block looked like at its last call; `states` are the `__dict__` of its modules, its own first."""
 
-    Reads the modules' own dictionaries: `nn.Module.__getattr__` would take most of the time.
+    modules: list[nn.Module]
+    states: list[dict]
+    parents: list[dict]
+    convs: list[dict]
+    filters: list[Any]
+    facts: list = field(default_factory=list)
+    dtype: torch.dtype | None = None
+
+
+_SEEN: WeakKeyDictionary[Block, _Seen] = WeakKeyDictionary()
+_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_FORM = itemgetter("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+_KINDS = {"": Block, "norm1": LayerNorm2d, "norm2": nn.LayerNorm, "pwconv1": nn.Linear, "pwconv2": nn.Linear,
+          "gnconv": GnConv, "gnconv.proj_in": nn.Conv2d, "gnconv.proj_out": nn.Conv2d,
+          "gnconv.pws": nn.ModuleList}
+_FILTER_KINDS = {"gnconv.dwconv": GlobalLocalFilter, "gnconv.dwconv.dw": nn.Conv2d,
+                 "gnconv.dwconv.pre_norm": LayerNorm2d, "gnconv.dwconv.post_norm": LayerNorm2d}
+
+
+def _dtype_as_built(block: Block) -> torch.dtype | None:
+    """The type of the weights where every module in `block` is what the runner computes, without hooks.
+
+    All facts are read at every call, from the modules' own dictionaries, since `nn.Module.__getattr__` would
+    take most of the time. Remembered is only where they lie and what follows from them.
     """
-    parts: dict[str, Any] = block._modules  # type: ignore[assignment]
-    gnconv: Any = parts.get("gnconv")
-    if len(parts) != 5 or not _untouched(gnconv, GnConv) or len(gnconv._modules) != 4:
-        return False
-    if not all(gamma is None or _plain(gamma) for gamma in block._parameters.values()):
-        return False
-    inner = gnconv._modules
-    pws, spatial = inner["pws"], inner["dwconv"]
-    return (
-        _untouched(pws, nn.ModuleList)
-        and all(_is_conv(layer, 1) for layer in (inner["proj_in"], inner["proj_out"], *pws._modules.values()))
-        and _untouched(parts["norm1"], LayerNorm2d) and _untouched(parts["norm2"], nn.LayerNorm)
-        and _untouched(parts["pwconv1"], nn.Linear) and _untouched(parts["pwconv2"], nn.Linear)
-        and (_is_depthwise(spatial) if type(spatial) is nn.Conv2d else _is_filter(spatial)))
+    seen = _SEEN.get(block)
+    if seen is None or _facts(seen) != seen.facts:
+        seen = _SEEN[block] = _look(block)
+    inner = seen.states[1:]  # the block's own hooks fire around its runner
+    if any(chain.from_iterable(map(_HOOKS, inner))):
+        return None
+    return None if [1 for state in inner if "forward" in state or "_compiled_call_impl" in state] else seen.dtype
 
 
-def _untouched(module: Any, kind: type) -> bool:
-    """Whether it is exactly a `kind` with plain parameters, whose own forward would be called without hooks.
-
-    Parameters that can be left out must be there, but for a convolution's bias.
-    """
-    if type(module) is not kind:
-        return False
-    state = module.__dict__
-    if (state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]
-            or state["_backward_pre_hooks"] or "forward" in state or state.get("_compiled_call_impl")):
-        return False
-    return all(_plain(p) if p is not None else kind is nn.Conv2d for p in state["_parameters"].values())
+def _facts(seen: _Seen) -> list:
+    """Types, children, parameters' types and places, forms of convolutions: all that decides but hooks."""
+    tensors = [p for state in seen.states for p in state["_parameters"].values()]
+    return [*map(type, seen.modules), *map(type, tensors), *map(_FORM, seen.convs),
+            *[(p.dtype, p.is_cpu) for p in tensors if p is not None],
+            *[dict(state["_modules"]) for state in seen.parents], *[f.fourier for f in seen.filters]]
 
 
-def _plain(tensor: Tensor) -> bool:
-    return type(tensor) in _PLAIN_TENSORS and tensor.is_cpu and tensor.dtype in DTYPES
+def _look(block: Block) -> _Seen:
+    """Find the modules of `block` and decide whether the runner computes such a one."""
+    named = dict(block.named_modules())
+    states = {name: vars(module) for name, module in named.items()}
+    seen = _Seen([*named.values()], [*states.values()], [s for s in states.values() if s["_modules"]],
+                 [vars(m) for m in named.values() if type(m) is nn.Conv2d],
+                 [m for m in named.values() if type(m) is GlobalLocalFilter])
+    seen.facts = _facts(seen)
+    kinds = _KINDS | {name: nn.Conv2d for name in named if name.startswith("gnconv.pws.")}
+    kinds |= _FILTER_KINDS if seen.filters else {"gnconv.dwconv": nn.Conv2d}
+    if ({name: type(module) for name, module in named.items()} == kinds
+            and all(_computes(name, state) for name, state in states.items())
+            and all(each.fourier is None for each in seen.filters)):
+        seen.dtype = block.pwconv1.weight.dtype
+    return seen
 
 
-def _is_filter(layer: Any) -> bool:
-    if not _untouched(layer, GlobalLocalFilter) or layer.fourier is not None or len(layer._modules) != 3:
-        return False
-    inner = layer._modules
-    norms = inner["pre_norm"], inner["post_norm"]
-    return all(_untouched(norm, LayerNorm2d) for norm in norms) and _is_depthwise(inner["dw"])
-
-
-def _is_depthwise(layer: Any) -> bool:
-    return (type(layer) is nn.Conv2d and layer.groups == layer.in_channels
-            and _is_conv(layer, layer.kernel_size[0]))
-
-
-def _is_conv(layer: Any, size: int) -> bool:
-    """A convolution that keeps the image's size: 1x1 with a bias, or one with an odd kernel."""
-    return (_untouched(layer, nn.Conv2d) and layer.kernel_size == (size, size) and size % 2 == 1
-            and layer.padding == (size // 2, size // 2) and layer.stride == layer.dilation == (1, 1)
-            and layer.padding_mode == "zeros"
-            and (size > 1 or (layer.groups == 1 and layer._parameters["bias"] is not None)))
+def _computes(name: str, state: dict) -> bool:
+    """Whether the runner computes the module `name` of a block, whose type is as built, with this state."""
+    depthwise = name in ("gnconv.dwconv", "gnconv.dwconv.dw")
+    for p in state["_parameters"].values():
+        if p is None and not (depthwise or name == ""):  # a layer's bias; layer scale can be left out
+            return False
+        if p is not None and not (type(p) in _PLAIN_TENSORS and p.is_cpu and p.dtype in DTYPES):
+            return False
+    if "kernel_size" not in state:
+        return True
+    size, groups = (state["kernel_size"][0], state["in_channels"]) if depthwise else (1, 1)
+    return size % 2 == 1 and _FORM(state) == (
+        (size, size), (1, 1), (size // 2, size // 2), (1, 1), groups, "zeros")
