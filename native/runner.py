@@ -64,130 +64,22 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = 
     return out.to(x.dtype)
 
 
-def linear_grads(x: Tensor, weight: Tensor, grad: Tensor,
-                 runner: "BlockRunner") -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (rows, in), weight (out, in) and bias from grad (rows, out)."""
-    if grad.dtype != product_dtype(grad.dtype):
-        d_x, d_weight, d_bias = linear_grads(x.float(), weight.float(), grad.float(), runner)
-        return d_x.to(grad.dtype), d_weight.to(grad.dtype), d_bias.to(grad.dtype)
-    if grad.dtype == torch.bfloat16 or not runner.onednn:  # the default library is at its peak here
-        return grad @ weight, grad.t() @ x, grad.sum(0)
-    d_x = product(grad, weight.t())
-    if runner.compiled:
-        return d_x, *kernels.weight_grad(x, grad)
-    if grad.shape[1] > x.shape[1]:  # oneDNN copies its first operand: let it be the narrow one
-        return d_x, product(x.t(), grad.t()).t().contiguous(), grad.sum(0)
-    return d_x, product(grad.t(), x.t()), grad.sum(0)
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, runner: "BlockRunner") -> Tensor:
-        hidden = product(x, weight, bias, onednn=runner.onednn)
-        out = kernels.gelu(hidden, with_slope=True) if gelu else hidden
-        ctx.save_for_backward(x, weight, hidden if gelu else None)  # GELU's slope by now
-        ctx.runner = runner
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        x, weight, slope = ctx.saved_tensors
-        grad = grad.contiguous() if slope is None else grad * slope
-        d_x, d_weight, d_bias = linear_grads(x.flatten(0, -2), weight, grad.flatten(0, -2), ctx.runner)
-        return d_x.view(x.shape), d_weight, d_bias, None, None
-
-
-class _Recursion(torch.autograd.Function):
-    """`BlockRunner.recursion` in one piece: the gates' gradients are written side by side and need no
-    concatenation.
+class _Differentiable(torch.autograd.Function):
+    """A function with a backward of its own: `forward(*arguments)` gives the output and the tensors that are
+    kept, `backward(gradient, *kept)` a gradient for each argument.
     """
 
     @staticmethod
-    def forward(ctx, runner: "BlockRunner", p: Tensor, q: Tensor, *parameters: Tensor) -> Tensor:
-        hidden, states, start = p, [], 0
-        for weight, bias in zip((None, *parameters[::2]), (None, *parameters[1::2])):
-            if weight is not None:
-                hidden = product(states[-1], weight, bias, onednn=runner.onednn)
-                states.append(hidden)
-            states.append(kernels.gate(hidden, q[..., start:start + hidden.shape[-1]]))
-            start += hidden.shape[-1]
-        ctx.save_for_backward(p, q, *parameters[::2], *states[:-1])
-        ctx.runner = runner
-        return states[-1]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        p, q, *rest = ctx.saved_tensors
-        steps = len(rest) // 3
-        weights, states = rest[:steps], rest[steps:]
-        d_q, end, grads = torch.empty(q.shape, dtype=q.dtype), q.shape[-1], []
-        grad = grad.contiguous()
-        for k in reversed(range(steps + 1)):
-            hidden = states[2 * k - 1] if k else p
-            gate = slice(end - hidden.shape[-1], end)
-            grad, end = kernels.gate_backward(grad, hidden, q[..., gate], d_q[..., gate]), gate.start
-            if k:
-                x = states[2 * k - 2]
-                d_x, *both = linear_grads(x.flatten(0, -2), weights[k - 1], grad.flatten(0, -2), ctx.runner)
-                grad, grads = d_x.view(x.shape), both + grads
-        return None, grad, d_q, *grads
-
-
-class _Depthwise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, taps)
-        ctx.has_bias = bias is not None
-        return kernels.depthwise(x, taps, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        x, taps = ctx.saved_tensors
-        d_x, d_taps, d_bias = kernels.depthwise_backward(x, grad, taps)
-        return d_x, d_taps, d_bias if ctx.has_bias else None
-
-
-class _GlobalLocal(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, taps: Tensor, parts: Tensor) -> Tensor:
-        ctx.save_for_backward(x, taps, parts)
-        return kernels.global_local(x, taps, parts)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        x, taps, parts = ctx.saved_tensors
-        return kernels.global_local_backward(x, grad.contiguous(), taps, parts)
-
-
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        out, mean, rstd = kernels.layer_norm(x, weight, bias, eps, dtype)
-        ctx.save_for_backward(x, weight, mean, rstd)
+    def forward(ctx, forward: Callable, backward: Callable, *arguments) -> Tensor:
+        out, kept = forward(*arguments)
+        ctx.save_for_backward(*kept)
+        ctx.function = backward
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        x, weight, mean, rstd = ctx.saved_tensors
-        return *kernels.layer_norm_backward(x, grad.contiguous(), weight, mean, rstd), None, None
-
-
-class _Join(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, gamma: Tensor, keep: Tensor | None, slot: Tensor | None) -> Tensor:
-        ctx.save_for_backward(y, gamma, keep, slot)
-        return kernels.join(x, y, gamma, keep, slot)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        grad = grad.contiguous()
-        return grad, *kernels.join_backward(grad, *ctx.saved_tensors), None, None
+        return None, None, *ctx.function(grad, *ctx.saved_tensors)
 
 
 class BlockRunner:
@@ -247,14 +139,41 @@ class BlockRunner:
         if not torch.is_grad_enabled():
             return product(x, matrix, bias, gelu, self.onednn)
         if gelu and not self.compiled:
-            return F.gelu(_Linear.apply(x, matrix, bias, False, self))
-        return _Linear.apply(x, matrix, bias, gelu, self)
+            return F.gelu(self.linear(x, layer, dtype))
+        return _Differentiable.apply(self._linear, self._linear_backward, x, matrix, bias, gelu)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> tuple[Tensor, tuple]:
+        out = hidden = product(x, weight, bias, onednn=self.onednn)
+        if not gelu:
+            return out, (x, weight, None)
+        out = kernels.gelu(hidden, with_slope=True)
+        return out, (x, weight, hidden)  # GELU's slope by now
+
+    def _linear_backward(self, grad: Tensor, x: Tensor, weight: Tensor, slope: Tensor | None) -> tuple:
+        grad = grad.contiguous() if slope is None else grad * slope
+        return *self._linear_grads(x, weight, grad), None
+
+    def _linear_grads(self, x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x (..., in), weight (out, in) and bias from grad (..., out)."""
+        if grad.dtype != product_dtype(grad.dtype):
+            grads = self._linear_grads(x.float(), weight.float(), grad.float())
+            return grads[0].to(grad.dtype), grads[1].to(grad.dtype), grads[2].to(grad.dtype)
+        shape, x, grad = x.shape, x.flatten(0, -2), grad.flatten(0, -2)
+        if grad.dtype == torch.bfloat16 or not self.onednn:  # the default library is at its peak here
+            return (grad @ weight).view(shape), grad.t() @ x, grad.sum(0)
+        d_x = product(grad, weight.t()).view(shape)
+        if self.compiled:
+            return d_x, *kernels.weight_grad(x, grad)
+        if grad.shape[1] > x.shape[1]:  # oneDNN copies its first operand: let it be the narrow one
+            return d_x, product(x.t(), grad.t()).t().contiguous(), grad.sum(0)
+        return d_x, product(grad.t(), x.t()), grad.sum(0)
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         """Over the last axis, given in `dtype`."""
         if not self.compiled:
             return F.layer_norm(x, weight.shape, weight, bias, eps)
-        return _LayerNorm.apply(x.contiguous(), weight.float(), bias.float(), eps, dtype)
+        return _Differentiable.apply(kernels.layer_norm, kernels.layer_norm_backward, x.contiguous(),
+                                     weight.float(), bias.float(), eps, dtype)
 
     def _prepared(self, make: Callable[[], tuple], *key) -> tuple:
         """What `make` gives, computed once while weights are packed, every time otherwise."""
@@ -276,7 +195,8 @@ class BlockRunner:
         def make() -> tuple[Tensor, Tensor | None]:
             taps = (weight.float() * scale).flatten(1).t().contiguous()
             return taps, None if bias is None else (bias.float() * scale).contiguous()
-        return _Depthwise.apply(x.to(dtype), *self._prepared(make, id(weight), scale))
+        return _Differentiable.apply(kernels.depthwise, kernels.depthwise_backward, x.to(dtype),
+                                     *self._prepared(make, id(weight), scale))
 
     def global_local(self, x: Tensor, weight: Tensor, spectrum: Tensor, dtype: torch.dtype) -> Tensor:
         """Both halves in one kernel, with the Fourier transform as small matrix products; FFT for large maps.
@@ -290,14 +210,17 @@ class BlockRunner:
         def make() -> tuple[Tensor, Tensor]:
             resized = resize_filter(spectrum.float(), (height, width // 2 + 1))
             return weight.float().flatten(1).t().contiguous(), resized.permute(1, 2, 3, 0).contiguous()
-        return _GlobalLocal.apply(x.to(dtype).contiguous(), *self._prepared(make, id(weight), height, width))
+        return _Differentiable.apply(
+            kernels.global_local, kernels.global_local_backward, x.to(dtype).contiguous(),
+            *self._prepared(make, id(weight), height, width))
 
     def recursion(self, p: Tensor, q: Tensor, projections: Iterable[Any], dtype: torch.dtype) -> Tensor:
         """x = p * q[0], then x = layers[k](x) * q[k + 1]; q's parts lie side by side in its channels."""
         layers = list(projections)
         if self.compiled and torch.is_grad_enabled():
             parameters = [t.to(dtype) for layer in layers for t in (layer.weight.flatten(1), layer.bias)]
-            return _Recursion.apply(self, p.to(dtype), q.to(dtype), *parameters)
+            return _Differentiable.apply(self._recursion, self._recursion_backward, p.to(dtype), q.to(dtype),
+                                         *parameters)
         gates = q.split([p.shape[-1], *(layer.weight.shape[0] for layer in layers)], dim=-1)
         x = p * gates[0]
         for layer, gate in zip(layers, gates[1:]):
@@ -305,6 +228,29 @@ class BlockRunner:
             # Without gradients the product overwrites the projection's fresh output.
             x = x * gate if torch.is_grad_enabled() or x.dtype != gate.dtype else x.mul_(gate)
         return x
+
+    def _recursion(self, p: Tensor, q: Tensor, *parameters: Tensor) -> tuple[Tensor, tuple]:
+        states, start = [kernels.gate(p, q[..., :p.shape[-1]])], p.shape[-1]
+        for weight, bias in zip(parameters[::2], parameters[1::2]):
+            hidden = product(states[-1], weight, bias, onednn=self.onednn)
+            states += hidden, kernels.gate(hidden, q[..., start:start + len(weight)])
+            start += len(weight)
+        return states[-1], (p, q, *parameters[::2], *states[:-1])
+
+    def _recursion_backward(self, grad: Tensor, p: Tensor, q: Tensor, *rest: Tensor) -> tuple:
+        """The gates' gradients are written side by side and need no concatenation."""
+        steps = len(rest) // 3
+        weights, states = rest[:steps], (p, *rest[steps:])
+        d_q, end, grads = torch.empty(q.shape, dtype=q.dtype), q.shape[-1], []
+        grad = grad.contiguous()
+        for k in reversed(range(steps + 1)):
+            hidden = states[2 * k]
+            gate = slice(end - hidden.shape[-1], end)
+            grad, end = kernels.gate_backward(grad, hidden, q[..., gate], d_q[..., gate]), gate.start
+            if k:
+                grad, *both = self._linear_grads(states[2 * k - 1], weights[k - 1], grad)
+                grads = both + grads
+        return grad, d_q, *grads
 
     def join(self, x: Tensor, branch: Callable[[Tensor], Tensor], gamma: Tensor | None,
              keep: Tensor | None) -> Tensor:
@@ -325,8 +271,8 @@ class BlockRunner:
             y = y.to(x.dtype)
         keep = None if keep is None else keep.float().contiguous()
         if not torch.is_grad_enabled() and taken is x and y.dtype == x.dtype:
-            return kernels.join(x, y, gamma.float(), keep, slot, out=y)
-        return _Join.apply(x, y, gamma.float(), keep, slot)
+            return kernels.join(x, y, gamma.float(), keep, slot, out=y)[0]
+        return _Differentiable.apply(kernels.join, kernels.join_backward, x, y, gamma.float(), keep, slot)
 
     def pack(self, model: nn.Module, dtype: torch.dtype) -> None:
         """Reorder the matrices of the blocks of `model` for evaluation in `dtype`."""
@@ -370,7 +316,7 @@ def _watched() -> bool:
 
 @dataclass
 class _Seen:
-    """What a block looked like at its last call; `states` are the `__dict__` of its modules, its own first."""
+    """A block as it was at its last call; `states` are the `__dict__` of its modules, its own first."""
 
     modules: list[nn.Module]
     states: list[dict]
@@ -403,7 +349,8 @@ def _dtype_as_built(block: Block) -> torch.dtype | None:
     inner = seen.states[1:]  # the block's own hooks fire around its runner
     if any(chain.from_iterable(map(_HOOKS, inner))):
         return None
-    return None if [1 for state in inner if "forward" in state or "_compiled_call_impl" in state] else seen.dtype
+    replaced = [1 for state in inner if "forward" in state or "_compiled_call_impl" in state]
+    return None if replaced else seen.dtype
 
 
 def _facts(seen: _Seen) -> list:
@@ -417,9 +364,9 @@ def _facts(seen: _Seen) -> list:
 def _look(block: Block) -> _Seen:
     """Find the modules of `block` and decide whether the runner computes such a one."""
     named = dict(block.named_modules())
-    states = {name: vars(module) for name, module in named.items()}
+    states = {name: module.__dict__ for name, module in named.items()}
     seen = _Seen([*named.values()], [*states.values()], [s for s in states.values() if s["_modules"]],
-                 [vars(m) for m in named.values() if type(m) is nn.Conv2d],
+                 [m.__dict__ for m in named.values() if type(m) is nn.Conv2d],
                  [m for m in named.values() if type(m) is GlobalLocalFilter])
     seen.facts = _facts(seen)
     kinds = _KINDS | {name: nn.Conv2d for name in named if name.startswith("gnconv.pws.")}
