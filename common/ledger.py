@@ -3,7 +3,7 @@
 `status.json` tells how the run stands where exit codes cannot (launchers turn any code into 1).
 `attempts.jsonl` has a line for the beginning and the end of each attempt; a beginning without an end is an
 attempt that was killed.
-`progress.json` tells every ten seconds how far it is, and at the end how far it came.
+`progress.json` has every ten seconds how far it is, and at the end how far it came.
 """
 import os
 import socket

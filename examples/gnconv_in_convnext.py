@@ -1,8 +1,10 @@
-"""gnConv as a part: it takes the place of the depthwise convolutions in a timm ConvNeXt and trains for a few updates.
+"""gnConv as a part: it takes the place of the depthwise convolutions in a timm ConvNeXt and trains for a few
+updates.
 
     python examples/gnconv_in_convnext.py
 
-Needs no ImageNet: the images are handwritten digits from scikit-learn, written to data/digits on the first run.
+Needs no ImageNet: the images are handwritten digits from scikit-learn, written to data/digits on the first
+run.
 """
 import argparse
 import itertools
@@ -27,8 +29,8 @@ ORDERS = (2, 3, 4, 5)  # per stage, as in HorNet: wider features take higher ord
 def swap_in_gnconv(model: nn.Module, orders: tuple[int, ...] = ORDERS) -> int:
     """Replace every block's depthwise convolution in a timm ConvNeXt; returns how many were replaced.
 
-    GnConv maps (B, C, H, W) to the same shape, as the depthwise convolution does. Its width has to be a multiple
-    of 2^(order-1), which the error would say.
+    GnConv maps (B, C, H, W) to the same shape, as the depthwise convolution does. Its width has to be a
+    multiple of 2^(order-1), which the error would say.
     """
     replaced = 0
     for stage, order in zip(model.stages, orders, strict=True):

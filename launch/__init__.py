@@ -1,4 +1,1 @@
 """How processes start, agree, stop and fail: process groups, signals, the watchdog and Slurm."""
-from common.outcome import ExitCode
-
-__all__ = ["ExitCode"]

@@ -21,7 +21,7 @@ from common.files import read_json, read_json_lines, write_text
 from common.ledger import Ledger
 from common.text import printable
 from config.options import OPTIONS, Options
-from config.parse import Resolved, published_recipe, read_recipe
+from config.parse import differences, read_recipe
 from datasets.images import BadImage, decode_path
 from models.inspect import class_titles
 from models.trained import best_checkpoint
@@ -66,9 +66,7 @@ class Run:
     def recipe_difference(self) -> dict:
         """The published values of the options in which the run departs from its model's recipe."""
         options = Options(**{name: value for name, value in self.config.items() if name in OPTIONS})
-        published = published_recipe(options) if self.config else None
-        differences = Resolved(options, {}, published=published).differences()
-        return {name: theirs for name, (_, theirs) in differences.items()}
+        return {name: theirs for name, (_, theirs) in differences(options).items()} if self.config else {}
 
 
 def read_run(path: str | Path) -> Run:
@@ -104,7 +102,7 @@ def _records(folder: Path) -> dict:
             found["predictions_error"] = str(error)
     try:
         text = (folder / "config.yaml").read_text("utf-8", "replace")
-        found["config"] = dict(read_recipe(str(folder / "config.yaml")).values)
+        found["config"] = read_recipe(str(folder / "config.yaml"))
         found["origins"] = dict(re.findall(r"(?m)^(\w+):.*  # (\w+)$", text))
     except (OSError, UserError):
         pass
@@ -148,8 +146,10 @@ def headline(run: Run) -> dict[str, Figure]:
             found[f"last {label}"] = Figure(scores[-1], 2, "%")
     if (acc1 := run.evaluation.get("acc1")) is not None:
         found["evaluated top-1"] = Figure(acc1, 2, "%", f"{run.evaluation.get('images', '?')} images")
-    for part in run.data.keys() & {"train", "val"}:
-        found[f"{part} images"] = Figure(run.data[part]["images"], note=f"{len(run.data['classes'])} classes")
+    classes = f"{len(run.data.get('classes', ()))} classes"
+    for part in ("train", "val"):
+        if part in run.data:
+            found[f"{part} images"] = Figure(run.data[part]["images"], note=classes)
     if run.log:
         planned = f"planned {run.config['epochs']}" if "epochs" in run.config else ""
         found["epochs"] = Figure(len(run.log), note=planned)
@@ -220,6 +220,7 @@ def _draw(title: str, y_label: str, from_zero: bool, lines: list[tuple[list[int]
         if len(epochs) == 1:
             axes.set(xlim=(epochs[0] - 1, epochs[0] + 1), xticks=epochs)
         if from_zero or len(epochs) == 1:
+            axes.margins(y=0.1)
             axes.set_ylim(bottom=0)
         canvas.legend(loc="outside upper left", ncols=columns)
         svg = io.StringIO()

@@ -19,7 +19,6 @@ import torch
 
 from common.errors import UserError
 from common.files import TEMPORARY_SUFFIX, atomic_write, read_json, sha256_file, write_json
-from common.ledger import restarts
 from common.log import logger
 from common.safe_load import safe_torch_load
 from common.text import file_size
@@ -402,9 +401,6 @@ def open_folder(resolved: Resolved, folder: RunFolder | None) -> Loaded | None:
     sentence = folder.lock()
     if sentence:
         logger.info(sentence)
-    refusal = folder.reason_to_stop() if restarts() else None
-    if refusal:
-        raise UserError(refusal, code="not_restarted")
     checkpoints = Checkpoints(folder.path)
     checkpoints.sweep()
     loaded = find_checkpoint(resolved, folder)
@@ -430,7 +426,7 @@ def find_checkpoint(resolved: Resolved, folder: RunFolder | None) -> Loaded | No
                             "earlier run; choose another --output_dir.", code="other_run")
         return None
     # A requeued job repeats its command: what it began from then lies behind what it has saved here since.
-    own = by_word or folder is not None and folder.already_went_on_from(asked)
+    own = by_word or folder is not None and folder.has_resumed(asked)
     loaded = checkpoints.resolve(asked if by_word else "") if own else None
     if loaded is None and not by_word:
         loaded = checkpoints.resolve(local_file(asked))

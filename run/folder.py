@@ -1,4 +1,4 @@
-"""A run folder: who owns it, and whether its attempts allow another; their ledger is `common.ledger`."""
+"""A run folder and who owns it; the ledger of its attempts is `common.ledger`."""
 import errno
 import fcntl
 import json
@@ -14,9 +14,7 @@ from common.errors import UserError
 from common.files import read_json
 from common.ledger import Ledger, Record, job_id, now
 from common.log import logger
-from common.outcome import Outcome
 
-DONE, FAILED, PREEMPTED = Outcome.DONE, Outcome.FAILED, Outcome.PAUSED
 RECORDS = ("owner.json", "attempts.jsonl", "status.json")
 
 
@@ -138,19 +136,7 @@ class RunFolder(Ledger):
         except OSError:
             pass  # gone, read-only, or filled by somebody else meanwhile: it stays as it is
 
-    def reason_to_stop(self) -> str | None:
-        """Why an automatic restart must not happen (it failed twice at one update), else None.
-
-        A person who starts the run by hand has perhaps fixed the cause, so only requeued jobs ask this.
-        """
-        last = [a for a in self.attempts() if a["attempt"] != self.attempt][-2:]
-        failed = [a.get("update") for a in last if a["state"] == Outcome.FAILED]
-        if len(failed) == 2 and failed[0] == failed[1]:
-            return (f"the run in {self.path} failed twice at update {failed[1]} and is not started again; "
-                    f"the cause: {last[1].get('cause') or 'not recorded'}.")
-        return None
-
-    def already_went_on_from(self, resume: str) -> bool:
+    def has_resumed(self, resume: str) -> bool:
         """Whether an attempt here began from this --resume.
 
         A requeued job repeats its command, and must resume the folder's own newest checkpoint then.

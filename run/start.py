@@ -11,20 +11,8 @@ import torch
 from common.errors import UserError
 from common.text import file_size, plural
 from config.options import Options
-from datasets.build import SampleCheck
 from launch.process import Process
 from run.folder import environment
-
-
-def start_warnings(options: Options, process: Process, sample: SampleCheck | None) -> list[str]:
-    """Sentences about what is wrong, none when all is well; every rank must call it.
-
-    sample: rank 0's look at the images, None on other ranks.
-    """
-    found = [] if sample is None else sample.sentences()[1:]
-    if sample is not None and 2 * len(sample.tiny) <= sample.looked:  # every data set has a few small images
-        found = [sentence for sentence in found if sentence.startswith("unreadable")]
-    return found + memory_problems(options, process) + process_problems(process)
 
 
 @cache
@@ -95,5 +83,5 @@ def check_writable(flag: str, folder: str) -> None:
 
 def free_space(output_dir: str | os.PathLike) -> int:
     """Bytes that a run can have for its checkpoints in `output_dir`, including those of its own there."""
-    own = sum(path.stat().st_size for path in Path(output_dir).glob("*.pth"))
+    own = sum(path.stat().st_size for path in Path(output_dir).glob("*.pth") if path.is_file())
     return shutil.disk_usage(existing_folder(output_dir)).free + own

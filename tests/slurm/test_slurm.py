@@ -1,9 +1,9 @@
 """Jobs on a real Slurm: to the end, through preemption, failures and lost nodes, and two at once."""
 import json
 import re
-import time
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest

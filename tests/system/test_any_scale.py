@@ -9,7 +9,6 @@ from config.parse import parse
 from launch.process import start as start_process
 from launch.stop import StopRequest
 from launch.watchdog import Watchdog
-from models import MODEL_NAMES
 from plan import plan_run
 from tests.kits.images import write_images
 from tests.kits.processes import FORKS, codes, environment, places
@@ -34,7 +33,7 @@ def train_in_double(data, accumulation: int, process) -> dict:
     size = GLOBAL_BATCH // accumulation // process.world_size
     argv = arguments(data, "", batch_size=size, update_freq=None, global_batch=GLOBAL_BATCH, epochs=1,
                      warmup_epochs=0, disable_eval="true", output_dir=None)
-    planned = plan_run(parse(argv, MODEL_NAMES), process, None)
+    planned = plan_run(parse(argv), process, None)
     assert planned.batch.update_freq == accumulation and planned.updates_per_epoch == UPDATES
     plain_wrap = type(process).wrap
     process.wrap = lambda model: plain_wrap(process, model.double())
@@ -116,8 +115,8 @@ def test_another_number_of_processes_goes_on_with_the_global_batch(images, tmp_p
                        at=[at])) == [75] * before
     ranks = start(arguments(images, folder, **kept), tmp_path / "console2", after)
     assert codes(ranks) == [0] * after, ranks[0].text()
-    told = [line for line in ranks[0].text().splitlines() if "global batch of 32 is kept" in line]
-    assert len(told) == 1 and f"update_freq is {4 // after} on {after} process" in told[0]
+    said = [line for line in ranks[0].text().splitlines() if "global batch of 32 is kept" in line]
+    assert len(said) == 1 and f"x {4 // after} forward pass" in said[0]
     one, other = result(whole), result(folder)
     assert other["global_batch"] == 32 and other["update"] == one["update"] == 2 * UPDATES
     for part in ("model", "model_ema"):

@@ -87,7 +87,7 @@ def test_a_read_only_folder_is_refused_for_a_training_and_serves_an_evaluation(s
     names = ("{run}", "Read-only file system")
     check(Row("training", f"{FURTHER} 2", "unusable_folder", ("--output_dir", *names)), small_disk, capfd)
     check(Row("beside", "--resume {run}/checkpoint-0.pth", 0, names, base="eval"), small_disk, capfd)
-    check(Row("asked for", "--output_dir {run}", 1, names, base="eval"), small_disk, capfd)
+    check(Row("asked for", "--output_dir {run}", "unusable_folder", ("{run}",), base="eval"), small_disk, capfd)
 
 
 def test_a_folder_that_vanishes(place, capfd, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 from common.outcome import Outcome
 from run.log import Tracker
 from tests.kits.faults import Row, check
+from tests.kits.processes import wait_for
 
 
 def after_epoch(monkeypatch, number: int, do) -> None:
@@ -49,7 +50,7 @@ def test_a_killed_loader_worker_is_one_sentence(place, capfd, monkeypatch):
     assert state(place) is Outcome.FAILED
     monkeypatch.undo()
     check(Row("resumed", "--epochs 2 --num_workers 1", 0), place, capfd)
-    assert not multiprocessing.active_children()
+    wait_for(lambda: not multiprocessing.active_children(), 10)
 
 
 def test_an_error_in_a_worker_is_the_same_sentence_as_without(place, capfd):

@@ -19,7 +19,7 @@ CONFIGS = {"norm": dict(clip_grad=0.4), "agc": dict(clip_grad=0.05, clip_by="agc
 
 def run(process, update_freq, config="norm", epochs=2):
     """Weights and EMA after `epochs`, with drop path, in float64."""
-    wrap = None if process.world_size == 1 else lambda m: DistributedDataParallel(m, gradient_as_bucket_view=True)
+    wrap = None if process.world_size == 1 else DistributedDataParallel
     state = training(process, update_freq=update_freq, config=CONFIGS[config], wrap=wrap)
     summaries = [train(state, epoch) for epoch in range(epochs)]
     return dict(weights=state.plain.state_dict(), ema=state.update.ema.state_dict(), loss=summaries[-1].loss,
@@ -124,7 +124,8 @@ def test_what_an_observer_hears():
     assert [p.next_update for p in stopper.progress] == [2, 4]
     assert stopper.progress[-1] == progress and progress.outcome is Outcome.DONE
     recent = [p.recent_loss for p in stopper.progress]
-    assert progress.loss == pytest.approx(sum(recent) / 2) and recent[0] == pytest.approx(stopper.progress[0].loss)
+    assert progress.loss == pytest.approx(sum(recent) / 2)
+    assert recent[0] == pytest.approx(stopper.progress[0].loss)
     assert progress.lr == pytest.approx(state.update.schedule.lr(3)) and progress.class_acc is not None
     assert 0 <= progress.data_wait <= 1 and progress.images_per_second > 0
 
@@ -202,11 +203,12 @@ def poisoned(updates, rank, process, policy="skip", kind="loss", epochs=1, **cha
     if kind == "gradient":  # a finite loss whose gradient is not
         task.criterion = lambda logits, targets: criterion(logits, targets) + (
             (logits - logits).abs().sum().sqrt() if bad() else 0)
-    if kind == "value":  # an infinite loss with a finite gradient, which no reduction of gradients carries over
+    if kind == "value":  # an infinite loss with a finite gradient, which gradients do not carry over
         task.criterion = lambda logits, targets: criterion(logits, targets) + (
             float("inf") if bad() else 0)
     progress = [train(state, epoch, observer=recorder) for epoch in range(epochs)]
-    return dict(progress=progress[-1], records=recorder.records, states=recorder.states, finite=recorder.finite)
+    return dict(progress=progress[-1], records=recorder.records, states=recorder.states,
+                finite=recorder.finite)
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
@@ -215,7 +217,8 @@ def poisoned(updates, rank, process, policy="skip", kind="loss", epochs=1, **cha
                                      dict(dtype=torch.float64), dict(opt="sgd"), dict(opt="lamb"),
                                      dict(config=dict(clip_grad=0.1)), dict(update_freq=2),
                                      dict(config=dict(clip_grad=0.1, clip_by="agc")),
-                                     dict(config=dict(clip_grad=1.0, clip_mode="official"), update_freq=2)], ids=str)
+                                     dict(config=dict(clip_grad=1.0, clip_mode="official"), update_freq=2)],
+                         ids=str)
 def test_nothing_changes(changes, kind):
     result = poisoned({0, 2}, 0, Alone(), kind=kind, **changes)
     assert result["finite"] == [False, True, False, True]
@@ -259,7 +262,8 @@ def test_the_record_names_the_place_and_the_images():
 
 
 @pytest.mark.parametrize("policy,updates,outcome,last", [
-    ("stop", {2}, Outcome.FAILED, 3), ("skip", {2}, Outcome.DONE, 8), ("rollback", {2}, Outcome.ROLLED_BACK, 3),
+    ("stop", {2}, Outcome.FAILED, 3), ("skip", {2}, Outcome.DONE, 8),
+    ("rollback", {2}, Outcome.ROLLED_BACK, 3),
     ("skip", {1, 2, 3}, Outcome.ROLLED_BACK, 4), ("skip", {0, 1, 3}, Outcome.DONE, 4)])
 def test_how_the_epoch_ends(policy, updates, outcome, last):
     progress = poisoned(updates, 0, Alone(), policy=policy)["progress"]

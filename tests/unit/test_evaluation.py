@@ -1,4 +1,5 @@
-"""`--eval true`: which weights, data and settings it takes, what it writes, and that all sums agree exactly."""
+"""`--eval true`: which weights, data and settings it takes, what it writes, and that all sums agree
+exactly."""
 import importlib.resources
 import json
 import shutil
@@ -15,8 +16,8 @@ import engine
 import models  # noqa: F401  (registers the models with timm)
 from common.synsets import imagenet_synsets
 from config.parse import parse
+from datasets.labels import real_labels
 from datasets.sample import ensure_sample
-from datasets.subsets import real_labels
 from datasets.transforms import eval_transform
 from evaluation import low_score, predictions_of, with_checkpoint_settings
 from main import main
@@ -65,7 +66,8 @@ def run(world, out, *argv):
     return json.loads((out / "eval.json").read_text())
 
 
-# --------------------------------------------------------------------------------------------------- what is written
+# --------------------------------------------------------------------------------------------------- what is
+# written
 
 def test_evaluation_predictions_and_report_agree_exactly(world, tmp_path, capfd):
     result = run(world, tmp_path, "--resume", str(world / "ours.pth"), "--report", str(tmp_path))
@@ -124,7 +126,8 @@ def test_eval_json_stands_beside_a_checkpoint_but_not_among_downloaded_files(wor
 
 
 def test_the_verdict_on_a_published_architecture(tmp_path, capfd):
-    """Random weights on six images of ImageNet's classes: the line is printed, FAIL, and --check makes it count."""
+    """Random weights on six images of ImageNet's classes: the line is printed, FAIL, and --check makes it
+    count."""
     torch.manual_seed(0)
     torch.save({"model": timm.create_model("hornet_tiny_7x7").state_dict()}, tmp_path / "tiny.pth")
     write_set(tmp_path / "data" / "val", ["n01440764", "n01443537", "n15075141"], "ILSVRC2012_val_{}.JPEG", 2, 240)
@@ -139,7 +142,8 @@ def test_the_verdict_on_a_published_architecture(tmp_path, capfd):
     assert result["verdict"] == "FAIL" and result["published"]["authors_top1"] == 82.8 and "real" in result
 
 
-# ----------------------------------------------------------------------------------- which weights, data and settings
+# ----------------------------------------------------------------------------------- which weights, data and
+# settings
 
 def test_files_in_both_namings_and_both_weights_in_one_pass(world, tmp_path):
     paths = [str(world / name) for name in ("authors.pth", "openmmlab.pth", "ours.pth")]
@@ -177,7 +181,7 @@ def test_a_runs_folder_is_enough_for_its_evaluation_and_its_page_is_refreshed(tm
         assert (result["model"], result["input_size"], result["images"]) == ("hornet_pico_7x7", 32, 14)
         (folder / "eval.json").unlink()
     assert (folder / "report.html").read_text("utf-8") == page
-    assert main(["--eval", "true", "--output_dir", str(folder), "--report", str(folder), *DEVICE]) == 0
+    assert main(["--eval", "true", "--report", str(folder), *DEVICE]) == 0
     refreshed = (folder / "report.html").read_text("utf-8")
     assert "evaluated top-1" in refreshed and "evaluated top-1" not in page
     assert main(["--eval", "true", "--output_dir", str(folder), "--data_path", "/nowhere", *DEVICE]) == 2
@@ -215,7 +219,8 @@ def test_low_scores_are_reported_only_where_chance_is_lower():
     assert low_score(0, 500, 99) is None and low_score(0, 99, 1000) is None
 
 
-# --------------------------------------------------------------------------------- ImageNet's other validation sets
+# --------------------------------------------------------------------------------- ImageNet's other
+# validation sets
 
 @pytest.fixture(scope="module")
 def imagenet_model(tmp_path_factory):

@@ -110,8 +110,8 @@ def test_without_scontrol_the_saved_job_ends_at_once(tmp_path, monkeypatch):
 
 
 def stop_under_slurm(tmp_path: Path, monkeypatch, squeue: str | None, scontrol: str | None) -> dict:
-    """A preempted task on a Slurm whose programs do as these shell lines say (None: there is none); requests are kept
-    in `asked`. Returns what the ledger holds."""
+    """A preempted task on a Slurm whose programs do as these shell lines say (None: there is none); requests
+    are kept in `asked`. Returns what the ledger holds."""
     for name, line in (("squeue", squeue), ("scontrol", f"echo $* >> {tmp_path}/asked\n{scontrol}")):
         if squeue is not None:
             (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")

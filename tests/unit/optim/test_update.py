@@ -16,13 +16,15 @@ from tests.kits.toy import CLASSES, SIZE, Toy, options
 
 def batches(updates, update_freq):
     generator = torch.Generator().manual_seed(5)
-    return [[(torch.randn(4, 3, SIZE, SIZE, generator=generator), torch.randint(CLASSES, (4,), generator=generator))
-             for _ in range(update_freq)] for _ in range(updates)]
+    return [[(torch.randn(4, 3, SIZE, SIZE, generator=generator),
+              torch.randint(CLASSES, (4,), generator=generator)) for _ in range(update_freq)]
+            for _ in range(updates)]
 
 
 def ours(config, data, **changes):
     model, values = Toy(), options(warmup_steps=-1, **changes)
-    update = Update(model, build_optimizer(model, values), build_schedule(values, len(data)), config, ema=Ema(model, 0.9))
+    update = Update(model, build_optimizer(model, values), build_schedule(values, len(data)), config,
+                    ema=Ema(model, 0.9))
     norms = []
     for number, micro_batches in enumerate(data):
         for micro, (images, targets) in enumerate(micro_batches):
@@ -39,7 +41,8 @@ def plainly(config, data, **changes):
     model, values = Toy(), options(warmup_steps=-1, **changes)
     average = copy.deepcopy(model)
     groups = param_groups(model.named_parameters(), values.weight_decay)
-    optimizer = torch.optim.AdamW([{"params": g["params"], "decays": g["decays"]} for g in groups], foreach=False)
+    plain = [{"params": g["params"], "decays": g["decays"]} for g in groups]
+    optimizer = torch.optim.AdamW(plain, foreach=False)
     schedule, norms = build_schedule(values, len(data)), []
     for number, micro_batches in enumerate(data):
         for group in optimizer.param_groups:
@@ -60,7 +63,8 @@ def plainly(config, data, **changes):
     return model, average, norms
 
 
-@pytest.mark.parametrize("clip_grad,clip_mode", [(None, "step"), (1e-3, "step"), (0.3, "step"), (100.0, "step"),
+@pytest.mark.parametrize("clip_grad,clip_mode", [(None, "step"), (1e-3, "step"), (0.3, "step"),
+                                                 (100.0, "step"),
                                                  (0.3, "official"), (0.05, "official"), (100.0, "official")])
 @pytest.mark.parametrize("update_freq", [1, 3])
 def test_same_as_written_out(clip_grad, clip_mode, update_freq):
@@ -75,13 +79,14 @@ def test_same_as_written_out(clip_grad, clip_mode, update_freq):
 
 
 def test_agc_limits_each_unit_but_not_the_head():
-    model, values = Toy(), options(opt="momentum", momentum=0.0, weight_decay=0.0, weight_decay_end=0.0, lr=1.0,
-                                   min_lr=1.0, warmup_steps=-1)
+    model, values = Toy(), options(opt="momentum", momentum=0.0, weight_decay=0.0, weight_decay_end=0.0,
+                                   lr=1.0, min_lr=1.0, warmup_steps=-1)
     before = copy.deepcopy(model)
     update = Update(model, build_optimizer(model, values), build_schedule(values, 5),
                     UpdateConfig(clip_grad=0.01, clip_by="agc"))
     with update.micro_batch(last=True):
-        update.backward(1000 * nn.functional.cross_entropy(model(batches(1, 1)[0][0][0]), batches(1, 1)[0][0][1]))
+        images, targets = batches(1, 1)[0][0]
+        update.backward(1000 * nn.functional.cross_entropy(model(images), targets))
     update.step(0)
     moved = {name: (p - q).detach() for (name, p), q in zip(model.named_parameters(), before.parameters())}
     assert moved["head.weight"].norm() > before.head.weight.norm()

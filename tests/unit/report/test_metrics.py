@@ -1,4 +1,5 @@
-"""Figures from the answer for every image, against loops and closed forms, and the paired test of two evaluations."""
+"""Figures from the answer for every image, against loops and closed forms, and the paired test of two
+evaluations."""
 import math
 
 import numpy as np
@@ -6,7 +7,14 @@ import pytest
 from scipy.stats import binomtest
 
 from common.errors import UserError
-from report.metrics import Predictions, calibration_error, compare, confusion_pairs, metrics, multi_label_accuracy
+from report.metrics import (
+    Predictions,
+    calibration_error,
+    compare,
+    confusion_pairs,
+    metrics,
+    multi_label_accuracy,
+)
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox"]
 

@@ -212,7 +212,8 @@ def test_names_that_are_not_text_do_not_stop_the_page(tmp_path):
 
 
 def test_a_browser_shows_the_page_and_no_label_covers_another(tmp_path):
-    """The page is laid out at two widths; a script added for the test reports texts of charts that overlap."""
+    """The page is laid out at two widths; a script added for the test reports texts of charts that
+    overlap."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no chromium on this machine")

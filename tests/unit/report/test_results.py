@@ -1,4 +1,5 @@
-"""The comparison with the published figure, the reasons for a difference, and the files an evaluation leaves."""
+"""The comparison with the published figure, the reasons for a difference, and the files an evaluation
+leaves."""
 import csv
 import json
 from dataclasses import replace
@@ -7,12 +8,21 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from models import zoo
 from engine import EvalResult
+from models import zoo
 from report.metrics import Predictions, confusion_pairs
 from report.results import (
-    Protocol, explain_difference, per_class, read_predictions, results_from, summary_line, verdict, write_eval_json,
-    write_predictions, write_report_files)
+    Protocol,
+    explain_difference,
+    per_class,
+    read_predictions,
+    results_from,
+    summary_line,
+    verdict,
+    write_eval_json,
+    write_predictions,
+    write_report_files,
+)
 from tests.unit.report.test_metrics import CLASSES, predictions
 
 PROTOCOL = Protocol(model="hornet_tiny_7x7", num_classes=1000, input_size=224)

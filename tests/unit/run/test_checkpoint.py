@@ -138,7 +138,8 @@ def test_infinite_weights_are_neither_saved_nor_taken(tmp_path):
     bad["model"]["w"][7] = math.inf
     checkpoints.save(bad, epoch=2)
     (failure,) = checkpoints.close()
-    assert "tensor w of model" in failure and newest(checkpoints) == "checkpoint-1.pth" and checkpoints.unsaved
+    assert "tensor w of model" in failure and checkpoints.unsaved
+    assert newest(checkpoints) == "checkpoint-1.pth"
 
 
 def test_when_all_fail_it_is_an_error_never_a_start_from_scratch(tmp_path):
@@ -221,7 +222,8 @@ def test_resuming_from_an_older_one_sets_the_newer_aside(tmp_path, monkeypatch):
     assert checkpoints.set_aside_newer(loaded) == ["checkpoint-3.pth"]
     assert (tmp_path / "superseded-checkpoint-3.pth").exists() and newest(checkpoints) == "checkpoint-2.pth"
     elsewhere = Loaded(tmp_path / "elsewhere" / "checkpoint-9.pth", loaded.state)
-    monkeypatch.setattr(checkpoints, "numbered", lambda: [tmp_path / f"checkpoint-{n}.pth" for n in (1, 2, 8)])
+    listed = [tmp_path / f"checkpoint-{n}.pth" for n in (1, 2, 8)]
+    monkeypatch.setattr(checkpoints, "numbered", lambda: listed)
     assert len(checkpoints.set_aside_newer(elsewhere)) == 3  # the last of them has vanished meanwhile
     (tmp_path / "checkpoint-8.pth").touch()
     (tmp_path / "superseded-checkpoint-8.pth").mkdir()
@@ -266,7 +268,8 @@ def test_a_vanished_folder_or_too_little_memory_raises_nothing(tmp_path):
     shutil.rmtree(tmp_path / "run")
     checkpoints.save(state(1), epoch=1)
     memory, gone = checkpoints.close()
-    assert "out of memory" in memory and "No such file or directory" in gone and not (tmp_path / "run").exists()
+    assert "out of memory" in memory and "No such file or directory" in gone
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
@@ -274,7 +277,8 @@ def small_disk(tmp_path):
     """A tmpfs of 2 MB; needs root."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True)
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True)
     if done.returncode:
         pytest.skip(f"no small tmpfs can be mounted here ({done.stderr.decode().strip()})")
     yield folder

@@ -1,4 +1,4 @@
-"""A run folder has one owner, and no scheduler starts a run again that fails at one update."""
+"""A run folder has one owner, who alone writes there."""
 import os
 import signal
 import threading
@@ -129,28 +129,8 @@ def test_a_folder_that_was_taken_away_is_not_written_to(tmp_path):
     other.release()
 
 
-def test_failing_twice_at_one_update_stops_the_requeueing(tmp_path):
-    def attempt(update, outcome=Outcome.FAILED):
-        folder = RunFolder(tmp_path)
-        folder.begin(update=0, epoch=0)
-        reason = folder.reason_to_stop()
-        folder.end(outcome, update=update, epoch=0, cause="CUDA out of memory")
-        return reason
-    assert attempt(40) is None and attempt(50) is None and attempt(50) is None
-    assert "at update 50" in RunFolder(tmp_path).reason_to_stop()
-    assert "CUDA out of memory" in attempt(60, Outcome.PAUSED)
-    assert RunFolder(tmp_path).reason_to_stop() is None
-
-
-def test_killed_attempts_are_no_repeated_failure(tmp_path):
-    for _ in range(3):
-        folder = RunFolder(tmp_path)
-        folder.begin(update=3)
-    assert folder.reason_to_stop() is None
-
-
 def test_a_requeued_job_does_not_begin_again_from_what_it_resumed(tmp_path):
     RunFolder(tmp_path).begin(update=0, resume="a.pth")
     folder = RunFolder(tmp_path)
-    assert folder.already_went_on_from("a.pth")
-    assert not folder.already_went_on_from("b.pth") and not folder.already_went_on_from("")
+    assert folder.has_resumed("a.pth")
+    assert not folder.has_resumed("b.pth") and not folder.has_resumed("")

@@ -22,7 +22,8 @@ from run.state import (
 )
 
 STORED = Path(__file__).parents[2] / "data" / "checkpoints"
-GOOD = {"format": FORMAT, "model": {}, "optimizer": {"state": {}, "param_groups": [{"params": [0]}]}, "epoch": 3}
+OPTIMIZER = {"state": {}, "param_groups": [{"params": [0]}]}
+GOOD = {"format": FORMAT, "model": {}, "optimizer": OPTIMIZER, "epoch": 3}
 
 
 def code_of(call, *args, **named) -> str:
@@ -32,7 +33,8 @@ def code_of(call, *args, **named) -> str:
 
 
 def parts():
-    return {"position": Position(10, 2, 35, [1.0] * 6), "best": Best(71.5, 1), "data": DataIdentity(8, 100, ["a", "b"]),
+    return {"position": Position(10, 2, 35, [1.0] * 6), "best": Best(71.5, 1),
+            "data": DataIdentity(8, 100, ["a", "b"]),
             "environment": Environment({"lr": 0.1}, {"kernels": "plain"}, torch.get_num_threads(), "abc")}
 
 
@@ -40,20 +42,23 @@ def test_parts_of_plain_values_come_back():
     with pytest.raises(KeyError):
         collect(parts())  # model, optimizer, ... are missing
     one = parts()
-    state = {name: value for part in ("position", "data", "environment") for name, value in one[part].state_dict().items()}
-    state["best"] = one["best"].state_dict()
+    state = {"best": one["best"].state_dict()}
+    for part in ("position", "data", "environment"):
+        state |= one[part].state_dict()
     other = {"position": Position(10), "best": Best(), "data": DataIdentity(8, 101, ["a", "b"]),
              "environment": parts()["environment"]}
     restore(state, other)
-    assert other["position"] == one["position"] and other["best"] == one["best"] and other["data"].images_before == 100
+    assert other["position"] == one["position"] and other["best"] == one["best"]
+    assert other["data"].images_before == 100
 
 
 def test_stored_files_of_every_format_stay_readable():
     published, own = load(STORED / "format1.pth").state, load(STORED / "format2.pth").state
     for state in (published, own):
         check_resumable(state, "stored")
-        assert torch.equal(state["model"]["head.weight"], torch.arange(6.0).view(2, 3)) and state["epoch"] == 3
-        assert state["args"]["model"] == "hornet_tiny_7x7" and state["optimizer"]["param_groups"][0]["lr"] == 1e-3
+        assert torch.equal(state["model"]["head.weight"], torch.arange(6.0).view(2, 3))
+        assert state["args"]["model"] == "hornet_tiny_7x7" and state["epoch"] == 3
+        assert state["optimizer"]["param_groups"][0]["lr"] == 1e-3
         assert set(TABLE) <= set(state)
     assert published["format"] == 1 and published["best"] is None and published["update"] is None
     assert own["format"] == 2 and own["update"] == 40 and own["best"]["acc1"] == 71.5
@@ -62,7 +67,7 @@ def test_stored_files_of_every_format_stay_readable():
 
 def test_published_best_files_and_odd_files(tmp_path):
     path = tmp_path / "checkpoint-best.pth"
-    torch.save({"model": {"w": torch.ones(1)}, "optimizer": {}, "epoch": "best", "scaler": {}, "args": None}, path)
+    torch.save({"model": {"w": torch.ones(1)}, "optimizer": {}, "epoch": "best", "args": None}, path)
     old = load(path).state
     assert old["epoch"] is None and old["args"] is None
     assert code_of(check_resumable, old, path) == "not_resumable"
@@ -72,10 +77,12 @@ def test_published_best_files_and_odd_files(tmp_path):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("model", [1]), ("model_ema", [1]), ("model_ema", {"w": 1}), ("optimizer", {}), ("epoch", -2), ("update", "x"),
-    ("optimizer", {"state": {0: 1}, "param_groups": []}), ("optimizer", {"state": {}, "param_groups": [{"params": [[]]}]}),
+    ("model", [1]), ("model_ema", [1]), ("model_ema", {"w": 1}), ("optimizer", {}), ("epoch", -2),
+    ("optimizer", {"state": {0: 1}, "param_groups": []}), ("update", "x"),
+    ("optimizer", {"state": {}, "param_groups": [{"params": [[]]}]}),
     ("scaler", {"scale": 1.0}), ("policy", {"row": None}), ("policy", {"row": -1}), ("best", {"acc1": "x"}),
-    ("sums", [None, "x"]), ("images", 0), ("classes", [1]), ("args", []), ("code_paths", {"a": 1}), ("threads", -1),
+    ("sums", [None, "x"]), ("images", 0), ("classes", [1]), ("args", []), ("code_paths", {"a": 1}),
+    ("threads", -1),
     ("version", 3), ("global_batch", 0)])
 def test_an_odd_entry_is_refused_by_name(name, value):
     check_resumable(GOOD, "c.pth")
@@ -85,14 +92,16 @@ def test_an_odd_entry_is_refused_by_name(name, value):
 
 
 def test_another_run_in_the_folder_is_named():
-    args = {"model": "hornet_tiny_7x7", "lr": 4e-3, "epochs": 300, "opt_betas": [0.9, 0.99], "num_workers": 10}
+    args = {"model": "hornet_tiny_7x7", "lr": 4e-3, "epochs": 300, "opt_betas": [0.9, 0.99]}
     there = {"args": args}
-    same = args | {"epochs": 400, "num_workers": 2, "opt_betas": (0.9, 0.99)}
+    same = args | {"epochs": 400, "opt_betas": (0.9, 0.99)}
+    lr, model = {"lr": 1e-3}, {"model": "hornet_base_gf"}
     assert check_same_run(there, same, "c.pth") == []
-    assert code_of(check_same_run, there, same | {"lr": 1e-3}, "c.pth") == "other_run"
-    assert check_same_run(there, same | {"lr": 1e-3}, "c.pth", explicit=True) == ["lr 0.004 there, 0.001 here"]
-    assert code_of(check_same_run, there, same | {"model": "hornet_base_gf"}, "c.pth", explicit=True) == "other_run"
-    assert finished({"epoch": 299}, 300) and not finished({"epoch": 298}, 300) and not finished({"epoch": None}, 1)
+    assert code_of(check_same_run, there, same | lr, "c.pth") == "other_run"
+    assert check_same_run(there, same | lr, "c.pth", explicit=True) == ["lr 0.004 there, 0.001 here"]
+    assert code_of(check_same_run, there, same | model, "c.pth", explicit=True) == "other_run"
+    assert finished({"epoch": 299}, 300) and not finished({"epoch": 298}, 300)
+    assert not finished({"epoch": None}, 1)
 
 
 @pytest.mark.parametrize("epoch, update, sums, stands", [
