@@ -348,8 +348,8 @@ def evaluate(models: Sequence[tuple[str, nn.Module]], loader: Iterable[Batch], e
     """Score several (name, unwrapped model) in one pass over the images; the same results on every rank.
 
     Each rank passes its own share of the images, possibly none: nothing is padded, hits are integers, and the
-    models, left in eval mode, wait for no other rank. No results at all when the observer of any rank has left
-    the evaluation. Raises RuntimeError when not exactly `expected` images were seen.
+    models, left in eval mode, wait for no other rank. No results at all when the observer of any rank has
+    left the evaluation. Raises RuntimeError when not exactly `expected` images were seen.
     """
     start, tallies, left = time.perf_counter(), [_Tally(evaluation) for _ in models], False
     with nullcontext() if evaluation.tf32 else true_float32():

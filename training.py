@@ -1,6 +1,7 @@
 """Training: one run from its first update to its last, with what it saves, and the command around it."""
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from common.outcome import ExitCode, Outcome
 from common.text import plural, printable
 from config.parse import Resolved
 from config.rules import resumed_schedule_notice
-from datasets.build import check_sample, train_loader
+from datasets.dataset import make_loader
 from datasets.sampler import GlobalBatchSampler
 from evaluation import amp_dtype, evaluate_checkpoints
 from launch.process import Process
@@ -31,7 +32,7 @@ from report.page import write_report
 from run.checkpoint import Checkpoints, Loaded, open_folder, state_bytes
 from run.folder import RunFolder
 from run.log import Tracker, WandbRun
-from run.start import code_version, cpus_per_process, start_warnings
+from run.start import code_version, cpus_per_process, memory_problems, process_problems
 from run.state import BEST, BEST_EMA, Best, Parts, Position, Setup, State, collect, finished, restore
 
 
@@ -70,8 +71,9 @@ class Trainer(engine.Observer):
                                      process.rank, process.world_size, options.seed)
         self.loop = engine.Loop(
             model=wrapped, plain=self.model, task=self.task, update=update, sampler=sampler,
-            loader=train_loader(data, options, sampler), watch=FiniteWatch(options.on_nonfinite),
-            process=process, updates_per_epoch=updates, print_freq=options.print_freq, path_of=plan.train.path)
+            loader=make_loader(plan.train, options, sampler), watch=FiniteWatch(options.on_nonfinite),
+            process=process, updates_per_epoch=updates, print_freq=options.print_freq,
+            path_of=plan.train.path)
         self.position = Position(updates, options.start_epoch - 1, options.start_epoch * updates)
         self.best = Best()
         self.setup = Setup(batch.global_batch, len(plan.train), data.class_names, plan.resolved.to_dict(),
@@ -310,43 +312,35 @@ def train(resolved: Resolved, process: Process, watchdog: Watchdog) -> ExitCode:
             watchdog.record_in(options.output_dir)  # not before: a start that is refused leaves nothing there
             for note in (*plan.data.notes, plan.batch.equation, *plan.batch.notices):
                 logger.info(note)
-            sample = check_sample(plan.train, 8) if process.is_main else None
-            for warning in start_warnings(options, process, sample):
+            for warning in memory_problems(options, process) + process_problems(process):
                 if process.is_main:
                     logger.warning(warning)
-            trainer = Trainer(plan, process, stop=stop, watchdog=watchdog, state=state,
-                              checkpoints=checkpoints, folder=options.output_dir if folder else "")
-            try:
-                if loaded is not None:
-                    _log_resumption(trainer, loaded)
+            with closing(Trainer(plan, process, stop=stop, watchdog=watchdog, state=state,
+                                 checkpoints=checkpoints,
+                                 folder=options.output_dir if folder else "")) as trainer:
                 if process.is_main:
-                    _introduce(trainer, plan)
+                    _introduce(trainer, plan, loaded)
                 return _fit(trainer, folder)
-            finally:
-                trainer.close()
     finally:
         if folder is not None:
             folder.release()
 
 
-def _log_resumption(trainer: Trainer, loaded: Loaded) -> None:
-    """Where a run is resumed, and what another `--epochs` than the checkpoint's does to its learning rate."""
-    options, at = trainer.options, trainer.position
-    logger.info("Resuming at epoch %d, update %d from %s", at.begun + 1, at.update, loaded.path)
-    earlier = (loaded.state["args"] or {}).get("epochs", options.epochs)
-    now, then = (build_schedule(replace(options, epochs=epochs), at.updates_per_epoch).lr(at.update)
-                 for epochs in (options.epochs, earlier))
-    notice = resumed_schedule_notice(epochs=options.epochs, earlier_epochs=earlier, lr=now, earlier_lr=then)
-    if notice:
-        logger.info(notice)
-
-
-def _introduce(trainer: Trainer, plan: Plan) -> None:
+def _introduce(trainer: Trainer, plan: Plan, loaded: Loaded | None) -> None:
     """What a person should know at the start, and the files that describe the run."""
-    options, process, tracker = trainer.options, trainer.process, trainer.tracker
-    tracker.write_setup(plan.resolved.to_yaml(), plan.data.describe(), world_size=process.world_size,
-                        device=str(process.device), backend=process.backend, code_paths=trainer.code_paths,
-                        version=code_version(), global_batch=plan.batch.global_batch)
+    options, process, at = trainer.options, trainer.process, trainer.position
+    trainer.tracker.write_setup(
+        plan.resolved.to_yaml(), plan.data.describe(), world_size=process.world_size,
+        device=str(process.device), backend=process.backend, code_paths=trainer.code_paths,
+        version=code_version(), global_batch=plan.batch.global_batch)
+    if loaded is not None:
+        logger.info("Resuming at epoch %d, update %d from %s", at.begun + 1, at.update, loaded.path)
+        earlier = (loaded.state["args"] or {}).get("epochs", options.epochs)
+        now, then = (build_schedule(replace(options, epochs=epochs), at.updates_per_epoch).lr(at.update)
+                     for epochs in (options.epochs, earlier))
+        if notice := resumed_schedule_notice(epochs=options.epochs, earlier_epochs=earlier, lr=now,
+                                             earlier_lr=then):
+            logger.info(notice)
     lags = half_life_warning(options.model_ema_decay, options.epochs * plan.updates_per_epoch)
     if options.model_ema and lags:
         logger.warning(lags)
@@ -381,11 +375,6 @@ def _fit(trainer: Trainer, folder: RunFolder | None) -> ExitCode:
         trainer.report_failures(checkpoints.close() if checkpoints is not None else ())
         if folder is not None:
             folder.end(outcome, update=at.update, epoch=at.begun, cause=cause)
-        if checkpoints is not None and outcome is Outcome.DONE:
-            last = checkpoints.numbered()[-1:]
-            for path in (checkpoints.folder / BEST, checkpoints.folder / BEST_EMA, *last):
-                trainer.tracker.log_checkpoint(path)
-        trainer.tracker.close()
     if outcome is Outcome.PAUSED:
         # Not a warning, which every rank would give: all stop at the same update.
         logger.info("Stopped at update %d (%s); the same command resumes it from %s.", at.update, cause,
@@ -396,6 +385,9 @@ def _fit(trainer: Trainer, folder: RunFolder | None) -> ExitCode:
                      "in %s and start the same command again, which resumes the newest one there.",
                      options.output_dir)
         return ExitCode.FAILED
+    if checkpoints is not None:
+        for path in (checkpoints.folder / BEST, checkpoints.folder / BEST_EMA, *checkpoints.numbered()[-1:]):
+            trainer.tracker.log_checkpoint(path)
     if folder is not None:
         try:
             logger.info("Report: %s", write_report([folder.path]))

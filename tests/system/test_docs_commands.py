@@ -103,7 +103,7 @@ def test_options_data_and_model_of_long_commands(command, images, monkeypatch, t
     data = build_data(o, train=training, evaluate=not (training and o.disable_eval))
     if training:
         batch = plan_batch(resolved, 2)
-        validate_after_index(batch.apply(o), batch, len(data.train), data.num_classes)
+        validate_after_index(o, batch, len(data.train), data.num_classes)
     with torch.device("meta"):
         model = timm.create_model(o.model, num_classes=data.num_classes, drop_path_rate=o.drop_path,
                                   layer_scale_init_value=o.layer_scale_init_value)
