@@ -89,17 +89,15 @@ def diagnose(model: nn.Module, forward: Callable[[], torch.Tensor]) -> dict:
 
     `forward` runs the unwrapped `model` on the batch and returns its loss. Returns `first_module` (name of
     the first module whose output is non-finite, in order of execution; "" for none), its `module_type`,
-    `input_max` (largest finite magnitude among its inputs), `replayed_loss`, `parameters` (up to ten that are
-    non-finite themselves, or whose gradient is, last layers first) and `reproduced` (whether anything of this
-    was found).
+    `parameters` (up to ten that are non-finite themselves, or whose gradient is, last layers first) and
+    `reproduced` (whether anything of this was found).
     """
     found: dict = {}
 
     def look(name: str):
         def hook(module, inputs, output):
             if not found and not _finite(output):
-                found.update(first_module=name or "(model)", module_type=type(module).__name__,
-                             input_max=_largest(inputs))
+                found.update(first_module=name or "(model)", module_type=type(module).__name__)
         return hook
 
     # Modules end after those inside them, so the first to end with a bad output is the innermost cause.
@@ -115,19 +113,9 @@ def diagnose(model: nn.Module, forward: Callable[[], torch.Tensor]) -> dict:
         for handle in handles:
             handle.remove()
     reproduced = bool(found or bad or not _finite(loss))
-    return {"reproduced": reproduced, "first_module": "", "module_type": "", "input_max": None, **found,
-            "replayed_loss": loss.item(), "parameters": bad[:10]}
-
-
-def _tensors(value: object) -> list[torch.Tensor]:
-    leaves = (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
-    return [leaf.detach() for leaf in leaves if leaf.is_floating_point() or leaf.is_complex()]
+    return {"reproduced": reproduced, "first_module": "", "module_type": "", "parameters": bad[:10], **found}
 
 
 def _finite(value: object) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(value))
-
-
-def _largest(value: object) -> float | None:
-    peaks = (t.abs().float().nan_to_num(nan=0.0, posinf=0.0).max() for t in _tensors(value) if t.numel())
-    return max((peak.item() for peak in peaks), default=None)
+    tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+    return all(bool(tensor.detach().isfinite().all()) for tensor in tensors)

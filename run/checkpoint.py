@@ -34,7 +34,6 @@ _SCORED = {BEST: "model", BEST_EMA: "model_ema"}
 Score = tuple[float | None, int | None]  # top-1 in percent and epoch of a best file, None where unknown
 # A manifest may hold anything, or be a folder.
 _UNREADABLE = (OSError, KeyError, TypeError, AttributeError, UserError)
-_DAMAGED = "damaged_checkpoint"
 _RECORDS = ("checkpoint-", "log.txt", "status.json", "config.yaml", "environment.json")
 
 
@@ -78,10 +77,11 @@ def manifest(path: Path) -> State | None:
     except FileNotFoundError:
         return None
     except _UNREADABLE as error:
-        raise UserError(f"{path} or its manifest cannot be read ({error}).", code=_DAMAGED) from error
+        raise UserError(f"{path} or its manifest cannot be read ({error}).",
+                        code="damaged_checkpoint") from error
     if entry is None:
         raise UserError(f"{path} is not the file that was saved: size or sha256 differ from its manifest.",
-                        code=_DAMAGED)
+                        code="damaged_checkpoint")
     return entry
 
 
@@ -93,11 +93,9 @@ def _entries(path: Path) -> list[State]:
 def load(path: str | os.PathLike, needs_manifest: bool = False) -> Loaded:
     """Read one checkpoint after checking its manifest, or without one the CRCs inside. Raises UserError."""
     path = Path(path)
-    if path.is_symlink() and not path.exists():
-        raise UserError(f"{path} is a link to {os.readlink(path)}, which is missing.", code=_DAMAGED)
     if path.is_file() and manifest(path) is None and needs_manifest:
         raise UserError(f"{path.name} has no manifest; name it with --resume {path} if it is to be used.",
-                        code=_DAMAGED)
+                        code="damaged_checkpoint")
     return Loaded(path, upgrade(safe_torch_load(path), path))
 
 
@@ -375,8 +373,7 @@ def open_folder(resolved: Resolved, folder: RunFolder | None) -> Loaded | None:
     """Own the run folder (rank 0) and find the checkpoint to resume, if any."""
     if folder is None:
         return find_checkpoint(resolved, None)
-    sentence = folder.lock()
-    if sentence:
+    if sentence := folder.lock():
         logger.info(sentence)
     checkpoints = Checkpoints(folder.path)
     checkpoints.sweep()

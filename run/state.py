@@ -224,16 +224,12 @@ def upgrade(state: object, path: str | os.PathLike) -> State:
 def check_resumable(state: State, path: str | os.PathLike) -> None:
     """Raise UserError when training cannot resume from a state: weights alone, a published best file, odd
     entries."""
-    missing = [name for name, row in TABLE.items() if row.needed and state.get(name) is None]
-    if missing:
-        raise UserError(f"{path} has no {' and no '.join(missing)}, so training cannot be resumed from it; "
-                        "start from its weights with --finetune, or resume a numbered checkpoint.",
-                        code="not_resumable")
-    odd = [name for name, row in TABLE.items() if state.get(name) is not None and not row.valid(state[name])]
+    odd = [name for name, row in TABLE.items()
+           if (row.needed if state.get(name) is None else not row.valid(state[name]))]
     if odd:
-        raise UserError(f"{path} is no checkpoint of a training: its entry {' and its entry '.join(odd)} is "
-                        "unexpected; resume another one, or start from its weights with --finetune.",
-                        code="invalid_checkpoint")
+        raise UserError(f"{path}: its entry {' and its entry '.join(odd)} is missing or unexpected, so training "
+                        "cannot be resumed from it; resume a numbered checkpoint, or start from its weights "
+                        "with --finetune.", code="not_resumable")
 
 
 def check_same_run(state: State, args: State, path: str | os.PathLike,
