@@ -227,7 +227,7 @@ def check_resumable(state: State, path: str | os.PathLike) -> None:
     odd = [name for name, row in TABLE.items()
            if (row.needed if state.get(name) is None else not row.valid(state[name]))]
     if odd:
-        raise UserError(f"{path}: its entry {' and its entry '.join(odd)} is missing or unexpected, so training "
+        raise UserError(f"{path}: its entry {' and its entry '.join(odd)} is missing or unexpected: training "
                         "cannot be resumed from it; resume a numbered checkpoint, or start from its weights "
                         "with --finetune.", code="not_resumable")
 
