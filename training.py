@@ -268,7 +268,7 @@ class Trainer(engine.Observer):
     def _report_unreadable(self) -> None:
         """Report each image that could not be read once per run."""
         mine = [(loader.images.path(index), reason) for loader in self._loaders
-                for index, reason in loader.bad_images]
+                for index, reason in loader.bad_images.items()]
         for loader in self._loaders:
             loader.bad_images.clear()
         found = {image for part in self.process.all_gather_object(mine) for image in part}
