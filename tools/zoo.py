@@ -25,7 +25,8 @@ from tools.command import add_weights_argument, new_parser, run_command
 def list_models(args: argparse.Namespace) -> int:
     """A table of all models, what is published of them, and which files are in the folder."""
     folder = cache_folder(args.folder)
-    table = [("model", "parameters", "FLOPs", "size", "classes", "top-1", "top-5", "here", "file")]
+    table: list[tuple[str, ...]] = []
+    table.append(("model", "parameters", "FLOPs", "size", "classes", "top-1", "top-5", "here", "file"))
     for name, row in VARIANTS.items():
         here = any((folder / file.name).exists() for file in row.files)
         numbers = (f"{row.flops / 1e9:.4g} G", row.input_size, row.classes, row.top1 or "-", row.top5 or "-")

@@ -3,7 +3,6 @@ import shutil
 from dataclasses import replace
 
 import pytest
-import timm
 import torch
 
 from common.files import sha256_file
@@ -74,22 +73,6 @@ def test_a_converted_run_sees_the_same_images(names, suffix, tmp_path):
     assert (after.name, after.classes, after.settings) == (before.name, before.classes, before.settings)
     assert after.settings.crop_pct == 1.0 and same(after.model.state_dict(), before.model.state_dict())
     assert "lr" not in safe_torch_load(out)["args"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", zoo.PUBLISHED)
-def test_all_published_architectures_round_trip(name, tmp_path):
-    with torch.device("meta"):
-        shapes = timm.create_model(name).state_dict()
-    torch.manual_seed(0)
-    state = {k: torch.randn(v.shape, dtype=torch.bfloat16) for k, v in shapes.items()}  # half the bytes on the disk
-    torch.save({"model": state}, tmp_path / "a.pth")
-    for source, out, names in (("a.pth", "b.pth", "openmmlab"), ("b.pth", "c.safetensors", "authors"),
-                               ("c.safetensors", "d.pth", "authors")):
-        assert main(["convert", str(tmp_path / source), "--out", str(tmp_path / out), "--names", names]) == 0
-        (tmp_path / source).unlink()  # gigabytes
-    assert same(safe_torch_load(tmp_path / "d.pth")["model"], {k: v.float() for k, v in state.items()})
-    (tmp_path / "d.pth").unlink()  # which pytest would keep for three sessions
 
 
 def test_get_prints_the_path_of_a_checked_file_or_where_to_put_it(files, tmp_path, monkeypatch, capfd):
