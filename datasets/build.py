@@ -132,7 +132,7 @@ def _dataset(options: Options, split: _Split, names: list[str], notes: list[str]
     if len(empty) and part == "train" and not options.allow_class_mismatch and options.data_set != "CIFAR":
         raise UserError(f"{plural(len(empty), 'class folder')} in {shown} without an image, such as "
                         f"{printable(split.classes[empty[0]])}; remove them, or train anyway with "
-                        "--allow_class_mismatch true.", code="wrong_classes")
+                        "--allow_class_mismatch true.", code="unexpected_classes")
     mapped = map_folders(split.classes, names, partial=set(names) >= set(imagenet_synsets()), noun=split.noun,
                          allow_mismatch=options.allow_class_mismatch, what=f"the {part} data ({shown})")
     targets = mapped[split.labels]

@@ -127,16 +127,14 @@ class ImageDataset(Dataset[Batch]):
 class ImageLoader(DataLoader[Batch]):
     """A DataLoader that keeps what could not be read; workers log nothing, so that no progress bar is torn.
 
-    bad_images: (index in the data set, reason), each image once in the loader's life; whoever reports them
-    empties the list. With `refuse_bad` the first one is a UserError instead; so are 20 unreadable ones in a
-    row in training.
+    bad_images: the reason for each index in the data set; whoever reports them empties it. With `refuse_bad`
+    the first one is a UserError instead; so are 20 unreadable ones in a row in training.
     """
 
     def __init__(self, dataset: ImageDataset, *, refuse_bad: bool, **arguments):
         super().__init__(dataset, **arguments)
         self.images, self.refuse_bad = dataset, refuse_bad
-        self.bad_images: list[tuple[int, str]] = []
-        self._known: set[int] = set()
+        self.bad_images: dict[int, str] = {}
         if self.num_workers:
             # multiprocessing ends what is left at exit by a SIGTERM, which workers ignore: end them before.
             atexit.register(self.close)
@@ -172,10 +170,7 @@ class ImageLoader(DataLoader[Batch]):
         if batch.epoch >= 0 and (batch.targets == UNREADABLE_TARGET).any():
             raise UserError(f"{_ATTEMPTS} images in a row cannot be read, such as {last}; check the disk and "
                             "the data path.", code="unreadable_image")
-        for index, reason in batch.unreadable:
-            if index not in self._known:
-                self._known.add(index)
-                self.bad_images.append((index, reason))
+        self.bad_images |= dict(batch.unreadable)
 
 
 def make_loader(dataset: ImageDataset, options: Options, batches: Iterable, *,

@@ -44,11 +44,11 @@ def classes_of(folders: list[str], nb_classes: int | None, *, imagenet_layout: b
             if len(unknown) * 10 <= len(folders):
                 raise UserError(f"{_some(unknown)} among {len(folders)} synset folders are none of the "
                                 f"{len(known)} classes; remove or skip them (--allow_class_mismatch true).",
-                                code="wrong_classes")
+                                code="unexpected_classes")
     if nb_classes is not None and nb_classes != len(folders):
         raise UserError(f"--nb_classes {nb_classes} does not fit the {len(folders)} class folders found "
                         f"({_some(folders)}); give --nb_classes {len(folders)} or check the data path.",
-                        code="wrong_classes")
+                        code="unexpected_classes")
     return list(folders), _numbered(folders, evaluating and not allow_mismatch)
 
 
@@ -64,7 +64,7 @@ def _numbered(folders: list[str], strict: bool) -> list[str]:
         raise UserError(f"The {sentence}, and the checkpoint names no classes to compare with; rename the "
                         "folders with leading zeros or to synsets, or accept this order with "
                         "--allow_class_mismatch true.",
-                        code="wrong_classes")
+                        code="unexpected_classes")
     return [sentence + "; the class names are kept in the checkpoint, and evaluation goes by them"]
 
 
@@ -83,12 +83,12 @@ def map_folders(found: list[str], names: list[str], *, partial: bool, allow_mism
     missing = sorted(set(names) - set(found))
     if not (mapped >= 0).any():
         raise UserError(f"None of the {len(found)} class {noun}s in {what} ({_some(found)}) is one of the "
-                        f"{len(names)} classes ({_some(names)}); check the path.", code="wrong_classes")
+                        f"{len(names)} classes ({_some(names)}); check the path.", code="unexpected_classes")
     problems = ([f"has {noun}s of no known class: {_some(extra)}"] if extra else []) + (
         [f"has no {noun} for {_some(missing)}"] if missing and not partial else [])
     if problems and not allow_mismatch:
         raise UserError(f"{what[:1].upper()}{what[1:]} {' and '.join(problems)}; fix the {noun}s, or use the "
-                        "common classes alone with --allow_class_mismatch true.", code="wrong_classes")
+                        "common classes alone with --allow_class_mismatch true.", code="unexpected_classes")
     return mapped
 
 

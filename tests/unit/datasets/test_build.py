@@ -43,7 +43,7 @@ def test_a_part_of_imagenet_keeps_imagenets_labels(tmp_path):
 def test_val_is_mapped_by_name_and_mismatches_are_named(tmp_path):
     tree(tmp_path / "train", ["ant", "bee", "cat"])
     tree(tmp_path / "val", ["ant", "cat", "dog"])
-    refused("wrong_classes", "folders of no known class: dog", "no folder for bee", "--allow_class_mismatch true",
+    refused("unexpected_classes", "folders of no known class: dog", "no folder for bee", "--allow_class_mismatch true",
             root=tmp_path)
     data = build(tmp_path, allow_class_mismatch=True)
     assert data.class_names == ["ant", "bee", "cat"] and data.val.targets.tolist() == [0, 0, 2, 2]
@@ -58,14 +58,14 @@ def test_the_train_folder_decides_in_evaluation_and_a_checkpoints_list_before_it
     assert build(tmp_path, train=False).class_names == ["ant", "bee", "cat"]
     data = build(tmp_path, train=False, class_names=["cat", "bee", "ant"])
     assert data.class_names == ["cat", "bee", "ant"] and data.val.targets.tolist() == [2, 1, 0]
-    refused("wrong_classes", "(x, y)", root=tmp_path, train=False, class_names=["x", "y"])
-    refused("wrong_classes", "dog", root=tmp_path, class_names=["ant", "bee", "cat", "dog"])
+    refused("unexpected_classes", "(x, y)", root=tmp_path, train=False, class_names=["x", "y"])
+    refused("unexpected_classes", "dog", root=tmp_path, class_names=["ant", "bee", "cat", "dog"])
 
 
 def test_numbered_folders_sorted_as_text_are_explained(tmp_path):
     folders = sorted(str(i) for i in range(11))
     tree(tmp_path / "val", folders, 1)
-    refused("wrong_classes", "folder '10' is class 2", "leading zeros", root=tmp_path, train=False)
+    refused("unexpected_classes", "folder '10' is class 2", "leading zeros", root=tmp_path, train=False)
     assert build(tmp_path, train=False, allow_class_mismatch=True).num_classes == 11
     tree(tmp_path / "train", folders, 1)
     assert any("folder '10' is class 2" in note for note in build(tmp_path).notes)
@@ -88,7 +88,7 @@ def test_images_without_class_folders_classes_without_images_and_one_class_only_
     tree(tmp_path / "train", ["a"])
     refused("one_class", "(a)", root=tmp_path, evaluate=False)
     (tmp_path / "train" / "b").mkdir()
-    refused("wrong_classes", "such as b", root=tmp_path, evaluate=False)
+    refused("unexpected_classes", "such as b", root=tmp_path, evaluate=False)
     refused("one_class", root=tmp_path, evaluate=False, allow_class_mismatch=True)
     refused("missing_data", "nowhere/train", root=tmp_path / "nowhere")
     tree(tmp_path / "one" / "val", ["a"])
@@ -121,7 +121,7 @@ def test_a_flat_val_folder_needs_labels_and_unknown_ones_are_called_synsets(flat
     table.write_text("".join(f"ILSVRC2012_val_0000000{i + 1},{name}\n" for i, name in enumerate(labels)))
     assert build(flat, train=False, val_labels=str(table)).val.targets.tolist() == [7, 3, 7]
     table.write_text(table.read_text().replace(labels[1], "n99999999"))
-    refused("wrong_classes", "synsets of no known class: n99999999", root=flat, train=False, val_labels=str(table),
+    refused("unexpected_classes", "synsets of no known class: n99999999", root=flat, train=False, val_labels=str(table),
             class_names=list(imagenet_synsets()))
 
 

@@ -80,7 +80,7 @@ def test_what_is_no_cifar_is_one_sentence_and_nothing_of_it_is_executed(tmp_path
             read_cifar(str(tmp_path), 100, train=True)
     write(tmp_path)
     (tmp_path / "cifar-100-python" / "meta").write_bytes(pickle.dumps({"label_names": ["a"]}))
-    for classes, code in ((100, "unreadable_data"), (10, "unreadable_data"), (7, "wrong_classes")):
+    for classes, code in ((100, "unreadable_data"), (10, "unreadable_data"), (7, "unexpected_classes")):
         with refused(code):
             read_cifar(str(tmp_path), classes, train=True)
     assert not mark.exists()

@@ -33,15 +33,15 @@ def test_without_nb_classes_own_folders_count_and_image_folder_counts_synsets_to
 
 def test_a_stray_folder_among_synsets_is_named():
     folders = sorted([*imagenet_synsets()[:30], "backup"])
-    with refused("wrong_classes", "backup", "--allow_class_mismatch"):
+    with refused("unexpected_classes", "backup", "--allow_class_mismatch"):
         classes_of(folders, None, imagenet_layout=True)
     assert len(classes_of(folders, None, imagenet_layout=True, allow_mismatch=True)[0]) == 1000
-    with refused("wrong_classes", "--nb_classes 7", "--nb_classes 2"):
+    with refused("unexpected_classes", "--nb_classes 7", "--nb_classes 2"):
         classes_of(["a", "b"], 7, imagenet_layout=True)
 
 
 def test_mapping_gives_minus_one_only_when_allowed():
-    with refused("wrong_classes", "folders of no known class: z"):
+    with refused("unexpected_classes", "folders of no known class: z"):
         map_folders(["a", "z"], ["a", "b"], partial=True, allow_mismatch=False, what="x")
     assert map_folders(["a", "z"], ["b", "a"], partial=True, allow_mismatch=True, what="x").tolist() == [1, -1]
 
