@@ -25,7 +25,7 @@ from common.outcome import ExitCode
 from common.text import duration, file_size, plural
 from config.options import Options
 from config.parse import Resolved
-from datasets.build import SampleCheck, check_sample
+from datasets.build import check_sample
 from datasets.dataset import ImageDataset
 from datasets.device import EvalPrepare
 from evaluation import SAMPLED, low_score, prepare_evaluation, score_sample
@@ -141,7 +141,7 @@ class DryRun:
         data = planned.data
         self.row("data", *data.notes)
         self.row("batch", planned.batch.equation, *planned.batch.notices)
-        sample = self._images("train", data.train, options)
+        loading = self._images("train", data.train, options)
         self._images("val", data.val, options)
         self.problems("shared memory", memory_problems(options, self.process))
         with torch.device("meta"):
@@ -151,7 +151,7 @@ class DryRun:
             self.row("updates", f"none: nothing more is tried on a CPU above {_FOR_A_CPU / 1e6:g} M of them")
             self._disk(options, 4 * size * (4 if options.model_ema else 3))
         else:
-            self._disk(options, self._updates(planned, loaded, sample))
+            self._disk(options, self._updates(planned, loaded, loading))
 
     def evaluation(self, resolved: Resolved) -> None:
         """Load the weights and score a sample of the images."""
@@ -185,18 +185,20 @@ class DryRun:
         self.row("checkpoint", f"a start would {'only evaluate' if ends else 'resume'} {loaded.path}")
         return None if ends else loaded
 
-    def _images(self, part: str, dataset: ImageDataset | None, options: Options) -> SampleCheck | None:
-        """Look at a sample on rank 0; every rank gets it."""
+    def _images(self, part: str, dataset: ImageDataset | None, options: Options) -> float:
+        """Load some images on rank 0; every rank gets the seconds that one takes there."""
         found = check_sample(dataset) if dataset is not None and self.process.is_main else None
         if found is not None:
-            self.row(f"{part} images", *found.sentences())
-            refused = found.unreadable[:1] if options.eval and not options.allow_bad_images else []
+            seconds, unreadable = found
+            self.row(f"{part} images", f"{1000 * seconds:.1f} ms to load one, {len(unreadable)} of a sample "
+                     "unreadable", *unreadable[:1])
+            refused = unreadable[:1] if options.eval and not options.allow_bad_images else []
             self.problems(f"{part} images", [
-                f"{path} cannot be read ({reason}), which ends an evaluation: fix it, or count unreadable "
-                "images as incorrect with --allow_bad_images true." for path, reason in refused])
-        return self.process.broadcast_object(found)
+                f"{sentence}, which ends an evaluation: fix it, or count unreadable images as incorrect with "
+                "--allow_bad_images true." for sentence in refused])
+        return self.process.broadcast_object(found[0] if found else 0.0)
 
-    def _updates(self, planned: Plan, loaded: Loaded | None, sample: SampleCheck | None) -> int:
+    def _updates(self, planned: Plan, loaded: Loaded | None, loading: float) -> int:
         """Real updates, evaluation, save and reload; returns the bytes of a checkpoint.
 
         The temporary folder is on the run's disk, but above its own folder, which a trial must not change.
@@ -222,7 +224,7 @@ class DryRun:
                     f"the weights of rank {rank} differ from those of rank 0: the network or a device fails."
                     for rank, other in enumerate(digests) if other != digests[0]])
                 evaluated = 0.0 if options.disable_eval else self._evaluate_some(planned, trainer)
-                self._speed(planned, sample, evaluated)
+                self._speed(planned, loading, evaluated)
                 trial.on_phase("saving", at.update)
                 process.on_rank_zero(lambda: self._save_and_reload(trainer, checkpoints))
                 return state_bytes(trainer.state_dict())
@@ -270,7 +272,7 @@ class DryRun:
         where = "main memory per process" if self.on_cpu else "a device's memory"
         self.row("memory", f"at most {file_size(peak)} of {file_size(total)} of {where}")
 
-    def _speed(self, planned: Plan, sample: SampleCheck | None, evaluated: float) -> None:
+    def _speed(self, planned: Plan, loading: float, evaluated: float) -> None:
         """Memory, speed, waiting for data with the change that would help most, the time of the whole recipe.
 
         evaluated: images per second, 0 without evaluation.
@@ -280,9 +282,9 @@ class DryRun:
         compute, waited = self.trial.pace(options.batch_size * options.update_freq)
         slowest = process.all_reduce_(torch.tensor([compute, -waited], dtype=torch.float64), "min").tolist()
         cpus, compute, waits = cpus_per_process(process.local_world_size), slowest[0], -slowest[1]
-        if options.num_workers and sample is not None:  # a short trial lives on what was loaded ahead
-            loading = max(1, min(options.num_workers, cpus)) / max(sample.seconds, 1e-9)
-            waits = max(waits, 1 - loading / compute)
+        if options.num_workers:  # a short trial lives on what was loaded ahead
+            loaded = max(1, min(options.num_workers, cpus)) / max(loading, 1e-9)
+            waits = max(waits, 1 - loaded / compute)
         rate, roughly = compute * (1 - waits) * world, "roughly, from so little: " * (self.trial.updates < 3)
         self.row("speed", f"{roughly}{rate:,.1f} img/s, the network alone {compute * world:,.1f}")
         help_most = remedy(options.num_workers, cpus) if waits > _WAIT_SHARE else (

@@ -23,8 +23,8 @@ from config.parse import Resolved
 from datasets.build import Data, build_data, eval_loader
 from datasets.dataset import make_loader
 from datasets.device import EvalPrepare
+from datasets.labels import Subset, real_labels, recognise
 from datasets.sampler import spread_over_classes
-from datasets.subsets import Subset, real_labels, recognise_folder
 from launch.process import Process
 from launch.watchdog import Watchdog
 from models import MODEL_NAMES
@@ -183,7 +183,7 @@ def companion(options: Options, classes: list[str] | None) -> Subset | None:
         return None
     if classes and tuple(classes) != imagenet_synsets():
         return None
-    subset = recognise_folder(options.eval_data_path or str(Path(options.data_path or "") / "val"))
+    subset = recognise(options.eval_data_path or str(Path(options.data_path or "") / "val"))
     if subset and subset.columns:
         logger.info("%s: evaluated among its %d classes alone", subset.name, len(subset.columns))
     return subset

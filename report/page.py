@@ -21,7 +21,7 @@ from common.files import read_json, read_json_lines, write_text
 from common.ledger import Ledger
 from common.text import printable
 from config.options import OPTIONS, Options
-from config.parse import Resolved, published_recipe, read_recipe
+from config.parse import differences, read_recipe
 from datasets.images import BadImage, decode_path
 from models.inspect import class_titles
 from models.trained import best_checkpoint
@@ -66,9 +66,7 @@ class Run:
     def recipe_difference(self) -> dict:
         """The published values of the options in which the run departs from its model's recipe."""
         options = Options(**{name: value for name, value in self.config.items() if name in OPTIONS})
-        published = published_recipe(options) if self.config else None
-        differences = Resolved(options, {}, published=published).differences()
-        return {name: theirs for name, (_, theirs) in differences.items()}
+        return {name: theirs for name, (_, theirs) in differences(options).items()} if self.config else {}
 
 
 def read_run(path: str | Path) -> Run:
@@ -104,7 +102,7 @@ def _records(folder: Path) -> dict:
             found["predictions_error"] = str(error)
     try:
         text = (folder / "config.yaml").read_text("utf-8", "replace")
-        found["config"] = dict(read_recipe(str(folder / "config.yaml")).values)
+        found["config"] = read_recipe(str(folder / "config.yaml"))
         found["origins"] = dict(re.findall(r"(?m)^(\w+):.*  # (\w+)$", text))
     except (OSError, UserError):
         pass

@@ -11,20 +11,8 @@ import torch
 from common.errors import UserError
 from common.text import file_size, plural
 from config.options import Options
-from datasets.build import SampleCheck
 from launch.process import Process
 from run.folder import environment
-
-
-def start_warnings(options: Options, process: Process, sample: SampleCheck | None) -> list[str]:
-    """Sentences about what is wrong, none when all is well; every rank must call it.
-
-    sample: rank 0's look at the images, None on other ranks.
-    """
-    found = [] if sample is None else sample.sentences()[1:]
-    if sample is not None and 2 * len(sample.tiny) <= sample.looked:  # every data set has a few small images
-        found = [sentence for sentence in found if sentence.startswith("unreadable")]
-    return found + memory_problems(options, process) + process_problems(process)
 
 
 @cache

@@ -10,6 +10,7 @@ import shutil
 import sys
 
 import numpy as np
+import pytest
 import timm
 import torch
 from PIL import Image
@@ -59,7 +60,7 @@ def owned(place):
         "unusable_folder", ("--report",)),
     Row("a check without a published figure", f"--eval true {LAST} --check true", 1, ("--check true",)),
     Row("a log folder that is a file", "--log_dir {data}/train/cat/0.JPEG", 0, ("{data}/train/cat/0.JPEG",)),
-    Row("a run folder in use", "", "folder_in_use", ("{run}", f"process {os.getpid()}", "--output_dir"),
+    Row("a run folder in use", "", "folder_in_use", ("{run}", f"pid {os.getpid()}", "--output_dir"),
         owned),
     Row("evaluating beside a training", f"{LAST} --output_dir {{run}}", 0, (), owned, base="eval"),
     Row("an index cache that cannot be written", "--index_cache /proc/nothing", 0))
@@ -149,7 +150,8 @@ def evaluated(count: int, bad: int = 0):
         ("{data}/val/cat/2.JPEG", "--allow_bad_images true"), with_image(bomb()), base="eval"),
     Row("unreadable, allowed", f"{LAST} {OUT} --allow_bad_images true", 0, (), with_image(jpeg(1)[:-400]),
         evaluated(8, 1), base="eval"),
-    Row("unreadable, in training", "", 0, ("{data}/train/cat/2.JPEG",), with_image(b"", "train")),
+    Row("unreadable, in training", "--epochs 2", 0, ("{data}/train/cat/2.JPEG",), with_image(b"", "train"),
+        lambda place: len(events(place, "unreadable_image")) == 1 or pytest.fail("not reported once per run")),
     Row("odd but readable, in evaluation", f"{LAST} {OUT}", 0, (), odd, evaluated(16), base="eval"))
 def test_data_and_images(row, place, capfd):
     check(row, place, capfd)

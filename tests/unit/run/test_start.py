@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from datasets.build import SampleCheck
-from run.start import check_writable, memory_problems, process_problems, start_warnings
+from run.start import check_writable, memory_problems, process_problems
 
 
 class Pair:
@@ -49,12 +48,3 @@ def test_writing_is_tried_without_a_trace(tmp_path):
     with pytest.raises(UserError) as error:
         check_writable("--output_dir", str(tmp_path / "file" / "run"))
     assert error.value.code == "unusable_folder" and "--output_dir" in str(error.value)
-
-
-def test_only_what_is_wrong_is_reported():
-    options = SimpleNamespace(num_workers=0, batch_size=2, input_size=32)
-    assert start_warnings(options, Pair(), None) == []
-    assert start_warnings(options, Pair(), SampleCheck(8, 2, 0.01, tiny=["a"])) == []
-    assert start_warnings(options, Pair(), SampleCheck(8, 2, 0.01, [("x", "empty")])) == ["unreadable: x (empty)"]
-    (small,) = start_warnings(options, Pair(), SampleCheck(8, 2, 0.01, tiny=["a"] * 5))
-    assert small.startswith("5 images") and small.endswith("such as a")
