@@ -21,6 +21,7 @@ from common.files import atomic_write
 from common.text import plain
 
 _METADATA_KEY = "hornet"
+_MAX_PICKLE = 256 << 20  # bytes of the table of names and plain values
 
 
 class _Arguments(dict):
@@ -106,7 +107,8 @@ def _check_zip(path: Path, size: int) -> None:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         compressed = any(m.compress_type != zipfile.ZIP_STORED for m in members)
-        if compressed or sum(m.file_size for m in members) > size:
+        tables = [m.file_size for m in members if m.filename.endswith("data.pkl")]
+        if compressed or sum(m.file_size for m in members) > size or max(tables, default=0) > _MAX_PICKLE:
             raise UserError(f"{path} could unpack to any size, unlike what torch.save writes; save it "
                             "again with torch.save.", code="unsafe_checkpoint")
         if archive.testzip():

@@ -249,7 +249,9 @@ class Checkpoints:
         ends = [path for path in numbered if _at(path)[1] == math.inf]
         # Those within an epoch that has ended since are kept only where there would be fewer than two.
         useful = [*ends, *numbered[numbered.index(ends[-1]) + 1 if ends else 0:]]
-        keep = {*sorted(numbered, key=useful.__contains__)[-2:], *ends[-self.keep:]}
+        by_use = sorted(numbered, key=useful.__contains__)
+        whole = [path for path in by_use if self._has_its_size(path)]  # others were damaged meanwhile
+        keep = {*by_use[-2:], *whole[-2:], *ends[-self.keep:]}
         keep |= {path for path in ends if (_at(path)[0] + 1) % self.every == 0}
         for path in numbered:
             if path not in keep:
@@ -258,6 +260,13 @@ class Checkpoints:
                     manifest_path(path).unlink(missing_ok=True)
                 except OSError as error:
                     logger.warning(f"{path} is no longer needed but cannot be removed ({error.strerror}).")
+
+    @staticmethod
+    def _has_its_size(path: Path) -> bool:
+        try:
+            return any(entry["size"] == path.stat().st_size for entry in _entries(path))
+        except _UNREADABLE:
+            return False
 
     def disk_estimate(self, size: int, epochs: int) -> tuple[str, bool]:
         """What the checkpoints of `epochs` epochs take at most for states of `size` bytes, and whether it
@@ -299,7 +308,9 @@ class Checkpoints:
         by_epoch = sorted(self._best_files(), key=lambda path: self._scored(path.name)[1] or 0)
         for path in reversed(self.numbered() or by_epoch):
             try:
-                return load(path, needs_manifest=True)
+                loaded = load(path, needs_manifest=True)
+                check_finite(loaded.state)
+                return loaded
             except UserError as error:
                 passed.append(str(error))
                 logger.warning(f"Skipped {path.name}: {error}")
