@@ -31,7 +31,7 @@ from report.page import write_report
 from run.checkpoint import Checkpoints, Loaded, open_folder, state_bytes
 from run.folder import RunFolder
 from run.log import Tracker, WandbRun
-from run.start import code_version, cpus_per_process, start_warnings
+from run.start import code_version, cpus_per_process, process_problems
 from run.state import (
     BEST,
     BEST_EMA,
@@ -294,7 +294,6 @@ def _tracker(plan: Plan, process: Process, folder: str, model: torch.nn.Module) 
     wandb = WandbRun(options.project, options.exp_name, plan.resolved.to_dict(), options.wandb_ckpt)
     return Tracker(folder or None, epochs=options.epochs, updates_per_epoch=plan.updates_per_epoch,
                    n_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-                   num_workers=options.num_workers, cpus=cpus_per_process(process.local_world_size),
                    log_dir=options.log_dir if main else None, terminal=None if main else False,
                    wandb=wandb if options.enable_wandb and main else None)
 
@@ -321,7 +320,7 @@ def train(resolved: Resolved, process: Process, watchdog: Watchdog) -> ExitCode:
             for note in (*plan.data.notes, plan.batch.equation, *plan.batch.notices):
                 logger.info(note)
             sample = check_sample(plan.train, 8) if process.is_main else None
-            for warning in start_warnings(options, process, sample):
+            for warning in (*process_problems(process), *(sample.sentences()[1:] if sample else ())):
                 if process.is_main:
                     logger.warning(warning)
             trainer = Trainer(plan, process, stop=stop, watchdog=watchdog, state=state,
@@ -360,9 +359,10 @@ def _introduce(trainer: Trainer, plan: Plan) -> None:
     lags = half_life_warning(options.model_ema_decay, options.epochs * plan.updates_per_epoch)
     if options.model_ema and lags:
         logger.warning(lags)
-    if options.num_workers > tracker.cpus:
+    cpus = cpus_per_process(process.local_world_size)
+    if options.num_workers > cpus:
         logger.info("--num_workers %d is more than the %s of this process: it loads nothing faster.",
-                    options.num_workers, plural(tracker.cpus, "CPU"))
+                    options.num_workers, plural(cpus, "CPU"))
     if trainer.checkpoints is not None:
         state = trainer.state_dict()  # AdamW's two moments come with the first update
         size = state_bytes(state) + (0 if state["optimizer"]["state"] else 2 * state_bytes(state["model"]))

@@ -196,7 +196,7 @@ class SampleCheck:
         found = [f"{self.looked} images of {self.classes} classes looked at, "
                  f"{1000 * self.seconds:.1f} ms each, {len(self.unreadable)} unreadable"]
         found += [f"unreadable: {path} ({reason})" for path, reason in self.unreadable[:1]]
-        if self.tiny:
+        if 2 * len(self.tiny) > self.looked:  # every data set has a few small images
             found.append(f"{len(self.tiny)} images are smaller than half the input size, such as "
                          f"{self.tiny[0]}")
         return found

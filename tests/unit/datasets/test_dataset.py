@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +215,8 @@ def test_the_sample_check_names_what_it_finds(damaged):
     found = check_sample(build_data(_options(damaged), train=False, evaluate=True).val, 20)
     assert found.looked == 20 and found.classes == 2 and len(found.unreadable) == 3 and not found.tiny
     assert "20 images of 2 classes" in found.sentences()[0] and "3.JPEG" in found.sentences()[1]
+    assert len(found.sentences()) == 2 and len(replace(found, tiny=["a"] * 10).sentences()) == 2  # no more than a few
+    assert replace(found, tiny=["a"] * 11).sentences()[2].endswith("such as a")
 
 
 # ---------------------------------------------------------------------------------- what a machine has too

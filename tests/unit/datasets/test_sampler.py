@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from datasets.sampler import ExactEvalSampler, GlobalBatchSampler, epoch_order, spread_over_classes
+from datasets.sampler import ExactEvalSampler, GlobalBatchSampler, epoch_order
 
 
 def _global_batches(images, global_batch, world, freq, epoch=3, start=0):
@@ -58,12 +58,3 @@ def test_a_start_behind_the_epoch_is_refused():
     with pytest.raises(UserError) as caught:
         GlobalBatchSampler(64, 32, 8, 4).set_start(0, 3)
     assert caught.value.code == "other_run"
-
-
-def test_a_sample_is_spread_over_the_classes():
-    targets = np.repeat(np.arange(10), [1, 50, 3, 9, 9, 9, 9, 9, 9, 9])
-    chosen = spread_over_classes(targets, 30)
-    counts = np.bincount(targets[chosen])
-    assert np.array_equal(chosen, np.unique(chosen)) and counts.sum() == 30
-    assert counts[0] == 1 and counts[1:].min() == 3 and counts.max() <= 4
-    assert np.array_equal(spread_over_classes(targets, 500), np.arange(len(targets)))
