@@ -26,7 +26,7 @@ lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/pyright
 
-test: .venv/installed
+test: .venv/installed lint
 	$(PYTEST) -n $(JOBS) --dist worksteal -m "not slow"
 
 test-all: .venv/installed test

@@ -25,7 +25,7 @@ from common.outcome import ExitCode
 from common.text import duration, file_size, plural
 from config.options import Options
 from config.parse import Resolved
-from datasets.build import Data, SampleCheck, check_sample
+from datasets.build import Data, check_sample
 from datasets.dataset import ImageDataset, make_loader
 from evaluation import Heartbeats, prepare_evaluation
 from launch.process import Process
@@ -129,7 +129,7 @@ class DryRun:
         data = planned.data
         self.row("data", *data.notes)
         self.row("batch", planned.batch.equation, *planned.batch.notices)
-        sample = self._images("train", planned.train)
+        loading = self._images("train", planned.train)[0]
         if data.val is not None:
             self._images("val", data.val)
         with torch.device("meta"):
@@ -139,7 +139,7 @@ class DryRun:
             self.row("updates", f"none: nothing more is tried on a CPU above {_FOR_A_CPU / 1e6:g} M of them")
             self._disk(options, 4 * size * (4 if options.model_ema else 3))
         else:
-            self._disk(options, self._updates(planned, state, sample))
+            self._disk(options, self._updates(planned, state, loading))
 
     def evaluation(self, resolved: Resolved) -> None:
         """Load the weights and score a sample of the images."""
@@ -147,10 +147,10 @@ class DryRun:
         candidates, data, options = prepared.candidates, prepared.data, prepared.options
         assert data.val is not None
         self.row("data", *data.notes)
-        bad = self._images("val", data.val).unreadable[:0 if options.allow_bad_images else 1]
+        _, bad = self._images("val", data.val)
         self.problems("val images", [
-            f"{path} cannot be read ({reason}), which ends an evaluation: fix it, or count unreadable images "
-            "as incorrect with --allow_bad_images true." for path, reason in bad])
+            f"{sentence}, which ends an evaluation: fix it, or count unreadable images as incorrect with "
+            "--allow_bad_images true." for sentence in bad[:0 if options.allow_bad_images else 1]])
         size = sum(p.numel() for p in candidates[0].network.parameters())
         count = 2 * self.process.world_size if self.on_cpu and size > _FOR_A_CPU else _SAMPLED
         found = self._score([(c.weights, c.network) for c in candidates], data, options,
@@ -164,10 +164,12 @@ class DryRun:
 
     # ----------------------------------------------------------------------------------------- single rows
 
-    def _images(self, part: str, dataset: ImageDataset) -> SampleCheck:
-        found = self.process.on_rank_zero(lambda: check_sample(dataset))
-        self.row(f"{part} images", *found.sentences())
-        return found
+    def _images(self, part: str, dataset: ImageDataset) -> tuple[float, list[str]]:
+        """Seconds to load one image, and a sentence for each unreadable one of a sample."""
+        seconds, bad = self.process.on_rank_zero(lambda: check_sample(dataset))
+        self.row(f"{part} images", f"{1000 * seconds:.1f} ms to load one, {len(bad)} of a sample unreadable",
+                 *bad[:1])
+        return seconds, bad
 
     def _score(self, networks: Sequence[tuple[str, torch.nn.Module]], data: Data, options: Options,
                evaluation: engine.Evaluation, count: int) -> list[engine.EvalResult]:
@@ -181,7 +183,7 @@ class DryRun:
         finally:
             loader.close()
 
-    def _updates(self, planned: Plan, state: State | None, sample: SampleCheck) -> int:
+    def _updates(self, planned: Plan, state: State | None, loading: float) -> int:
         """Real updates, evaluation, save and reload; returns the bytes of a checkpoint."""
         process, trial = self.process, self.trial
         options = replace(planned.options, log_dir=None, enable_wandb=False, print_freq=1)
@@ -209,7 +211,7 @@ class DryRun:
                 found, = self._score([("", trainer.model)], planned.data, options,
                                      replace(trainer.task.evaluation, observer=trial), count)
                 evaluated = found.images / found.seconds
-            self._speed(planned, sample, evaluated)
+            self._speed(planned, loading, evaluated)
             trial.on_phase("saving", at.update)
             process.on_rank_zero(lambda: self._save_and_reload(trainer))
             return state_bytes(trainer.state_dict())
@@ -246,17 +248,17 @@ class DryRun:
         where = "main memory per process" if self.on_cpu else "a device's memory"
         self.row("memory", f"at most {file_size(peak)} of {file_size(total)} of {where}")
 
-    def _speed(self, planned: Plan, sample: SampleCheck, evaluated: float) -> None:
+    def _speed(self, planned: Plan, loading: float, evaluated: float) -> None:
         """Memory, speed, waiting for data with the change that would help most, the time of the whole recipe.
 
-        evaluated: images per second, 0 without evaluation.
+        loading: seconds of a CPU for one image; evaluated: images per second, 0 without evaluation.
         """
         options, process, world = planned.options, self.process, self.process.world_size
         self._memory()
         compute, waits = self.trial.pace(options.batch_size * options.update_freq)
         cpus = cpus_per_process(process.local_world_size)
         if options.num_workers:  # a short trial lives on what was loaded ahead
-            waits = max(waits, 1 - min(options.num_workers, cpus) / sample.seconds / compute)
+            waits = max(waits, 1 - min(options.num_workers, cpus) / loading / compute)
         compute, waits = min(process.all_gather_object((compute, waits)))  # of the slowest
         rate = compute * (1 - waits) * world
         self.row("speed", f"{rate:,.1f} img/s, the network alone {compute * world:,.1f}")

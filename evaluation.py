@@ -19,11 +19,11 @@ from config.options import OPTIONS, ImageSettings, Options
 from config.parse import Resolved, check_model
 from datasets.build import Data, build_data, eval_loader
 from datasets.device import EvalPrepare
-from datasets.subsets import Subset, real_labels, recognise_folder
+from datasets.labels import Subset, real_labels, recognise
 from launch.process import Process
 from launch.watchdog import Watchdog
 from models import MODEL_NAMES
-from models.download import cache_folder
+from models.download import cache_folder, fetch_published
 from models.inspect import class_titles
 from models.trained import best_checkpoint, locate
 from models.weights import load_for_model
@@ -142,7 +142,7 @@ def find_sources(resolved: Resolved) -> list[str]:
     if folder and not found and not asked:
         found += filter(None, [best_checkpoint(Path(folder))])
     if start and not found:
-        found.append(locate(start))
+        found.append(fetch_published(start) if options.pretrained else locate(start))
     if not found:
         raise UserError("--eval true has nothing to evaluate: give --resume CHECKPOINT, --pretrained true, "
                         "or the --output_dir of a run.", code="missing_checkpoint")
@@ -175,7 +175,7 @@ def companion(options: Options, classes: list[str] | None) -> Subset | None:
         return None
     if classes and tuple(classes) != imagenet_synsets():
         return None
-    subset = recognise_folder(options.eval_data_path or str(Path(options.data_path or "") / "val"))
+    subset = recognise(options.eval_data_path or str(Path(options.data_path or "") / "val"))
     if subset and subset.columns:
         logger.info("%s: evaluated among its %d classes alone", subset.name, len(subset.columns))
     return subset

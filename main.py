@@ -5,14 +5,12 @@
     python main.py --eval true --model hornet_tiny_7x7 --resume checkpoint.pth --data_path IMAGENET
 """
 import os
-import resource
 import sys
 import warnings
 
 from common.errors import UserError, lacks_in_words
 from common.log import logger, setup_logging
 from common.outcome import ExitCode
-from config.options import Options
 from config.parse import Resolved, check_model, parse
 
 # Of torchrun, submitit's local executor, srun and mpirun.
@@ -57,7 +55,6 @@ def _run(resolved: Resolved) -> int:
     if options.print_config:
         sys.stdout.write(resolved.to_yaml())
         return ExitCode.DONE
-    _allow_open_files(options)
     with start(options.device, options.rendezvous_timeout) as process:
         setup_logging(process.rank)
         for notice in resolved.notices:
@@ -66,25 +63,6 @@ def _run(resolved: Resolved) -> int:
         with Watchdog(process, hang_timeout=options.hang_timeout) as watchdog, lacks_in_words():
             work = check if options.dry_run else evaluate_checkpoints if options.eval else train
             return work(resolved, process, watchdog)
-
-
-def _allow_open_files(options: Options) -> None:
-    """Raise this process' own limit of open files; refuse one that is too low for its loader processes.
-
-    Beyond it they would fail later, with any of a dozen errors, hence the UserError (`open_files`).
-    """
-    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    infinite = resource.RLIM_INFINITY
-    if limit == infinite:
-        return
-    allowed = max(limit, 4096 if most == infinite else min(most, 4096))
-    # Measured with 2 loader processes: 45, and 3 for each batch of an update that waits in shared memory.
-    needed = options.num_workers and 64 + 16 * options.num_workers + 4 * options.update_freq
-    if allowed < needed:
-        raise UserError(f"--num_workers {options.num_workers} needs {needed} open files, and this process "
-                        f"may open {allowed}: raise the limit (ulimit -n 4096) or use --num_workers 0.",
-                        code="open_files")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, most))
 
 
 if __name__ == "__main__":

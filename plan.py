@@ -54,7 +54,7 @@ def plan_run(resolved: Resolved, process: Process, state: State | None, data: Da
             class_names=state.get("classes")))
     assert data.train is not None
     batch = plan_batch(resolved, process.world_size, state.get("global_batch"))
-    updates = validate_after_index(options, batch, len(data.train), data.num_classes)
+    updates = validate_after_index(options, batch, len(data.train))
     small = None if state else small_data_notice(options, batch, len(data.train))
     batch = replace(batch, notices=(*batch.notices, small)) if small else batch
     return Plan(resolved=resolved, options=batch.apply(options), data=data, train=data.train, batch=batch,

@@ -15,7 +15,7 @@ from common.outcome import ExitCode, Outcome
 from common.text import plural, printable
 from config.parse import Resolved
 from config.rules import resumed_schedule_notice
-from datasets.build import check_sample, train_loader
+from datasets.dataset import make_loader
 from datasets.sampler import GlobalBatchSampler
 from evaluation import amp_dtype, evaluate_checkpoints
 from launch.process import Process
@@ -83,7 +83,7 @@ class Trainer(engine.Observer):
         policy = NonfinitePolicy(options.on_nonfinite)
         self.loop = engine.Loop(
             model=wrapped, plain=self.model, task=self.task, update=update, sampler=sampler,
-            loader=train_loader(data, options, sampler), watch=FiniteWatch(policy), process=process,
+            loader=make_loader(plan.train, options, sampler), watch=FiniteWatch(policy), process=process,
             updates_per_epoch=updates, print_freq=options.print_freq, path_of=plan.train.path)
         self.position = Position(updates, options.start_epoch - 1, options.start_epoch * updates)
         self.best, self.data = Best(), DataIdentity(batch.global_batch, len(plan.train), data.class_names)
@@ -276,7 +276,7 @@ class Trainer(engine.Observer):
     def _report_unreadable(self) -> None:
         """Report each image that could not be read once per run."""
         mine = [(loader.images.path(index), reason) for loader in self._loaders
-                for index, reason in loader.bad_images]
+                for index, reason in loader.bad_images.items()]
         for loader in self._loaders:
             loader.bad_images.clear()
         found = {image for part in self.process.all_gather_object(mine) for image in part}
@@ -319,8 +319,7 @@ def train(resolved: Resolved, process: Process, watchdog: Watchdog) -> ExitCode:
             watchdog.record_in(options.output_dir)  # not before: a start that is refused leaves nothing there
             for note in (*plan.data.notes, plan.batch.equation, *plan.batch.notices):
                 logger.info(note)
-            sample = check_sample(plan.train, 8) if process.is_main else None
-            for warning in (*process_problems(process), *(sample.sentences()[1:] if sample else ())):
+            for warning in process_problems(process):
                 if process.is_main:
                     logger.warning(warning)
             trainer = Trainer(plan, process, stop=stop, watchdog=watchdog, state=state,

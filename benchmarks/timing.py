@@ -1,38 +1,20 @@
 """Interleaved measurement, the machine's measured peaks, and rows of the result."""
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import timm
 import torch
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+Row = dict  # of plain values, as `rows` makes them
 
 
-@dataclass
-class Row:
-    """One measured case. Times are milliseconds per call; `ratio` is the reference's median over this median,
-    `ratio_of_minimums` the same of the fastest calls; `spread` is (third - first quartile) / median; `share`
-    is of the peak named by `limit`, measured on this machine in the same run."""
-
-    work: str
-    case: str
-    median: float
-    minimum: float
-    spread: float
-    per_second: float
-    unit: str
-    ratio: float
-    ratio_of_minimums: float
-    share: float | None = None
-    limit: str = ""
-    difference: float | None = None
-
-
-def interleave(cases: dict[str, Callable[[], object]], repeats: int, clock: str = "wall") -> dict[str, list[float]]:
+def interleave(cases: dict[str, Callable[[], object]], repeats: int, clock: str) -> dict[str, list[float]]:
     """Seconds of each call: every round runs each case once, in turning order, after one round unmeasured."""
     now, names = CLOCKS[clock], list(cases)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -46,21 +28,27 @@ def interleave(cases: dict[str, Callable[[], object]], repeats: int, clock: str 
     return times
 
 
-def rows(work: str, times: dict[str, list[float]], amount: float, unit: str, reference: str) -> list[Row]:
-    """A row per case; `amount` of `unit` is done by one call."""
-    base = times[reference]
-    result = []
+def rows(work: str, times: dict[str, list[float]], amount: float, unit: str) -> list[Row]:
+    """A row per case, the first of which is the reference; `amount` of `unit` is done by one call.
+
+    Times are milliseconds per call; `ratio` is the reference's median over this median, `ratio_of_minimums`
+    the same of the fastest calls; `spread` is (third - first quartile) / median; `share` is of the peak named
+    by `limit`, measured on this machine in the same run.
+    """
+    found, base = [], next(iter(times.values()))
     for case, each in times.items():
-        median = statistics.median(each)
-        quartiles = statistics.quantiles(each, n=4) if len(each) > 1 else [median] * 3
-        result.append(Row(work, case, 1e3 * median, 1e3 * min(each), (quartiles[2] - quartiles[0]) / median,
-                          amount / median, unit, statistics.median(base) / median, min(base) / min(each)))
-    return result
+        low, median, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
+        found.append({
+            "work": work, "case": case, "median": 1e3 * median, "minimum": 1e3 * min(each),
+            "spread": (high - low) / median, "per_second": amount / median, "unit": unit,
+            "ratio": statistics.median(base) / median, "ratio_of_minimums": min(base) / min(each),
+            "share": None, "limit": "", "difference": None})
+    return found
 
 
+@cache
 def peak_flops(dtype: torch.dtype, clock: str) -> float:
-    """Best multiply-add rate of a large oneDNN matrix product, in operations per second (2 per
-    multiply-add)."""
+    """Best rate of a large oneDNN matrix product, in operations per second (2 per multiply-add)."""
     x, w = torch.randn(1536, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
     with torch.inference_mode():
         packed = torch.ops.mkldnn._reorder_linear_weight(w, len(x))
@@ -74,32 +62,33 @@ def peak_bandwidth(clock: str) -> float:
     return 2 * 4 * x.numel() / min(interleave({"": lambda: x.mul_(1.0)}, 8, clock)[""])
 
 
+def peak_memory() -> float:
+    """GiB that this process has had at most (the kernel's `ru_maxrss` would count its parent's, too)."""
+    return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 2 ** 20
+
+
 def machine() -> dict[str, object]:
     """What the numbers depend on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        fields = dict(line.split(":", 1) for line in info.read_text().split("\n\n")[0].splitlines() if ":" in line)
-        fields = {key.strip(): value.strip() for key, value in fields.items()}
-        family = f" (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else ""
-        cpu = fields.get("model name", cpu) + family
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__, "timm": timm.__version__,
-            "python": platform.python_version(), "simd": torch.backends.cpu.get_cpu_capability()}
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name, family, model = (next(iter(re.findall(rf"^{key}\s*: (.*)$", info, re.MULTILINE)), "unknown")
+                           for key in ("model name", "cpu family", "model"))
+    return {"cpu": f"{name} (family {family}, model {model})", "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version(),
+            "simd": torch.backends.cpu.get_cpu_capability()}
+
+
+def markdown(titles: str, lines: list[list[str]]) -> str:
+    """A Markdown table; `titles` are separated by commas."""
+    heads = titles.split(", ")
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines))
 
 
 def table(found: list[Row]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| work | case | ms (median) | ms (min) | spread | per second | ratio | of minimums | share of peak | "
-             "largest difference |", "|---|---|---|---|---|---|---|---|---|---|"]
-    for row in found:
-        share = "" if row.share is None else f"{100 * row.share:.0f} % {row.limit}"
-        difference = "" if row.difference is None else f"{row.difference:.1e}"
-        lines.append(f"| {row.work} | {row.case} | {row.median:.1f} | {row.minimum:.1f} | {100 * row.spread:.0f} % | "
-                     f"{row.per_second:.4g} {row.unit} | {row.ratio:.2f} | {row.ratio_of_minimums:.2f} | {share} | "
-                     f"{difference} |")
-    return "\n".join(lines)
-
-
-def as_json(found: list[Row]) -> list[dict]:
-    """The rows as plain data."""
-    return [asdict(row) for row in found]
+    return markdown(
+        "work, case, ms (median), ms (min), spread, per second, ratio, of minimums, share of peak, "
+        "largest difference",
+        [[row["work"], row["case"], f"{row['median']:.1f}", f"{row['minimum']:.1f}", f"{row['spread']:.0%}",
+          f"{row['per_second']:.4g} {row['unit']}", f"{row['ratio']:.2f}", f"{row['ratio_of_minimums']:.2f}",
+          "" if row["share"] is None else f"{row['share']:.0%} {row['limit']}",
+          "" if row["difference"] is None else f"{row['difference']:.1e}"] for row in found])

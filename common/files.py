@@ -4,41 +4,16 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from common.errors import UserError
 
 TEMPORARY_SUFFIX = ".tmp"
 _CHUNK = 1 << 20
-_NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF, errno.EROFS)
-
-
-class HashingWriter:
-    """A binary file that hashes what passes through, so that a checksum costs no second reading."""
-
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self._sha256 = hashlib.sha256()
-        self.size = 0
-
-    def write(self, data: bytes | memoryview) -> int:
-        """Write bytes or any buffer; returns the number of bytes."""
-        view = memoryview(data).cast("B")
-        self._sha256.update(view)
-        self._file.write(view)
-        self.size += len(view)
-        return len(view)
-
-    def flush(self) -> None:
-        """Hand Python's buffer to the operating system (not yet to the disk)."""
-        self._file.flush()
-
-    def hexdigest(self) -> str:
-        """sha256 of everything written so far."""
-        return self._sha256.hexdigest()
+_NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF, errno.EROFS, errno.EACCES)
 
 
 def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], object], reserve: int = 0,
@@ -58,48 +33,39 @@ def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], object], r
     """
     path = Path(path)
     temporary = path.parent / f".{path.name[:180]}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        with os.fdopen(descriptor, "wb", buffering=_CHUNK) as file:
-            _reserve(file.fileno(), reserve)
-            writer = HashingWriter(file)
-            write(cast(BinaryIO, writer))
-            file.flush()
-            os.ftruncate(file.fileno(), writer.size)
+        with open(temporary, "xb", buffering=_CHUNK) as file:
+            if reserve and hasattr(os, "posix_fallocate"):
+                with _where_supported():
+                    os.posix_fallocate(file.fileno(), 0, reserve)
+            write(file)
+            size = file.tell()
+            file.truncate()
             os.fsync(file.fileno())
+        digest = sha256_file(temporary)  # from the page cache
         if before_rename is not None:
-            before_rename(writer.hexdigest(), writer.size)
+            before_rename(digest, size)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
-    return writer.hexdigest(), writer.size
+    with _where_supported():
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    return digest, size
 
 
-def _reserve(descriptor: int, size: int) -> None:
+@contextmanager
+def _where_supported() -> Iterator[None]:
+    """Some network file systems can neither reserve nor fsync a folder, and some folders cannot be opened."""
     try:
-        if size > 0 and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        # Some network file systems cannot reserve; there the write itself finds out.
-        if error.errno not in _NOT_SUPPORTED:
-            raise
-
-
-def fsync_folder(folder: str | os.PathLike) -> None:
-    """Make renames and removals in `folder` last, where the file system can."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
+        yield
     except OSError as error:
         if error.errno not in _NOT_SUPPORTED:
             raise
-    finally:
-        os.close(descriptor)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -118,7 +84,7 @@ def read_json(path: str | os.PathLike, max_bytes: int = 64 << 20) -> Any:
     Raises: FileNotFoundError when it is missing; UserError (`unreadable_file`) when it cannot be read, is
     longer than `max_bytes` or not JSON.
     """
-    text = _read(path, max_bytes)
+    text = read_text(path, max_bytes)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -126,7 +92,11 @@ def read_json(path: str | os.PathLike, max_bytes: int = 64 << 20) -> Any:
                         code="unreadable_file") from error
 
 
-def _read(path: str | os.PathLike, max_bytes: int) -> str:
+def read_text(path: str | os.PathLike, max_bytes: int) -> str:
+    """UTF-8 text, other bytes as surrogates.
+
+    Raises: FileNotFoundError; UserError (`unreadable_file`) when it cannot be read or is longer.
+    """
     try:
         with open(path, "rb") as file:
             raw = file.read(max_bytes + 1)
@@ -158,7 +128,7 @@ def read_json_lines(path: str | os.PathLike) -> list[dict]:
     """
     records = []
     with suppress(FileNotFoundError):
-        for line in _read(path, 1 << 30).split("\n"):
+        for line in read_text(path, 1 << 30).split("\n"):
             with suppress(ValueError, RecursionError):
                 records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict)]

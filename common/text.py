@@ -2,25 +2,17 @@
 import difflib
 import math
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 
 
 def file_size(size: float) -> str:
-    """Bytes (decimal units) as `1.2 MB`, `12 MB` or `3.41 GB`."""
-    if size >= 1e9:
-        return f"{size / 1e9:.2f} GB"
-    return f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e6:.1f} MB"
+    """Bytes (decimal units) as `1.2 MB` or `3.41 GB`."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as `12 s`, `3:05 min`, `4:30 h` or `2 d 03:04 h`."""
-    if not math.isfinite(seconds):
-        return "unknown"
-    minutes, s = divmod(int(seconds + 0.5), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    if days:
-        return f"{days} d {h:02d}:{m:02d} h"
-    return f"{h}:{m:02d} h" if h else f"{m}:{s:02d} min" if m else f"{s} s"
+    """Seconds as `0:03:05` or `2 days, 3:04:00`."""
+    return str(timedelta(seconds=round(seconds))) if math.isfinite(seconds) else "unknown"
 
 
 def plural(count: int, word: str) -> str:

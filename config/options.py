@@ -54,19 +54,17 @@ AUGMENT = Accepts("none or a timm policy such as rand-m9-mstd0.5-inc1",
 
 @dataclass(frozen=True)
 class Group:
-    """A group of options; those of a `recipe` group are compared with the published recipe."""
+    """A group of options, as `--help` shows them."""
     title: str
-    recipe: bool = False
 
     def __call__(self, default: T, help: str, accepts: Accepts | None = None) -> T:
         """One option of the group."""
-        return field(default=default, metadata={"group": self.title, "recipe": self.recipe, "help": help,
-                                                "accepts": accepts})
+        return field(default=default, metadata={"group": self.title, "help": help, "accepts": accepts})
 
 
-_start, _data, _batch = Group("Start here"), Group("Data"), Group("Batch")
-_model, _train = Group("Model and weights", recipe=True), Group("Training", recipe=True)
-_augment, _eval = Group("Augmentation", recipe=True), Group("Evaluation")
+_start, _data, _batch, _eval = Group("Start here"), Group("Data"), Group("Batch"), Group("Evaluation")
+_model, _train, _augment = Group("Model and weights"), Group("Training"), Group("Augmentation")
+RECIPE_GROUPS = (_model.title, _train.title, _augment.title)
 _speed, _run = Group("Precision and speed"), Group("Run folder, saving and resuming")
 _process, _log = Group("Processes"), Group("Logging")
 
@@ -81,13 +79,11 @@ class Options:
     device: str = _start("auto", "auto takes the first of cuda, xpu, mps, cpu", DEVICE)
     output_dir: str = _start("", "folder of this run: checkpoints, log, report; '': nothing is saved")
 
-    data_set: str = _data("IMNET", "layout: IMNET (train/ and val/ with one folder per class), image_folder "
-                          "(data_path is the train folder itself), CIFAR (CIFAR-100), SAMPLE (digits)",
-                          one_of("IMNET", "image_folder", "CIFAR", "SAMPLE"))
+    data_set: str = _data("IMNET", "IMNET: folders train/ and val/, image_folder: data_path is train/; "
+                          "SAMPLE: digits", one_of("IMNET", "image_folder", "CIFAR", "SAMPLE"))
     data_path: str = _data("", "folder of the data set: class folders or .tar files")
     eval_data_path: str | None = _data(None, "folder of the evaluation images when it is not data_path/val")
-    nb_classes: int | None = _data(None, "number of classes; none: 1000 for folders named by ImageNet's "
-                                   "synsets, 100 for CIFAR, otherwise the number of folders", at_least(1))
+    nb_classes: int | None = _data(None, "classes; none: ImageNet's 1000, else one per folder", at_least(1))
     val_labels: str | None = _data(None, "labels of a flat val folder: CSV of name, synset; or the devkit's")
     allow_class_mismatch: bool = _data(False, "accept a val folder with classes missing or added")
     allow_bad_images: bool = _data(False, "evaluate unreadable images too, each counts as incorrect")
@@ -193,15 +189,8 @@ COMMON = ("config", "print_config", "dry_run", "eval", "device", "output_dir", "
           "num_workers", "model", "pretrained", "finetune", "input_size", "batch_size", "update_freq",
           "epochs", "lr", "model_ema", "use_amp", "resume")
 
-# Published flags that change nothing here: name → (default, reason). Accepted from flags and recipes.
-NO_EFFECT = {
-    "resplit": ("false", "the published training code never reads it"),
-    "dist_eval": ("true", "each image is evaluated exactly once by any number of processes"),
-    "dist_url": ("env://", "the launcher sets where the processes meet"),
-    "dist_on_itp": ("false", "the launcher is recognised by itself"),
-    "world_size": ("1", "the launcher sets the number of processes"),
-    "local_rank": ("", ""),  # some launchers add it to every command
-}
+# Published flags, accepted from the command line and recipes, that change nothing here.
+NO_EFFECT = ("resplit", "dist_eval", "dist_url", "dist_on_itp", "world_size", "local_rank")
 
 
 @dataclass(frozen=True)
@@ -210,7 +199,6 @@ class Option:
     name: str
     default: Value
     group: str
-    recipe: bool
     help: str
     accepts: Accepts | None
     element: type
@@ -224,7 +212,7 @@ class Option:
         """
         try:
             return self._value(texts)
-        except (KeyError, ValueError):
+        except (LookupError, ValueError):
             shown = plain(" ".join(texts)) or "''"
             raise UserError(f"{label} {shown} is not accepted; it takes {self._accepted()}.",
                             code="invalid_value") from None
@@ -245,7 +233,7 @@ class Option:
             word = text.strip().lower()
             return _SWITCH[word] if self.element is bool else self.element(word)
         # No file system takes longer names; they would fail at any of a hundred places.
-        longest = max(len(part.encode(errors="replace")) for part in text.split("/"))
+        longest = max(len(os.fsencode(part)) for part in text.split("/"))
         if "\0" in text or "://" not in text and (longest > 255 or len(text) > 4000):
             raise ValueError
         # The shell leaves the tilde alone in --name=~/folder, and so does YAML.
@@ -267,8 +255,8 @@ def _table() -> dict[str, Option]:
         inner = get_args(hint)[0] if optional else hint
         several = get_origin(inner) is tuple
         element = get_args(inner)[0] if several else inner
-        found[f.name] = Option(name=f.name, default=getattr(Options, f.name), element=element,
-                               optional=optional, several=several, **f.metadata)
+        found[f.name] = Option(name=f.name, default=f.default, element=element, optional=optional,
+                               several=several, **f.metadata)
     return found
 
 

@@ -3,27 +3,30 @@
 `parse` makes no file and reads only the recipe; it raises `UserError` for everything a person can mistype.
 """
 import argparse
+import os
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from common.errors import UserError
-from common.text import did_you_mean, plain, printable, quote
+from common.files import read_text
+from common.text import did_you_mean, plain, quote
 from config import rules
-from config.options import COMMON, NO_EFFECT, OPTIONS, Option, Options, Value
+from config.options import COMMON, NO_EFFECT, OPTIONS, RECIPE_GROUPS, Option, Options, Value
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 _LARGEST_RECIPE = 2 ** 20  # bytes
+# What a recipe cannot say: how this one run starts, and is looked at.
 _SOURCES = ("model", "finetune", "pretrained", "weights")
-_DASHES = "-\u2013\u2014\u2212"
 _PER_LAUNCH = ("config", "print_config", "dry_run")
-_SEVERAL = tuple(f"--{name}=" for name, option in OPTIONS.items() if option.several)
+_DASHES = ("-", "\u2013", "\u2014", "\u2212")
+_JOINED = re.compile(r".+?\\?\s*--([a-z_]+)(=.*)?", re.DOTALL)
 _USAGE = """main.py [--config RECIPE] [--FLAG VALUE ...]
 
   python main.py --config recipes/quickstart.yaml
@@ -32,39 +35,16 @@ _USAGE = """main.py [--config RECIPE] [--FLAG VALUE ...]
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """The options of one YAML file, converted and checked one by one. `name` is the path as given."""
-    name: str
-    values: dict[str, Value] = field(default_factory=dict)  # those of NO_EFFECT as text
-
-    @property
-    def global_batch(self) -> int | None:
-        """Images per update that the recipe's learning rate belongs to, where the file fixes it."""
-        value = self.values.get("global_batch")
-        return value if isinstance(value, int) else None
-
-
-@dataclass(frozen=True)
 class Resolved:
-    """Checked options; `origins[name]` is `default`, `recipe` or `flag`; rank 0 logs the `notices` once."""
+    """Checked options; `origins[name]` is `default`, `recipe` or `flag`; rank 0 logs the `notices` once.
+
+    `lr_batch` is the global batch that the learning rate belongs to: that of the recipe in use, else that of
+    the model's published recipe, else None.
+    """
     options: Options
     origins: dict[str, str]
     notices: list[str] = field(default_factory=list)
-    recipe: Recipe | None = None
-    published: Recipe | None = None
-
-    @property
-    def reference(self) -> Recipe | None:
-        """The recipe whose global batch the learning rate is for: the one in use, else the published one."""
-        return next((r for r in (self.recipe, self.published) if r and r.global_batch), None)
-
-    def differences(self) -> dict[str, tuple[Value, Value]]:
-        """name -> (value here, published value) for the options of a recipe; empty without such."""
-        if self.published is None:
-            return {}
-        standard, here = asdict(Options()) | self.published.values, asdict(self.options)
-        names = [name for name, option in OPTIONS.items() if option.recipe and name not in _SOURCES]
-        return {name: (here[name], standard[name]) for name in names if here[name] != standard[name]}
+    lr_batch: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values (str, int, float, bool, None, lists of them) for checkpoints and JSON."""
@@ -72,38 +52,35 @@ class Resolved:
 
     def to_yaml(self) -> str:
         """The options as a recipe that `--config` reads back; comments have origins and published values."""
-        different = self.differences()
+        different = differences(self.options)
         implied = "update_freq" if self.options.global_batch else "global_batch"
         skipped = (*_PER_LAUNCH, "resume", "eval", implied)
         lines = [f"{name}: {_yaml(value)}  # {self.origins[name]}"
-                 + (f", published: {_shown(different[name][1])}" if name in different else "")
+                 + (f", published: {_yaml(different[name][1])}" if name in different else "")
                  for name, value in self.to_dict().items() if name not in skipped]
         return "\n".join([*lines, ""])
 
 
-def parse(argv: Sequence[str], model_names: Sequence[str] = ()) -> Resolved:
+def parse(argv: Sequence[str]) -> Resolved:
     """Resolve `argv` (without the program's name): defaults, then `--config`, then flags.
 
-    Args: model_names: the names `--model` accepts; empty: not checked.
     Raises: UserError for every mistake; SystemExit(0) after `--help` or `--help all` has been written.
     """
-    flags = _flags(list(argv))
+    flags = _flags(argv)
     given = {name: OPTIONS[name].convert(t, f"--{name}") for name, t in flags.items() if name in OPTIONS}
     config = given.get("config")
-    recipe = read_recipe(config) if isinstance(config, str) else None
-    listed = recipe.values if recipe else {}
-    from_recipe = {name: v for name, v in listed.items() if name in OPTIONS and name not in _PER_LAUNCH}
+    recipe = read_recipe(config) if isinstance(config, str) else {}
+    from_recipe = {name: v for name, v in recipe.items() if name in OPTIONS and name not in _PER_LAUNCH}
     options = replace(Options(), **(from_recipe | given))
     origins = dict.fromkeys(OPTIONS, "default")
     origins |= dict.fromkeys(from_recipe, "recipe") | dict.fromkeys(given, "flag")
-    if model_names:
-        check_model(options.model, model_names)
-    ignored = listed | {name: texts[0] for name, texts in flags.items()}
-    notices = [f"--{name} has no effect: {reason}." for name, (default, reason) in NO_EFFECT.items()
-               if reason and str(ignored.get(name, default)).lower() != default]
-    notices += rules.settle(options, origins)
-    rules.check(options)
-    return Resolved(options, origins, notices, recipe, published_recipe(options))
+    rules.check(options, origins)
+    # Some launchers add --local_rank to every command.
+    ignored = [f"--{name}" for name in NO_EFFECT if name in {*flags, *recipe} - {"local_rank"}]
+    notices = [f"Without effect: {', '.join(ignored)}; the launcher says where processes run and meet, and "
+               "each image is evaluated exactly once."] if ignored else []
+    batch = recipe.get("global_batch") or published_recipe(options).get("global_batch")
+    return Resolved(options, origins, notices, lr_batch=batch if isinstance(batch, int) else None)
 
 
 def check_model(name: str, known: Sequence[str]) -> None:
@@ -115,52 +92,35 @@ def check_model(name: str, known: Sequence[str]) -> None:
 
 # Flags
 
-def _flags(argv: list[str]) -> dict[str, list[str]]:
+def _flags(argv: Sequence[str]) -> dict[str, list[str]]:
     """Flag name -> its values as text, the last of two equal flags winning; help ends here."""
-    for position, token in enumerate(argv):
-        if token in ("-h", "--help", "--help=all"):
-            everything = token == "--help=all" or argv[position + 1:position + 2] == ["all"]
-            sys.stdout.write(help_text(everything))
-            raise SystemExit(0)
-        if token and not token.strip(" \t\r\n\\"):
-            raise UserError("a stray backslash: a line of the command ends in a backslash and a space; let "
-                            "the backslash be its last character.", code="stray_backslash")
-        if token == "--":
-            raise _unexpected(token, [])
-    argv = [word for token in argv
-            for word in (token.split("=", 1) if token.startswith(_SEVERAL) else [token])]
     try:
         found, others = _parser().parse_known_args(argv)
     except argparse.ArgumentError as error:
         name = (error.argument_name or "").removeprefix("--")
         raise UserError(f"--{name} needs a value; {OPTIONS[name].help}.", code="missing_value") from None
+    if hasattr(found, "help"):
+        sys.stdout.write(help_text(found.help == "all"))
+        raise SystemExit(0)
     if others:
-        before = [word for word, after in zip(argv, argv[1:]) if after == others[0]]
-        raise _unexpected(others[0], before)
-    values = {name: text if isinstance(text, list) else [text] for name, text in vars(found).items()}
-    for name, texts in values.items():  # a path may hold two hyphens
-        joined = next(filter(None, map(_joined, texts)), None)
-        if joined and name in OPTIONS and OPTIONS[name].element is not str:
-            raise joined
-    return values
+        raise _unexpected(others[0], argv)
+    return {name: text if isinstance(text, list) else [text] for name, text in vars(found).items()}
 
 
-def _parser(shown: Sequence[str] = ()) -> argparse.ArgumentParser:
+def _parser(shown: Sequence[str] = (), end: str = "") -> argparse.ArgumentParser:
     """argparse for the table; values stay text. Help lists the options in `shown`."""
-    width = min(shutil.get_terminal_size((110, 24)).columns, 120)
     parser = argparse.ArgumentParser(
-        usage=_USAGE, add_help=False, allow_abbrev=False, exit_on_error=False,
+        usage=_USAGE, add_help=False, allow_abbrev=False, exit_on_error=False, epilog=end,
         argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=width))
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=30))
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name, option in OPTIONS.items():
         group = groups[option.group] = groups.get(option.group) or parser.add_argument_group(option.group)
         metavar = {bool: "true|false", int: "N", float: "X", str: "TEXT"}[option.element]
-        text = _help(option) if name in shown else argparse.SUPPRESS
-        if option.element is bool:
-            group.add_argument(f"--{name}", nargs="?", const="true", metavar=metavar, help=text)
-        else:
-            group.add_argument(f"--{name}", nargs="+" if option.several else None, metavar=metavar, help=text)
+        group.add_argument(f"--{name}", metavar=metavar, const="true" if option.element is bool else None,
+                           nargs="?" if option.element is bool else "+" if option.several else None,
+                           help=_help(option) if name in shown else argparse.SUPPRESS)
+    parser.add_argument("-h", "--help", nargs="?", const="", help=argparse.SUPPRESS)
     for name in NO_EFFECT:
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", const="true",
                             help=argparse.SUPPRESS)
@@ -169,97 +129,69 @@ def _parser(shown: Sequence[str] = ()) -> argparse.ArgumentParser:
 
 def _help(option: Option) -> str:
     accepts = option.accepts
-    words = f": {accepts.words}" if accepts and option.element is str and option.name != "data_set" else ""
-    return f"{option.help}{words} [{_shown(option.default)}]".replace("%", "%%")
+    words = f": {accepts.words}" if accepts and option.element is str else ""
+    return f"{option.help}{words} [{_yaml(option.default)}]".replace("%", "%%").replace("[null]", "[none]")
 
 
 def help_text(everything: bool = False) -> str:
     """The options people use most, or all of them, by group."""
-    more = "" if everything else f"\n`--help all` lists all {len(OPTIONS)} options."
-    return (_parser(list(OPTIONS) if everything else COMMON).format_help()
-            + f"{more}\nSwitches take true or false; the flag alone means true.\n")
+    more = "" if everything else f" `--help all` lists all {len(OPTIONS)} options."
+    return _parser(list(OPTIONS) if everything else COMMON,
+                   f"Switches take true or false; the flag alone means true.{more}").format_help()
 
 
-def _unexpected(token: str, before: list[str]) -> UserError:
-    """The sentence for a word that is no known flag nor the value of one; `before`: words it stands after."""
-    joined = next(filter(None, map(_joined, [*before, token])), None)
-    if token[:1] in _DASHES and token and not joined:
-        name = token.lstrip(_DASHES).partition("=")[0]
+def _unexpected(token: str, argv: Sequence[str]) -> UserError:
+    """The sentence for a word that is no known flag nor the value of one."""
+    # A line ending in `5\` makes the shell join the next flag to the value: `5--batch_size 128`.
+    for word in [*(word for word, after in zip(argv, argv[1:]) if after == token), token]:
+        match = _JOINED.fullmatch(word)
+        if match and match[1] in OPTIONS:
+            return UserError(f"{quote(word)} joins a value and --{match[1]} by a stray backslash: put a "
+                             "space before the backslash that ends the line.", code="stray_backslash")
+    if token.startswith(_DASHES):
+        name = token.lstrip("".join(_DASHES)).partition("=")[0]
         hint = did_you_mean(name.replace("-", "_"), OPTIONS, "--{}") or "; `--help all` lists every flag."
         return UserError(f"unknown flag {plain(token)}{hint}", code="unknown_flag")
-    return joined or UserError(f"{quote(token)} belongs to no flag; write --name value, such as --lr 4e-3.",
-                               code="stray_value")
-
-
-def _joined(value: str) -> UserError | None:
-    """The error for `5--batch_size`: a line ending in `5\\` makes the shell join the next flag to it."""
-    match = re.fullmatch(r".+?\\?\s*--([a-z_]+)(=.*)?", value, re.DOTALL)
-    if match is None or match[1] not in OPTIONS:
-        return None
-    return UserError(f"{quote(value)} joins a value and the flag --{match[1]} by a stray backslash: put a "
-                     "space before the backslash that ends the line.", code="stray_backslash")
-
-
-def _shown(value: Value) -> str:
-    if isinstance(value, tuple):
-        return " ".join(map(_shown, value)) or "none"
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return "''" if value == "" else f"{value:g}" if isinstance(value, float) else str(value)
+    return UserError(f"{quote(token)} belongs to no flag; write --name value, such as --lr 4e-3, and nothing "
+                     "after a backslash that ends a line.", code="stray_value")
 
 
 # Recipes
 
-def read_recipe(path: str) -> Recipe:
+def read_recipe(path: str) -> dict[str, Value]:
     """Read a recipe: a flat mapping of option names to values or lists of values.
 
     YAML's nodes leave every scalar a string, so that flags and recipes share one conversion, YAML 1.1's traps
     (4e-3 is a string, 0123 octal, 1:30 a number, `on` a boolean) do not arise, and a key given twice is seen.
     """
-    name, values = printable(path), {}
+    name, values = plain(path, 300), {}
     try:
-        node = yaml.compose(_text(path), Loader=yaml.BaseLoader)
+        node = yaml.compose(read_text(path, _LARGEST_RECIPE), Loader=yaml.BaseLoader)
+    except FileNotFoundError:
+        folder = f"{os.path.relpath(RECIPES)}/"
+        hint = did_you_mean(Path(path).stem, _recipes(), folder + "{}.yaml") or f"; recipes are in {folder}."
+        raise UserError(f"--config {name} does not exist{hint}", code="missing_recipe") from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise _invalid(name, getattr(error, "problem", None) or "is not valid YAML",
+        raise _invalid(name, getattr(error, "problem", None) or "this is not valid YAML",
                        getattr(error, "problem_mark", None)) from None
     if node is not None and not isinstance(node, yaml.MappingNode):
-        raise _invalid(name, "lines such as `lr: 4e-3` are accepted", node.start_mark)
+        raise _invalid(name, "expected are lines such as `lr: 4e-3`", node.start_mark)
     for key, value in node.value if node else ():
         nodes = value.value if isinstance(value, yaml.SequenceNode) else [value]
         texts = [node.value for node in nodes] or [""]
-        if not all(isinstance(text, str) for text in (key.value, *texts)):
-            raise _invalid(name, "a plain name with plain values is accepted", key.start_mark)
-        if key.value in values:
-            raise _invalid(name, f"the key {quote(key.value)} is given twice; keep one", key.start_mark)
+        if not all(isinstance(text, str) for text in (key.value, *texts)) or key.value in values:
+            raise _invalid(name, "expected is each option once, with plain values", key.start_mark)
         if key.value not in OPTIONS and key.value not in NO_EFFECT:
             hint = did_you_mean(key.value.replace("-", "_"), OPTIONS) or "; `--help all` lists all options."
             raise UserError(f"recipe {name} has an unknown key {quote(key.value)}{hint}", code="unknown_key")
         values[key.value] = (OPTIONS[key.value].convert(texts, f"recipe {name}: {key.value}")
                              if key.value in OPTIONS else texts[0])
-    return Recipe(path, values)
+    return values
 
 
 def _invalid(recipe: str, problem: str, mark: yaml.Mark | None) -> UserError:
     place = f", line {mark.line + 1}" if mark else ""
     return UserError(f"recipe {recipe}{place}: {problem}.", code="invalid_recipe")
-
-
-def _text(path: str) -> str:
-    name = plain(path) if len(path) > 200 else printable(path)
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(_LARGEST_RECIPE + 1)
-        if len(raw) > _LARGEST_RECIPE:
-            raise ValueError("it is larger than a recipe can be")
-        return raw.decode()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        reason = "it is not a text file" if isinstance(error, UnicodeDecodeError) else reason
-        # The whole path where needed: from another working folder the short one would be no help.
-        folder = RECIPES.relative_to(Path.cwd()) if RECIPES.is_relative_to(Path.cwd()) else RECIPES
-        hint = did_you_mean(Path(path).stem, _recipes(), f"{folder}/{{}}.yaml")
-        hint = hint or f"; recipes are in {folder}/."
-        raise UserError(f"--config {name} cannot be read ({reason}){hint}", code="missing_recipe") from None
 
 
 def _recipes() -> dict[str, Path]:
@@ -272,8 +204,8 @@ def _yaml(value: object) -> str:
     return text.removesuffix("...\n").rstrip("\n")
 
 
-def published_recipe(options: Options) -> Recipe | None:
-    """The published recipe of a run's model, or None.
+def published_recipe(options: Options) -> dict[str, Value]:
+    """The values of the published recipe of a run's model; empty where none is published.
 
     The large models have two, ImageNet-22k pre-training and 384-pixel fine-tuning: the start and the input
     size decide.
@@ -283,5 +215,13 @@ def published_recipe(options: Options) -> Recipe | None:
         endings.reverse()
     known, model = _recipes(), options.model
     names = [(model.removesuffix("_img384") if "384" in ending else model) + ending for ending in endings]
-    path = next((known[name] for name in names if name in known), None)
-    return path and replace(read_recipe(str(path)), name=f"recipes/{path.name}")
+    return next((read_recipe(str(known[name])) for name in names if name in known), {})
+
+
+def differences(options: Options) -> dict[str, tuple[Value, Value]]:
+    """name -> (value here, published value) where they differ; empty without a published recipe."""
+    published = published_recipe(options)
+    standard, here = asdict(Options()) | published, asdict(options)
+    names = [name for name, option in OPTIONS.items()
+             if published and option.group in RECIPE_GROUPS and name not in _SOURCES]
+    return {name: (here[name], standard[name]) for name in names if here[name] != standard[name]}

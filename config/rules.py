@@ -1,49 +1,16 @@
 """The rules between options: first before anything is touched, then when processes and images are known."""
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
-from common.text import listed, plural
-from config.options import ImageSettings, Options
+from common.text import plural
+from config.options import Options
 
 if TYPE_CHECKING:
     from config.parse import Resolved
 
 _PUBLISHED_BATCH = 4096
 _FEW_UPDATES, _FEW_PER_EPOCH = 100, 10
-# option → the option without which it has no effect
-_NEEDS = {"amp_dtype": "use_amp", "model_ema_eval": "model_ema", "model_ema_force_cpu": "model_ema",
-          "clip_by": "clip_grad", "clip_mode": "clip_grad", "wandb_ckpt": "enable_wandb", "check": "eval",
-          "explain_difference": "eval", "report": "eval"}
-
-
-def settle(options: Options, origins: dict[str, str]) -> list[str]:
-    """Resolve (in place) what two options decide together; one sentence for each option without effect."""
-    notices = []
-    if options.global_batch is not None and origins["update_freq"] != "default":
-        if origins["global_batch"] == origins["update_freq"]:
-            raise UserError(f"--global_batch {options.global_batch} and --update_freq {options.update_freq} "
-                            "are both given; give one of them.", code="contradiction")
-        if origins["update_freq"] == "flag":
-            notices.append(f"--update_freq {options.update_freq} replaces the recipe's global_batch "
-                           f"{options.global_batch}.")
-            options.global_batch, origins["global_batch"] = None, "flag"
-    if options.data_set == "SAMPLE" and not options.data_path:
-        options.data_path = "data/digits"
-    if options.resume and not options.resume[0].strip():
-        options.resume = ()
-    given = {f.name for f in fields(Options) if origins[f.name] == "flag"
-             or origins[f.name] == "recipe" and getattr(options, f.name) != f.default}
-    given = {name for name in given if getattr(options, name)}
-    size, whole, small = options.input_size, ImageSettings.WHOLE_FROM, ImageSettings.SMALL
-    no_effect = {name: f"without --{need}" for name, need in _NEEDS.items() if not getattr(options, need)}
-    if size >= whole:
-        no_effect["crop_pct"] = f"at --input_size {size}: from {whole} pixels on images are evaluated whole"
-    if size <= small and not options.eval:
-        no_effect["scale"] = f"at --input_size {size}: up to {small} pixels images are padded and cropped"
-    if options.eval:
-        no_effect |= dict.fromkeys(("compile", "deterministic"), "with --eval")
-    return notices + [f"--{name} has no effect {why}." for name, why in no_effect.items() if name in given]
 
 
 def mixes(options: Options) -> bool:
@@ -51,18 +18,28 @@ def mixes(options: Options) -> bool:
     return options.mixup > 0 or options.cutmix > 0 or bool(options.cutmix_minmax)
 
 
-def check(options: Options) -> None:
-    """Refuse contradictions between options. Raises `UserError` (`missing_data`, `contradiction`)."""
+def check(options: Options, origins: dict[str, str]) -> None:
+    """Resolve (in place) what two options decide together, and refuse contradictions.
+
+    Raises: UserError (`missing_data`, `contradiction`).
+    """
     o = options
+    if (origins["update_freq"], origins["global_batch"]) == ("flag", "recipe"):
+        o.global_batch, origins["global_batch"] = None, "flag"
+    if o.data_set == "SAMPLE" and not o.data_path:
+        o.data_path = "data/digits"
+    if o.resume and not o.resume[0].strip():
+        o.resume = ()
     # A run's folder names its own data.
     known = o.eval and (o.eval_data_path or o.output_dir or o.resume or o.report)
     if not o.print_config and not o.data_path and not known:
         raise UserError("--data_path is missing; give the folder that holds train/ and val/, or try --config "
                         "recipes/quickstart.yaml without any data.", code="missing_data")
-    if o.pretrained and o.finetune:
-        raise UserError(f"--pretrained true and --finetune {o.finetune} both name the weights to start from; "
-                        "give one of them.", code="contradiction")
     rules = (
+        (o.global_batch and origins["global_batch"] == origins["update_freq"],
+         f"--global_batch {o.global_batch} and --update_freq {o.update_freq} are both given; give one."),
+        (o.pretrained and o.finetune,
+         f"--pretrained true and --finetune {o.finetune} both name the weights to start from; give one."),
         (len(o.resume) > 1, f"--resume takes one checkpoint in training, {len(o.resume)} were given; add "
          "--eval true to evaluate several."),
         (o.weights == "both", "--weights both is for --eval true; use auto, model or ema."),
@@ -108,48 +85,38 @@ def plan_batch(resolved: "Resolved", world_size: int, checkpoint_batch: int | No
 
     Args: checkpoint_batch: the global batch of the resumed run, which wins over batch_size x update_freq x
     processes, so that a run continues unchanged on another number of processes.
-    Raises: UserError (`batch`) when nothing divides, or `--global_batch` is not the checkpoint's.
+    Raises: UserError (`batch`) when nothing divides, or `--global_batch` is not the checkpoint's;
+    (`contradiction`) when the scaled learning rate is below `--min_lr`.
     """
-    options = resolved.options
-    asked = options.global_batch
-    if checkpoint_batch and asked not in (None, checkpoint_batch):
-        raise UserError(f"--global_batch {asked} differs from the checkpoint's {checkpoint_batch}; give "
-                        "that, or start a new run in another --output_dir.", code="batch")
-    batch_size, per_pass = options.batch_size, options.batch_size * world_size
-    wanted = checkpoint_batch or asked or per_pass * options.update_freq
-    if wanted % per_pass and not checkpoint_batch:
-        raise UserError(f"--global_batch {wanted} is not a multiple of {per_pass} = --batch_size "
-                        f"{options.batch_size} x {plural(world_size, 'process')}; "
-                        f"{_fitting(options, world_size, wanted)}.", code="batch")
-    if wanted % per_pass:
-        batch_size = _dividing(options, wanted, world_size)
-        per_pass = batch_size * world_size
-        if not batch_size:
-            fine = [str(w) for w in range(1, wanted + 1) if _dividing(options, wanted, w)]
+    o = resolved.options
+    if checkpoint_batch and o.global_batch not in (None, checkpoint_batch):
+        raise UserError(f"--global_batch {o.global_batch} differs from the checkpoint's {checkpoint_batch}; "
+                        "give that, or start a new run in another --output_dir.", code="batch")
+    size, given = o.batch_size, o.batch_size * world_size * o.update_freq
+    wanted = checkpoint_batch or o.global_batch or given
+    if wanted % (size * world_size):
+        if not checkpoint_batch:
+            raise UserError(f"--global_batch {wanted} is not a multiple of {size * world_size} = "
+                            f"--batch_size {size} x {plural(world_size, 'process')}; "
+                            f"{_fitting(o, world_size, wanted)}.", code="batch")
+        fine = (b for b in range(size, 0, -1) if wanted % (b * world_size) == 0 and b % _step(o) == 0)
+        size = next(fine, 0)
+        if not size:
             raise UserError(f"The checkpoint's global batch of {wanted} cannot be divided by "
-                            f"{plural(world_size, 'process')}; use {listed(fine[:12])}.", code="batch")
-    plan = BatchPlan(wanted, wanted // per_pass, batch_size, world_size, options.lr)
-    notices = []
-    if checkpoint_batch and wanted != options.batch_size * world_size * options.update_freq and not asked:
-        notices.append(f"The checkpoint's global batch of {wanted} is kept: {plan.equation}.")
-    reference = resolved.reference
-    factor = wanted / (reference and reference.global_batch or _PUBLISHED_BATCH)
-    lr = options.lr * {"none": 1.0, "linear": factor, "sqrt": factor ** 0.5}[options.lr_scale]
-    if reference and factor != 1 and options.lr_scale == "none" and not options.eval:
-        notices.append(f"The global batch is {wanted}, not the recipe's {reference.global_batch}: --lr_scale "
-                       f"linear would give lr {lr * factor:g} instead of {lr:g}.")
-    return replace(plan, lr=lr, notices=tuple(notices))
+                            f"{plural(world_size, 'process')}; use a number that divides it.", code="batch")
+    factor = wanted / (resolved.lr_batch or _PUBLISHED_BATCH)
+    lr = o.lr * {"none": 1.0, "linear": factor, "sqrt": factor ** 0.5}[o.lr_scale]
+    if o.lr_scale != "none" and lr < o.min_lr:
+        raise UserError(f"--lr_scale {o.lr_scale} gives a learning rate of {lr:g} for {wanted} images per "
+                        f"update, below --min_lr {o.min_lr:g}; lower --min_lr.", code="contradiction")
+    plan = BatchPlan(wanted, wanted // (size * world_size), size, world_size, lr)
+    kept = f"The checkpoint's global batch of {wanted} is kept: {plan.equation}."
+    return plan if o.global_batch or wanted == given else replace(plan, notices=(kept,))
 
 
 def _step(options: Options) -> int:
     """Batch sizes are multiples of this: images are mixed in pairs."""
     return 2 if mixes(options) else 1
-
-
-def _dividing(options: Options, wanted: int, world_size: int) -> int:
-    """The largest batch size, at most --batch_size, with which the processes make `wanted`; 0: none."""
-    sizes = range(options.batch_size, 0, -1)
-    return next((b for b in sizes if wanted % (b * world_size) == 0 and b % _step(options) == 0), 0)
 
 
 def _fitting(options: Options, world_size: int, most: int) -> str:
@@ -161,12 +128,8 @@ def _fitting(options: Options, world_size: int, most: int) -> str:
     return f"give --global_batch {total} --batch_size {size} without --update_freq"
 
 
-def validate_after_index(options: Options, plan: BatchPlan, num_images: int, num_classes: int) -> int:
+def validate_after_index(options: Options, plan: BatchPlan, num_images: int) -> int:
     """When the training images are indexed: return updates per epoch, or raise `UserError`."""
-    if options.nb_classes is not None and num_classes > options.nb_classes:
-        raise UserError(f"--nb_classes {options.nb_classes} is below the {num_classes} classes of "
-                        f"{options.data_path}; give --nb_classes {num_classes} or remove the "
-                        "flag.", code="classes")
     updates = num_images // plan.global_batch
     if updates == 0:
         raise UserError(f"An update takes more images than the {num_images} of {options.data_path}: "

@@ -1,6 +1,7 @@
 """The data of a run from its options: what is where, which classes and labels; a look at a sample of it."""
 import os
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,18 +9,15 @@ from torch.utils.data import BatchSampler
 
 from common.errors import UserError
 from common.log import logger
-from common.random import numpy_generator
 from common.synsets import imagenet_synsets
 from common.text import plural, printable
 from config.options import Options
 from datasets.cifar import read_cifar
 from datasets.dataset import ImageDataset, ImageLoader, make_loader
 from datasets.folders import class_folders
-from datasets.images import BadImage
 from datasets.labels import classes_of, map_folders, read_val_labels
 from datasets.readers import IndexCache, Reader, open_reader
 from datasets.sample import ensure_sample
-from datasets.sampler import ExactEvalSampler, GlobalBatchSampler
 from datasets.transforms import Erasing, eval_transform, train_transform
 
 
@@ -73,13 +71,12 @@ def build_data(options: Options, *, train: bool, evaluate: bool, class_names: li
         ensure_sample(options.data_path)
     cache = IndexCache(options.index_cache, options.reindex, rank_zero)
     splits = [_split(options, part, cache) for part in ["train"] * train + ["val"] * evaluate]
-    notes: list[str] = []
-    names = class_names
+    names, notes = class_names, []
     if names is None:
-        found = classes_of(_deciding_classes(options, splits[0]), options.nb_classes, evaluating=not train,
-                           imagenet_layout=options.data_set in ("IMNET", "SAMPLE"),
-                           allow_mismatch=options.allow_class_mismatch)
-        names, notes = found.names, found.notes
+        names, notes = classes_of(
+            _deciding_classes(options, splits[0]), options.nb_classes, evaluating=not train,
+            imagenet_layout=options.data_set in ("IMNET", "SAMPLE"),
+            allow_mismatch=options.allow_class_mismatch)
     built = {split.part: _dataset(options, split, names, notes) for split in splits}
     return Data(built.get("train"), built.get("val"), list(names), notes)
 
@@ -135,7 +132,7 @@ def _dataset(options: Options, split: _Split, names: list[str], notes: list[str]
     if len(empty) and part == "train" and not options.allow_class_mismatch and options.data_set != "CIFAR":
         raise UserError(f"{plural(len(empty), 'class folder')} in {shown} without an image, such as "
                         f"{printable(split.classes[empty[0]])}; remove them, or train anyway with "
-                        "--allow_class_mismatch true.", code="wrong_classes")
+                        "--allow_class_mismatch true.", code="unexpected_classes")
     mapped = map_folders(split.classes, names, partial=set(names) >= set(imagenet_synsets()), noun=split.noun,
                          allow_mismatch=options.allow_class_mismatch, what=f"the {part} data ({shown})")
     targets = mapped[split.labels]
@@ -148,10 +145,9 @@ def _dataset(options: Options, split: _Split, names: list[str], notes: list[str]
         notes.append(f"{part}: {len(targets) - known} images of {split.noun}s without a class are skipped")
     notes.append(f"{part}: {known} images in {found} of {len(names)} classes")
     if reader.left_out:
-        types = sorted(reader.left_out.items(), key=lambda item: (-item[1], item[0]))
+        types = Counter(reader.left_out).most_common()
         words = ", ".join(f"{count} {printable(kind)}" for kind, count in types)
-        notes.append(f"{part}: {plural(sum(reader.left_out.values()), 'file')} skipped, as they are no "
-                     f"images: {words[:300]}")
+        notes.append(f"{part}: left out as no images: {words[:300]}")
     if part == "val" and tuple(names) == imagenet_synsets() and len(targets) != 50_000:
         notes.append(f"val: {len(targets)} images, the ImageNet validation set has 50000")
     size, training = options.input_size, part == "train"
@@ -159,12 +155,6 @@ def _dataset(options: Options, split: _Split, names: list[str], notes: list[str]
     erasing = Erasing(options.reprob, options.recount) if training and options.reprob > 0 else None
     return ImageDataset(reader, targets, transform, size, seed=options.seed, erasing=erasing,
                         exif_orientation=options.exif_orientation)
-
-
-def train_loader(data: Data, options: Options, sampler: GlobalBatchSampler) -> ImageLoader:
-    """One loader for the whole run; call `sampler.set_start(epoch, update)` before each iteration."""
-    assert data.train is not None
-    return make_loader(data.train, options, sampler)
 
 
 def eval_loader(data: Data, options: Options, rank: int = 0, world_size: int = 1, *,
@@ -175,48 +165,15 @@ def eval_loader(data: Data, options: Options, rank: int = 0, world_size: int = 1
     `bad_images`.
     """
     assert data.val is not None
-    sampler = ExactEvalSampler(len(data.val), rank, world_size)
-    batches = BatchSampler(sampler, max(1, int(1.5 * options.batch_size)), drop_last=False)
+    images = range(rank, len(data.val), world_size)
+    batches = BatchSampler(images, max(1, int(1.5 * options.batch_size)), drop_last=False)
     return make_loader(data.val, options, batches, refuse_bad=refuse_bad)
 
 
-@dataclass
-class SampleCheck:
-    """looked: images decoded; unreadable: (path, reason); tiny: paths of images below half the input size;
-    seconds: mean time to decode and transform one; classes: classes met."""
-
-    looked: int
-    classes: int
-    seconds: float
-    unreadable: list[tuple[str, str]] = field(default_factory=list)
-    tiny: list[str] = field(default_factory=list)
-
-    def sentences(self) -> list[str]:
-        """What a person should know, in words; the first says what was looked at."""
-        found = [f"{self.looked} images of {self.classes} classes looked at, "
-                 f"{1000 * self.seconds:.1f} ms each, {len(self.unreadable)} unreadable"]
-        found += [f"unreadable: {path} ({reason})" for path, reason in self.unreadable[:1]]
-        if 2 * len(self.tiny) > self.looked:  # every data set has a few small images
-            found.append(f"{len(self.tiny)} images are smaller than half the input size, such as "
-                         f"{self.tiny[0]}")
-        return found
-
-
-def check_sample(dataset: ImageDataset, count: int = 64, seed: int = 0) -> SampleCheck:
-    """Decode and transform up to `count` images drawn evenly from the data set; bad ones are counted, not
-    raised."""
-    count = min(count, len(dataset))
-    edges = np.linspace(0, len(dataset), count + 1).astype(np.int64)
-    chosen = [int(i) for i in numpy_generator(seed, "check").integers(edges[:-1], edges[1:])]
-    found = SampleCheck(count, len(np.unique(dataset.targets[chosen])), 0.0)
+def check_sample(dataset: ImageDataset, count: int = 64) -> tuple[float, list[str]]:
+    """Seconds to load one image, and a sentence for each unreadable one of up to `count` spread evenly."""
+    chosen = np.linspace(0, len(dataset) - 1, min(count, len(dataset)), dtype=np.int64).tolist()
     started = time.perf_counter()
-    for index in chosen:
-        try:
-            image = dataset.image(index)
-            if min(image.size) * 2 < dataset.size:
-                found.tiny.append(printable(dataset.path(index)))
-            dataset.transform(image)
-        except BadImage as error:
-            found.unreadable.append((printable(dataset.path(index)), str(error)))
-    found.seconds = (time.perf_counter() - started) / max(1, count)
-    return found
+    batch = dataset.__getitems__([(0, index, index) for index in chosen])
+    return (time.perf_counter() - started) / len(chosen), [
+        f"{printable(dataset.path(index))} cannot be read ({reason})" for index, reason in batch.unreadable]

@@ -45,7 +45,7 @@ def read_cifar(root: str, num_classes: int, train: bool) -> Cifar:
     be."""
     if num_classes not in _FILES:
         raise UserError(f"--data_set CIFAR has 10 or 100 classes, not --nb_classes {num_classes}.",
-                        code="wrong_classes")
+                        code="unexpected_classes")
     subfolder, train_files, val_files, meta, names_key, labels_key = _FILES[num_classes]
     folder = os.path.join(root, subfolder) if os.path.isdir(os.path.join(root, subfolder)) else root
     name, pixels, labels = "", [], []

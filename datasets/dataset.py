@@ -7,11 +7,9 @@ import os
 import resource
 import signal
 import sys
-import threading
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -25,7 +23,7 @@ from common.errors import UserError
 from common.random import key, reseed, seeded
 from common.text import printable
 from config.options import Options
-from datasets.images import BadImage, decode, fast_jpeg, transformed
+from datasets.images import BadImage, fast_jpeg, transformed
 from datasets.readers import Reader
 from datasets.sampler import Item
 from datasets.transforms import Erasing, Transform
@@ -33,26 +31,18 @@ from datasets.transforms import Erasing, Transform
 UNREADABLE_TARGET = -100  # torch's cross entropy passes over it, and no prediction equals it
 _ATTEMPTS = 20
 _PATIENCE = 300  # seconds for one batch
-_SHORTAGES = {  # what an error of the loader means when the machine has run out of something
-    "Too many open files": "open files than `ulimit -n` allows",
-    "unable to allocate shared memory": "shared memory than /dev/shm has (docker run --shm-size 8g)",
-    "can't start new thread": "threads than `ulimit -u` or the container allows",
-    "Resource temporarily unavailable": "processes than `ulimit -u` or the container allows"}
-
 
 class Batch(NamedTuple):
     """images uint8 (B, H, W, 3); targets, indices (in the data set) and positions (global, within the epoch;
     -1 in evaluation) int64 (B,); boxes to erase int32 (B, recount, 4) as top, left, height, width (0 = none);
-    bad bool (B,): in training the image was replaced, in evaluation it is black and its target -100; epoch
-    (-1 in evaluation);
-    unreadable: (index, reason) of each image that could not be read, replacements included."""
+    epoch (-1 in evaluation); unreadable: (index, reason) of each image that could not be read, replacements
+    included: in training another image stands there, in evaluation a black one with target -100."""
 
     images: torch.Tensor
     targets: torch.Tensor
     indices: torch.Tensor
     positions: torch.Tensor
     boxes: torch.Tensor
-    bad: torch.Tensor
     epoch: int
     unreadable: tuple[tuple[int, str], ...] = ()
 
@@ -60,31 +50,23 @@ class Batch(NamedTuple):
 class ImageDataset(Dataset[Batch]):
     """Images of a reader with their logit positions, transformed; takes a micro-batch's items, gives a Batch.
 
-    targets: int64 (N,), -1 for images of no class, which are left out; indices count what is left. `compiled`
-    False keeps JPEGs out of the compiled reader; the pixels are the same.
+    targets: int64 (N,), -1 for images of no class, which are left out; indices count what is left.
     """
 
     def __init__(self, reader: Reader, targets: np.ndarray, transform: Transform, size: int, *, seed: int = 0,
-                 erasing: Erasing | None = None, exif_orientation: bool = False, compiled: bool = True):
-        if compiled:
-            fast_jpeg()  # Built and tested here, once, so that forked workers inherit it.
-        kept = targets >= 0
-        self._kept = None if kept.all() else np.flatnonzero(kept)
-        self.targets = targets if self._kept is None else targets[self._kept]
+                 erasing: Erasing | None = None, exif_orientation: bool = False):
+        fast_jpeg()  # Built and tested here, once, so that forked workers inherit it.
+        self._kept = np.flatnonzero(targets >= 0)
+        self.targets = targets[self._kept]
         self.reader, self.transform, self.size = reader, transform, size
-        self.seed, self.erasing = seed, erasing
-        self.exif_orientation, self.compiled = exif_orientation, compiled
+        self.seed, self.erasing, self.exif_orientation = seed, erasing, exif_orientation
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def path(self, index: int) -> str:
         """Where image `index` comes from, for reports."""
-        return self.reader.name(self._place(index))
-
-    def image(self, index: int) -> Image.Image:
-        """Image `index` as RGB; raises BadImage."""
-        return decode(self.reader.encoded(self._place(index)), self.exif_orientation)
+        return self.reader.name(int(self._kept[index]))
 
     def pixels(self, index: int, draws: int | None = None) -> np.ndarray:
         """Image `index` transformed, uint8 (size, size, 3), with random draws seeded by `draws`.
@@ -96,9 +78,9 @@ class ImageDataset(Dataset[Batch]):
                 reseed(draws)
             return self.transform(image)
 
-        data = self.reader.encoded(self._place(index))
+        data = self.reader.encoded(int(self._kept[index]))
         try:
-            return transformed(data, work, exif_orientation=self.exif_orientation, compiled=self.compiled)
+            return transformed(data, work, self.exif_orientation)
         except (BadImage, OSError):
             raise
         except Exception as error:
@@ -114,24 +96,19 @@ class ImageDataset(Dataset[Batch]):
         if get_worker_info() is not None:
             images.share_memory_()  # While still empty: filled in place, it is not copied on its way out.
         boxes = np.zeros((count, self.erasing.count if self.erasing else 1, 4), dtype=np.int32)
-        targets, bad, unreadable = np.empty(count, dtype=np.int64), np.zeros(count, dtype=bool), []
+        targets, unreadable = np.empty(count, dtype=np.int64), []
         rows = [item if isinstance(item, tuple) else (-1, item, -1) for item in items]
         with seeded(0) if rows[0][0] >= 0 else nullcontext():
             for row, (epoch, index, _) in enumerate(rows):
-                used = self._fill(epoch, index, images.numpy()[row], boxes[row], unreadable)
-                targets[row] = UNREADABLE_TARGET if used is None else self.targets[used]
-                bad[row] = used != index
+                targets[row] = self._fill(epoch, index, images.numpy()[row], boxes[row], unreadable)
         indices, positions = torch.tensor([row[1:] for row in rows], dtype=torch.int64).T.contiguous()
         return Batch(images, torch.from_numpy(targets), indices, positions, torch.from_numpy(boxes),
-                     torch.from_numpy(bad), rows[0][0], tuple(unreadable))
-
-    def _place(self, index: int) -> int:
-        return index if self._kept is None else int(self._kept[index])
+                     rows[0][0], tuple(unreadable))
 
     def _fill(self, epoch: int, index: int, pixels: np.ndarray, boxes: np.ndarray,
-              unreadable: list[tuple[int, str]]) -> int | None:
-        """Fill a row of a batch and return the index of the image in it: `index`, or in training, where that
-        cannot be read, another. None and a black row when none could be read."""
+              unreadable: list[tuple[int, str]]) -> int:
+        """Fill a row of a batch with image `index`, or in training, where that cannot be read, with another;
+        the target of what is there. A black row when none could be read."""
         used = index
         for attempt in range(_ATTEMPTS if epoch >= 0 else 1):
             try:
@@ -140,61 +117,27 @@ class ImageDataset(Dataset[Batch]):
                 unreadable.append((used, str(error)))
                 used = key(self.seed, "replace", epoch, index, attempt) % len(self)
                 continue
-            if epoch >= 0 and self.erasing is not None:
+            if self.erasing is not None:
                 boxes[:] = self.erasing.boxes(self.size, self.size)
-            return used
+            return int(self.targets[used])
         pixels[:] = 0
-        return None
-
-
-_torch_handler: Callable | None = None
-
-
-@contextmanager
-def worker_deaths_noticed() -> Iterator[None]:
-    """While a batch is awaited, the death of a worker is an error at once; elsewhere it waits for the next
-    batch.
-
-    PyTorch's handler of SIGCHLD stays in place for good and raises in the middle of any line: of a save, of
-    the error handling itself. So it is kept aside and only used here.
-    """
-    global _torch_handler
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    try:
-        if _torch_handler is not None:
-            signal.signal(signal.SIGCHLD, _torch_handler)
-            _torch_handler(signal.SIGCHLD, None)  # those that died before
-        yield
-    finally:
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        _torch_handler = handler if callable(handler) else _torch_handler
+        return UNREADABLE_TARGET
 
 
 class ImageLoader(DataLoader[Batch]):
     """A DataLoader that keeps what could not be read; workers log nothing, so that no progress bar is torn.
 
-    bad_images: (index in the data set, reason), each image once in the loader's life; whoever reports them
-    empties the list. With `refuse_bad` the first one is a UserError instead; so are 20 unreadable ones in a
-    row in training.
+    bad_images: the reason for each index in the data set; whoever reports them empties it. With `refuse_bad`
+    the first one is a UserError instead; so are 20 unreadable ones in a row in training.
     """
 
     def __init__(self, dataset: ImageDataset, *, refuse_bad: bool, **arguments):
         super().__init__(dataset, **arguments)
         self.images, self.refuse_bad = dataset, refuse_bad
-        self.bad_images: list[tuple[int, str]] = []
-        self._known: set[int] = set()
+        self.bad_images: dict[int, str] = {}
         if self.num_workers:
-            # multiprocessing ends what is left at exit by one SIGTERM, which workers let pass: end them
-            # before.
-            atexit.register(_close, weakref.ref(self))
-
-    def take_bad(self) -> list[str]:
-        """The images that could not be read since the last call."""
-        paths = [self.dataset.path(index) for index in self.bad_images]
-        self.bad_images.clear()
-        return paths
+            # multiprocessing ends what is left at exit by a SIGTERM, which workers ignore: end them before.
+            atexit.register(self.close)
 
     def close(self) -> None:
         """End the workers; a later iteration starts new ones."""
@@ -210,21 +153,12 @@ class ImageLoader(DataLoader[Batch]):
             # threads come to rest.
             time.sleep(0.2)
         try:
-            with worker_deaths_noticed():
-                batches = super().__iter__()
-            while True:
-                with worker_deaths_noticed():
-                    batch = next(batches, None)
-                if batch is None:
-                    return
-                if len(batch.unreadable):
+            for batch in super().__iter__():
+                if batch.unreadable:
                     self._keep(batch)
                 yield batch
-        except Exception as error:
+        except Exception:
             self.close()
-            for words, what in _SHORTAGES.items():
-                if words in str(error):
-                    raise _too_few(what) from error
             raise
 
     def _keep(self, batch: Batch) -> None:
@@ -236,26 +170,7 @@ class ImageLoader(DataLoader[Batch]):
         if batch.epoch >= 0 and (batch.targets == UNREADABLE_TARGET).any():
             raise UserError(f"{_ATTEMPTS} images in a row cannot be read, such as {last}; check the disk and "
                             "the data path.", code="unreadable_image")
-        for index, reason in batch.unreadable:
-            if index not in self._known:
-                self._known.add(index)
-                self.bad_images.append((index, reason))
-
-
-def _need_descriptors(workers: int) -> None:
-    """Allow as many open files as the loader can need, six per batch on its way and some per worker, because
-    a worker that runs out of them ends in tracebacks; UserError where the hard limit forbids it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = len(os.listdir("/dev/fd")) + 16 * workers + 32
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        if hard != resource.RLIM_INFINITY and hard < needed:
-            raise _too_few(_SHORTAGES["Too many open files"])
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
-def _too_few(what: str) -> UserError:
-    return UserError(f"Loading images needs more {what}: raise that, or lower --num_workers.",
-                     code="too_few_resources")
+        self.bad_images |= dict(batch.unreadable)
 
 
 def make_loader(dataset: ImageDataset, options: Options, batches: Iterable, *,
@@ -264,48 +179,36 @@ def make_loader(dataset: ImageDataset, options: Options, batches: Iterable, *,
 
     Its own generator keeps the base seed that every iteration draws away from the default one.
     """
-    extra = {}
-    if options.num_workers:
-        _need_descriptors(options.num_workers)
+    extra, workers = {}, options.num_workers
+    if workers:
+        # Six files per batch on its way and some per worker: one that runs out of them ends in tracebacks.
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # -1 is no limit
+        needed = len(os.listdir("/dev/fd")) + 16 * workers + 32
+        if 0 <= hard < needed:
+            raise UserError(f"--num_workers {workers} needs {needed} open files, and this process may open "
+                            f"{hard}: raise the limit (ulimit -n 4096), or use --num_workers 0.",
+                            code="open_files")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed) if soft >= 0 else soft, hard))
         # A forked worker is there in 0.05 s (spawned: 3 s), shares the index and touches no accelerator.
-        method = "fork" if sys.platform == "linux" else "spawn"
-        extra = {"persistent_workers": True, "timeout": _PATIENCE, "multiprocessing_context": method,
-                 "worker_init_fn": partial(_start_worker, os.getpid() if method == "fork" else None)}
-    return ImageLoader(dataset, refuse_bad=refuse_bad, batch_sampler=batches, num_workers=options.num_workers,
-                       collate_fn=_as_is, pin_memory=options.pin_mem and torch.cuda.is_available(),
+        extra = {"persistent_workers": True, "timeout": _PATIENCE,
+                 "multiprocessing_context": "fork" if sys.platform == "linux" else "spawn",
+                 "worker_init_fn": partial(_start_worker, os.getpid())}
+    return ImageLoader(dataset, refuse_bad=refuse_bad, batch_sampler=batches, num_workers=workers,
+                       collate_fn=Batch._make, pin_memory=options.pin_mem and torch.cuda.is_available(),
                        generator=torch.Generator(), **extra)
 
 
-def _close(reference: weakref.ref[ImageLoader]) -> None:
-    loader = reference()
-    if loader is not None:
-        loader.close()
-
-
-def _as_is(batch: Batch) -> Batch:
-    return batch
-
-
-def _start_worker(parent: int | None, worker: int) -> None:
+def _start_worker(parent: int, worker: int) -> None:
     """One thread, no part in the run's signals, and an end with the parent.
 
     Launchers and Slurm signal whole groups when a run shall stop; the run finishes its update first and needs
-    its workers for that, so they let SIGTERMs pass for ten seconds from the first on (a group's and its
-    launcher's come together) and end at a later one, or when the parent is gone.
+    its workers for that.
     """
     torch.set_num_threads(1)
     gc.freeze()  # What the parent had stays out of collections: 5 % of the time, and its pages stay shared.
-    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
-    seen = []
-
-    def terminate(number, frame):
-        seen.append(time.monotonic())
-        if seen[-1] - seen[0] > 10:
-            os._exit(143)
-
-    signal.signal(signal.SIGTERM, terminate)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if parent not in (None, os.getppid()):  # it ended while this process was being forked
+        if parent != os.getppid():  # it ended while this process was being forked
             os._exit(1)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from common.errors import UserError
 from common.text import printable
 from datasets.images import extensions, is_image, read_file
-from datasets.readers import Index, IndexCache, no_images
+from datasets.readers import Index, IndexCache, Indexed, no_images
 
 
 def recognise(root: str) -> bool:
@@ -23,15 +23,8 @@ def read(root: str, cache: IndexCache) -> "Folders":
     return Folders(cache.index("folders", root, _scan))
 
 
-class Folders:
+class Folders(Indexed):
     """Images that are files of their own; a Reader."""
-
-    def __init__(self, index: Index):
-        self.index, self.root, self.left_out = index, index.root, index.left_out
-        self.labels, self.classes = index.labels, index.classes
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def name(self, index: int) -> str:
         """Path of image `index`; bytes that are not UTF-8 as surrogates, as Python's file functions have

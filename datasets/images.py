@@ -11,13 +11,14 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.text import file_size
 
@@ -50,7 +51,7 @@ def is_image(name: str) -> bool:
 def read_file(path: str, limit: int = LARGEST_FILE) -> bytes:
     """The bytes of a regular file of at most `limit` bytes; BadImage for any other, which is not even
     opened."""
-    try:
+    with _failures_are_the_images():
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise BadImage("not a regular file")
@@ -58,10 +59,6 @@ def read_file(path: str, limit: int = LARGEST_FILE) -> bytes:
             raise BadImage(f"larger than {file_size(limit)}")
         with open(path, "rb", buffering=0) as file:
             return file.read()
-    except OSError as error:
-        if error.errno in _PROCESS_ERRORS:
-            raise
-        raise BadImage(_reason(error)) from error
 
 
 def decode(data: bytes, exif_orientation: bool = False) -> Image.Image:
@@ -70,24 +67,35 @@ def decode(data: bytes, exif_orientation: bool = False) -> Image.Image:
     Raises BadImage for whatever Pillow says about the bytes, a decompression bomb (more than twice
     `Image.MAX_IMAGE_PIXELS`, 179 million pixels) included, and for 32-bit pixels, whose range nobody knows.
     """
+    with _failures_are_the_images(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        kind = image.format
+        if exif_orientation:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16") or (image.mode == "I" and kind in _16_BITS):
+            image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise BadImage("32-bit pixels, which have no common range; save it with 8 or 16 bits")
+        return image.convert("RGB")
+
+
+@contextmanager
+def _failures_are_the_images() -> Iterator[None]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            kind = image.format
-            if exif_orientation:
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16") or (image.mode == "I" and kind in _16_BITS):
-                image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
-            elif image.mode in ("I", "F"):
-                raise BadImage("32-bit pixels, which have no common range; save it with 8 or 16 bits")
-            return image.convert("RGB")
+        yield
     except BadImage:
         raise
     except Exception as error:  # Damaged files make Pillow's plug-ins raise nearly anything.
-        if isinstance(error, OSError) and error.errno in _PROCESS_ERRORS:
-            raise
-        raise BadImage(_reason(error)) from error
+        text = " ".join(str(error).split())
+        reason = f"{type(error).__name__}: {text}"[:200]
+        if isinstance(error, UnidentifiedImageError):
+            reason = "no JPEG, PNG, BMP, PPM, TIFF, WebP, GIF, JPEG 2000 or AVIF image"
+        elif isinstance(error, OSError) and error.errno is not None:
+            if error.errno in _PROCESS_ERRORS:
+                raise
+            reason = error.strerror
+        raise BadImage(reason) from error
 
 
 def decode_path(path: str, exif_orientation: bool = False) -> Image.Image:
@@ -96,16 +104,17 @@ def decode_path(path: str, exif_orientation: bool = False) -> Image.Image:
     return decode(read_file(path), exif_orientation)
 
 
-def transformed(data: bytes, transform: Callable[[Image.Image], _T], *, exif_orientation: bool = False,
-                compiled: bool = True) -> _T:
-    """`transform(image)` of encoded `data`, through the compiled JPEG reader where it is available (unless
-    `compiled` is False), else through Pillow; both give the same pixels. Raises BadImage.
+def transformed(data: bytes, transform: Callable[[Image.Image], _T], exif_orientation: bool = False) -> _T:
+    """`transform(image)` of encoded `data`, through the compiled JPEG reader where it is available, else
+    through Pillow; both give the same pixels. Raises BadImage.
 
     The compiled reader decodes only what a crop needs, so it finds damage within the transform, which is then
     called a second time, with Pillow's image: draws must be seeded inside it. Turned images are left to
     Pillow.
     """
-    fast = fast_jpeg() if compiled and not (exif_orientation and _may_be_turned(data)) else None
+    # EXIF or XMP may turn it.
+    turned = exif_orientation and (b"Exif\0" in data or b"Orientation" in data)
+    fast = None if turned else fast_jpeg()
     image = fast.image_of(data) if fast else None
     if fast and image is not None:
         try:
@@ -119,16 +128,3 @@ def fast_jpeg() -> ModuleType | None:
     """The compiled JPEG reader, None where it is not available."""
     import native
     return native.jpeg()
-
-
-def _may_be_turned(data: bytes) -> bool:
-    return b"Exif\0" in data or b"Orientation" in data  # as EXIF or as XMP
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = " ".join(str(error).split())
-    if "cannot identify image file" in text:
-        return "no JPEG, PNG, BMP, PPM, TIFF, WebP, GIF, JPEG 2000 or AVIF image"
-    return f"{type(error).__name__}: {text}"[:200]

@@ -1,33 +1,32 @@
 """From class folders to logit positions: ImageNet's own order, the 22k order, one's own classes, flat val
-folders."""
+folders; ImageNet's companions V2, -A, -R and -Sketch, and ReaL's labels for its validation set."""
 import csv
+import importlib.resources
 import io
+import json
 import os
+import re
 from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 
 import numpy as np
 
 from common.errors import UserError
 from common.synsets import imagenet_synsets, published_22k_synsets
 from common.text import printable
+from datasets.folders import class_folders, is_folder, visible
 from datasets.images import BadImage, read_file
 
 _LARGEST_LABELS = 256 << 20  # bytes; 1.28 million lines have 40 MB
-
-
-@dataclass
-class ClassMap:
-    """`names` in logit order, and what a person should know about how they were found."""
-
-    names: list[str]
-    notes: list[str] = field(default_factory=list)
+_VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.", re.IGNORECASE)
+_INFO = importlib.resources.files("timm.data") / "_info"
 
 
 def classes_of(folders: list[str], nb_classes: int | None, *, imagenet_layout: bool,
-               allow_mismatch: bool = False, evaluating: bool = False) -> ClassMap:
-    """The class list, in logit order, that class folders `folders` (sorted as text) stand for.
+               allow_mismatch: bool = False, evaluating: bool = False) -> tuple[list[str], list[str]]:
+    """The classes in logit order that class folders `folders` (sorted as text) stand for, and notes on them.
 
     Synset folders of ImageNet-1k with a 1000-class model (`nb_classes` 1000, or not given in the ImageNet
     layout) get ImageNet's own order, so that a part of ImageNet gets its labels; those of the 22k set get the
@@ -41,16 +40,16 @@ def classes_of(folders: list[str], nb_classes: int | None, *, imagenet_layout: b
                 note = [] if len(folders) == len(known) else [
                     f"{len(folders) - len(unknown)} of {len(known)} classes have a folder; the order is "
                     "ImageNet's own"]
-                return ClassMap(list(known), note)
+                return list(known), note
             if len(unknown) * 10 <= len(folders):
                 raise UserError(f"{_some(unknown)} among {len(folders)} synset folders are none of the "
                                 f"{len(known)} classes; remove or skip them (--allow_class_mismatch true).",
-                                code="wrong_classes")
+                                code="unexpected_classes")
     if nb_classes is not None and nb_classes != len(folders):
         raise UserError(f"--nb_classes {nb_classes} does not fit the {len(folders)} class folders found "
                         f"({_some(folders)}); give --nb_classes {len(folders)} or check the data path.",
-                        code="wrong_classes")
-    return ClassMap(list(folders), _numbered(folders, evaluating and not allow_mismatch))
+                        code="unexpected_classes")
+    return list(folders), _numbered(folders, evaluating and not allow_mismatch)
 
 
 def _numbered(folders: list[str], strict: bool) -> list[str]:
@@ -65,7 +64,7 @@ def _numbered(folders: list[str], strict: bool) -> list[str]:
         raise UserError(f"The {sentence}, and the checkpoint names no classes to compare with; rename the "
                         "folders with leading zeros or to synsets, or accept this order with "
                         "--allow_class_mismatch true.",
-                        code="wrong_classes")
+                        code="unexpected_classes")
     return [sentence + "; the class names are kept in the checkpoint, and evaluation goes by them"]
 
 
@@ -84,12 +83,12 @@ def map_folders(found: list[str], names: list[str], *, partial: bool, allow_mism
     missing = sorted(set(names) - set(found))
     if not (mapped >= 0).any():
         raise UserError(f"None of the {len(found)} class {noun}s in {what} ({_some(found)}) is one of the "
-                        f"{len(names)} classes ({_some(names)}); check the path.", code="wrong_classes")
+                        f"{len(names)} classes ({_some(names)}); check the path.", code="unexpected_classes")
     problems = ([f"has {noun}s of no known class: {_some(extra)}"] if extra else []) + (
         [f"has no {noun} for {_some(missing)}"] if missing and not partial else [])
     if problems and not allow_mismatch:
         raise UserError(f"{what[:1].upper()}{what[1:]} {' and '.join(problems)}; fix the {noun}s, or use the "
-                        "common classes alone with --allow_class_mismatch true.", code="wrong_classes")
+                        "common classes alone with --allow_class_mismatch true.", code="unexpected_classes")
     return mapped
 
 
@@ -153,3 +152,58 @@ def _devkit_labels(path: Path, ids: list[int], file_names: list[str]) -> list[st
     except Exception as error:  # loadmat raises many types for a damaged file; all mean the same here.
         raise UserError(f"{meta} does not explain the numbers in {path.name} ({error!r}); take both files "
                         "from one devkit.", code="invalid_labels") from error
+
+
+@dataclass(frozen=True)
+class Subset:
+    """How images of one of the sets are judged by a model with ImageNet-1k's 1000 logits.
+
+    name: imagenet-val, imagenet-v2, imagenet-a, imagenet-r or imagenet-sketch · folders: class folders in the
+    order of the logits that are kept · columns: indices of these logits, None for all 1000.
+    """
+    name: str
+    folders: tuple[str, ...]
+    columns: tuple[int, ...] | None = None
+
+
+def recognise(root: str) -> Subset | None:
+    """The set in `root`, by its class folders and the names of a few images; None for any other data.
+
+    -A and -R have 200 of the 1000 synsets each and are judged among these alone, as their authors do. V2's
+    folders are the class indices 0 to 999 (sorted as text they would be other classes).
+    """
+    try:
+        folders, synsets = class_folders(root), imagenet_synsets()
+        names = [next(entry.name for entry in visible(os.path.join(root, folder)) if not is_folder(entry))
+                 for folder in folders[:3]]
+    except (OSError, StopIteration):
+        return None
+    found = set(folders)
+    if found == {str(i) for i in range(1000)}:
+        return Subset("imagenet-v2", tuple(str(i) for i in range(1000)))
+    for name in ("imagenet-a", "imagenet-r"):
+        columns = _columns(name)
+        if found == {synsets[i] for i in columns}:
+            return Subset(name, tuple(synsets[i] for i in columns), columns)
+    if not found or not found <= set(synsets):
+        return None
+    if all(name.startswith("sketch_") for name in names):
+        return Subset("imagenet-sketch", synsets)
+    return Subset("imagenet-val", synsets) if len(found) == 1000 or all(map(_VAL_NAME.match, names)) else None
+
+
+def _columns(name: str) -> tuple[int, ...]:
+    return tuple(int(line) for line in (_INFO / f"{name.replace('-', '_')}_indices.txt").read_text().split())
+
+
+def real_labels(images: Sequence[str]) -> list[list[int]] | None:
+    """ImageNet-ReaL's answers for validation images, by the number in their names; None when one has no such
+    name.
+
+    An empty list is an image that its annotators gave no label; it is left out of the ReaL accuracy
+    (Beyer et al., 2020; the labels come with timm).
+    """
+    labels = json.loads((_INFO / "imagenet_real_labels.json").read_text())
+    found = [_VAL_NAME.match(PurePath(image).name) for image in images]
+    numbers = [int(match[1]) for match in found if match and 1 <= int(match[1]) <= len(labels)]
+    return [labels[number - 1] for number in numbers] if numbers and len(numbers) == len(found) else None

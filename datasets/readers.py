@@ -127,6 +127,17 @@ class Index:
                    seen=Strings.of(seen), stamps=_stamps(root, seen), left_out=dict(left_out))
 
 
+class Indexed:
+    """What readers of an index have in common."""
+
+    def __init__(self, index: Index):
+        self.index, self.root, self.left_out = index, index.root, index.left_out
+        self.labels, self.classes = index.labels, index.classes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
 def _stamps(root: str, seen: Iterable[str]) -> np.ndarray:
     found = [os.stat(os.path.join(root, name)) for name in seen]
     return np.array([(status.st_mtime_ns, 0 if stat.S_ISDIR(status.st_mode) else status.st_size)
@@ -192,8 +203,14 @@ def _load(path: Path, root: str) -> Index | None:
         if int(data["format"]) != _CACHE_FORMAT or real[0] != os.path.realpath(root) \
                 or not np.array_equal(data["stamps"], _stamps(root, seen)):
             return None
-        return Index(root=root, classes=list(classes), labels=data["labels"], names=names,
-                     places=data["places"], seen=seen, stamps=data["stamps"],
-                     left_out=dict(zip(types, data["counts"].tolist(), strict=True)))
+        labels, places = data["labels"].astype(np.int32), data["places"].astype(np.int64).reshape(-1, 3)
+        # Places lie within their containers, whose sizes are in the stamps.
+        if len(labels) != len(names) or len(places) not in (0, len(labels)) \
+                or labels.min() < 0 or labels.max() >= len(classes) \
+                or (np.diff(names.ends, prepend=0) < 0).any() or (places < 0).any() \
+                or (places[:, 1:].astype(float).sum(1) > data["stamps"][places[:, 0], 1]).any():
+            return None
+        return Index(root=root, classes=list(classes), labels=labels, names=names, places=places, seen=seen,
+                     stamps=data["stamps"], left_out=dict(zip(types, data["counts"].tolist(), strict=True)))
     except Exception:  # Whatever a damaged file raises, scanning again is the answer.
         return None

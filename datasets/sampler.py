@@ -4,7 +4,6 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-from common.errors import UserError
 from common.random import numpy_generator
 
 Item = tuple[int, int, int]  # (epoch, index in the data set, global position within the epoch)
@@ -21,14 +20,6 @@ class GlobalBatchSampler(Sampler[list[Item]]):
 
     def __init__(self, num_images: int, global_batch: int, batch_size: int, update_freq: int,
                  rank: int = 0, world_size: int = 1, seed: int = 0):
-        arithmetic = f"batch_size {batch_size} x update_freq {update_freq} x {world_size} processes"
-        if global_batch != batch_size * update_freq * world_size:
-            raise UserError(f"A global batch of {global_batch} is not {arithmetic}; change one of them.",
-                            code="batch_arithmetic")
-        if num_images < global_batch:
-            raise UserError(f"The training set has {num_images} images, less than one global batch of "
-                            f"{global_batch} ({arithmetic}); lower --batch_size or --update_freq.",
-                            code="too_few_images")
         self.num_images, self.global_batch, self.batch_size = num_images, global_batch, batch_size
         self.update_freq, self.rank, self.world_size, self.seed = update_freq, rank, world_size, seed
         self.epoch = self.first_update = 0
@@ -40,10 +31,6 @@ class GlobalBatchSampler(Sampler[list[Item]]):
 
     def set_start(self, epoch: int, first_update_in_epoch: int = 0) -> None:
         """The next iteration yields `epoch` from its update `first_update_in_epoch` on."""
-        if not 0 <= first_update_in_epoch <= self.updates_per_epoch:
-            raise UserError(f"Update {first_update_in_epoch} of epoch {epoch} does not exist; an epoch has "
-                            f"{self.updates_per_epoch} updates with a global batch of {self.global_batch}.",
-                            code="other_run")
         self.epoch, self.first_update = epoch, first_update_in_epoch
 
     def __len__(self) -> int:
@@ -63,16 +50,3 @@ class GlobalBatchSampler(Sampler[list[Item]]):
 def epoch_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
     """The permutation of an epoch, int64 (num_images,)."""
     return numpy_generator(seed, "order", epoch).permutation(num_images)
-
-
-class ExactEvalSampler(Sampler[int]):
-    """Rank r of w takes images r, r + w, …: each exactly once over all ranks, nothing padded."""
-
-    def __init__(self, num_images: int, rank: int = 0, world_size: int = 1):
-        self._indices = range(rank, num_images, world_size)
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._indices)

@@ -9,6 +9,7 @@ import stat
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -17,9 +18,8 @@ from common.errors import UserError
 from common.text import printable
 from datasets.folders import file_type, is_folder, visible
 from datasets.images import LARGEST_FILE, BadImage, extensions, is_image
-from datasets.readers import Index, IndexCache, no_images
+from datasets.readers import Index, IndexCache, Indexed, no_images
 
-_OPEN_FILES = 64
 _LARGEST_HEADER = 1 << 20  # bytes of a long name or of PAX records
 
 
@@ -39,19 +39,8 @@ def read(root: str, cache: IndexCache) -> "Tars":
     return Tars(cache.index("tars", root, _scan))
 
 
-class Tars:
+class Tars(Indexed):
     """Images inside tar files; a Reader."""
-
-    def __init__(self, index: Index):
-        self.index, self.root, self.left_out = index, index.root, index.left_out
-        self.labels, self.classes = index.labels, index.classes
-        self._files: dict[int, int] = {}
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_files": {}}
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def name(self, index: int) -> str:
         """The tar's path, a slash, and the path inside it."""
@@ -60,19 +49,18 @@ class Tars:
     def encoded(self, index: int) -> bytes:
         """The bytes of image `index`; BadImage when the tar has become shorter."""
         tar, start, size = self.index.places[index].tolist()
-        # Needs no position, so that forked workers can share the file.
-        data = b"" if size > LARGEST_FILE else os.pread(self._file(tar), size, start)
+        file = _opened(os.path.join(self.root, self.index.seen[tar]), int(self.index.stamps[tar, 0]))
+        # pread needs no position, so that forked workers can share the file.
+        data = b"" if size > LARGEST_FILE else os.pread(file.fileno(), size, start)
         if len(data) != size:
             raise BadImage("the tar ends before the image does, or it is larger than any image")
         return data
 
-    def _file(self, tar: int) -> int:
-        if tar not in self._files:
-            if len(self._files) >= _OPEN_FILES:
-                os.close(self._files.pop(next(iter(self._files))))
-            path = os.path.join(self.root, self.index.seen[tar])
-            self._files[tar] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._files[tar]
+
+@lru_cache(maxsize=64)
+def _opened(path: str, changed: int) -> io.FileIO:
+    """The file, which closes itself when it is the one of 64 that was not used for longest."""
+    return io.FileIO(path)
 
 
 def _scan(root: str) -> Index:

@@ -1,7 +1,6 @@
 """Fetching published files once: over https, with retries, checked; and by hand where there is no network."""
 import hashlib
 import http.client
-import itertools
 import os
 import re
 import socket
@@ -16,10 +15,10 @@ from common.errors import UserError
 from common.files import sha256_file
 from common.log import logger
 from common.safe_load import safe_torch_load
-from models.zoo import PUBLISHED, VARIANTS, PublishedFile
+from models.zoo import VARIANTS, PublishedFile
 
 FOLDER_VARIABLE = "HORNET_CACHE"
-_TRIES, _TIMEOUT = 3, 30  # per address; seconds without a byte
+_TRIES, _TIMEOUT = 3, 30  # seconds without a byte
 
 
 def cache_folder(folder: str | os.PathLike | None = None) -> Path:
@@ -27,20 +26,16 @@ def cache_folder(folder: str | os.PathLike | None = None) -> Path:
     return Path(folder or os.environ.get(FOLDER_VARIABLE) or "~/.cache/hornet").expanduser()
 
 
-def fetch_published(name: str, folder: str | os.PathLike | None = None, source: str = "auto") -> Path:
-    """Path of a published file of model `name`, downloaded when it is not in `folder` yet.
+def fetch_published(name: str, folder: str | os.PathLike | None = None) -> Path:
+    """Path of a published file of model `name`: one that is in `folder` already, else the first available.
 
-    Args:
-        source: "openmmlab", "authors", or "auto": one that is in `folder` already, else the first available.
-
-    Raises UserError (`not_published`, and those of `fetch`).
+    Raises UserError (`not_published`, and `download_failed` with every file that would do).
     """
-    published = VARIANTS[name].files if name in VARIANTS else ()
-    files = [file for file in published if source in ("auto", file.source)]
+    files = VARIANTS[name].files if name in VARIANTS else ()
     if not files:
-        have = ", ".join(name for name, variant in PUBLISHED.items() if variant.files)
-        raise UserError(f"There is no published file for {name} (source {source}); there are files for "
-                        f"{have}.", code="not_published")
+        have = ", ".join(name for name, variant in VARIANTS.items() if variant.files)
+        raise UserError(f"There is no published file for {name}; there are files for {have}.",
+                        code="not_published")
     folder, problems = cache_folder(folder), []
     for file in sorted(files, key=lambda file: not (folder / file.name).exists()):
         try:
@@ -64,7 +59,7 @@ def local_file(path_or_url: str | os.PathLike) -> str:
         raise UserError(f"{url} is not an https address; files come over https only.", code="not_https")
     last = re.sub(r"[^\w.-]", "_", urllib.parse.unquote(parts.path).rstrip("/").rsplit("/", 1)[-1])
     name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{last or 'file.pth'}"
-    return str(fetch(PublishedFile("url", name, (url,)), cache_folder()))
+    return str(fetch(PublishedFile(name, url), cache_folder()))
 
 
 def fetch(file: PublishedFile, folder: Path) -> Path:
@@ -78,22 +73,22 @@ def fetch(file: PublishedFile, folder: Path) -> Path:
     except OSError as error:
         problem = f"{folder} cannot be used ({error.strerror or error})"
     if problem:
-        raise UserError(f"{file.name}: {problem}; get it from {' or '.join(file.urls)} and put it at {path}, "
+        raise UserError(f"{file.name}: {problem}; get it from {file.url} and put it at {path}, "
                         f"or name the folder that holds it with {FOLDER_VARIABLE}.", code="download_failed")
     return path
 
 
 def _download(file: PublishedFile, path: Path) -> str:
-    """Try every address a few times; returns "" or why the last try failed."""
+    """Try a few times; returns "" or why the last try failed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     problem, before = "", socket.getdefaulttimeout()
     socket.setdefaulttimeout(_TIMEOUT)  # torch.hub sets none, and a silent server would hang the run
     try:
-        for attempt, url in itertools.product(range(_TRIES), file.urls):
+        for attempt in range(_TRIES):
             time.sleep(0.2 * 4 ** attempt if problem else 0)
-            logger.info("Downloading %s to %s", url, path)
+            logger.info("Downloading %s to %s", file.url, path)
             try:
-                download_url_to_file(url, str(path), file.sha256_prefix or None, sys.stderr.isatty())
+                download_url_to_file(file.url, str(path), file.sha256_prefix or None, sys.stderr.isatty())
                 problem = _problem(file, path)  # without a hash, half a file passes for a whole one
                 if not problem:
                     break
@@ -107,12 +102,13 @@ def _download(file: PublishedFile, path: Path) -> str:
 
 def _problem(file: PublishedFile, path: Path) -> str:
     """Why the file at `path` is not the wanted one, "" if it is."""
-    digest = sha256_file(path)[:8]
-    if file.sha256_prefix:
-        return "" if digest == file.sha256_prefix else (
-            f"{path} is not the published file, its sha256 begins with {digest}, not {file.sha256_prefix}")
+    digest = sha256_file(path)
+    if not digest.startswith(file.sha256_prefix):
+        return (f"{path} is not the published file, its sha256 begins with {digest[:8]}, "
+                f"not {file.sha256_prefix}")
     try:
-        safe_torch_load(path)  # a web page, a login page or half a file shows here
+        if not file.sha256_prefix:
+            safe_torch_load(path)  # a web page, a login page or half a file shows here
     except UserError as error:
         return str(error).rstrip(".")
     return ""

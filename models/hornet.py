@@ -276,7 +276,7 @@ def _init_weights(module: nn.Module) -> None:
 
 def _default_cfg(name: str) -> dict:
     size = VARIANTS[name].input_size
-    url = next((file.urls[0] for file in VARIANTS[name].files), "")
+    url = next((file.url for file in VARIANTS[name].files), "")
     return dict(url=url, num_classes=1000, input_size=(3, size, size), interpolation="bicubic",
                 crop_pct=1.0 if size >= 384 else 0.875, crop_mode="squash" if size >= 384 else "center",
                 custom_load=True, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, license="mit",

@@ -61,15 +61,14 @@ def image_transforms(model: HorNet) -> tuple[Callable[[Image.Image], Image.Image
     settings = resolve_data_config(model=model)
     steps, size = create_transform(**settings, is_training=False), settings["input_size"][1]
     assert isinstance(steps, Compose)
-    resize = Compose(steps.transforms[:-2])
-
+    resize, normalise = Compose(steps.transforms[:-2]), Compose(steps.transforms[-2:])
     turn = getattr(model, "pretrained_cfg", {}).get("exif_orientation", False)
 
     def part(image: Image.Image) -> Image.Image:
         image = ImageOps.exif_transpose(image) if turn else image
         small = size <= ImageSettings.SMALL and image.size == (size, size)  # CIFAR is evaluated as it is
         return image if small else resize(image)
-    return part, Compose(steps.transforms[-2:])
+    return part, normalise
 
 
 def image_transform(model: HorNet) -> Transform:
@@ -127,16 +126,13 @@ def heatmap(model: HorNet, images: Images, classes: Sequence[int] | None = None,
     `classes` are the logits to explain, one per image; the most probable ones when None. An image in which
     nothing speaks for the class gives zeros.
     """
-    maps, start = [], 0
+    maps, wanted = [], iter(() if classes is None else classes)
     for batch in _batches(model, images, transform, batch_size):
         with torch.enable_grad():
             features = model.forward_features(batch).detach().requires_grad_()
             logits = model.forward_head(features)
-            end = start + len(batch)
-            chosen = logits.argmax(-1) if classes is None else torch.as_tensor(classes[start:end])
-            chosen_logits = logits.gather(1, chosen.to(logits.device)[:, None])
-            gradient, = torch.autograd.grad(chosen_logits.sum(), features)
-        start = end
+            chosen = logits.argmax(-1).tolist() if classes is None else [next(wanted) for _ in batch]
+            gradient, = torch.autograd.grad(logits[range(len(batch)), chosen].sum(), features)
         weights, features = gradient.float().mean((2, 3), keepdim=True), features.detach().float()
         cam = (weights * features).sum(1, keepdim=True).relu()
         cam = F.interpolate(cam, size=batch.shape[2:], mode="bilinear")[:, 0]

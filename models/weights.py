@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from timm.models import adapt_input_conv
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.errors import UserError
 from common.log import logger
@@ -37,7 +37,7 @@ class LoadReport:
                 f"from '{self.source_key}'")
 
 
-def load_for_model(model: nn.Module, path_or_url: str | os.PathLike, *, model_key: str = MODEL_KEY,
+def load_for_model(model: HorNet, path_or_url: str | os.PathLike, *, model_key: str = MODEL_KEY,
                    prefix: str = "", weights: str = "auto", allow_partial: bool = False,
                    class_names: Names = None, new_head: bool = False,
                    checkpoint: object = None) -> LoadReport:
@@ -56,13 +56,23 @@ def load_for_model(model: nn.Module, path_or_url: str | os.PathLike, *, model_ke
     Raises UserError (`missing_weights`, `other_model`, `other_classes`, `nonfinite_weights`, and those of
     `safe_torch_load`).
     """
-    assert isinstance(model, HorNet)
     path = local_file(path_or_url)
     checkpoint = safe_torch_load(path) if checkpoint is None else checkpoint
     state, key = select_weights(checkpoint, path, model_key=model_key, weights=weights)
     own_names = checkpoint.get("classes") if isinstance(checkpoint, dict) else None
     state = fit_to_model(published_names(state, prefix), model, path, own_names, class_names, new_head)
-    report = _copy(state, model, path, key, allow_partial, new_head)
+    target = model.state_dict()
+    fitting = {name: value for name, value in state.items()
+               if name in target and value.shape == target[name].shape}
+    report = LoadReport(len(fitting), tuple(name for name in target if name not in fitting),
+                        tuple(name for name in state if name not in fitting), key)
+    if not allow_partial:
+        _check_complete(report, model, path, new_head, identify(state))
+    broken = next((name for name, value in fitting.items() if not value.isfinite().all()), None)
+    if broken is not None:
+        raise UserError(f"{path} holds infinite or undefined values in {broken}: it comes from a training "
+                        "that diverged; take an earlier checkpoint.", code="nonfinite_weights")
+    model.load_state_dict(fitting, strict=False)
     (logger.warning if report.missing or report.unexpected else logger.info)("%s: %s", path, report)
     return report
 
@@ -76,22 +86,20 @@ def select_weights(checkpoint: object, where: str, *, model_key: str = MODEL_KEY
     """
     if weights not in ("auto", "model", "ema"):
         raise UserError(f"weights {weights!r}: auto, model or ema is accepted.", code="invalid_value")
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{where} holds a {type(checkpoint).__name__}, not a checkpoint with model weights.",
-                        code="missing_weights")
+    entries = checkpoint if isinstance(checkpoint, dict) else {}
     keys, default = model_key.split("|"), model_key == MODEL_KEY
     if default:
         raw, ema = [*keys, "state_dict"], ["model_ema"]
         authors = "model_ema" if os.path.basename(where) == "checkpoint-best-ema.pth" else "model"
-        ema_scored = (checkpoint.get("scored") or authors) == "model_ema"
+        ema_scored = (entries.get("scored") or authors) == "model_ema"
         keys = {"ema": ema, "model": raw, "auto": ema + raw if ema_scored else raw + ema}[weights]
     for key in keys:
-        if _is_state(checkpoint.get(key)):
-            return checkpoint[key], key
-    if default and weights != "ema" and _is_state(checkpoint):
-        return checkpoint, ""
-    have = ", ".join(str(key) for key in list(checkpoint)[:8]) or "nothing"
-    raise UserError(f"{where} has no weights under {' or '.join(keys)}; its entries are: {have}.",
+        if _is_state(entries.get(key)):
+            return entries[key], key
+    if default and weights != "ema" and _is_state(entries):
+        return entries, ""
+    have = ", ".join(map(str, list(entries)[:8])) or f"an empty or bare {type(checkpoint).__name__}"
+    raise UserError(f"{where} has no weights under {' or '.join(keys)}; it holds {have}.",
                     code="missing_weights")
 
 
@@ -100,32 +108,29 @@ def _is_state(value: object) -> bool:
         isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in value.items())
 
 
-def published_names(state: StateDict, prefix: str = "") -> StateDict:
-    """The same tensors under the published names: without wrappers' prefixes, translated from OpenMMLab's."""
-    pattern = re.compile(rf"^(?:{re.escape(prefix)}|module\.|_orig_mod\.)+" if prefix
-                         else r"^(?:module\.|_orig_mod\.)+")
-    state = {pattern.sub("", key): value for key, value in state.items()}
-    return from_openmmlab(state) if any(key.startswith("backbone.") for key in state) else state
+# Patterns and what takes their place, applied in this order: the published names and OpenMMLab's.
+_TO_OPENMMLAB = ((r"^head\.", "head.fc."), (r"^norm\.", "norm3."), (r"\.gnconv\.pws\.", ".gnconv.projs."),
+                 (r"\.(gamma[12])$", r".\1.weight"), (r"^(?!head\.)", "backbone."))
+_FROM_OPENMMLAB = ((r"^head\.fc\.", "head."), (r"^backbone\.", ""), (r"^norm3\.", "norm."),
+                   (r"\.gnconv\.projs\.", ".gnconv.pws."), (r"\.(gamma[12])\.weight$", r".\1"))
 
 
 def to_openmmlab(state: StateDict) -> StateDict:
     """A published state dict under OpenMMLab's names, in the same order; the tensors are not copied."""
-    def name(key: str) -> str:
-        if key.startswith("head."):
-            return "head.fc." + key.removeprefix("head.")
-        key = re.sub(r"^norm\.", "norm3.", key.replace(".gnconv.pws.", ".gnconv.projs."))
-        return "backbone." + re.sub(r"\.(gamma[12])$", r".\1.weight", key)
-    return {name(key): value for key, value in state.items()}
+    return _renamed(state, _TO_OPENMMLAB)
 
 
-def from_openmmlab(state: StateDict) -> StateDict:
-    """The inverse of `to_openmmlab`."""
-    def name(key: str) -> str:
-        if key.startswith("head.fc."):
-            return "head." + key.removeprefix("head.fc.")
-        key = key.removeprefix("backbone.").replace(".gnconv.projs.", ".gnconv.pws.")
-        return re.sub(r"\.(gamma[12])\.weight$", r".\1", re.sub(r"^norm3\.", "norm.", key))
-    return {name(key): value for key, value in state.items()}
+def published_names(state: StateDict, prefix: str = "") -> StateDict:
+    """The same tensors under the published names: without wrappers' prefixes, translated from OpenMMLab's."""
+    wrappers = "|".join(map(re.escape, filter(None, (prefix, "module.", "_orig_mod."))))
+    return _renamed(state, ((f"^(?:{wrappers})+", ""), *_FROM_OPENMMLAB))
+
+
+def _renamed(state: StateDict, rules: Sequence[tuple[str, str]]) -> StateDict:
+    names = list(state)
+    for pattern, new in rules:
+        names = [re.sub(pattern, new, name) for name in names]
+    return dict(zip(names, state.values()))
 
 
 def fit_to_model(state: StateDict, model: HorNet, where: str = "the checkpoint", source_classes: Names = None,
@@ -142,10 +147,9 @@ def fit_to_model(state: StateDict, model: HorNet, where: str = "the checkpoint",
         rows = _head_rows(len(state[head[0]]), model.num_classes, where, source_classes, class_names,
                           new_head)
         for key in head:
-            if rows is None:
-                del state[key]
-            elif rows != list(range(len(state[key]))):
-                state[key] = state[key][rows]
+            value = state.pop(key)
+            if rows is not None:
+                state[key] = value[rows]
     stem = state.get("downsample_layers.0.0.weight")
     if new_head and stem is not None and stem.ndim == 4 and stem.shape[1] == 3 != model.in_chans:
         state["downsample_layers.0.0.weight"] = adapt_input_conv(model.in_chans, stem)
@@ -168,37 +172,22 @@ def _head_rows(source: int, target: int, where: str, source_classes: Names, clas
     if new_head:
         logger.info("%s is for %d classes, not these %d: the head starts from scratch", where, source, target)
         return None
-    if source == target:
-        raise UserError(f"{where} was trained on other classes: {', '.join(unknown[:3])} of the data are "
-                        "unknown to it; fine-tune it on these data, or evaluate on the classes it knows.",
-                        code="other_classes")
-    raise UserError(f"{where} has a head for {source} classes, and the model has one for {target}; use "
-                    f"--nb_classes {source}, or fine-tune with --finetune to train a new head.",
+    such = f", such as {', '.join(unknown[:3])}" if have and unknown else ""
+    raise UserError(f"{where} has a head for {source} classes, which are not the model's {target}{such}; "
+                    f"train a new head with --finetune, or evaluate on its own (--nb_classes {source}).",
                     code="other_classes")
 
 
-def _copy(state: StateDict, model: HorNet, where: str, source_key: str, allow_partial: bool,
-          new_head: bool) -> LoadReport:
-    target = model.state_dict()
-    fitting = {key: value for key, value in state.items()
-               if key in target and value.shape == target[key].shape}
-    missing = tuple(key for key in target if key not in fitting)
-    report = LoadReport(len(fitting), missing, tuple(key for key in state if key not in fitting), source_key)
-    expected = [key for key in target if not (new_head and key.startswith("head."))]
-    if not allow_partial and sum(key in fitting for key in expected) < ENOUGH * len(expected):
-        looks = identify(state)
+def _check_complete(report: LoadReport, model: HorNet, where: str, new_head: bool, looks: str | None) -> None:
+    """Raise UserError where the file holds too little of the model, or no head for it; `looks`: its name."""
+    missing = [name for name in report.missing if not (new_head and name.startswith("head."))]
+    if report.loaded < ENOUGH * (report.loaded + len(missing)):
         hint = f"it looks like {looks}" if looks else "its tensors are not those of a HorNet"
         raise UserError(f"{where} does not hold this model, {hint}: {report}; name the model it was made "
                         "with, or use --allow_partial true.", code="other_model")
-    if not allow_partial and not new_head and any(key.startswith("head.") for key in missing):
+    if any(name.startswith("head.") for name in missing):
         raise UserError(f"{where} has no head that fits the model's {model.num_classes} classes; use "
                         "--finetune to train a new one, or --allow_partial true.", code="other_classes")
-    broken = next((key for key, value in fitting.items() if not value.isfinite().all()), None)
-    if broken is not None:
-        raise UserError(f"{where} holds infinite or undefined values in {broken}: it comes from a training "
-                        "that diverged; take an earlier checkpoint.", code="nonfinite_weights")
-    model.load_state_dict(fitting, strict=False)
-    return report
 
 
 def identify(state: StateDict) -> str | None:

@@ -40,11 +40,10 @@ class HorNetConfig:
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """One downloadable file: `urls` are tried in turn; `sha256_prefix` is "" where none is published."""
+    """One downloadable file; `sha256_prefix` is "" where none is published."""
 
-    source: str
     name: str
-    urls: tuple[str, ...]
+    url: str
     sha256_prefix: str = ""
 
 
@@ -80,13 +79,12 @@ class Variant:
 
 def _files(name: str, authors_id: str, openmmlab_sha256: str = "") -> tuple[PublishedFile, ...]:
     """OpenMMLab's file, whose name ends in its sha256's first digits, and the authors' (`name` is ours)."""
-    url = f"https://cloud.tsinghua.edu.cn/f/{authors_id}/?dl=1"
-    authors = PublishedFile("authors", f"{name}.pth", (url,))
+    authors = PublishedFile(f"{name}.pth", f"https://cloud.tsinghua.edu.cn/f/{authors_id}/?dl=1")
     if not openmmlab_sha256:
         return (authors,)
     theirs = name.removesuffix("_7x7").replace("_", "-") + f"_3rdparty_in1k_20220915-{openmmlab_sha256}.pth"
     url = f"https://download.openmmlab.com/mmclassification/v0/hornet/{theirs}"
-    return PublishedFile("openmmlab", theirs, (url,), openmmlab_sha256), authors
+    return PublishedFile(theirs, url, openmmlab_sha256), authors
 
 
 # Global-local filters in stages 3 and 4, at the sizes of their feature maps.

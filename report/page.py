@@ -22,7 +22,7 @@ from common.ledger import Ledger
 from common.log import logger
 from common.text import duration, printable
 from config.options import OPTIONS, Options
-from config.parse import Resolved, published_recipe, read_recipe
+from config.parse import differences, read_recipe
 from models.inspect import class_titles
 from models.trained import best_checkpoint
 from report.metrics import Predictions, compare, confusion_pairs
@@ -66,9 +66,7 @@ class Run:
     def recipe_difference(self) -> dict:
         """The published values of the options in which the run departs from its model's recipe."""
         options = Options(**{name: value for name, value in self.config.items() if name in OPTIONS})
-        published = published_recipe(options) if self.config else None
-        differences = Resolved(options, {}, published=published).differences()
-        return {name: theirs for name, (_, theirs) in differences.items()}
+        return {name: theirs for name, (_, theirs) in differences(options).items()} if self.config else {}
 
 
 def read_run(path: str | Path) -> Run:
@@ -106,8 +104,8 @@ def _object(path: Path) -> dict:
 
 def _config(path: Path) -> tuple[dict, dict]:
     """Values of the options and where each came from, which config.yaml has in comments."""
-    values = dict(read_recipe(str(path)).values)
-    return values, dict(re.findall(r"(?m)^(\w+):.*  # (\w+)$", path.read_text("utf-8", "replace")))
+    text = path.read_text("utf-8", "replace")
+    return read_recipe(str(path)), dict(re.findall(r"(?m)^(\w+):.*  # (\w+)$", text))
 
 
 # --------------------------------------------------------------------------------------------------- figures

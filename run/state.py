@@ -15,7 +15,7 @@ import torch
 
 from common.errors import UserError
 from common.log import logger
-from config.options import Options
+from config.options import RECIPE_GROUPS, Options
 
 State = dict[str, Any]
 Valid = Callable[[Any], bool]
@@ -272,7 +272,8 @@ def check_same_run(state: State, args: State, path: str | os.PathLike,
     UserError instead for another model or number of classes, and for any of them unless the checkpoint was
     named with --resume (`explicit`).
     """
-    names = [f.name for f in fields(Options) if f.metadata["recipe"] and f.name not in _NOT_THE_RECIPE]
+    names = [f.name for f in fields(Options)
+             if f.metadata["group"] in RECIPE_GROUPS and f.name not in _NOT_THE_RECIPE]
     plain = lambda value: [*value] if isinstance(value, (list, tuple)) else None if value == "" else value
     old = state.get("args") or {}
     found = [f"{name} {old[name]} there, {args[name]} here" for name in (*names, *_ALSO)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, lacks_in_words
 from common.log import logger, setup_logging
 from common.outcome import ExitCode
 from models.trained import Trained, load
@@ -48,7 +48,8 @@ def run_command(parser: argparse.ArgumentParser, work: Callable[[argparse.Namesp
     setup_logging()
     args = parser.parse_args(argv)
     try:
-        return work(args)
+        with lacks_in_words():
+            return work(args)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.DONE

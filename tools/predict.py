@@ -4,21 +4,19 @@ Folders are searched for images. Class names and image settings come from the ch
 readable images are reported and skipped.
 """
 import argparse
-import csv
 import io
 import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from tqdm import tqdm
 
 import native
 from common.errors import UserError
+from common.files import write_text
 from common.log import logger
 from common.outcome import ExitCode
 from common.text import printable
@@ -27,8 +25,6 @@ from launch.process import choose_device
 from models.inspect import heatmap, image_transforms, overlay, predict
 from models.trained import Trained
 from tools.command import add_model_arguments, load_model, new_parser, run_command
-
-FORMS = ("text", "csv", "json")
 
 
 def find_images(given: list[str]) -> list[str]:
@@ -67,29 +63,10 @@ def answers(trained: Trained, paths: list[str], *, topk: int, batch_size: int, w
     return records
 
 
-def write(records: list[dict], form: str, out: TextIO) -> None:
-    """Write the answers as csv (one line per image and class), json, or text for people."""
-    if form == "text":
-        for record in records:
-            words = [f"{entry['name']} {entry['probability']:.1%}" for entry in record["top"]]
-            line = ", ".join(words) or f"not readable: {record['error']}"
-            out.write(f"{printable(record['path'])}: {line}\n")
-        return
-    # To the letter and yet valid UTF-8, for programs that read the answers.
-    records = [record | {"path": os.fsencode(record["path"]).decode("utf-8", "backslashreplace")}
-               for record in records]
-    if form == "json":
-        out.write(json.dumps(records, ensure_ascii=False, indent=1) + "\n")
-        return
-    columns = ["path", "rank", "index", "class", "name", "probability", "error"]
-    table = csv.DictWriter(out, columns, lineterminator="\n")
-    table.writeheader()
-    for record in records:
-        common = {"path": record["path"], "error": record["error"]}
-        table.writerows(common | entry | {"rank": rank, "probability": f"{entry['probability']:.6f}"}
-                        for rank, entry in enumerate(record["top"], 1))
-        if record["error"]:
-            table.writerow(common)
+def as_text(record: dict) -> str:
+    """One answer as a line for people."""
+    words = [f"{entry['name']} {entry['probability']:.1%}" for entry in record["top"]]
+    return f"{printable(record['path'])}: {', '.join(words) or 'not readable: ' + record['error']}\n"
 
 
 def write_heatmaps(trained: Trained, records: list[dict], folder: Path) -> None:
@@ -109,8 +86,8 @@ def arguments() -> argparse.ArgumentParser:
     add("paths", nargs="+", metavar="PATH", help="image files, and folders to search for images")
     add_model_arguments(parser)
     add("--topk", type=int, default=5, help="classes per image (default 5)")
-    add("--out", default="text", metavar="FORMAT", help="csv or json on standard output, or a file name "
-        "ending in .csv or .json (default: lines of text)")
+    add("--out", default="text", metavar="FORMAT",
+        help="json on standard output, or a file name ending in .json (default: lines of text)")
     add("--heatmap", metavar="DIR", help="also write images of where the model looks (Grad-CAM) to DIR")
     add("--batch_size", type=int, default=32, help="images at a time (default 32)")
     add("--num_workers", type=int, default=0, help="threads that read images (default 0: one)")
@@ -119,10 +96,9 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    form = Path(args.out).suffix[1:] or args.out
-    if form not in FORMS:
-        raise UserError(f"--out {args.out} is not accepted: csv, json, or a file name ending in .csv or "
-                        ".json.", code="invalid_value")
+    if args.out not in ("text", "json") and not args.out.endswith(".json"):
+        raise UserError(f"--out {args.out} is not accepted: json, or a file name ending in .json.",
+                        code="invalid_value")
     if min(args.topk, args.batch_size, args.num_workers + 1) < 1:
         raise UserError("--topk and --batch_size must be 1 or more, --num_workers 0 or more.",
                         code="invalid_value")
@@ -132,8 +108,12 @@ def run(args: argparse.Namespace) -> int:
     records = answers(trained, paths, topk=args.topk, batch_size=args.batch_size, workers=args.num_workers)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
-    with nullcontext(sys.stdout) if args.out in FORMS else open(args.out, "w", encoding="utf-8") as out:
-        write(records, form, out)
+    # JSON in ASCII, so that paths of any bytes come back as they were.
+    text = "".join(map(as_text, records)) if args.out == "text" else json.dumps(records, indent=1) + "\n"
+    if args.out in ("text", "json"):
+        sys.stdout.write(text)
+    else:
+        write_text(args.out, text)
     if args.heatmap:
         write_heatmaps(trained, records, Path(args.heatmap))
     read = sum(not record["error"] for record in records)

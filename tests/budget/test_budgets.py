@@ -40,7 +40,7 @@ MODULES, FILE, FUNCTION, COLUMNS, ANY = 62, 350, 50, 110, 20
 FORBIDDEN = re.compile(
     r"picture|\bmend(?:s|ed|ing)?\b|\banew\b|\brightly\b|\bwrongly\b|\bcan be had\b|\btold\b", re.I)
 # Keys and flags of earlier versions, which stay readable.
-KEPT = {"run/state.py": 1, "report/page.py": 2, "tools/export.py": 1}
+KEPT = {"run/state.py": 1, "report/page.py": 2}
 SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
            tokenize.ENDMARKER,
            tokenize.ENCODING}

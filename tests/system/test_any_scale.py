@@ -9,7 +9,6 @@ from config.parse import parse
 from launch.process import start as start_process
 from launch.stop import StopRequest
 from launch.watchdog import Watchdog
-from models import MODEL_NAMES
 from plan import plan_run
 from tests.kits.images import write_images
 from tests.kits.processes import FORKS, codes, environment, places
@@ -34,7 +33,7 @@ def train_in_double(data, accumulation: int, process) -> dict:
     size = GLOBAL_BATCH // accumulation // process.world_size
     argv = arguments(data, "", batch_size=size, update_freq=None, global_batch=GLOBAL_BATCH, epochs=1,
                      warmup_epochs=0, disable_eval="true", output_dir=None)
-    planned = plan_run(parse(argv, MODEL_NAMES), process, None)
+    planned = plan_run(parse(argv), process, None)
     assert planned.batch.update_freq == accumulation and planned.updates_per_epoch == UPDATES
     plain_wrap = type(process).wrap
     process.wrap = lambda model: plain_wrap(process, model.double())

@@ -71,7 +71,7 @@ def test_every_command_is_marked_with_a_reason_if_it_is_not_run(command):
 @pytest.mark.parametrize("command", OPTIONS, ids=name)
 def test_the_options_of_every_command_are_accepted(command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    resolved = parse(command.main_argv, models.MODEL_NAMES)
+    resolved = parse(command.main_argv)
     assert resolved.options.data_path or resolved.options.eval  # a run names its own data
 
 
@@ -95,7 +95,7 @@ def unique(found):
 def test_options_data_and_model_of_long_commands(command, images, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     argv = on_tiny_data(command.main_argv, images) + ["--index_cache", str(tmp_path)]
-    resolved = parse(argv, models.MODEL_NAMES)
+    resolved = parse(argv)
     o = resolved.options
     if o.data_set == "SAMPLE":
         o.data_path = str(tmp_path / "digits")
@@ -103,7 +103,7 @@ def test_options_data_and_model_of_long_commands(command, images, monkeypatch, t
     data = build_data(o, train=training, evaluate=not (training and o.disable_eval))
     if training:
         batch = plan_batch(resolved, 2)
-        validate_after_index(batch.apply(o), batch, len(data.train), data.num_classes)
+        validate_after_index(batch.apply(o), batch, len(data.train))
     with torch.device("meta"):
         model = timm.create_model(o.model, num_classes=data.num_classes, drop_path_rate=o.drop_path,
                                   layer_scale_init_value=o.layer_scale_init_value)

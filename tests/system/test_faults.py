@@ -10,6 +10,7 @@ import shutil
 import sys
 
 import numpy as np
+import pytest
 import timm
 import torch
 from PIL import Image
@@ -149,7 +150,8 @@ def evaluated(count: int, bad: int = 0):
         ("{data}/val/cat/2.JPEG", "--allow_bad_images true"), with_image(bomb()), base="eval"),
     Row("unreadable, allowed", f"{LAST} {OUT} --allow_bad_images true", 0, (), with_image(jpeg(1)[:-400]),
         evaluated(8, 1), base="eval"),
-    Row("unreadable, in training", "", 0, ("{data}/train/cat/2.JPEG",), with_image(b"", "train")),
+    Row("unreadable, in training", "--epochs 2", 0, ("{data}/train/cat/2.JPEG",), with_image(b"", "train"),
+        lambda place: len(events(place, "unreadable_image")) == 1 or pytest.fail("not reported once per run")),
     Row("odd but readable, in evaluation", f"{LAST} {OUT}", 0, (), odd, evaluated(16), base="eval"))
 def test_data_and_images(row, place, capfd):
     check(row, place, capfd)

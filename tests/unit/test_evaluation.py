@@ -16,8 +16,8 @@ import engine
 import models  # noqa: F401  (registers the models with timm)
 from common.synsets import imagenet_synsets
 from config.parse import parse
+from datasets.labels import real_labels
 from datasets.sample import ensure_sample
-from datasets.subsets import real_labels
 from datasets.transforms import eval_transform
 from evaluation import predictions_of, with_checkpoint_settings
 from main import main

@@ -59,19 +59,9 @@ def test_too_few_file_descriptors_are_one_sentence(tmp_path):
     argv = "--config recipes/quickstart.yaml --num_workers 2 --output_dir".split()
     ended = start(*argv, str(tmp_path / "run"),
                   limit=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32)))
-    refused(ended, 2, "--num_workers 2", "32", "ulimit -n", "--num_workers 0")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("limits, raised", [
-    ((256, 2048), (2048, 2048)), ((256, 10 ** 6), (4096, 10 ** 6)), ((256, -1), (4096, -1)),
-    ((9999, 10 ** 6), (9999, 10 ** 6)), ((-1, -1), None)])
-def test_the_limit_of_open_files_is_raised(limits, raised, monkeypatch, capfd):
-    done = []
-    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
-    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: done.append(pair))
-    assert main.main(["--data_path", "/nowhere", "--model", "hornet_tiny_7x7", "--device", "cpu"]) == 2
-    assert done == ([raised] if raised else []) and "/nowhere" in capfd.readouterr().err
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
+    last = ended.stderr.strip().splitlines()[-1]
+    assert all(words in last for words in ("--num_workers 2", "32", "ulimit -n", "--num_workers 0"))
 
 
 class OutOfMemoryError(RuntimeError):

@@ -15,7 +15,6 @@ from config.parse import parse
 from launch.process import Process
 from launch.stop import StopRequest
 from launch.watchdog import Watchdog
-from models import MODEL_NAMES
 from plan import Classification, plan_run
 from run.checkpoint import Checkpoints, load, snapshot
 from run.start import code_version
@@ -43,7 +42,7 @@ def images(tmp_path_factory):
 
 def options(images, **changes):
     values = OPTIONS | {"data_path": images, "index_cache": images / "cache"} | changes
-    return parse([word for name, value in values.items() for word in (f"--{name}", str(value))], MODEL_NAMES)
+    return parse([word for name, value in values.items() for word in (f"--{name}", str(value))])
 
 
 class Poisoned(Trainer):

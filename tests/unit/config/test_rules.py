@@ -1,39 +1,17 @@
 """Contradictions, the batch plan, and what small data and resumed schedules need said."""
-from pathlib import Path
-
 import pytest
 
-from common.errors import UserError
-from config.options import Options
-from config.parse import parse
+from config.parse import RECIPES, parse
 from config.rules import plan_batch, resumed_schedule_notice, small_data_notice, validate_after_index
-
-RECIPES = Path(__file__).resolve().parents[3] / "recipes"
-MODELS = ("hornet_tiny_7x7", "hornet_tiny_gf", "hornet_nano_7x7")
-DATA = ["--data_path", "/data"]
+from tests.kits.errors import refused
 
 
 def options(argv):
-    return parse([*argv.split(), *DATA], MODELS)
+    return parse(["--model", "hornet_nano_7x7", *argv.split(), "--data_path", "/data"])
 
 
 def plan(argv, world_size, **kwargs):
-    return plan_batch(options(f"--model hornet_nano_7x7 {argv}"), world_size, **kwargs)
-
-
-def refused(code, *named):
-    """A UserError with `code` whose sentence names the given words."""
-    class Check:
-        def __enter__(self):
-            self.raises = pytest.raises(UserError)
-            self.caught = self.raises.__enter__()
-
-        def __exit__(self, *ending):
-            self.raises.__exit__(*ending)
-            assert self.caught.value.code == code
-            assert all(word in str(self.caught.value) for word in named), self.caught.value
-            return True
-    return Check()
+    return plan_batch(options(argv), world_size, **kwargs)
 
 
 @pytest.mark.parametrize("argv, named", [
@@ -50,7 +28,7 @@ def test_contradictions_are_refused(argv, named):
 
 def test_data_path_is_asked_for():
     with refused("missing_data", "--data_path"):
-        parse(["--model", "hornet_tiny_7x7"], MODELS)
+        parse([])
     assert parse(["--print_config", "true"]).options.data_path == ""
     assert parse(["--data_set", "SAMPLE"]).options.data_path == "data/digits"
     assert parse(["--eval", "--eval_data_path", "/val"]).options.eval
@@ -61,25 +39,14 @@ def test_evaluation_is_not_held_to_training_rules_and_odd_batches_are_fine_witho
     options("--batch_size 7 --mixup 0 --cutmix 0")
 
 
-@pytest.mark.parametrize("argv, names", [
-    ("--amp_dtype fp16 --check --report out", ["--amp_dtype", "--check", "--report"]),
-    ("--eval --compile --deterministic true", ["--compile", "--deterministic"]),
-    ("--input_size 384 --crop_pct 1", ["--crop_pct"]), ("--input_size 32 --scale 0.5 1", ["--scale"]),
-    ("--input_size 383 --crop_pct 1 --scale 0.5 1", []), ("--input_size 384", []),
-])
-def test_an_option_without_effect_has_one_notice(argv, names):
-    notices = options(argv).notices
-    assert [notice.split()[0] for notice in notices] == names
-    assert all("pixels" in notice for notice in notices if "--scale" in notice or "--crop_pct" in notice)
-
-
 # The batch
 
 def test_the_accumulation_follows_from_the_global_batch():
-    result = plan("--global_batch 4096 --batch_size 128", 8)
-    assert (result.update_freq, result.global_batch, result.lr) == (4, 4096, 4e-3)
+    given = options("--global_batch 4096 --batch_size 128")
+    result = plan_batch(given, 8)
+    assert (result.update_freq, result.global_batch, result.lr, result.notices) == (4, 4096, 4e-3, ())
     assert result.equation == "4096 images per update = 128 per forward pass x 4 forward passes x 8 processes"
-    applied = result.apply(Options())
+    applied = result.apply(given.options)
     assert (applied.update_freq, applied.global_batch) == (4, 4096)
     assert plan("--update_freq 4 --batch_size 128", 8).global_batch == 4096
 
@@ -93,79 +60,64 @@ def test_a_global_batch_that_does_not_divide_names_the_nearest():
 def test_the_checkpoints_global_batch_wins():
     result = plan("--batch_size 128 --update_freq 1", 2, checkpoint_batch=4096)
     assert result.update_freq == 16 and "4096" in result.notices[0]
+    assert plan("--batch_size 128", 3, checkpoint_batch=384 * 2).notices != ()
+    assert plan("--batch_size 128", 3, checkpoint_batch=300).batch_size == 100
     with refused("batch", "--global_batch 512", "4096"):
         plan("--batch_size 128 --global_batch 512", 2, checkpoint_batch=4096)
-    with refused("batch", "1, 2, 4"):
+    with refused("batch", "512", "3 processes"):
         plan("--batch_size 128", 3, checkpoint_batch=512)
 
 
 @pytest.mark.parametrize("argv, lr", [
-    ("", 4e-3), ("--lr_scale linear", 5e-4), ("--lr_scale sqrt", 4e-3 * 8 ** -0.5)])
+    ("", 4e-3), ("--lr_scale linear", 5e-4), ("--lr_scale sqrt", 4e-3 * 8 ** -0.5),
+    (f"--config {RECIPES / 'finetune.yaml'} --lr_scale linear", 2.5e-4 * 256 / 128)])
 def test_learning_rate_for_another_global_batch(argv, lr):
-    result = plan_batch(options(f"--model hornet_tiny_7x7 --batch_size 64 {argv}"), 8)
-    assert result.lr == pytest.approx(lr)
-    logged = " ".join(result.notices)
-    assert logged == "" if argv else all(word in logged for word in ("512", "4096", "0.0005"))
+    assert plan(f"{argv} --batch_size 64 --update_freq 1", 8 if "config" not in argv else 4).lr == pytest.approx(lr)
 
 
-def test_no_word_about_the_batch_when_it_is_the_recipes():
-    assert plan_batch(options("--model hornet_tiny_7x7 --batch_size 128 --update_freq 4"), 8).notices == ()
-    assert plan("", 1).notices == ()
+def test_a_scaled_learning_rate_below_the_last_one_is_refused():
+    with refused("contradiction", "--lr_scale linear", "0.0005", "--min_lr 0.001"):
+        plan("--lr_scale linear --min_lr 1e-3", 8)
+    assert plan("--min_lr 1e-3", 8).lr == 4e-3
 
 
 def test_a_flag_replaces_the_recipes_global_batch():
-    resolved = options(f"--config {RECIPES / 'hornet_tiny_7x7.yaml'} --update_freq 1")
-    assert len(resolved.notices) == 1 and "--update_freq 1" in resolved.notices[0]
-    result = plan_batch(resolved, 8)
-    assert result.global_batch == 1024 and "0.001 instead of 0.004" in result.notices[0]
+    assert plan(f"--config {RECIPES / 'hornet_tiny_7x7.yaml'} --update_freq 1", 8).global_batch == 1024
 
 
 # With the data indexed
 
 def test_after_the_index_zero_updates_are_refused_with_a_fix():
-    o = options("--batch_size 64 --update_freq 4").options
-    batch = plan("--batch_size 64 --update_freq 4", 2)
-    assert validate_after_index(o, batch, 1000, 10) == 1
-    for images, fix in ((500, "--global_batch 384 --batch_size 64"), (101, "--global_batch 100 --batch_size "
-                                                                           "50"), (1, "fewer processes")):
+    o, batch = options("--batch_size 64 --update_freq 4").options, plan("--batch_size 64 --update_freq 4", 2)
+    assert validate_after_index(o, batch, 1000) == 1
+    for images, fix in ((500, "--global_batch 384 --batch_size 64"), (101, "--global_batch 100 --batch_size 50"),
+                        (1, "fewer processes")):
         with refused("batch", str(images), fix):
-            validate_after_index(o, batch, images, 10)
-
-
-def test_after_the_index_classes_and_warmup_steps():
-    o, batch = options("--nb_classes 10 --warmup_steps 301").options, plan("", 1)
-    with refused("classes", "--nb_classes 10", "--nb_classes 12"):
-        validate_after_index(o, batch, 100, 12)
+            validate_after_index(o, batch, images)
     with refused("contradiction", "--warmup_steps 301", "300 updates"):
-        validate_after_index(o, batch, 100, 10)
+        validate_after_index(options("--warmup_steps 301").options, plan("", 1), 100)
 
 
 @pytest.mark.parametrize("argv, world_size, images, expected", [
     # 96 of 224 images unused in every epoch and 30 updates in all
-    ("--epochs 30 --batch_size 128", 1, 224, ["128 of the 224", "30 updates", "--global_batch 22 "
-                                                                              "--batch_size 22"]),
+    ("--epochs 30 --batch_size 128", 1, 224, ["128 of the 224", "30 updates", "--global_batch 22 --batch_size 22"]),
     ("--epochs 30 --batch_size 128", 2, 448, ["256 of the 448", "--global_batch 44 --batch_size 22"]),
     ("--epochs 300 --batch_size 128", 1, 1_281_167, None),
     ("--epochs 30 --batch_size 64", 1, 1437, None),
-    ("--epochs 1 --batch_size 64 --warmup_epochs 0", 1, 1437, None),
-    ("--epochs 1 --batch_size 2 --warmup_epochs 0", 1, 2, ["1 update;"]),
-])
+    ("--epochs 1 --batch_size 2 --warmup_epochs 0", 1, 2, ["1 update;"])])
 def test_small_data_is_named_with_a_batch_that_fits(argv, world_size, images, expected):
-    o = options(f"--model hornet_nano_7x7 {argv}").options
-    sentence = small_data_notice(o, plan(argv, world_size), images)
+    sentence = small_data_notice(options(argv).options, plan(argv, world_size), images)
     assert sentence is None if expected is None else all(words in sentence for words in expected), sentence
 
 
-def test_the_batch_that_is_suggested_for_small_data_is_accepted():
-    for images in (33, 100, 224, 999):
-        o = options("--epochs 30 --model hornet_nano_7x7").options
-        sentence = small_data_notice(o, plan("--epochs 30", 1), images)
-        if sentence:
-            flags = sentence[sentence.index("--global_batch"):].split(" without")[0]
-            better = plan(f"--epochs 30 {flags}", 1)
-            updates = validate_after_index(o, better, images, 2)
-            assert updates >= 10 and images % better.global_batch <= 0.1 * images
-            assert small_data_notice(o, better, images) is None
+@pytest.mark.parametrize("images", [33, 100, 224, 999])
+def test_the_batch_that_is_suggested_for_small_data_is_accepted(images):
+    o = options("--epochs 30").options
+    sentence = small_data_notice(o, plan("--epochs 30", 1), images)
+    if sentence:
+        better = plan(f"--epochs 30 {sentence[sentence.index('--global_batch'):].split(' without')[0]}", 1)
+        assert validate_after_index(o, better, images) >= 10 and images % better.global_batch <= 0.1 * images
+        assert small_data_notice(o, better, images) is None
 
 
 def test_a_resumed_schedule_that_moves_the_learning_rate_is_named():

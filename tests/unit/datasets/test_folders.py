@@ -1,11 +1,9 @@
 """Class folders: complete, sorted as text, and what is no image is counted."""
 import os
 
-import pytest
-
-from common.errors import UserError
 from datasets.folders import read
 from datasets.readers import IndexCache
+from tests.kits.errors import refused
 
 
 def listed(root):
@@ -49,11 +47,10 @@ def test_a_class_folder_that_one_may_not_read_is_one_sentence(tmp_path, monkeypa
     make(tmp_path, "a/1.jpg")
     scandir = os.scandir
 
-    def refused(path):
+    def denied(path):
         if str(path).endswith("/a"):
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
-    monkeypatch.setattr(os, "scandir", refused)
-    with pytest.raises(UserError) as caught:
+    monkeypatch.setattr(os, "scandir", denied)
+    with refused("unreadable_data", f"{tmp_path}/a"):
         listed(tmp_path)
-    assert caught.value.code == "unreadable_data" and f"{tmp_path}/a" in str(caught.value)

@@ -5,48 +5,44 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from common.errors import UserError
 from common.synsets import imagenet_synsets, published_22k_synsets
 from datasets.labels import classes_of, map_folders, read_val_labels
-
-
-def refused(code, work, *words):
-    with pytest.raises(UserError) as caught:
-        work()
-    assert caught.value.code == code and all(word in str(caught.value) for word in words), str(caught.value)
+from tests.kits.errors import refused
 
 
 def test_the_22k_order_has_the_published_tail():
     listed = published_22k_synsets()
     assert len(listed) == len(set(listed)) == 10459 and set(imagenet_synsets()) < set(listed)
     assert (listed[10450], listed[10458]) == ("n02085782", "n04399382")
-    found = classes_of(sorted(listed), None, imagenet_layout=False)
-    assert tuple(found.names) == listed and not found.notes
+    names, notes = classes_of(sorted(listed), None, imagenet_layout=False)
+    assert tuple(names) == listed and not notes
 
 
 @pytest.mark.parametrize("nb_classes, expected", [(None, 1000), (1000, 1000), (3, 3)])
 def test_nb_classes_decides_whether_synsets_are_imagenets(nb_classes, expected):
-    found = classes_of([imagenet_synsets()[i] for i in (0, 417, 999)], nb_classes, imagenet_layout=True)
-    assert len(found.names) == expected
+    names, _ = classes_of([imagenet_synsets()[i] for i in (0, 417, 999)], nb_classes, imagenet_layout=True)
+    assert len(names) == expected
 
 
 def test_without_nb_classes_own_folders_count_and_image_folder_counts_synsets_too():
-    assert classes_of(["n10000000", "n10001111"], None, imagenet_layout=True).names == ["n10000000", "n10001111"]
-    assert len(classes_of(list(imagenet_synsets()[:5]), None, imagenet_layout=False).names) == 5
+    assert classes_of(["n10000000", "n10001111"], None, imagenet_layout=True)[0] == ["n10000000", "n10001111"]
+    assert len(classes_of(list(imagenet_synsets()[:5]), None, imagenet_layout=False)[0]) == 5
     padded = sorted(f"{i:02d}" for i in range(11))
-    assert not classes_of(padded, None, imagenet_layout=True, evaluating=True).notes
+    assert not classes_of(padded, None, imagenet_layout=True, evaluating=True)[1]
 
 
 def test_a_stray_folder_among_synsets_is_named():
     folders = sorted([*imagenet_synsets()[:30], "backup"])
-    refused("wrong_classes", lambda: classes_of(folders, None, imagenet_layout=True), "backup", "--allow_class_mismatch")
-    assert len(classes_of(folders, None, imagenet_layout=True, allow_mismatch=True).names) == 1000
-    refused("wrong_classes", lambda: classes_of(["a", "b"], 7, imagenet_layout=True), "--nb_classes 7", "--nb_classes 2")
+    with refused("unexpected_classes", "backup", "--allow_class_mismatch"):
+        classes_of(folders, None, imagenet_layout=True)
+    assert len(classes_of(folders, None, imagenet_layout=True, allow_mismatch=True)[0]) == 1000
+    with refused("unexpected_classes", "--nb_classes 7", "--nb_classes 2"):
+        classes_of(["a", "b"], 7, imagenet_layout=True)
 
 
 def test_mapping_gives_minus_one_only_when_allowed():
-    refused("wrong_classes", lambda: map_folders(["a", "z"], ["a", "b"], partial=True, allow_mismatch=False, what="x"),
-            "folders of no known class: z")
+    with refused("unexpected_classes", "folders of no known class: z"):
+        map_folders(["a", "z"], ["a", "b"], partial=True, allow_mismatch=False, what="x")
     assert map_folders(["a", "z"], ["b", "a"], partial=True, allow_mismatch=True, what="x").tolist() == [1, -1]
 
 
@@ -78,7 +74,8 @@ def test_two_files_that_differ_in_their_endings_have_labels_of_their_own(tmp_pat
     (ROWS + ROWS[:ROWS.index("\n") + 1].replace(".JPEG", ""), "twice"), ("490\n361\n490\n", "meta.mat")])
 def test_unfitting_label_files_are_refused(tmp_path, text, word):
     path = write(tmp_path / "labels.txt", text)
-    refused("invalid_labels", lambda: read_val_labels(path, FILES), path if "meta" not in word else "labels.txt", word)
+    with refused("invalid_labels", path if "meta" not in word else "labels.txt", word):
+        read_val_labels(path, FILES)
 
 
 def test_only_regular_files_are_read_as_labels(tmp_path):
@@ -86,7 +83,8 @@ def test_only_regular_files_are_read_as_labels(tmp_path):
     with open(tmp_path / "huge.csv", "wb") as file:
         file.truncate(1 << 40)
     for path in ("/dev/zero", tmp_path / "fifo", tmp_path / "huge.csv", tmp_path, tmp_path / "missing"):
-        refused("invalid_labels", lambda: read_val_labels(str(path), FILES), str(path))
+        with refused("invalid_labels", str(path)):
+            read_val_labels(str(path), FILES)
 
 
 def test_the_devkits_numbers_are_explained_by_its_meta_file(tmp_path):
@@ -96,7 +94,9 @@ def test_the_devkits_numbers_are_explained_by_its_meta_file(tmp_path):
     savemat(tmp_path / "meta.mat", {"synsets": synsets})
     assert read_val_labels(truth, FILES) == LABELS
     write(tmp_path / "meta.mat", "damaged")
-    refused("invalid_labels", lambda: read_val_labels(truth, FILES), "meta.mat")
+    with refused("invalid_labels", "meta.mat"):
+        read_val_labels(truth, FILES)
     (tmp_path / "meta.mat").unlink()
     os.mkfifo(tmp_path / "meta.mat")
-    refused("invalid_labels", lambda: read_val_labels(truth, FILES), "meta.mat")
+    with refused("invalid_labels", "meta.mat"):
+        read_val_labels(truth, FILES)

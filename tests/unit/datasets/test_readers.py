@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from common.errors import UserError
 from datasets import folders
 from datasets.readers import Index, IndexCache, Strings, open_reader, save_index
+from tests.kits.errors import refused
 
 
 @pytest.fixture
@@ -88,9 +88,14 @@ def test_damaged_and_hostile_caches_are_scanned_over_and_no_pickle_is_opened(roo
         assert names(open_reader(str(root), IndexCache(cache.folder, write=False))) == expected
     assert len(scans) > 15
     mine = np.array([Mine(root / "executed")], dtype=object)
-    for change in ({"names": mine}, {"format": np.array(1)}, {"stamps": arrays["stamps"][:1]}):
+    places, ends = np.zeros((4, 3), dtype=np.int64), arrays["names_ends"]
+    for change in ({"names": mine}, {"format": np.array(1)}, {"stamps": arrays["stamps"][:1]},
+                   {"labels": arrays["labels"] + 1}, {"labels": arrays["labels"] - 1}, {"labels": ends[:0]},
+                   {"labels": arrays["labels"][:3]}, {"names_ends": ends[::-1]}, {"places": places[:3]},
+                   {"places": places + 99}, {"places": places - 1}, {"places": places + (0, 0, 1)}):
         np.savez(file, **{**arrays, **change})
-        assert names(open_reader(str(root), IndexCache(cache.folder, write=False))) == expected
+        scans.clear()
+        assert names(open_reader(str(root), IndexCache(cache.folder, write=False))) == expected and scans
     file.write_bytes(pickle.dumps(Mine(root / "executed")))
     assert names(open_reader(str(root), cache)) == expected and not (root / "executed").exists()
 
@@ -108,10 +113,8 @@ def test_a_path_without_images_is_explained_with_what_lies_there(tmp_path, besid
     if beside:
         (tmp_path / beside).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / beside).touch()
-    with pytest.raises(UserError) as caught:
+    with refused("missing_data", tmp_path / "x", word):
         open_reader(str(tmp_path / "x"), IndexCache(str(tmp_path / "cache")))
-    assert caught.value.code == "missing_data" and str(tmp_path / "x") in str(caught.value)
-    assert word in str(caught.value)
 
 
 def test_strings_in_arrays_come_back_as_they_were():

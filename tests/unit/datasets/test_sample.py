@@ -2,11 +2,9 @@
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
-
-from common.errors import UserError
 from datasets.build import build_data
 from datasets.sample import ensure_sample
+from tests.kits.errors import refused
 from tests.kits.options import data_options
 
 
@@ -24,7 +22,6 @@ def test_the_digits_have_a_fixed_split_and_are_written_once(tmp_path):
     assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} == {"one", "two"}
     data = build_data(data_options(data_path=str(tmp_path / "one")), train=True, evaluate=True)
     assert (len(data.train), len(data.val), data.num_classes) == (1437, 360, 10)
-    assert data.train.image(0).size == (64, 64)
     held_back = {path.name.split("_")[1] for path in (tmp_path / "one" / "val").rglob("*.JPEG")}
     assert not held_back & {path.name.split("_")[1] for path in (tmp_path / "one" / "train").rglob("*.JPEG")}
 
@@ -34,7 +31,6 @@ def test_other_files_are_left_alone(tmp_path):
     (tmp_path / "mine" / "thesis.tex").touch()
     (tmp_path / "file").touch()
     for path in (tmp_path / "mine", tmp_path / "file" / "x"):
-        with pytest.raises(UserError) as caught:
+        with refused("unwritable_folder", path):
             ensure_sample(path)
-        assert caught.value.code == "unwritable_folder" and str(path) in str(caught.value)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]

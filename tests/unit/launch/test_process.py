@@ -1,4 +1,5 @@
-"""Rank and node from the environments that launchers leave, the meeting of processes, and what they say together."""
+"""Rank and node from the environments that launchers leave, the meeting of processes, and what they say
+together."""
 import os
 import signal
 import socket
@@ -97,7 +98,8 @@ def test_first_node(text, name):
     assert first_node({"SLURM_STEP_NODELIST": text}) == name
 
 
-# ------------------------------------------------------------------------------------------------------- devices
+# -------------------------------------------------------------------------------------------------------
+# devices
 
 @pytest.mark.parametrize("wanted", ["gpu", "cuda:x", "tpu:0"])
 def test_unknown_devices_are_refused(wanted):
@@ -121,7 +123,8 @@ def test_one_device_for_two_ranks_is_refused_naming_both():
     refuse_shared_devices([(0, ""), (0, ""), (1, "a"), (2, "a")])
 
 
-# ---------------------------------------------------------------------------------------------------- rendezvous
+# ----------------------------------------------------------------------------------------------------
+# rendezvous
 
 @pytest.fixture
 def port():
@@ -185,7 +188,8 @@ def test_a_missing_rank_0_is_named():
     assert "rendezvous rank 1" in output and "no rank 0 at 127.0.0.1" in output and "within 2 s" in output, output
 
 
-# --------------------------------------------------------------------------------------------------- collectives
+# ---------------------------------------------------------------------------------------------------
+# collectives
 
 COLLECTIVES = """
 import torch

@@ -22,7 +22,8 @@ from tests.kits.processes import alive, environment, expected_value, wait_for, w
 
 @pytest.fixture
 def program(tmp_path, monkeypatch):
-    """A toy program in place of the repository, tmp_path as the current folder, and no launcher's variables."""
+    """A toy program in place of the repository, tmp_path as the current folder, and no launcher's
+    variables."""
     monkeypatch.setattr(run_with_submitit, "ROOT", write_toy_program(tmp_path / "program"))
     monkeypatch.chdir(tmp_path)
     clean = environment()
@@ -137,7 +138,8 @@ def test_the_run_folder_is_the_jobs_unless_it_is_named(program, fake_slurm, caps
 
 @pytest.mark.parametrize("job_dir", ["file", "file/%j", "/proc/jobs/%j", "{unwritable}/%j"])
 def test_a_job_folder_that_cannot_be_made_is_one_sentence(program, job_dir, capsys):
-    """A read-only folder stands for itself only where the tests don't run as root: a full path in /sys does for both."""
+    """A read-only folder stands for itself only where the tests don't run as root: a full path in /sys does
+    for both."""
     (program / "file").touch()
     name = job_dir.format(unwritable="/sys/kernel")
     assert main(["--cluster", "local", "--ngpus", "1", "--job_dir", name]) == 2

@@ -1,4 +1,5 @@
-"""Failing, dying, hanging and stopped ranks: named, and nobody waits for ever; a suspended job is none of these."""
+"""Failing, dying, hanging and stopped ranks: named, and nobody waits for ever; a suspended job is none of
+these."""
 import os
 import signal
 import time

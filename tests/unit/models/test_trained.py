@@ -1,4 +1,5 @@
-"""`models.load`: what scored, of a folder, a file or a published name, with its classes and the evaluation's images."""
+"""`models.load`: what scored, of a folder, a file or a published name, with its classes and the evaluation's
+images."""
 import json
 
 import numpy as np
@@ -133,7 +134,8 @@ def test_mistakes_are_one_sentence(tmp_path, run):
 
 @pytest.mark.parametrize("scores, index", [({BEST: 39.0}, 0), ({BEST_EMA: 46.0}, 1)])
 def test_timm_finds_what_scored_in_its_own_ways(tmp_path, two, scores, index):
-    """`checkpoint_path` takes the average wherever it finds one, unless the file says otherwise in timm's words."""
+    """`checkpoint_path` takes the average wherever it finds one, unless the file says otherwise in timm's
+    words."""
     state = {"format": 3, "model": two[0].state_dict(), "model_ema": two[1].state_dict(), "args": {}}
     checkpoints = Checkpoints(tmp_path, background=False)
     checkpoints.save(state, epoch=0, best=scores)

@@ -57,7 +57,7 @@ def test_the_console_line_says_where_the_run_is_and_no_folder_means_no_file(tmp_
     t.resume(0)
     t.start_epoch(1)
     t.progress(at(1, done=5))
-    assert logged == ["epoch 2/4  update 5/10  loss 2.0000  lr 0.004  123.4 img/s  data wait 2 %  ETA 25 s"]
+    assert logged == ["epoch 2/4  update 5/10  loss 2.0000  lr 0.004  123.4 img/s  data wait 2 %  ETA 0:00:25"]
     t.write_setup("", {})
     t.incident("kind", "sentence")
     t.close()
@@ -73,7 +73,7 @@ def test_an_epoch_has_the_published_keys(tmp_path, logged):
                          "train_class_acc", "train_images_per_second", "train_data_wait", "test_loss", "test_acc1",
                          "test_acc5", "epoch", "n_parameters", "update", "seconds", "nonfinite_updates"}
     assert None not in line.values() and (line["epoch"], line["update"]) == (0, 10)
-    assert logged[-1] == "epoch 1/4 done in 1:01 min  train loss 2.5000  top-1 81.25  top-5 95.00"
+    assert logged[-1] == "epoch 1/4 done in 0:01:01  train loss 2.5000  top-1 81.25  top-5 95.00"
     assert list((tmp_path / "tensorboard").iterdir())
 
 

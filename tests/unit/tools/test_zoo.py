@@ -1,9 +1,8 @@
-"""tools.zoo: list, get, verify and convert, on generated files in both namings."""
+"""tools.zoo: list, get and convert, on generated files in both namings."""
 import shutil
 from dataclasses import replace
 
 import pytest
-import timm
 import torch
 
 from common.files import sha256_file
@@ -34,7 +33,7 @@ def test_list_shows_every_published_model_and_where_files_are(tmp_path, capsys):
     assert main(["--folder", str(tmp_path), "list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:-1]] == list(zoo.VARIANTS)
-    assert "82.98" in lines[2] and lines[2].endswith("yes") and lines[1].endswith("-")
+    assert "82.98" in lines[2] and " yes " in lines[2] and " yes " not in lines[1]
     assert "22,409,512" in lines[1] and "none published" in lines[7]
 
 
@@ -76,49 +75,15 @@ def test_a_converted_run_sees_the_same_images(names, suffix, tmp_path):
     assert "lr" not in safe_torch_load(out)["args"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", zoo.PUBLISHED)
-def test_all_published_architectures_round_trip(name, tmp_path):
-    with torch.device("meta"):
-        shapes = timm.create_model(name).state_dict()
-    torch.manual_seed(0)
-    state = {k: torch.randn(v.shape, dtype=torch.bfloat16) for k, v in shapes.items()}  # half the bytes on the disk
-    torch.save({"model": state}, tmp_path / "a.pth")
-    for source, out, names in (("a.pth", "b.pth", "openmmlab"), ("b.pth", "c.safetensors", "authors"),
-                               ("c.safetensors", "d.pth", "authors")):
-        assert main(["convert", str(tmp_path / source), "--out", str(tmp_path / out), "--names", names]) == 0
-        (tmp_path / source).unlink()  # gigabytes
-    assert same(safe_torch_load(tmp_path / "d.pth")["model"], {k: v.float() for k, v in state.items()})
-    (tmp_path / "d.pth").unlink()  # which pytest would keep for three sessions
-
-
-def test_verify_names_the_model_and_what_is_wrong(files, tmp_path, capsys):
-    folder, state = files
-    named = tmp_path / zoo.PUBLISHED["hornet_tiny_7x7"].files[0].name  # a file of that name with other bytes
-    shutil.copy(folder / "openmmlab.pth", named)
-    torch.save({"model": {**state, "head.bias": torch.full((10,), float("nan"))}}, tmp_path / "nan.pth")
-    (tmp_path / "cut.pth").write_bytes((folder / "authors.pth").read_bytes()[:-3000])
-    assert main(["verify", str(folder / "authors.pth"), str(folder / "openmmlab.pth")]) == 0
-    assert capsys.readouterr().out.count(": ok: hornet_pico_gf, ") == 2
-    assert main(["verify", *map(str, (folder / "authors.pth", named, tmp_path / "nan.pth", tmp_path / "cut.pth"))]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and ": ok" in lines[0] and "0e8eedff" in lines[1]
-    assert [": WRONG: " in line for line in lines] == [False, True, True, True]
-
-
 def test_get_prints_the_path_of_a_checked_file_or_where_to_put_it(files, tmp_path, monkeypatch, capfd):
     """What a server does is in tests/unit/models/test_download.py; here none listens."""
     monkeypatch.setattr("models.download.time.sleep", lambda seconds: None)
     path, get = tmp_path / "openmmlab.pth", ["--folder", str(tmp_path), "get", "hornet_tiny_7x7"]
-    file = zoo.PublishedFile("openmmlab", path.name, ("https://127.0.0.1:9/x.pth",),
-                             sha256_file(files[0] / path.name)[:8])
+    file = zoo.PublishedFile(path.name, "https://127.0.0.1:9/x.pth", sha256_file(files[0] / path.name)[:8])
     monkeypatch.setitem(zoo.VARIANTS, "hornet_tiny_7x7", replace(zoo.VARIANTS["hornet_tiny_7x7"], files=(file,)))
     assert main(get) == 2 and str(path) in capfd.readouterr().err
     shutil.copy(files[0] / path.name, path)
     assert main(get) == 0 and capfd.readouterr().out.strip() == str(path)
-    assert main([*get, "--source", "authors"]) == 2
-    path.write_bytes(b"other bytes")
-    assert main(get) == 2
 
 
 @pytest.mark.parametrize("argv, named", [
