@@ -23,7 +23,7 @@ from optim.update import Update, UpdateStats
 Sums = list[float]
 SumsOverRanks = Callable[[], Sums]
 Figures = dict[str, float]
-_AFTER = {"skip": Outcome.DONE, "rollback": Outcome.ROLLED_BACK, "stop": Outcome.FAILED}
+_AFTER = {"rollback": Outcome.ROLLED_BACK, "stop": Outcome.FAILED}
 
 
 class Observer:
@@ -125,7 +125,6 @@ class Progress:
     images_per_second: float = 0.0
     data_wait: float = 0.0
     seconds: float = 0.0
-    loss_scale: float = 1.0
     nonfinite: int = 0
     outcome: Outcome = Outcome.DONE
     sums: Sums = field(default_factory=list)
@@ -139,24 +138,25 @@ class _Meter:
         self.start, self.waited, self.images = time.perf_counter(), 0.0, 0
         # Loss and gradient norm per image, images in applied updates, hits, hard-labelled images. By images,
         # so that an epoch begun on two processes and ended on one weighs its updates alike.
-        self.sums = np.zeros(5) if sums is None else np.array(sums[:5], dtype=np.float64)
-        self.progress.nonfinite = 0 if sums is None else int(sums[5])
-        self.window: list[Tensor] = []
+        before = sums or [0.0] * 6
+        self.sums, self.progress.nonfinite = np.array(before[:5]), int(before[5])
+        self.window: list[tuple[Tensor, int, int]] = []
 
     def add(self, stats: UpdateStats, hits: Tensor | None, images: int) -> None:
-        zero, count = torch.zeros_like(stats.loss), torch.full_like(stats.loss, images)
-        applied = stats.finite > 0
-        self.window.append(torch.stack([
-            torch.where(applied, stats.loss, 0), torch.where(applied, stats.grad_norm, 0), stats.finite,
-            zero if hits is None else hits.float(), zero if hits is None else count, count]))
+        seen = torch.zeros_like(stats.loss) if hits is None else hits
+        values = torch.stack([stats.loss, stats.grad_norm, stats.finite, seen])
+        self.window.append((values, images, 0 if hits is None else images))
         self.images += images
         self.progress.next_update += 1
 
     def read(self) -> Progress:
         """Bring the sums to the host."""
         if self.window:
-            rows = torch.stack(self.window).cpu().double().numpy()
-            window = np.concatenate([rows[:, :3] * rows[:, 5:], rows[:, 3:5]], axis=1).sum(0)
+            values, images, labelled = zip(*self.window)
+            loss, norm, finite, hits = torch.stack(values).cpu().double().numpy().T
+            applied = finite * images
+            window = np.array([np.where(finite, loss, 0) @ applied, np.where(finite, norm, 0) @ applied,
+                               applied.sum(), hits.sum(), sum(labelled)])
             self.window, self.sums = [], self.sums + window
             self.progress.recent_loss = float(window[0] / window[2]) if window[2] else float("nan")
         return self._means(self.sums.tolist())
@@ -175,7 +175,6 @@ class _Meter:
         progress.class_acc = 100 * hits / labelled if labelled else None
         progress.lr, progress.min_lr = max(g["lr"] for g in groups), min(g["lr"] for g in groups)
         progress.weight_decay = max(g["weight_decay"] for g in groups)
-        progress.loss_scale = self.loop.update.scaler.scale.item()
         progress.seconds = time.perf_counter() - self.start
         progress.images_per_second = self.images * self.loop.process.world_size / progress.seconds
         progress.data_wait = self.waited / progress.seconds
@@ -265,15 +264,11 @@ def full_precision(logits: Tensor) -> Tensor:
 
 def _report(loop: Loop, observer: Observer, progress: Progress, incidents: Iterable[Incident]) -> None:
     """Inform the observer of updates that were not applied, and note what follows for the epoch."""
-    for incident in incidents:
-        held, lr = incident.context
+    for record, (held, lr) in incidents:
         progress.nonfinite += 1
-        progress.outcome = progress.outcome if incident.action == "skip" else _AFTER[incident.action]
-        observer.on_nonfinite({
-            "update": incident.update, "epoch": progress.epoch, "action": incident.action,
-            "learning_rate": lr, "loss": incident.loss, "grad_norm": incident.grad_norm,
-            "loss_scale": incident.loss_scale,
-            **_replay(loop, incident.update, held)})
+        progress.outcome = _AFTER.get(record["action"], progress.outcome)
+        observer.on_nonfinite({**record, "epoch": progress.epoch, "learning_rate": lr,
+                               **_replay(loop, record["update"], held)})
 
 
 def _replay(loop: Loop, number: int, held: list[Batch]) -> dict:
@@ -353,11 +348,10 @@ def evaluate(models: Sequence[tuple[str, nn.Module]], loader: Iterable[Batch], e
     """Score several (name, unwrapped model) in one pass over the images; the same results on every rank.
 
     Each rank passes its own share of the images, possibly none: nothing is padded, hits are integers, and the
-    models wait for no other rank. No results at all when the observer of any rank has left the evaluation.
-    Raises RuntimeError when not exactly `expected` images were seen.
+    models, left in eval mode, wait for no other rank. No results at all when the observer of any rank has
+    left the evaluation. Raises RuntimeError when not exactly `expected` images were seen.
     """
-    start, modes = time.perf_counter(), [model.training for _, model in models]
-    tallies, left = [_Tally(evaluation) for _ in models], False
+    start, tallies, left = time.perf_counter(), [_Tally(evaluation) for _ in models], False
     with nullcontext() if evaluation.tf32 else true_float32():
         for _, model in models:
             model.eval()
@@ -370,8 +364,6 @@ def evaluate(models: Sequence[tuple[str, nn.Module]], loader: Iterable[Batch], e
                 with autocast(evaluation.device, evaluation.autocast_dtype):
                     logits = model(images)
                 tally.add(full_precision(logits), targets, batch.indices)
-    for (_, model), mode in zip(models, modes):
-        model.train(mode)
     if evaluation.process.all_reduce_(torch.tensor(int(left)), "max"):
         return []
     results = [tally.result(name) for (name, _), tally in zip(models, tallies)]

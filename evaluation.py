@@ -24,6 +24,7 @@ from launch.process import Process
 from launch.watchdog import Watchdog
 from models import MODEL_NAMES
 from models.download import cache_folder, fetch_published
+from models.hornet import HorNet
 from models.inspect import class_titles
 from models.trained import best_checkpoint, locate
 from models.weights import load_for_model
@@ -188,6 +189,7 @@ def load_candidates(path: str, options: Options, class_names: list[str], device:
     for weights in ("model", "ema") if options.weights == "both" else (options.weights,):
         network = timm.create_model(options.model, num_classes=len(class_names),
                                     layer_scale_init_value=options.layer_scale_init_value)
+        assert isinstance(network, HorNet)
         report = load_for_model(network, path, model_key=options.model_key, prefix=options.model_prefix,
                                 weights=weights, allow_partial=options.allow_partial, class_names=class_names)
         network = network.to(device).eval()

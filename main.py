@@ -11,7 +11,7 @@ import warnings
 from common.errors import UserError, lacks_in_words
 from common.log import logger, setup_logging
 from common.outcome import ExitCode
-from config.parse import Resolved, check_model, parse
+from config.parse import check_model, parse
 
 # Of torchrun, submitit's local executor, srun and mpirun.
 RANK_VARIABLES = ("RANK", "SUBMITIT_LOCAL_GLOBALID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
@@ -31,8 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", "This DataLoader will create")  # training logs it in one line
     try:
         with lacks_in_words():
-            # Before PyTorch is imported, so that --help and a typing error answer at once.
-            return _run(parse(sys.argv[1:] if argv is None else argv))
+            return _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         if rank == 0:
             logger.error("error: %s", error)
@@ -42,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         return ExitCode.INTERRUPTED
 
 
-def _run(resolved: Resolved) -> int:
+def _run(argv: list[str]) -> int:
+    resolved = parse(argv)  # before PyTorch is imported, so that --help and a typing error answer at once
     from dryrun import check
     from evaluation import evaluate_checkpoints
     from launch.process import start

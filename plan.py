@@ -57,8 +57,10 @@ def plan_run(resolved: Resolved, process: Process, state: State | None, data: Da
     updates = validate_after_index(options, batch, len(data.train))
     small = None if state else small_data_notice(options, batch, len(data.train))
     batch = replace(batch, notices=(*batch.notices, small)) if small else batch
-    return Plan(resolved=resolved, options=batch.apply(options), data=data, train=data.train, batch=batch,
-                   updates_per_epoch=updates)
+    options = replace(options, batch_size=batch.batch_size, update_freq=batch.update_freq,
+                      global_batch=batch.global_batch, lr=batch.lr)
+    return Plan(resolved=resolved, options=options, data=data, train=data.train, batch=batch,
+                updates_per_epoch=updates)
 
 
 def set_numerics(options: Options) -> None:
@@ -85,7 +87,7 @@ def build_model(options: Options, num_classes: int) -> HorNet:
     return model
 
 
-def load_start_weights(model: nn.Module, options: Options, data: Data, process: Process) -> None:
+def load_start_weights(model: HorNet, options: Options, data: Data, process: Process) -> None:
     """Published or given weights to start from; rank 0 downloads, every node reads the file."""
     if not options.pretrained and not options.finetune:
         return

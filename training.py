@@ -1,6 +1,7 @@
 """Training: one run from its first update to its last, with what it saves, and the command around it."""
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from launch.stop import StopRequest
 from launch.watchdog import Watchdog
 from optim.build import build_optimizer
 from optim.ema import Ema, half_life_warning
-from optim.finite import FiniteWatch, NonfinitePolicy
+from optim.finite import FiniteWatch
 from optim.schedule import build_schedule
 from optim.update import Update, UpdateConfig, UpdateStats
 from plan import Classification, Plan, build_model, compiled, load_start_weights, plan_run, set_numerics
@@ -31,20 +32,8 @@ from report.page import write_report
 from run.checkpoint import Checkpoints, Loaded, open_folder, state_bytes
 from run.folder import RunFolder
 from run.log import Tracker, WandbRun
-from run.start import code_version, cpus_per_process, process_problems
-from run.state import (
-    BEST,
-    BEST_EMA,
-    Best,
-    DataIdentity,
-    Environment,
-    Parts,
-    Position,
-    State,
-    collect,
-    finished,
-    restore,
-)
+from run.start import code_version, process_problems
+from run.state import BEST, BEST_EMA, Best, Parts, Position, Setup, State, collect, finished, restore
 
 
 class Trainer(engine.Observer):
@@ -80,19 +69,19 @@ class Trainer(engine.Observer):
                         config, ema=self.ema, agree=lambda flags: process.all_reduce_(flags, "min"))
         sampler = GlobalBatchSampler(len(plan.train), batch.global_batch, batch.batch_size, batch.update_freq,
                                      process.rank, process.world_size, options.seed)
-        policy = NonfinitePolicy(options.on_nonfinite)
         self.loop = engine.Loop(
             model=wrapped, plain=self.model, task=self.task, update=update, sampler=sampler,
-            loader=make_loader(plan.train, options, sampler), watch=FiniteWatch(policy), process=process,
-            updates_per_epoch=updates, print_freq=options.print_freq, path_of=plan.train.path)
+            loader=make_loader(plan.train, options, sampler), watch=FiniteWatch(options.on_nonfinite),
+            process=process, updates_per_epoch=updates, print_freq=options.print_freq,
+            path_of=plan.train.path)
         self.position = Position(updates, options.start_epoch - 1, options.start_epoch * updates)
-        self.best, self.data = Best(), DataIdentity(batch.global_batch, len(plan.train), data.class_names)
+        self.best = Best()
+        self.setup = Setup(batch.global_batch, len(plan.train), data.class_names, plan.resolved.to_dict(),
+                           self.code_paths, torch.get_num_threads(), code_version())
         self.parts: Parts = {
             "position": self.position, "model": self.model, "model_ema": self.ema,
-            "optimizer": update.optimizer, "scaler": update.scaler, "policy": policy, "best": self.best,
-            "data": self.data,
-            "environment": Environment(plan.resolved.to_dict(), self.code_paths, torch.get_num_threads(),
-                                       code_version())}
+            "optimizer": update.optimizer, "scaler": update.scaler, "policy": self.loop.watch,
+            "best": self.best, "setup": self.setup}
         self._loaders = [self.loop.loader, *self.task.loaders]
         self._unreadable = {path for event in read_json_lines(Path(folder, "events.jsonl")) if folder
                             for path in event.get("images", ()) if event.get("kind") == "unreadable_image"}
@@ -147,10 +136,20 @@ class Trainer(engine.Observer):
         """Everything that resuming the run needs."""
         return collect(self.parts)
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Stand where `state` was saved. Raises UserError when it does not fit the data, model or
-        optimizer."""
-        self._restore(state, self.parts)
+    def load_state_dict(self, state: State, names: Collection[str] = ()) -> None:
+        """Stand where `state` was saved, with the parts of these names or with all.
+
+        Raises UserError when it does not fit the data, model or optimizer.
+        """
+        state = {**state, "model_ema": state.get("model_ema") or state.get("model")}
+        try:
+            restore(state, {name: part for name, part in self.parts.items() if name in (names or self.parts)})
+        except UserError:
+            raise
+        except Exception as error:  # of any type, for tensors that do not fit and entries from elsewhere
+            raise UserError("the checkpoint's weights or optimizer state do not fit --model "
+                            f"{self.options.model} and --opt {self.options.opt}: "
+                            f"{' '.join(str(error).split())[-200:]}", code="invalid_checkpoint") from error
 
     def save(self, best: Mapping[str, float] | None = None, wait: bool = False) -> None:
         """Save the epoch that was finished last, or the one under way when it has sums; see
@@ -170,8 +169,8 @@ class Trainer(engine.Observer):
             raise UserError(f"the loss or gradient was non-finite several times up to update {update} and "
                             "there is no checkpoint to roll back to: lower --lr, lengthen --warmup_epochs, "
                             "or train without --use_amp.", code="nonfinite")
-        names, earlier = ("model", "model_ema", "optimizer", "scaler"), loaded.state["update"]
-        self._restore(loaded.state, {name: self.parts[name] for name in names})
+        self.load_state_dict(loaded.state, ("model", "model_ema", "optimizer", "scaler"))
+        earlier = loaded.state["update"]
         self.on_incident("rollback", f"Rolled back to the weights of update {earlier}; training continues "
                          f"with the data of update {update}.", update=update, weights_of_update=earlier)
 
@@ -231,13 +230,6 @@ class Trainer(engine.Observer):
         for sentence in sentences:
             self.on_incident("save_failed", sentence, log=False, update=self.position.update)
 
-    def _restore(self, state: Mapping[str, object], parts: Parts) -> None:
-        try:
-            restore({**state, "model_ema": state.get("model_ema") or state.get("model")}, parts)
-        except (RuntimeError, AttributeError, TypeError) as error:  # torch's, for tensors that do not fit
-            raise UserError(f"the checkpoint's weights do not fit --model {self.options.model}: "
-                            f"{str(error).splitlines()[-1].strip()}", code="invalid_checkpoint") from None
-
     def _is_saved(self, epoch: int) -> bool:
         return (epoch + 1) % self.options.save_ckpt_freq == 0 or epoch + 1 == self.options.epochs
 
@@ -266,7 +258,7 @@ class Trainer(engine.Observer):
     def _compare_images(self) -> None:
         """Report that images came or went since the checkpoint: too few to change the updates of an epoch, so
         that the run can be resumed, but every epoch's order is another one."""
-        now, before = self.data.images, self.data.images_before
+        now, before = self.setup.images, self.setup.images_before
         if before not in (None, now):
             self.on_incident("images_changed", f"The training set has {now} images and had {before} when "
                              "the checkpoint was saved: the run is resumed with them, but not as an "
@@ -322,46 +314,35 @@ def train(resolved: Resolved, process: Process, watchdog: Watchdog) -> ExitCode:
             for warning in process_problems(process):
                 if process.is_main:
                     logger.warning(warning)
-            trainer = Trainer(plan, process, stop=stop, watchdog=watchdog, state=state,
-                              checkpoints=checkpoints, folder=options.output_dir if folder else "")
-            try:
-                if loaded is not None:
-                    _log_resumption(trainer, loaded)
+            with closing(Trainer(plan, process, stop=stop, watchdog=watchdog, state=state,
+                                 checkpoints=checkpoints,
+                                 folder=options.output_dir if folder else "")) as trainer:
                 if process.is_main:
-                    _introduce(trainer, plan)
+                    _introduce(trainer, plan, loaded)
                 return _fit(trainer, folder)
-            finally:
-                trainer.close()
     finally:
         if folder is not None:
             folder.release()
 
 
-def _log_resumption(trainer: Trainer, loaded: Loaded) -> None:
-    """Where a run is resumed, and what another `--epochs` than the checkpoint's does to its learning rate."""
-    options, at = trainer.options, trainer.position
-    logger.info("Resuming at epoch %d, update %d from %s", at.begun + 1, at.update, loaded.path)
-    earlier = (loaded.state["args"] or {}).get("epochs", options.epochs)
-    now, then = (build_schedule(replace(options, epochs=epochs), at.updates_per_epoch).lr(at.update)
-                 for epochs in (options.epochs, earlier))
-    notice = resumed_schedule_notice(epochs=options.epochs, earlier_epochs=earlier, lr=now, earlier_lr=then)
-    if notice:
-        logger.info(notice)
-
-
-def _introduce(trainer: Trainer, plan: Plan) -> None:
+def _introduce(trainer: Trainer, plan: Plan, loaded: Loaded | None) -> None:
     """What a person should know at the start, and the files that describe the run."""
-    options, process, tracker = trainer.options, trainer.process, trainer.tracker
-    tracker.write_setup(plan.resolved.to_yaml(), plan.data.describe(), world_size=process.world_size,
-                        device=str(process.device), backend=process.backend, code_paths=trainer.code_paths,
-                        version=code_version(), global_batch=plan.batch.global_batch)
+    options, process, at = trainer.options, trainer.process, trainer.position
+    trainer.tracker.write_setup(
+        plan.resolved.to_yaml(), plan.data.describe(), world_size=process.world_size,
+        device=str(process.device), backend=process.backend, code_paths=trainer.code_paths,
+        version=code_version(), global_batch=plan.batch.global_batch)
+    if loaded is not None:
+        logger.info("Resuming at epoch %d, update %d from %s", at.begun + 1, at.update, loaded.path)
+        earlier = (loaded.state["args"] or {}).get("epochs", options.epochs)
+        now, then = (build_schedule(replace(options, epochs=epochs), at.updates_per_epoch).lr(at.update)
+                     for epochs in (options.epochs, earlier))
+        if notice := resumed_schedule_notice(epochs=options.epochs, earlier_epochs=earlier, lr=now,
+                                             earlier_lr=then):
+            logger.info(notice)
     lags = half_life_warning(options.model_ema_decay, options.epochs * plan.updates_per_epoch)
     if options.model_ema and lags:
         logger.warning(lags)
-    cpus = cpus_per_process(process.local_world_size)
-    if options.num_workers > cpus:
-        logger.info("--num_workers %d is more than the %s of this process: it loads nothing faster.",
-                    options.num_workers, plural(cpus, "CPU"))
     if trainer.checkpoints is not None:
         state = trainer.state_dict()  # AdamW's two moments come with the first update
         size = state_bytes(state) + (0 if state["optimizer"]["state"] else 2 * state_bytes(state["model"]))
@@ -393,11 +374,6 @@ def _fit(trainer: Trainer, folder: RunFolder | None) -> ExitCode:
         trainer.report_failures(checkpoints.close() if checkpoints is not None else ())
         if folder is not None:
             folder.end(outcome, update=at.update, epoch=at.begun, cause=cause)
-        if checkpoints is not None and outcome is Outcome.DONE:
-            last = checkpoints.numbered()[-1:]
-            for path in (checkpoints.folder / BEST, checkpoints.folder / BEST_EMA, *last):
-                trainer.tracker.log_checkpoint(path)
-        trainer.tracker.close()
     if outcome is Outcome.PAUSED:
         # Not a warning, which every rank would give: all stop at the same update.
         logger.info("Stopped at update %d (%s); the same command resumes it from %s.", at.update, cause,
@@ -408,6 +384,9 @@ def _fit(trainer: Trainer, folder: RunFolder | None) -> ExitCode:
                      "in %s and start the same command again, which resumes the newest one there.",
                      options.output_dir)
         return ExitCode.FAILED
+    if checkpoints is not None:
+        for path in (checkpoints.folder / BEST, checkpoints.folder / BEST_EMA, *checkpoints.numbered()[-1:]):
+            trainer.tracker.log_checkpoint(path)
     if folder is not None:
         try:
             logger.info("Report: %s", write_report([folder.path]))

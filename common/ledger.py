@@ -95,19 +95,21 @@ class Ledger:
 
     def status(self) -> Record:
         """The last record: state, update, epoch, cause, attempt, time; {} in a folder without one."""
-        try:
-            status = read_json(self.path / "status.json", max_bytes=1 << 20)
-        except (OSError, UserError):
-            return {}
-        return {**status, "state": known(status.get("state"))} if isinstance(status, dict) else {}
+        found = self.read("status.json")
+        return {**found, "state": known(found.get("state"))} if found else {}
 
     def reached(self) -> Record:
         """progress.json, where it is this job's; else {}."""
+        found = self.read("progress.json")
+        return found if found.get("job", "") == self.newest().get("job") else {}
+
+    def read(self, name: str) -> Record:
+        """The record in the file `name`; {} when there is none, or none that can be read."""
         try:
-            found = read_json(self.path / "progress.json", max_bytes=1 << 20)
-            return found if found["job"] == self.newest()["job"] else {}
-        except (OSError, UserError, LookupError, TypeError):
+            found = read_json(self.path / name, max_bytes=1 << 20)
+        except (OSError, UserError):
             return {}
+        return found if isinstance(found, dict) else {}
 
     def _append(self, **line: object) -> None:
         self._guard("attempts.jsonl",
@@ -120,10 +122,9 @@ class Ledger:
         self._guard("status.json", lambda path: write_json(path, status))
 
     def _write_progress(self, state: str, **more: object) -> None:
-        path = self.path / "progress.json"
-        with suppress(OSError, UserError, TypeError):  # a full disk is the checkpoints' business to report
-            before = read_json(path) if path.is_file() else {}
-            write_json(path, before | {"state": state, "time": time.time(), **more})
+        record = self.read("progress.json") | {"state": state, "time": time.time(), **more}
+        with suppress(OSError):  # a full disk is the checkpoints' business to report
+            write_json(self.path / "progress.json", record)
 
     def _guard(self, name: str, write: Callable[[Path], object]) -> None:
         try:

@@ -255,8 +255,8 @@ def _table() -> dict[str, Option]:
         inner = get_args(hint)[0] if optional else hint
         several = get_origin(inner) is tuple
         element = get_args(inner)[0] if several else inner
-        found[f.name] = Option(name=f.name, default=f.default, element=element, optional=optional,
-                               several=several, **f.metadata)
+        found[f.name] = Option(name=f.name, default=getattr(Options, f.name), element=element,
+                               optional=optional, several=several, **f.metadata)
     return found
 
 

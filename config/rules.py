@@ -68,11 +68,6 @@ class BatchPlan:
     lr: float
     notices: tuple[str, ...] = ()
 
-    def apply(self, options: Options) -> Options:
-        """A copy of `options` with the plan's accumulation, global batch and learning rate in it."""
-        return replace(options, batch_size=self.batch_size, update_freq=self.update_freq,
-                       global_batch=self.global_batch, lr=self.lr)
-
     @property
     def equation(self) -> str:
         """How the images of an update come together, for people."""

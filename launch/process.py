@@ -1,4 +1,4 @@
-"""One `Process` object however the program was started: alone, by torchrun, srun or submitit.
+"""One `Process` object however the program was started: alone, by torchrun, mpirun, srun or submitit.
 
     with start(options.device, options.rendezvous_timeout) as process:
         model = process.wrap(model.to(process.device))
@@ -14,9 +14,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import TypeVar, cast
 
@@ -35,8 +34,8 @@ T = TypeVar("T")
 class Place:
     """Where one process stands among its peers, as its launcher says.
 
-    `node` counts nodes from 0. Rank 0 is met at `port` of `master_addr`; `served` says that the launcher has
-    a store listening there already.
+    Rank 0 is met at `port` of `master_addr`; `served` says that the launcher has a store listening there
+    already.
     """
 
     launcher: str = "none"
@@ -44,7 +43,6 @@ class Place:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    node: int = 0
     node_name: str = dataclasses.field(default_factory=socket.gethostname)
     master_addr: str = "127.0.0.1"
     port: int = 0
@@ -69,19 +67,16 @@ class Process(Place):
 
     def barrier(self) -> None:
         """Wait until every process is here."""
-        if self.world_size > 1:
-            with self._waiting("barrier"):
-                dist.barrier(group=self.side)
+        self._together("barrier", dist.barrier, group=self.side)
 
     def all_reduce_(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
         """Reduce `tensor` (any shape; on the CPU or on this process' device) over all processes in place.
 
         `op` is "sum", "min" or "max". Returns the tensor.
         """
-        if self.world_size > 1:
-            with self._waiting("all_reduce"):
-                group = self.side if tensor.device.type == "cpu" else None
-                dist.all_reduce(tensor, op=getattr(dist.ReduceOp, op.upper()), group=group)
+        group = self.side if tensor.device.type == "cpu" else None
+        self._together("all_reduce", dist.all_reduce, tensor, op=getattr(dist.ReduceOp, op.upper()),
+                       group=group)
         return tensor
 
     def any(self, flag: bool) -> bool:
@@ -90,19 +85,14 @@ class Process(Place):
 
     def broadcast_object(self, obj: T, source: int = 0) -> T:
         """The picklable object of process `source`, on every process."""
-        if self.world_size == 1:
-            return obj
         box = [obj]
-        with self._waiting("broadcast"):
-            dist.broadcast_object_list(box, src=source, group=self.side)
+        self._together("broadcast", dist.broadcast_object_list, box, src=source, group=self.side)
         return box[0]
 
     def all_gather_object(self, obj: T) -> list[T]:
         """The picklable objects of all processes in order of rank, on every process."""
         box = [obj] * self.world_size
-        if self.world_size > 1:
-            with self._waiting("all_gather"):
-                dist.all_gather_object(box, obj, group=self.side)
+        self._together("all_gather", dist.all_gather_object, box, obj, group=self.side)
         return box
 
     def on_rank_zero(self, work: Callable[[], T]) -> T:
@@ -142,39 +132,28 @@ class Process(Place):
         return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True,
                                                          find_unused_parameters=exact)
 
-    def set_timeout(self, limit: timedelta) -> None:
-        """How long a collective waits for a peer before it raises."""
-        if self.side is not None:
-            # Public since torch 2.15.
-            change = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
-            for group in {dist.group.WORLD, self.side}:
-                change(limit, group)
-
-    def close(self, failed: bool = False) -> None:
-        """Leave the process group. After a failure nobody waits for peers that may be gone."""
-        if self.side is None:
-            return
-        if not failed:
-            self.barrier()
-        # A group destroyed while autograd holds DDP's buckets sometimes aborts the interpreter at its end.
-        gc.collect()
-        self.side = None
-        if not failed or self.backend != "nccl":  # which would wait for the collectives in flight
-            dist.destroy_process_group()
-
     def __enter__(self) -> "Process":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close(failed=kind is not None)
+        """Leave the process group. After a failure nobody waits for peers that may be gone."""
+        if self.side is None:
+            return
+        if kind is None:
+            self.barrier()
+        # A group destroyed while autograd holds DDP's buckets sometimes aborts the interpreter at its end.
+        gc.collect()
+        self.side = None
+        if kind is None or self.backend != "nccl":  # which would wait for the collectives in flight
+            dist.destroy_process_group()
 
-    @contextmanager
-    def _waiting(self, what: str) -> Iterator[None]:
-        self.waits_in = what
-        try:
-            yield
-        finally:
-            self.waits_in = ""
+    def _together(self, what: str, collective: Callable, *given: object, **named: object) -> None:
+        if self.world_size > 1:
+            self.waits_in = what
+            try:
+                collective(*given, **named)
+            finally:
+                self.waits_in = ""
 
 
 def start(device: str = "auto", rendezvous_timeout: float = 180.0) -> Process:
@@ -205,67 +184,72 @@ def start(device: str = "auto", rendezvous_timeout: float = 180.0) -> Process:
                             rank=place.rank, world_size=place.world_size)
     group = dist.group.WORLD if process.backend == "gloo" else dist.new_group(backend="gloo", timeout=limit)
     process.side = cast(dist.ProcessGroup, group)
-    try:
-        refuse_shared_devices(process.all_gather_object((place.node, device_identity(chosen))))
-    except UserError:
-        process.close()
-        raise
-    process.set_timeout(timedelta(minutes=30))  # PyTorch's own; a watchdog, where one watches, replaces it
+    refuse_shared_devices(process.all_gather_object((place.node_name, device_identity(chosen))))
+    # From here on a rank that keeps the others waiting is the watchdog's business, which knows a job that was
+    # suspended from one that hangs. Public since torch 2.15.
+    change = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    for group in {dist.group.WORLD, process.side}:
+        change(timedelta(days=365), group)
     return process
 
 
 # ------------------------------------------------------------------------------------------------ places
 
+# The variables of rank, number of processes, rank on this node, number on this node.
+VARIABLES = {
+    "torchrun": "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE",
+    "submitit-local": re.sub(r"(\w+)", r"SUBMITIT_LOCAL_\1", "GLOBALID NTASKS LOCALID NTASKS"),
+    "mpirun": re.sub(r"(\w+)", r"OMPI_COMM_WORLD_\1", "RANK SIZE LOCAL_RANK LOCAL_SIZE"),
+}
+
+
 def find_place(env: Mapping[str, str] = os.environ) -> Place:
-    """The place of this process: torchrun first (it may itself run under srun), then submitit, srun.
+    """The place of this process: torchrun and mpirun first (they may themselves run under srun), then srun.
 
     A plain `python` inside a Slurm allocation or an interactive shell is a single process, although
     SLURM_NTASKS may say otherwise: only srun's own step variables count. Raises UserError (code
     "environment") for variables that are missing, no numbers, or out of range.
     """
-    name = env.get("SLURMD_NODENAME") or socket.gethostname()
-    if "RANK" in env and "WORLD_SIZE" in env:
-        world = number(env, "WORLD_SIZE", 1)
-        local = number(env, "LOCAL_WORLD_SIZE", 1, world, default=world)
-        local_rank = number(env, "LOCAL_RANK", 0, local - 1, default=0)
-        return _at_master(env, Place("torchrun", number(env, "RANK", 0, world - 1), world, local_rank, local,
-                                     number(env, "GROUP_RANK", 0, default=0), name))
-    if env.get("SUBMITIT_EXECUTOR") == "local":
-        tasks = number(env, "SUBMITIT_LOCAL_NTASKS", 1)
-        rank = number(env, "SUBMITIT_LOCAL_GLOBALID", 0, tasks - 1)
-        port = _port(f"local {env.get('SUBMITIT_LOCAL_JOB_ID')}")
-        return Place("submitit-local", rank, tasks, rank, tasks, port=port)
+    node_name = env.get("SLURMD_NODENAME") or socket.gethostname()
+    for launcher, names in VARIABLES.items():
+        rank, size, local_rank, local_size = names.split()
+        if rank in env and size in env:
+            world = number(env, size, 1)
+            local = number(env, local_size, 1, world, default=world)
+            place = Place(launcher, number(env, rank, 0, world - 1), world,
+                          number(env, local_rank, 0, local - 1, default=0), local, node_name)
+            return dataclasses.replace(place, **_meeting_point(env, launcher)) if world > 1 else place
     if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env and "SLURM_PTY_PORT" not in env:
-        return _slurm(env, name)
+        return _slurm(env, node_name)
     return Place()
 
 
-def _at_master(env: Mapping[str, str], place: Place) -> Place:
-    """With the address and port that the launcher has put into the environment."""
-    if place.world_size == 1:
-        return place
+def _meeting_point(env: Mapping[str, str], launcher: str) -> dict[str, object]:
+    if launcher == "submitit-local":
+        return {"port": _port(env, "SUBMITIT_LOCAL_JOB_ID")}
     if not env.get("MASTER_ADDR"):
         raise _odd(env, "MASTER_ADDR", "the name of rank 0's node")
-    port, served = number(env, "MASTER_PORT", 1, 65535), env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return dataclasses.replace(place, master_addr=env["MASTER_ADDR"], port=port, served=served)
+    return {"master_addr": env["MASTER_ADDR"], "port": number(env, "MASTER_PORT", 1, 65535),
+            "served": env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"}
 
 
-def _port(start: str) -> int:
-    """Where the processes of this very start meet, for launchers that name no port."""
-    return 20000 + key(0, start) % 12000
+def _port(env: Mapping[str, str], *names: str) -> int:
+    """Where the processes of this very start meet, for launchers that name no port.
+
+    The attempt is part of it: what is left of a job's last attempt isn't met, and a job whose port is taken
+    finds another when it is requeued.
+    """
+    return 20000 + key(0, " ".join(env.get(name, "0") for name in (*names, "SLURM_RESTART_COUNT"))) % 12000
 
 
-def _slurm(env: Mapping[str, str], name: str) -> Place:
-    world = number(env, "SLURM_STEP_NUM_TASKS", 1)
-    counts = tasks_per_node(env)
-    node = number(env, "SLURM_NODEID", 0, len(counts) - 1)
-    local_rank = number(env, "SLURM_LOCALID", 0, counts[node] - 1)
-    # The step is named, so that two steps of one job don't meet, and the attempt, so that a requeued job
-    # doesn't meet what is left of its predecessor. On one node the store listens on loopback alone.
-    start = " ".join(env.get(part, "0") for part in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+def _slurm(env: Mapping[str, str], node_name: str) -> Place:
+    world, counts = number(env, "SLURM_STEP_NUM_TASKS", 1), tasks_per_node(env)
+    local = counts[number(env, "SLURM_NODEID", 0, len(counts) - 1)]
+    # On one node the store listens on loopback alone. Two steps of one job must not meet.
     return Place("submitit-slurm" if env.get("SUBMITIT_EXECUTOR") == "slurm" else "srun",
-                 number(env, "SLURM_PROCID", 0, world - 1), world, local_rank, counts[node], node, name,
-                 first_node(env) if len(counts) > 1 else "127.0.0.1", _port(start))
+                 number(env, "SLURM_PROCID", 0, world - 1), world, number(env, "SLURM_LOCALID", 0, local - 1),
+                 local, node_name, first_node(env) if len(counts) > 1 else "127.0.0.1",
+                 _port(env, "SLURM_JOB_ID", "SLURM_STEP_ID"))
 
 
 def tasks_per_node(env: Mapping[str, str]) -> list[int]:
@@ -313,43 +297,35 @@ def choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.
     kind, _, index = wanted.partition(":")
     kind = usable[0] if kind == "auto" else kind
     if kind not in usable or (index and not index.isdigit()):
-        raise _no_device(f"--device {wanted}: PyTorch finds {' and '.join(usable)} on this machine; use "
-                         "auto, one of these, or a numbered one such as cuda:1.")
+        raise UserError(f"--device {wanted}: PyTorch finds {' and '.join(usable)} on this machine; use "
+                        "auto, one of these, or a numbered one such as cuda:1.", code="device")
     if kind in ("cpu", "mps"):
         return torch.device(kind)
     count = torch.get_device_module(kind).device_count()
-    if not index and 1 < count < local_world_size:
-        raise _no_device(f"{local_world_size} processes on this node but {count} {kind} devices: start "
-                         f"{count} processes per node.")
-    chosen = int(index) if index else (local_rank if count > 1 else 0)
-    if chosen >= count:
-        raise _no_device(f"--device {wanted}: this process sees {count} {kind} device(s), numbered from 0.")
-    return torch.device(kind, chosen)
-
-
-def _no_device(sentence: str) -> UserError:
-    return UserError(sentence, code="device")
+    needed = int(index) + 1 if index else local_world_size if count > 1 else 1
+    if needed > count:
+        raise UserError(f"--device {wanted}: this node needs {needed} {kind} devices for {local_world_size} "
+                        f"process(es), and PyTorch finds {count}: start one per device.", code="device")
+    return torch.device(kind, int(index) if index else local_rank % count)
 
 
 def device_identity(device: torch.device) -> str:
     """What two processes on one node must not share; empty for the CPU, which they may."""
-    if device.type == "cpu":
-        return ""
-    if device.type == "cuda":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        if len(visible) > device.index and visible[device.index].startswith("MIG"):
-            return visible[device.index]  # slices of one GPU report the same uuid
-        return str(torch.cuda.get_device_properties(device).uuid)
-    return str(device)
+    if device.type != "cuda":
+        return "" if device.type == "cpu" else str(device)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[device.index:]
+    if visible and visible[0].startswith("MIG"):
+        return visible[0]  # slices of one GPU report the same uuid
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def refuse_shared_devices(found: list[tuple[int, str]]) -> None:
+def refuse_shared_devices(found: list[tuple[str, str]]) -> None:
     """`found[rank]` is (node, device identity); UserError when two ranks of one node have the same device."""
     for rank, (node, identity) in enumerate(found):
         first = found.index((node, identity))
         if identity and first != rank:
-            raise _no_device(f"ranks {first} and {rank} on node {node} share one device ({identity}): start "
-                             "one process per device, without a number in --device.")
+            raise UserError(f"ranks {first} and {rank} on node {node} share one device ({identity}): start "
+                            "one process per device, without a number in --device.", code="device")
 
 
 # -------------------------------------------------------------------------------------------- rendezvous
@@ -360,12 +336,8 @@ def meet(place: Place, limit: float) -> dist.Store:
     Raises Failure: code "rendezvous" after `limit` seconds, naming the missing ranks; code "port" on rank 0
     where it cannot listen, mostly because another program does.
     """
-    def connect() -> dist.Store:
-        return dist.TCPStore(place.master_addr, place.port, is_master=False, wait_for_workers=False,
-                             timeout=timedelta(seconds=limit))
-
     try:
-        store = _serve(place) if place.rank == 0 and not place.served else _within(limit, connect)
+        store = _serve(place) if place.rank == 0 and not place.served else _connect(place, limit)
         return dist.PrefixStore(name_this_start(store, place, limit), store)
     except (TimeoutError, RuntimeError):
         raise _absent(place, f"found no rank 0 at {place.master_addr}, port {place.port}, within {limit:.0f} "
@@ -393,18 +365,21 @@ def _serve(place: Place) -> dist.Store:
                          master_listen_fd=listener.detach())
 
 
-def _within(seconds: float, work: Callable[[], T]) -> T:
-    """`work()`, or TimeoutError: TCPStore waits for ever for a listener that accepts and says nothing."""
-    answer: Future[T] = Future()
+def _connect(place: Place, limit: float) -> dist.Store:
+    """The store of another, or TimeoutError: TCPStore waits for ever for a listener that says nothing."""
+    found: list[dist.Store] = []
 
-    def run() -> None:
-        try:
-            answer.set_result(work())
-        except BaseException as error:
-            answer.set_exception(error)
+    def connect() -> None:
+        with suppress(RuntimeError):
+            found.append(dist.TCPStore(place.master_addr, place.port, is_master=False, wait_for_workers=False,
+                                       timeout=timedelta(seconds=limit)))
 
-    threading.Thread(target=run, name="rendezvous", daemon=True).start()
-    return answer.result(seconds)
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(limit)
+    if not found:
+        raise TimeoutError
+    return found[0]
 
 
 def name_this_start(store: dist.Store, place: Place, limit: float) -> str:

@@ -9,7 +9,6 @@ configuration taken now, is requeued after a preemption or at its time limit, an
 import argparse
 import dataclasses
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import submitit
 import yaml
@@ -30,7 +29,6 @@ from common.files import read_json, write_json
 from common.ledger import RUNNING, Ledger, Record
 from common.log import logger, setup_logging
 from common.outcome import ExitCode, Outcome
-from common.text import did_you_mean
 from launch.slurm import Job
 from launch.stop import alive, squeue
 
@@ -99,7 +97,7 @@ def submit(options: argparse.Namespace, argv: list[str]) -> int:
     """Check, take the snapshot, submit, and say where to look. `argv` is main.py's."""
     if options.use_volta32:
         logger.warning("--use_volta32 has no effect: use --slurm constraint=NAME for GPUs of one kind.")
-    cluster = choose_cluster(options, argv)
+    cluster = choose_cluster(options)
     check_main_options(argv)
     folder = str(Path(options.job_dir).expanduser().absolute())
     recipe = Path(options.config) if options.config and Path(options.config).is_file() else None
@@ -135,7 +133,7 @@ def submit(options: argparse.Namespace, argv: list[str]) -> int:
     return ExitCode.DONE
 
 
-def choose_cluster(options: argparse.Namespace, argv: list[str]) -> str:
+def choose_cluster(options: argparse.Namespace) -> str:
     """"slurm" or "local", saying why when it was for us to choose."""
     there = shutil.which("sbatch") is not None and shutil.which("srun") is not None
     cluster = options.cluster
@@ -143,10 +141,8 @@ def choose_cluster(options: argparse.Namespace, argv: list[str]) -> str:
         cluster = "slurm" if there else "local"
         logger.info("--cluster auto: %s, because sbatch is%s on the PATH.", cluster, "" if there else " not")
     if cluster == "slurm" and not there:
-        several = " --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29500" if options.nodes > 1 else ""
-        raise UserError(f"--cluster slurm: there is no sbatch on this machine; without Slurm start"
-                        f"{', on each node,' if several else ''} torchrun --nnodes={options.nodes}{several} "
-                        f"--nproc_per_node={options.ngpus} main.py {shlex.join(argv)}", code="no_slurm")
+        raise UserError("--cluster slurm: there is no sbatch on this machine; without Slurm start main.py "
+                        "with torchrun on each node (TRAINING.md).", code="no_slurm")
     if cluster == "local" and options.nodes > 1:
         raise UserError(f"--nodes {options.nodes}: a local job has one.", code="contradiction")
     return cluster
@@ -156,22 +152,16 @@ def check_main_options(argv: list[str]) -> None:
     """Let main.py check its options now: a mistake should not wait in a queue for hours."""
     command = [sys.executable, str(ROOT / "main.py"), "--print_config", "true", *argv]
     answer = subprocess.run(command, capture_output=True, text=True)
-    if not answer.returncode:
+    if answer.returncode == 0:
         return
-    sentence = (answer.stderr.splitlines() or [f"main.py ended with {answer.returncode}"])[-1]
-    sentence = sentence.removeprefix("error: ")
-    if unknown := re.match(r"unknown flag --([\w-]+)", sentence):  # the launcher's may be nearer
-        names = [option.removeprefix("--") for option in parser()._option_string_actions]
-        names += re.findall(r"did you mean --(\w+)\?", sentence)
-        sentence = unknown[0] + (did_you_mean(unknown[1], names, "--{}") or "; --help lists the options.")
-    raise UserError(sentence, code="main_options")
+    raise UserError((answer.stderr.splitlines() or [f"main.py ended with {answer.returncode}"])[-1]
+                    .removeprefix("error: "), code="main_options")
 
 
 def snapshot_folder(folder: str) -> Path:
     """A new folder for the code beside the job's: in the part of `folder` before the first %j."""
-    base = folder.partition("%")[0]
-    base = base if base in (folder, "") or base.endswith("/") else os.path.dirname(base)
-    return Path(base) / "code" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    base = Path(f"{folder}/%".partition("%")[0] + "name").parent
+    return base / "code" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
 
 
 def snapshot(code: Path) -> None:
@@ -186,31 +176,23 @@ def snapshot(code: Path) -> None:
 
 def build_executor(cluster: str, folder: str, options: argparse.Namespace) -> PicklingExecutor:
     """submitit's executor with the launcher's options in Slurm's terms."""
-    gpus = 0 if options.device == "cpu" else options.ngpus
-    minutes = max(1, round(options.timeout * 60))
-    if cluster == "local":
-        executor = submitit.LocalExecutor(folder)
-        executor.update_parameters(timeout_min=minutes, tasks_per_node=options.ngpus, gpus_per_node=gpus,
-                                   signal_delay_s=SIGNAL_DELAY)
-        return executor
-    extra = {}
+    extra = dict(requeue=True)
     for pair in options.slurm:
         key, equals, value = pair.partition("=")
         if not key:
             raise UserError(f"--slurm {pair}: KEY=VALUE is accepted, such as --slurm account=vision.",
                             code="invalid_value")
         extra[key.lstrip("-").replace("-", "_")] = value if equals else True
-    parameters = dict(
-        job_name=options.job_name, time=minutes, nodes=options.nodes, ntasks_per_node=options.ngpus,
-        cpus_per_task=options.cpus_per_task, partition=options.partition, comment=options.comment,
-        signal_delay_s=SIGNAL_DELAY, additional_parameters={"requeue": True, **extra},
+    no_gpus = options.device == "cpu" or any(key.startswith(("gres", "gpus")) for key in extra)
+    executor = submitit.AutoExecutor(folder, cluster=cluster)
+    executor.update_parameters(
+        name=options.job_name, timeout_min=max(1, round(options.timeout * 60)), nodes=options.nodes,
+        tasks_per_node=options.ngpus, cpus_per_task=options.cpus_per_task,
+        gpus_per_node=None if no_gpus else options.ngpus, slurm_partition=options.partition,
+        slurm_comment=options.comment, slurm_signal_delay_s=SIGNAL_DELAY, slurm_additional_parameters=extra,
         # From 22.05 on srun doesn't take this over from the job.
-        setup=["export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"])
-    if gpus and not any(key.startswith(("gres", "gpus")) for key in extra):
-        parameters["gpus_per_node"] = gpus
-    executor = submitit.SlurmExecutor(folder)
-    executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
-    return executor
+        slurm_setup=["export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"])
+    return cast(PicklingExecutor, executor._executor)
 
 
 def script(cluster: str, executor: PicklingExecutor, argv: list[str]) -> str:
@@ -239,9 +221,8 @@ def status(folder: Path) -> str:
     for attempt in attempts[-6:]:
         at = f" at update {attempt['update']}" if "update" in attempt else ""
         then = ", requeued" if attempt.get("requeued") else ", not requeued" if "requeued" in attempt else ""
-        why = attempt.get("reason") or attempt.get("cause")
-        said = f"{attempt['state']}{at}{then}" + (f" ({why})" if why else "")
-        lines.append(f"         attempt {attempt['restarts'] + 1}: {said}")
+        why = attempt.get("reason") or attempt.get("cause") or "no reason recorded"
+        lines.append(f"         attempt {attempt['restarts'] + 1}: {attempt['state']}{at}{then} ({why})")
     if last.get("state") == Outcome.FAILED:
         log = folder / f"{job['id']}_{last.get('rank', 0)}_log.err"
         lines += [f"failure  {last['cause']}", *last_lines(log)]
@@ -255,17 +236,12 @@ def last_lines(log: Path) -> list[str]:
 
 
 def job_state(job: Record, last: Record) -> str:
-    """What Slurm says, or for a local job whether its controller runs and how its last attempt ended."""
-    if job["cluster"] == "local":
-        ended = "COMPLETED" if last.get("state") == Outcome.DONE else "ENDED"
-        return RUNNING if alive(int(job["id"])) else ended
-    if state := squeue(job["id"], "%T"):
-        return state
-    command = ["sacct", "--noheader", "--allocations", f"--jobs={job['id']}", "--format=State"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return "UNKNOWN"
+    """What Slurm says; how the last attempt ended where it has forgotten the job, or never knew it."""
+    if job["cluster"] == "local" and alive(int(job["id"])):
+        return RUNNING
+    ended = last.get("state", "UNKNOWN")
+    asked = squeue(job["id"], "%T") if job["cluster"] == "slurm" else ""
+    return asked or ("ENDED" if ended == RUNNING else ended)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class Task:
         self.slurm, self.id = environment.cluster == "slurm", environment.job_id
         self.folder = Path(job.folder.replace("%j", self.id))
         self.output_dir = Path(job.output_dir.replace("%j", self.id))
-        self.child, self.signalled = None, 0
+        self.signalled = 0
         if not self.slurm:  # which counts the attempts itself
             os.environ["SLURM_RESTART_COUNT"] = str(len(list(self.folder.glob(f"decision-{self.id}-*"))))
 
@@ -70,21 +70,17 @@ class Task:
         """Exit code of main.py; a stop before it could handle signals counts as one that lost nothing."""
         if self.slurm and self.rank == 0 and shutil.which("scontrol") is None:
             logger.warning("No scontrol on this node's PATH: when preempted, the job is saved, not requeued.")
-        for name in ("SIGTERM", "SIGUSR1", "SIGUSR2"):
-            signal.signal(getattr(signal, name), self._forward)
         parent = os.getppid()
         command = [sys.executable, "-u", os.path.join(self.job.code, "main.py"), *self.job.argv]
-        command = [argument.replace("%j", self.id) for argument in command]
-        self.child = subprocess.Popen(command, cwd=self.job.cwd)
-        if self.signalled:  # before there was a process to pass it on to
-            self.child.send_signal(self.signalled)
+        self.child = subprocess.Popen([argument.replace("%j", self.id) for argument in command],
+                                      cwd=self.job.cwd)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # till now they are submitit's
+            signal.signal(number, self._forward)
         while (code := self.child.poll()) is None:
             if os.getppid() != parent:  # slurmstepd or submitit's controller is gone
-                self.child.terminate()
-                try:
-                    self.child.wait(20)
-                finally:
-                    end_now(ExitCode.FAILED)
+                self.child.terminate()  # main.py saves
+                self.child.wait()
+                end_now(ExitCode.FAILED)
             time.sleep(0.2)
         return ExitCode.PAUSED if self.signalled and code == -self.signalled else code
 
@@ -94,24 +90,21 @@ class Task:
         Where Slurm is set up with KillOnBadExit, a task that ended now would take rank 0 with it.
         """
         if self.rank == 0 and self._decides():
-            signalled = signal.Signals(self.signalled).name if self.signalled else "asked to stop"
-            self._requeue(self._ledger(), self._recorded().get("cause") or signalled)
+            self._requeue(self._ledger(), self._recorded().get("cause") or "asked to stop")
         else:
             self._hold()
 
     def after_failure(self, code: int) -> None:
         """Once more, unless the job failed at the same update before."""
         if not self._decides():
-            self._hold()
-            return
+            return self._hold()
         ledger = self._ledger()
         self._complete(ledger, code)
         ended = [a for a in ledger.attempts() if a.get("job") == job_id() and a["state"] == Outcome.FAILED]
         reason = f"at update {ended[-1]['update']}: {ended[-1]['cause']}"
         if len(ended) > 1 and ended[-2]["update"] == ended[-1]["update"]:
-            self._refuse(ledger, f"it failed twice {reason}")
-        else:
-            self._requeue(ledger, f"failed {reason}")
+            return self._refuse(ledger, f"it failed twice {reason}")
+        return self._requeue(ledger, f"failed {reason}")
 
     def _complete(self, ledger: Ledger, code: int) -> None:
         """Record this attempt's failure, where its ranks could not.
@@ -150,15 +143,14 @@ class Task:
         logger.warning("Requeued (%s); attempt %d of at most %d follows.", reason, restarts() + 2,
                        self.job.max_requeue + 1)
         ledger.note(requeued=True, reason=reason)
-        for last in (False, False, False, True):
+        for trial in range(4):
             try:
                 self.environment._requeue(self.job.max_requeue - restarts())  # submitit's; ends a local task
                 break
             except (OSError, subprocess.SubprocessError) as error:
-                logger.error("scontrol requeue failed: %s", error)
                 if self._ending():
                     break  # it was heard all the same
-                if last or isinstance(error, OSError):
+                if trial == 3 or isinstance(error, OSError):
                     return self._refuse(ledger, f"scontrol requeue failed: {error}")
                 time.sleep(PAUSE)
         return self._hold()
@@ -194,5 +186,4 @@ class Task:
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self.signalled = number
-        if self.child is not None and self.child.poll() is None:
-            self.child.send_signal(number)
+        self.child.send_signal(number)

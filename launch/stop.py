@@ -14,7 +14,7 @@ from common.log import logger
 if TYPE_CHECKING:
     from launch.process import Process
 
-STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 SAME_CTRL_C = 1.0  # seconds; torchrun passes on the SIGINT that a terminal has sent to every process already
 OTHERS = "another process was asked to stop"
 
@@ -36,15 +36,14 @@ class StopRequest:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
-        for name in STOP_SIGNALS:
-            number = getattr(signal, name, None)  # Windows has no SIGUSR1
-            if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._on_signal)
-        end = job_end_time(os.environ) if self.stop_before_end else float("inf")
-        self._stop_at = end - self.stop_before_end
-        if end < float("inf"):
-            logger.info("This job ends in %.0f min; training stops %.0f s before that and can be resumed.",
-                        (end - time.time()) / 60, self.stop_before_end)
+        if self.stop_before_end:
+            self._stop_at = job_end_time(os.environ) - self.stop_before_end
+        if self._stop_at < float("inf"):
+            logger.info("Training stops in %.0f min, %.0f s before the job's time limit, and can be resumed.",
+                        (self._stop_at - time.time()) / 60, self.stop_before_end)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -57,12 +56,12 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Whether this process has been asked to stop; others may not know yet."""
-        if not self.reason and time.time() >= self._stop_at:
-            self.reason = f"{self.stop_before_end:.0f} s before the job's time limit"
+        if time.time() >= self._stop_at:
+            self.request(f"{self.stop_before_end:.0f} s before the job's time limit")
         return bool(self.reason)
 
     def request(self, reason: str) -> None:
-        """Ask for a stop from the program itself."""
+        """Ask for a stop; the first reason stays."""
         self.reason = self.reason or reason
 
     def agreed(self, process: "Process") -> bool:
@@ -109,10 +108,10 @@ def job_end_time(env: Mapping[str, str]) -> float:
         return float(env["SLURM_JOB_END_TIME"])
     if "SLURM_JOB_ID" not in env or env.get("SLURM_PROCID", "0") != "0":
         return float("inf")
-    with suppress(ValueError):  # of N/A, and of no answer
+    try:
         return datetime.fromisoformat(squeue(env["SLURM_JOB_ID"], "%e")).timestamp()
-    logger.info("squeue reports no time limit of this job: --stop_before_end has no effect.")
-    return float("inf")
+    except ValueError:  # of N/A, and of no answer
+        return float("inf")
 
 
 def squeue(job: str, what: str) -> str:
@@ -137,10 +136,7 @@ def end_now(code: int) -> None:
     """End this process at once, with its loader workers, without waiting for threads or collectives."""
     # The main thread may be about to fork a loader worker, which would be missed below: it waits for the end.
     os.register_at_fork(before=lambda: time.sleep(3600))
-    pids: list[int] = []
     with suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
-        pids += map(int, file.read().split())
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        for pid in file.read().split():
+            os.kill(int(pid), signal.SIGKILL)
     os._exit(code)

@@ -11,12 +11,9 @@ import json
 import os
 import re
 import signal
-import sys
 import threading
 import time
-import traceback
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -36,9 +33,6 @@ GRACE_WITHOUT_LAUNCHER = 15.0
 # The patience is hang_timeout times this: an index of a million images on a cold network disk takes its time,
 # and the first update, which compiles and fills caches, has three times the patience too.
 PATIENCE = {"start": 10, "saving": 3}
-FIRST_UPDATE_PATIENCE = 3
-WORDS = {"start": "start-up", "data": "data loading", "forward": "the forward pass",
-         "backward": "the backward pass", "step": "the optimizer step"}
 # What gloo and NCCL say when a peer is gone: never the first cause, that is what ended the peer.
 LOST_PEER = re.compile("(closed|reset) by peer|broken pipe|connection (refused|was likely closed)|"
                        "socket closed|failed to (recv|send)|remote process exited|timed out waiting", re.I)
@@ -66,7 +60,7 @@ class Beat:
     """One rank's heartbeat.
 
     `order` grows with the work done, the same on all ranks; `age` is the time since the last progress,
-    `patience` how long that may take.
+    `patience` how long that may take, `silence` the time since the last heartbeat.
     """
 
     rank: int
@@ -79,10 +73,10 @@ class Beat:
     patience: float = float("inf")
     waits_in: str = ""
     count: int = 0
+    silence: float = 0.0
     left: bool = False
     name = property(lambda self: f"rank {self.rank} ({self.node})")
-    at = property(lambda self: f" at update {self.update}" if self.update >= 0 else "")
-    where = property(lambda self: WORDS.get(self.phase, self.phase) + self.at)
+    where = property(lambda self: f"phase {self.phase}, update {max(self.update, 0)}")
 
 
 @dataclasses.dataclass
@@ -110,10 +104,10 @@ class Watchdog:
         self.beat = Beat(process.rank, process.node_name, os.getpid())
         self.record_in(folder)
         self._store: dist.Store = dist.HashStore()
-        self._clock, self._since, self._written = RunningClock(), 0.0, float("-inf")
-        self._asked = None  # when the store was asked what it has not answered yet
+        self._clock, self._since = RunningClock(), 0.0
+        self._asked = float("inf")  # when the store was asked what it has not answered yet
         self._error: BaseException | None = None  # with which the main thread has left the block
-        self._first_update, self._orphaned = None, False
+        self._first_update = float("inf")
         self._seen: dict[int, tuple[int, float]] = {}
         self._visible: set[int] = set()
         self._stop, self._ending = threading.Event(), threading.Lock()
@@ -129,8 +123,8 @@ class Watchdog:
         Calling it again with the same name is a sign of progress within the phase (batches of an evaluation).
         """
         self.beat.order += (name, update) != (self.beat.phase, self.beat.update)
-        if self._first_update is None and update >= 0 and name == "data":
-            self._first_update = update
+        if name == "data" and update >= 0:
+            self._first_update = min(self._first_update, update)
         self.beat.phase, self.beat.update, self._since = name, update, self._clock()
 
     def __enter__(self) -> "Watchdog":
@@ -139,27 +133,24 @@ class Watchdog:
             self._send()
             self.process.barrier()
             self._main_pid = self._beats()[0].pid
-            if self.hang_timeout:
-                self.process.set_timeout(timedelta(days=365))
         for run in (self._tick, self._watch):
             threading.Thread(target=run, name=f"watchdog{run.__name__}", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        together = self.process.store is not None
-        error = None if isinstance(error, SystemExit) else error
-        if together and error is None:
+        if self.process.store is not None:
             try:
-                self.process.barrier()
-                self.beat.left = True
-                self._send()
+                if error is None:
+                    self.process.barrier()
+                    self.beat.left = True
+                    self._send()
             except Exception as lost:  # a peer failed after this rank was done
                 error = lost
-        if together and error is not None:
-            for number in (signal.SIGTERM, signal.SIGINT):  # launchers end the peers: first the words
-                signal.signal(number, signal.SIG_IGN)
-            self._since, self._error = self._clock(), error
-            threading.Event().wait()  # the watching thread says why, and ends the process
+            if error is not None:
+                for number in (signal.SIGTERM, signal.SIGINT):  # launchers end the peers: first the words
+                    signal.signal(number, signal.SIG_IGN)
+                self._since, self._error = self._clock(), error
+                threading.Event().wait()  # the watching thread says why, and ends the process
         self._stop.set()
         if error is not None:
             self._record(self._cause(self.beat, _sentence(error)))
@@ -168,28 +159,26 @@ class Watchdog:
 
     def _tick(self) -> None:
         """Keep the clock; end with the launcher, or when the store doesn't answer. It never waits itself."""
-        launched = self.process.launcher != "none"
         while not self._stop.wait(BEAT_EVERY):
             self._clock.tick()
-            if launched and os.getppid() != self._parent and not self._orphaned:
-                self._orphaned = True
+            if self.process.launcher != "none" and os.getppid() != self._parent:
                 os.kill(os.getpid(), signal.SIGTERM)  # so that training saves
-                threading.Timer(GRACE_WITHOUT_LAUNCHER, end_now, (ExitCode.FAILED,)).start()
-            waits = 0.0 if (asked := self._asked) is None else self._clock() - asked
-            if self.hang_timeout and waits > self.hang_timeout:
-                self._end(self._store_gone(f"no answer for {waits:.0f} s"))
+                if not self._stop.wait(GRACE_WITHOUT_LAUNCHER):
+                    end_now(ExitCode.FAILED)
+                return
+            if self.hang_timeout and self._clock() - self._asked > self.hang_timeout:
+                self._end(self._store_gone(f"no answer for {self.hang_timeout:.0f} s"))
 
     def _watch(self) -> None:
         """Beat and look; this thread may wait for a disk, or for a store whose owner was stopped."""
         while not self._stop.wait(BEAT_EVERY):
-            if self.folder is not None and self.process.is_main and time.monotonic() - self._written >= 10:
-                self._written = time.monotonic()
+            if self.folder is not None and self.process.is_main and self.beat.count % 10 == 1:
                 Ledger(self.folder).progress(pid=self._main_pid, world_size=self.process.world_size,
                                              update=self.beat.update, phase=self.beat.phase)
             try:
                 self._asked = self._clock()
                 cause = self._look()
-                self._asked = None
+                self._asked = float("inf")
             except Exception as error:  # of the store; their kinds differ between torch versions
                 if os.getppid() != self._parent or self._stop.wait(2):  # the launcher is gone, or all is done
                     return
@@ -200,24 +189,20 @@ class Watchdog:
     def _look(self) -> Cause | None:
         """The cause that has been declared, or that this rank has or sees, and declares."""
         self._send()
-        if self._store.check(["watchdog/cause"]):
-            return Cause(**json.loads(self._store.get("watchdog/cause")))
-        error, cause = self._error, None
+        error = self._error
         lost = isinstance(error, RuntimeError) and LOST_PEER.search(str(error)) is not None
         if error is not None and (not lost or self._clock() - self._since > 2 * SILENT_AFTER):
             text = f"{self.beat.name} failed in {self.beat.where}: {_sentence(error)}"
             cause = self._cause(self.beat, text, code=getattr(error, "exit_code", ExitCode.FAILED))
-        elif lost or self.process.local_rank < 2:  # two watch on each node, for one may be what hangs
-            cause = self._judge(self._beats(), lost)
-        if cause is None:
-            return None
-        mine = json.dumps(dataclasses.asdict(cause))
-        return Cause(**json.loads(self._store.compare_set("watchdog/cause", "", mine)))
+        else:  # two watch on each node, for one may be what hangs
+            cause = self._judge(self._beats(), lost) if lost or self.process.local_rank < 2 else None
+        mine = json.dumps(dataclasses.asdict(cause)) if cause is not None else ""
+        declared = self._store.compare_set("watchdog/cause", "", mine)  # the first one stays
+        return Cause(**json.loads(declared)) if declared else None
 
     def _send(self) -> None:
         beat = self.beat
-        first = self._first_update is None or beat.update <= self._first_update
-        times = PATIENCE.get(beat.phase, FIRST_UPDATE_PATIENCE if first else 1)
+        times = PATIENCE.get(beat.phase, 3 if beat.update <= self._first_update else 1)
         beat.patience = self.hang_timeout * times or float("inf")
         beat.age, beat.waits_in = self._clock() - self._since, self.process.waits_in
         beat.count += 1
@@ -230,11 +215,9 @@ class Watchdog:
         for beat in beats:
             if beat.count != self._seen.get(beat.rank, (-1, 0.0))[0]:
                 self._seen[beat.rank] = beat.count, self._clock()
-            beat.age += self._silence(beat)
-        return [beat for beat in beats if not beat.left]
-
-    def _silence(self, beat: Beat) -> float:
-        return self._clock() - self._seen[beat.rank][1]
+            beat.silence = self._clock() - self._seen[beat.rank][1]
+            beat.age += beat.silence
+        return [beat for beat in beats if not beat.left] or [self.beat]
 
     # ----------------------------------------------------------------------------------------------- causes
 
@@ -244,33 +227,28 @@ class Watchdog:
         `lost` says that a connection to some rank broke: one that is silent now is the one. A process of this
         node that is missing is gone if it was seen alive once; containers hide others.
         """
-        if not beats:
-            return None
         here = {beat.rank for beat in beats if beat.node == self.beat.node and alive(beat.pid)}
         self._visible |= here
-        worst = max(beats, key=lambda beat: (beat.rank in self._visible - here, self._silence(beat)))
-        silence = self._silence(worst)
-        if worst.rank in self._visible - here or lost and silence > SILENT_AFTER:
-            return self._cause(worst, f"{worst.name} is gone without a word, last in {worst.where}: killed "
-                               "by a signal, out of memory, or its node is down")
-        if silence > worst.patience:
-            return self._cause(worst, f"{worst.name} has given no sign of life for {silence:.0f} s, last in "
-                               f"{worst.where} (stopped, or its node is gone)", hang=True)
+        worst = max(beats, key=lambda beat: (beat.rank in self._visible - here, beat.silence))
+        hang = worst.silence > worst.patience
+        if hang or worst.rank in self._visible - here or lost and worst.silence > SILENT_AFTER:
+            return self._cause(worst, f"{worst.name} is gone without a word, last in {worst.where}: killed, "
+                               "stopped, out of memory, or its node is down", hang=hang)
         busy = [beat for beat in beats if not beat.waits_in] or beats
         worst = min(busy, key=lambda beat: (beat.order, beat.age))
         if worst.age <= worst.patience:
             return None
-        others = ", ".join(f"rank {b.rank} in {b.waits_in or b.where}" for b in beats if b is not worst)
-        text = f"{worst.name} has been in {worst.waits_in or worst.where} for {worst.age:.0f} s"
-        return self._cause(worst, f"{text} (--hang_timeout); others: {others[:500] or 'none'}", hang=True)
+        where = ", ".join(f"rank {b.rank} in {b.waits_in or b.where}" for b in beats)[:500]
+        return self._cause(worst, f"{worst.name} keeps the others waiting for {worst.age:.0f} s "
+                           f"(--hang_timeout): {where}", hang=True)
 
     def _cause(self, beat: Beat, text: str, **more: str | int) -> Cause:
         return Cause(**{**dataclasses.asdict(beat), "text": text, "teller": self.beat.rank, **more})
 
     def _store_gone(self, detail: str) -> Cause:
-        text = (f"rank 0 ({self.process.master_addr}) is gone or doesn't answer: killed, stopped, or its "
-                f"node is down ({detail}); {self.beat.name} was in {self.beat.where}")
-        return self._cause(self.beat, text, rank=0, hang=True)
+        return self._cause(self.beat, f"rank 0 ({self.process.master_addr}) is gone or doesn't answer: "
+                           f"killed, stopped, or its node is down ({detail}); {self.beat.name} was in "
+                           f"{self.beat.where}", rank=0, hang=True)
 
     # ---------------------------------------------------------------------------------------------- the end
 
@@ -279,15 +257,15 @@ class Watchdog:
         self._ending.acquire()  # for ever when the other thread is at it
         mine, text = cause.teller == self.beat.rank, cause.text.rstrip(".")
         if cause.hang:
-            text += f"; Python stacks: {self._dump_stacks()}"
+            with suppress(OSError), open(self._stacks(str(self.beat.rank)) or os.dup(2), "w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+            text += f"; Python stacks: {self._stacks('*') or 'above'}"
         if self.process.is_main or mine:
             self._record(cause)
-        if not mine:
-            text = f"{self.beat.name} ends: {text}"
-        elif cause.rank == self.beat.rank and self._error is not None:
-            text = "".join(traceback.format_exception(self._error)).strip()
-        logger.error("%s", self._error if mine and isinstance(self._error, UserError) else text)
-        sys.stderr.flush()
+        own = self._error if mine and cause.rank == self.beat.rank else None
+        if isinstance(own, UserError):  # whose sentence says it all
+            text, own = str(own), None
+        logger.error("%s%s", "" if mine else f"{self.beat.name} ends: ", text, exc_info=own)
         time.sleep((LINGER + (not mine)) * (self.process.world_size > 1))
         end_now(cause.code)
 
@@ -296,12 +274,8 @@ class Watchdog:
             Ledger(self.folder).fail(cause.text, pid=self._main_pid, update=cause.update, rank=cause.rank,
                                      node=cause.node, phase=cause.phase)
 
-    def _dump_stacks(self) -> str:
-        """Write this rank's; returns where all ranks have theirs."""
-        name = self.folder / f"stacks-rank{self.beat.rank}.txt" if self.folder else os.dup(2)
-        with suppress(OSError), open(name, "w") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-        return f"{self.folder}/stacks-rank*.txt" if self.folder else "above"
+    def _stacks(self, rank: str) -> str:
+        return f"{self.folder}/stacks-rank{rank}.txt" if self.folder else ""
 
 
 def _sentence(error: BaseException) -> str:

@@ -63,10 +63,9 @@ def _logits_and_gradients(call: nn.Module, model: nn.Module, shape: tuple[int, .
     device, draw = next(model.parameters()).device, torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=draw).to(device)
     # Nothing is dropped, so that every layer shows.
-    draws = int(getattr(model, "num_drop_draws", 0))
-    drops = (torch.ones(shape[0], draws, device=device),) if draws else ()
+    keep_all = torch.ones(shape[0], cast(int, model.num_drop_draws), device=device)
     with nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype):
-        logits = call(x, *drops).float()
+        logits = call(x, keep_all).float()
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(logits.square().mean(), parameters)
     return [tensor.detach().cpu() for tensor in (logits, *gradients)]

@@ -126,10 +126,7 @@ class GlobalLocalFilter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         local, remote = self.pre_norm(x).chunk(2, dim=1)
-        if self.fourier is None:
-            remote = global_filter(remote, self.complex_weight)
-        else:
-            remote = self.fourier(remote, self.complex_weight)
+        remote = (self.fourier or global_filter)(remote, self.complex_weight)
         post_norm = call_in_float32 if computes_in_float16(self.post_norm) else call
         return post_norm(self.post_norm, interleave(self.dw(local), remote))
 

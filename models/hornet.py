@@ -176,14 +176,13 @@ class HorNet(nn.Module):
                               stop_early: bool = False, output_fmt: str = "NCHW",
                               intermediates_only: bool = False) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Outputs of the stages named by `indices`, as timm's `features_only` asks for them."""
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f'output_fmt {output_fmt!r}: "NCHW" or "NHWC" is needed')
+        if output_fmt != "NCHW":
+            raise ValueError(f'output_fmt {output_fmt!r}: "NCHW" is needed')
         take, last = feature_take_indices(len(self.stages), indices)
         outputs = self._stage_outputs(x, None, last + 1 if stop_early else len(self.stages))
-        final, found = outputs[-1], [outputs[index].permute(0, 2, 3, 1) for index in take]
+        final, found = outputs[-1], [outputs[index] for index in take]
         if norm and take and take[-1] == 3:
-            found[-1] = self.norm(found[-1])
-        found = found if output_fmt == "NHWC" else [out.permute(0, 3, 1, 2) for out in found]
+            found[-1] = self.norm(final.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return found if intermediates_only else (final, found)
 
     def prune_intermediate_layers(self, indices: int | list[int] = 1, prune_norm: bool = False,

@@ -1,6 +1,9 @@
 """Compile, load and call `kernels.cpp`: CPU kernels that PyTorch lacks or has only in a slow form.
 
 Built with the system's C++ compiler on first use. Without a compiler everything runs in plain PyTorch.
+
+Those with a gradient give their output and a tuple of what `NAME_backward(gradient, *kept)` needs, which
+gives a gradient, or None, for each argument.
 """
 import ctypes
 from functools import cache
@@ -42,17 +45,18 @@ def _pixels(x: Tensor) -> tuple[Tensor, int]:
     return x, step
 
 
-def depthwise(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
+def depthwise(x: Tensor, taps: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple]:
     """x (B, H, W, C) float32 or bfloat16, taps (k * k, C) float32 with k 3 or 7, bias (C,) float32."""
     x, step = _pixels(x)
     out = torch.empty(x.shape, dtype=x.dtype)
     shape = torch.tensor(x.shape)
     size = 7 if len(taps) == 49 else 3
     _call(f"depthwise_{NAMES[x.dtype]}", x, step, taps, bias, out, x.shape[3], shape, size)
-    return out
+    return out, (x, taps, bias)
 
 
-def depthwise_backward(x: Tensor, grad: Tensor, taps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def depthwise_backward(grad: Tensor, x: Tensor, taps: Tensor,
+                       bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of x, taps and bias."""
     x, step = _pixels(x)
     grad, grad_step = _pixels(grad)
@@ -61,32 +65,34 @@ def depthwise_backward(x: Tensor, grad: Tensor, taps: Tensor) -> tuple[Tensor, T
     _call(f"depthwise_backward_{NAMES[x.dtype]}", x, step, grad, grad_step, taps, dx, x.shape[3], partial,
           torch.tensor(x.shape), 7 if len(taps) == 49 else 3)
     total = partial.sum(0)
-    return dx, total[:-1], total[-1]
+    return dx, total[:-1], None if bias is None else total[-1]
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float,
-               dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise the last axis of a contiguous x: the output in `dtype`, each row's mean and 1 / deviation."""
+               dtype: torch.dtype) -> tuple[Tensor, tuple]:
+    """Normalise the last axis of a contiguous x: the output in `dtype`; each row's mean and 1 / deviation are
+    kept.
+    """
     rows, channels = x.numel() // x.shape[-1], x.shape[-1]
     out, mean, rstd = torch.empty(x.shape, dtype=dtype), torch.empty(rows), torch.empty(rows)
     _call(f"layer_norm_{NAMES[x.dtype]}_{NAMES[dtype]}", x, weight, bias, out, mean, rstd, rows, channels,
           float(eps))
-    return out, mean, rstd
+    return out, (x, weight, mean, rstd)
 
 
-def layer_norm_backward(x: Tensor, grad: Tensor, weight: Tensor, mean: Tensor,
-                        rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple:
     """Gradients of x, weight and bias."""
+    grad = grad.contiguous()
     rows, channels = x.numel() // x.shape[-1], x.shape[-1]
     dx, partial = torch.empty_like(x), torch.empty(CHUNKS, 2, channels)
     _call(f"layer_norm_backward_{NAMES[x.dtype]}_{NAMES[grad.dtype]}", x, grad, weight, mean, rstd, dx,
           partial, rows, channels, CHUNKS)
     total = partial.sum(0)
-    return dx, total[0], total[1]
+    return dx, total[0], total[1], None, None
 
 
 def join(x: Tensor, y: Tensor, gamma: Tensor, keep: Tensor | None, slot: Tensor | None,
-         out: Tensor | None = None) -> Tensor:
+         out: Tensor | None = None) -> tuple[Tensor, tuple]:
     """x (B, H, W, C) + keep (B,) * gamma (C,) * y (kept, H, W, C); `slot` (B,) int64 is a row of y or -1.
 
     Without `keep` it is 1, without `slot` every image has its row. `out` can be y when no image is left out.
@@ -95,17 +101,17 @@ def join(x: Tensor, y: Tensor, gamma: Tensor, keep: Tensor | None, slot: Tensor 
     images, height, width, channels = x.shape
     _call(f"join_{NAMES[x.dtype]}_{NAMES[y.dtype]}", x, y, gamma, keep, slot, out, images, height * width,
           channels)
-    return out
+    return out, (y, gamma, keep, slot)
 
 
-def join_backward(grad: Tensor, y: Tensor, gamma: Tensor, keep: Tensor | None,
-                  slot: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradients of y and gamma."""
+def join_backward(grad: Tensor, y: Tensor, gamma: Tensor, keep: Tensor | None, slot: Tensor | None) -> tuple:
+    """Gradients of x, y and gamma."""
+    grad = grad.contiguous()
     images, height, width, channels = grad.shape
     dy, partial = torch.empty_like(y), torch.empty(images, channels)
     _call(f"join_backward_{NAMES[grad.dtype]}_{NAMES[y.dtype]}", grad, y, gamma, keep, slot, dy, partial,
           images, height * width, channels)
-    return dy, partial.sum(0)
+    return grad, dy, partial.sum(0), None, None
 
 
 def weight_grad(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,17 +138,18 @@ def _dft_tables(height: int, width: int) -> Tensor:
     return torch.cat([part.flatten() for part in parts]).float()
 
 
-def global_local(x: Tensor, taps: Tensor, spectrum: Tensor) -> Tensor:
+def global_local(x: Tensor, taps: Tensor, spectrum: Tensor) -> tuple[Tensor, tuple]:
     """x (B, H, W, 2 C) contiguous, taps (9, C) and spectrum (H, W // 2 + 1, 2, C) float32 contiguous."""
     batch, height, width, channels = x.shape
     out, shape = torch.empty_like(x), torch.tensor((batch, height, width, channels // 2))
     _call(f"global_local_{NAMES[x.dtype]}", x, taps, spectrum, _dft_tables(height, width), out, shape)
-    return out
+    return out, (x, taps, spectrum)
 
 
-def global_local_backward(x: Tensor, grad: Tensor, taps: Tensor,
+def global_local_backward(grad: Tensor, x: Tensor, taps: Tensor,
                           spectrum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, taps and spectrum."""
+    grad = grad.contiguous()
     batch, height, width, channels = x.shape
     dx, groups, half = torch.empty_like(x), min(batch, 8), channels // 2
     partial = torch.empty(groups, 9 + spectrum.numel() // half, half)

@@ -12,8 +12,12 @@ keeps true float32 on CPUs where that switch would round to bfloat16. Under auto
 float32.
 """
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
+from operator import itemgetter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -60,130 +64,22 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = 
     return out.to(x.dtype)
 
 
-def linear_grads(x: Tensor, weight: Tensor, grad: Tensor,
-                 runner: "BlockRunner") -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (rows, in), weight (out, in) and bias from grad (rows, out)."""
-    if grad.dtype != product_dtype(grad.dtype):
-        d_x, d_weight, d_bias = linear_grads(x.float(), weight.float(), grad.float(), runner)
-        return d_x.to(grad.dtype), d_weight.to(grad.dtype), d_bias.to(grad.dtype)
-    if grad.dtype == torch.bfloat16 or not runner.onednn:  # the default library is at its peak here
-        return grad @ weight, grad.t() @ x, grad.sum(0)
-    d_x = product(grad, weight.t())
-    if runner.compiled:
-        return d_x, *kernels.weight_grad(x, grad)
-    if grad.shape[1] > x.shape[1]:  # oneDNN copies its first operand: let it be the narrow one
-        return d_x, product(x.t(), grad.t()).t().contiguous(), grad.sum(0)
-    return d_x, product(grad.t(), x.t()), grad.sum(0)
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, runner: "BlockRunner") -> Tensor:
-        hidden = product(x, weight, bias, onednn=runner.onednn)
-        out = kernels.gelu(hidden, with_slope=True) if gelu else hidden
-        ctx.save_for_backward(x, weight, hidden if gelu else None)  # GELU's slope by now
-        ctx.runner = runner
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        x, weight, slope = ctx.saved_tensors
-        grad = grad.contiguous() if slope is None else grad * slope
-        d_x, d_weight, d_bias = linear_grads(x.flatten(0, -2), weight, grad.flatten(0, -2), ctx.runner)
-        return d_x.view(x.shape), d_weight, d_bias, None, None
-
-
-class _Recursion(torch.autograd.Function):
-    """`BlockRunner.recursion` in one piece: the gates' gradients are written side by side and need no
-    concatenation.
+class _Differentiable(torch.autograd.Function):
+    """A function with a backward of its own: `forward(*arguments)` gives the output and the tensors that are
+    kept, `backward(gradient, *kept)` a gradient for each argument.
     """
 
     @staticmethod
-    def forward(ctx, runner: "BlockRunner", p: Tensor, q: Tensor, *parameters: Tensor) -> Tensor:
-        hidden, states, start = p, [], 0
-        for weight, bias in zip((None, *parameters[::2]), (None, *parameters[1::2])):
-            if weight is not None:
-                hidden = product(states[-1], weight, bias, onednn=runner.onednn)
-                states.append(hidden)
-            states.append(kernels.gate(hidden, q[..., start:start + hidden.shape[-1]]))
-            start += hidden.shape[-1]
-        ctx.save_for_backward(p, q, *parameters[::2], *states[:-1])
-        ctx.runner = runner
-        return states[-1]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        p, q, *rest = ctx.saved_tensors
-        steps = len(rest) // 3
-        weights, states = rest[:steps], rest[steps:]
-        d_q, end, grads = torch.empty(q.shape, dtype=q.dtype), q.shape[-1], []
-        grad = grad.contiguous()
-        for k in reversed(range(steps + 1)):
-            hidden = states[2 * k - 1] if k else p
-            gate = slice(end - hidden.shape[-1], end)
-            grad, end = kernels.gate_backward(grad, hidden, q[..., gate], d_q[..., gate]), gate.start
-            if k:
-                x = states[2 * k - 2]
-                d_x, *both = linear_grads(x.flatten(0, -2), weights[k - 1], grad.flatten(0, -2), ctx.runner)
-                grad, grads = d_x.view(x.shape), both + grads
-        return None, grad, d_q, *grads
-
-
-class _Depthwise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, taps)
-        ctx.has_bias = bias is not None
-        return kernels.depthwise(x, taps, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        x, taps = ctx.saved_tensors
-        d_x, d_taps, d_bias = kernels.depthwise_backward(x, grad, taps)
-        return d_x, d_taps, d_bias if ctx.has_bias else None
-
-
-class _GlobalLocal(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, taps: Tensor, parts: Tensor) -> Tensor:
-        ctx.save_for_backward(x, taps, parts)
-        return kernels.global_local(x, taps, parts)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        x, taps, parts = ctx.saved_tensors
-        return kernels.global_local_backward(x, grad.contiguous(), taps, parts)
-
-
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        out, mean, rstd = kernels.layer_norm(x, weight, bias, eps, dtype)
-        ctx.save_for_backward(x, weight, mean, rstd)
+    def forward(ctx, forward: Callable, backward: Callable, *arguments) -> Tensor:
+        out, kept = forward(*arguments)
+        ctx.save_for_backward(*kept)
+        ctx.function = backward
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        x, weight, mean, rstd = ctx.saved_tensors
-        return *kernels.layer_norm_backward(x, grad.contiguous(), weight, mean, rstd), None, None
-
-
-class _Join(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, gamma: Tensor, keep: Tensor | None, slot: Tensor | None) -> Tensor:
-        ctx.save_for_backward(y, gamma, keep, slot)
-        return kernels.join(x, y, gamma, keep, slot)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        grad = grad.contiguous()
-        return grad, *kernels.join_backward(grad, *ctx.saved_tensors), None, None
+        return None, None, *ctx.function(grad, *ctx.saved_tensors)
 
 
 class BlockRunner:
@@ -243,14 +139,41 @@ class BlockRunner:
         if not torch.is_grad_enabled():
             return product(x, matrix, bias, gelu, self.onednn)
         if gelu and not self.compiled:
-            return F.gelu(_Linear.apply(x, matrix, bias, False, self))
-        return _Linear.apply(x, matrix, bias, gelu, self)
+            return F.gelu(self.linear(x, layer, dtype))
+        return _Differentiable.apply(self._linear, self._linear_backward, x, matrix, bias, gelu)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> tuple[Tensor, tuple]:
+        out = hidden = product(x, weight, bias, onednn=self.onednn)
+        if not gelu:
+            return out, (x, weight, None)
+        out = kernels.gelu(hidden, with_slope=True)
+        return out, (x, weight, hidden)  # GELU's slope by now
+
+    def _linear_backward(self, grad: Tensor, x: Tensor, weight: Tensor, slope: Tensor | None) -> tuple:
+        grad = grad.contiguous() if slope is None else grad * slope
+        return *self._linear_grads(x, weight, grad), None
+
+    def _linear_grads(self, x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x (..., in), weight (out, in) and bias from grad (..., out)."""
+        if grad.dtype != product_dtype(grad.dtype):
+            grads = self._linear_grads(x.float(), weight.float(), grad.float())
+            return grads[0].to(grad.dtype), grads[1].to(grad.dtype), grads[2].to(grad.dtype)
+        shape, x, grad = x.shape, x.flatten(0, -2), grad.flatten(0, -2)
+        if grad.dtype == torch.bfloat16 or not self.onednn:  # the default library is at its peak here
+            return (grad @ weight).view(shape), grad.t() @ x, grad.sum(0)
+        d_x = product(grad, weight.t()).view(shape)
+        if self.compiled:
+            return d_x, *kernels.weight_grad(x, grad)
+        if grad.shape[1] > x.shape[1]:  # oneDNN copies its first operand: let it be the narrow one
+            return d_x, product(x.t(), grad.t()).t().contiguous(), grad.sum(0)
+        return d_x, product(grad.t(), x.t()), grad.sum(0)
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         """Over the last axis, given in `dtype`."""
         if not self.compiled:
             return F.layer_norm(x, weight.shape, weight, bias, eps)
-        return _LayerNorm.apply(x.contiguous(), weight.float(), bias.float(), eps, dtype)
+        return _Differentiable.apply(kernels.layer_norm, kernels.layer_norm_backward, x.contiguous(),
+                                     weight.float(), bias.float(), eps, dtype)
 
     def _prepared(self, make: Callable[[], tuple], *key) -> tuple:
         """What `make` gives, computed once while weights are packed, every time otherwise."""
@@ -272,7 +195,8 @@ class BlockRunner:
         def make() -> tuple[Tensor, Tensor | None]:
             taps = (weight.float() * scale).flatten(1).t().contiguous()
             return taps, None if bias is None else (bias.float() * scale).contiguous()
-        return _Depthwise.apply(x.to(dtype), *self._prepared(make, id(weight), scale))
+        return _Differentiable.apply(kernels.depthwise, kernels.depthwise_backward, x.to(dtype),
+                                     *self._prepared(make, id(weight), scale))
 
     def global_local(self, x: Tensor, weight: Tensor, spectrum: Tensor, dtype: torch.dtype) -> Tensor:
         """Both halves in one kernel, with the Fourier transform as small matrix products; FFT for large maps.
@@ -286,14 +210,17 @@ class BlockRunner:
         def make() -> tuple[Tensor, Tensor]:
             resized = resize_filter(spectrum.float(), (height, width // 2 + 1))
             return weight.float().flatten(1).t().contiguous(), resized.permute(1, 2, 3, 0).contiguous()
-        return _GlobalLocal.apply(x.to(dtype).contiguous(), *self._prepared(make, id(weight), height, width))
+        return _Differentiable.apply(
+            kernels.global_local, kernels.global_local_backward, x.to(dtype).contiguous(),
+            *self._prepared(make, id(weight), height, width))
 
     def recursion(self, p: Tensor, q: Tensor, projections: Iterable[Any], dtype: torch.dtype) -> Tensor:
         """x = p * q[0], then x = layers[k](x) * q[k + 1]; q's parts lie side by side in its channels."""
         layers = list(projections)
         if self.compiled and torch.is_grad_enabled():
             parameters = [t.to(dtype) for layer in layers for t in (layer.weight.flatten(1), layer.bias)]
-            return _Recursion.apply(self, p.to(dtype), q.to(dtype), *parameters)
+            return _Differentiable.apply(self._recursion, self._recursion_backward, p.to(dtype), q.to(dtype),
+                                         *parameters)
         gates = q.split([p.shape[-1], *(layer.weight.shape[0] for layer in layers)], dim=-1)
         x = p * gates[0]
         for layer, gate in zip(layers, gates[1:]):
@@ -301,6 +228,29 @@ class BlockRunner:
             # Without gradients the product overwrites the projection's fresh output.
             x = x * gate if torch.is_grad_enabled() or x.dtype != gate.dtype else x.mul_(gate)
         return x
+
+    def _recursion(self, p: Tensor, q: Tensor, *parameters: Tensor) -> tuple[Tensor, tuple]:
+        states, start = [kernels.gate(p, q[..., :p.shape[-1]])], p.shape[-1]
+        for weight, bias in zip(parameters[::2], parameters[1::2]):
+            hidden = product(states[-1], weight, bias, onednn=self.onednn)
+            states += hidden, kernels.gate(hidden, q[..., start:start + len(weight)])
+            start += len(weight)
+        return states[-1], (p, q, *parameters[::2], *states[:-1])
+
+    def _recursion_backward(self, grad: Tensor, p: Tensor, q: Tensor, *rest: Tensor) -> tuple:
+        """The gates' gradients are written side by side and need no concatenation."""
+        steps = len(rest) // 3
+        weights, states = rest[:steps], (p, *rest[steps:])
+        d_q, end, grads = torch.empty(q.shape, dtype=q.dtype), q.shape[-1], []
+        grad = grad.contiguous()
+        for k in reversed(range(steps + 1)):
+            hidden = states[2 * k]
+            gate = slice(end - hidden.shape[-1], end)
+            grad, end = kernels.gate_backward(grad, hidden, q[..., gate], d_q[..., gate]), gate.start
+            if k:
+                grad, *both = self._linear_grads(states[2 * k - 1], weights[k - 1], grad)
+                grads = both + grads
+        return grad, d_q, *grads
 
     def join(self, x: Tensor, branch: Callable[[Tensor], Tensor], gamma: Tensor | None,
              keep: Tensor | None) -> Tensor:
@@ -321,15 +271,15 @@ class BlockRunner:
             y = y.to(x.dtype)
         keep = None if keep is None else keep.float().contiguous()
         if not torch.is_grad_enabled() and taken is x and y.dtype == x.dtype:
-            return kernels.join(x, y, gamma.float(), keep, slot, out=y)
-        return _Join.apply(x, y, gamma.float(), keep, slot)
+            return kernels.join(x, y, gamma.float(), keep, slot, out=y)[0]
+        return _Differentiable.apply(kernels.join, kernels.join_backward, x, y, gamma.float(), keep, slot)
 
     def pack(self, model: nn.Module, dtype: torch.dtype) -> None:
         """Reorder the matrices of the blocks of `model` for evaluation in `dtype`."""
         if not self.onednn or dtype not in DTYPES:
             return
         for block in model.modules():
-            if type(block) is not Block or not _as_built(block):
+            if type(block) is not Block or _dtype_as_built(block) is None:
                 continue
             gnconv = block.gnconv
             layers: list[Any] = [block.pwconv1, block.pwconv2, gnconv.proj_in, gnconv.proj_out, *gnconv.pws]
@@ -345,12 +295,13 @@ def served_dtype(block: Block, x: Tensor, keep: Tensor | None) -> torch.dtype | 
         return None
     if x.dtype not in DTYPES or (keep is not None and (type(keep) is not Tensor or not keep.is_cpu)):
         return None
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if dtype not in DTYPES or (x.dtype, dtype) == (torch.bfloat16, torch.float32) or not _as_built(block):
+    weights = _dtype_as_built(block)
+    if weights is None:
         return None
-    if not torch.is_autocast_enabled("cpu") and block.pwconv1.weight.dtype != x.dtype:
-        return None  # plain PyTorch has its say about such a mixture
-    return dtype
+    if not torch.is_autocast_enabled("cpu"):
+        return x.dtype if x.dtype == weights else None  # plain PyTorch has its say about a mixture
+    dtype = torch.get_autocast_dtype("cpu")
+    return dtype if dtype in DTYPES and (x.dtype, dtype) != (torch.bfloat16, torch.float32) else None
 
 
 def _watched() -> bool:
@@ -363,61 +314,80 @@ def _watched() -> bool:
         or hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
 
 
-def _as_built(block: Block) -> bool:
-    """Whether every module of `block` is of the type and form that the runner computes, and without hooks.
+@dataclass
+class _Seen:
+    """A block as it was at its last call; `states` are the `__dict__` of its modules, its own first."""
 
-    Reads the modules' own dictionaries: `nn.Module.__getattr__` would take most of the time.
+    modules: list[nn.Module]
+    states: list[dict]
+    parents: list[dict]
+    convs: list[dict]
+    filters: list[Any]
+    facts: list = field(default_factory=list)
+    dtype: torch.dtype | None = None
+
+
+_SEEN: WeakKeyDictionary[Block, _Seen] = WeakKeyDictionary()
+_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_FORM = itemgetter("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+_KINDS = {"": Block, "norm1": LayerNorm2d, "norm2": nn.LayerNorm, "pwconv1": nn.Linear, "pwconv2": nn.Linear,
+          "gnconv": GnConv, "gnconv.proj_in": nn.Conv2d, "gnconv.proj_out": nn.Conv2d,
+          "gnconv.pws": nn.ModuleList}
+_FILTER_KINDS = {"gnconv.dwconv": GlobalLocalFilter, "gnconv.dwconv.dw": nn.Conv2d,
+                 "gnconv.dwconv.pre_norm": LayerNorm2d, "gnconv.dwconv.post_norm": LayerNorm2d}
+
+
+def _dtype_as_built(block: Block) -> torch.dtype | None:
+    """The type of the weights where every module in `block` is what the runner computes, without hooks.
+
+    All facts are read at every call, from the modules' own dictionaries, since `nn.Module.__getattr__` would
+    take most of the time. Remembered is only where they lie and what follows from them.
     """
-    parts: dict[str, Any] = block._modules  # type: ignore[assignment]
-    gnconv: Any = parts.get("gnconv")
-    if len(parts) != 5 or not _untouched(gnconv, GnConv) or len(gnconv._modules) != 4:
-        return False
-    if not all(gamma is None or _plain(gamma) for gamma in block._parameters.values()):
-        return False
-    inner = gnconv._modules
-    pws, spatial = inner["pws"], inner["dwconv"]
-    return (
-        _untouched(pws, nn.ModuleList)
-        and all(_is_conv(layer, 1) for layer in (inner["proj_in"], inner["proj_out"], *pws._modules.values()))
-        and _untouched(parts["norm1"], LayerNorm2d) and _untouched(parts["norm2"], nn.LayerNorm)
-        and _untouched(parts["pwconv1"], nn.Linear) and _untouched(parts["pwconv2"], nn.Linear)
-        and (_is_depthwise(spatial) if type(spatial) is nn.Conv2d else _is_filter(spatial)))
+    seen = _SEEN.get(block)
+    if seen is None or _facts(seen) != seen.facts:
+        seen = _SEEN[block] = _look(block)
+    inner = seen.states[1:]  # the block's own hooks fire around its runner
+    if any(chain.from_iterable(map(_HOOKS, inner))):
+        return None
+    replaced = [1 for state in inner if "forward" in state or "_compiled_call_impl" in state]
+    return None if replaced else seen.dtype
 
 
-def _untouched(module: Any, kind: type) -> bool:
-    """Whether it is exactly a `kind` with plain parameters, whose own forward would be called without hooks.
-
-    Parameters that can be left out must be there, but for a convolution's bias.
-    """
-    if type(module) is not kind:
-        return False
-    state = module.__dict__
-    if (state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]
-            or state["_backward_pre_hooks"] or "forward" in state or state.get("_compiled_call_impl")):
-        return False
-    return all(_plain(p) if p is not None else kind is nn.Conv2d for p in state["_parameters"].values())
+def _facts(seen: _Seen) -> list:
+    """Types, children, parameters' types and places, forms of convolutions: all that decides but hooks."""
+    tensors = [p for state in seen.states for p in state["_parameters"].values()]
+    return [*map(type, seen.modules), *map(type, tensors), *map(_FORM, seen.convs),
+            *[(p.dtype, p.is_cpu) for p in tensors if p is not None],
+            *[dict(state["_modules"]) for state in seen.parents], *[f.fourier for f in seen.filters]]
 
 
-def _plain(tensor: Tensor) -> bool:
-    return type(tensor) in _PLAIN_TENSORS and tensor.is_cpu and tensor.dtype in DTYPES
+def _look(block: Block) -> _Seen:
+    """Find the modules of `block` and decide whether the runner computes such a one."""
+    named = dict(block.named_modules())
+    states = {name: module.__dict__ for name, module in named.items()}
+    seen = _Seen([*named.values()], [*states.values()], [s for s in states.values() if s["_modules"]],
+                 [m.__dict__ for m in named.values() if type(m) is nn.Conv2d],
+                 [m for m in named.values() if type(m) is GlobalLocalFilter])
+    seen.facts = _facts(seen)
+    kinds = _KINDS | {name: nn.Conv2d for name in named if name.startswith("gnconv.pws.")}
+    kinds |= _FILTER_KINDS if seen.filters else {"gnconv.dwconv": nn.Conv2d}
+    if ({name: type(module) for name, module in named.items()} == kinds
+            and all(_computes(name, state) for name, state in states.items())
+            and all(each.fourier is None for each in seen.filters)):
+        seen.dtype = block.pwconv1.weight.dtype
+    return seen
 
 
-def _is_filter(layer: Any) -> bool:
-    if not _untouched(layer, GlobalLocalFilter) or layer.fourier is not None or len(layer._modules) != 3:
-        return False
-    inner = layer._modules
-    norms = inner["pre_norm"], inner["post_norm"]
-    return all(_untouched(norm, LayerNorm2d) for norm in norms) and _is_depthwise(inner["dw"])
-
-
-def _is_depthwise(layer: Any) -> bool:
-    return (type(layer) is nn.Conv2d and layer.groups == layer.in_channels
-            and _is_conv(layer, layer.kernel_size[0]))
-
-
-def _is_conv(layer: Any, size: int) -> bool:
-    """A convolution that keeps the image's size: 1x1 with a bias, or one with an odd kernel."""
-    return (_untouched(layer, nn.Conv2d) and layer.kernel_size == (size, size) and size % 2 == 1
-            and layer.padding == (size // 2, size // 2) and layer.stride == layer.dilation == (1, 1)
-            and layer.padding_mode == "zeros"
-            and (size > 1 or (layer.groups == 1 and layer._parameters["bias"] is not None)))
+def _computes(name: str, state: dict) -> bool:
+    """Whether the runner computes the module `name` of a block, whose type is as built, with this state."""
+    depthwise = name in ("gnconv.dwconv", "gnconv.dwconv.dw")
+    for p in state["_parameters"].values():
+        if p is None and not (depthwise or name == ""):  # a layer's bias; layer scale can be left out
+            return False
+        if p is not None and not (type(p) in _PLAIN_TENSORS and p.is_cpu and p.dtype in DTYPES):
+            return False
+    if "kernel_size" not in state:
+        return True
+    size, groups = (state["kernel_size"][0], state["in_channels"]) if depthwise else (1, 1)
+    return size % 2 == 1 and _FORM(state) == (
+        (size, size), (1, 1), (size // 2, size // 2), (1, 1), groups, "zeros")

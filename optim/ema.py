@@ -1,6 +1,5 @@
 """Exponential moving average of the weights."""
 import copy
-import math
 
 import torch
 from torch import nn
@@ -62,23 +61,10 @@ def masked_lerp_(own: list[torch.Tensor], new: list[torch.Tensor], weight: torch
     torch._foreach_add_(own, change)
 
 
-def half_life(decay: float) -> float:
-    """Updates after which a weight's share in the average has halved."""
-    return math.log(0.5) / math.log(decay) if 0 < decay < 1 else (math.inf if decay >= 1 else 0.0)
-
-
-def fitting_decay(total_updates: int) -> float:
-    """A decay whose half-life is a twentieth of the run, rounded down to the digits that matter."""
-    step = 1 - 0.5 ** (20 / max(total_updates, 40))
-    digits = 1 - math.floor(math.log10(step))
-    return round(1 - step, digits)
-
-
 def half_life_warning(decay: float, total_updates: int) -> str | None:
-    """A sentence when the average could not follow within this run: half-life above a fifth of it. None if it
-    can."""
-    if half_life(decay) <= total_updates / 5:
+    """A sentence when the average could not follow within this run: the half-life of a weight's share in it
+    is above a fifth of the run. None if it can. A decay that fits has one of a twentieth."""
+    if decay <= 0.5 ** (5 / total_updates):
         return None
-    return (f"--model_ema_decay {decay:g} has a half-life of {half_life(decay):,.0f} updates, more than a "
-            f"fifth of this run's {total_updates:,}: the averaged weights will lag behind; --model_ema_decay "
-            f"{fitting_decay(total_updates):g} fits.")
+    return (f"--model_ema_decay {decay:g} lets the averaged weights lag behind in a run of {total_updates:,} "
+            f"updates: --model_ema_decay {0.5 ** (20 / total_updates):.5g} fits.")

@@ -1,7 +1,7 @@
 """What follows a non-finite update, and where the first non-finite number came from."""
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -9,10 +9,16 @@ from torch.utils._pytree import tree_leaves
 
 from optim.update import UpdateStats
 
+Incident = tuple[dict, tuple]  # the numbers of an update that was not applied, and its context
+
 
 @dataclass
-class NonfinitePolicy:
-    """Decides what follows each update; the same on every rank, since the flags it is fed are agreed.
+class FiniteWatch:
+    """Brings each update's flags to the host when that costs no wait, and decides what follows.
+
+    On an accelerator the copy is asynchronous and read when the next update has been queued, so that the
+    device always has work; on the CPU it is read at once. One watch serves the whole run, and it decides the
+    same on every rank, since the flags it is fed are agreed.
 
     `mode`: "stop" ends the run at the first non-finite update; "skip" goes on without it, and asks for a
     rollback to the last good checkpoint after `in_a_row` of them; "rollback" asks for one each time. After
@@ -24,15 +30,15 @@ class NonfinitePolicy:
     row: int = 0
     skipped: int = 0
     rollbacks: int = 0
+    _pending: deque = field(default_factory=deque)
 
     def state_dict(self) -> dict[str, int]:
         """The counts so far."""
         return {"row": self.row, "skipped": self.skipped, "rollbacks": self.rollbacks}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take over counts; none are left as they are."""
-        self.row, self.skipped, self.rollbacks = ({**self.state_dict(), **state}[name]
-                                                  for name in ("row", "skipped", "rollbacks"))
+        """Take over counts; those that `state` lacks are left as they are."""
+        vars(self).update({name: state[name] for name in self.state_dict().keys() & state.keys()})
 
     def decide(self, finite: bool, overflow: bool = False) -> str:
         """"go", "skip", "rollback" or "stop" after an update that was `finite` or not.
@@ -51,32 +57,8 @@ class NonfinitePolicy:
         self.row, self.rollbacks = 0, self.rollbacks + 1
         return "stop" if self.rollbacks > self.give_up_after else "rollback"
 
-
-@dataclass(frozen=True)
-class Incident:
-    """An update that was not applied: its numbers on the host, what to do, and the context it was filed
-    with."""
-    update: int
-    action: str
-    loss: float
-    grad_norm: float
-    loss_scale: float
-    context: tuple
-
-
-class FiniteWatch:
-    """Brings each update's flags to the host when that costs no wait, and lets the policy decide.
-
-    On an accelerator the copy is asynchronous and read when the next update has been queued, so that the
-    device always has work; on the CPU it is read at once. One watch serves the whole run.
-    """
-
-    def __init__(self, policy: NonfinitePolicy):
-        self.policy = policy
-        self._pending: deque = deque()
-
     def add(self, update: int, stats: UpdateStats, context: tuple = ()) -> Iterator[Incident]:
-        """File an update; gives the incidents known by now."""
+        """File an update; gives the incidents known by now, each with the context it was filed with."""
         values, event = stats.values, None
         if values.device.type in ("cuda", "xpu"):
             event = torch.Event(values.device)
@@ -96,10 +78,10 @@ class FiniteWatch:
             if event is not None:
                 event.synchronize()
             loss, norm, finite, loss_finite, scale = values.tolist()
-            overflow = loss_finite > 0 and scale > 1.0
-            action = self.policy.decide(finite > 0, overflow)
+            action = self.decide(finite > 0, overflow=loss_finite > 0 and scale > 1.0)
             if action != "go":
-                yield Incident(update, action, loss, norm, scale, context)
+                yield {"update": update, "action": action, "loss": loss, "grad_norm": norm,
+                       "loss_scale": scale}, context
 
 
 def diagnose(model: nn.Module, forward: Callable[[], torch.Tensor]) -> dict:
@@ -107,17 +89,15 @@ def diagnose(model: nn.Module, forward: Callable[[], torch.Tensor]) -> dict:
 
     `forward` runs the unwrapped `model` on the batch and returns its loss. Returns `first_module` (name of
     the first module whose output is non-finite, in order of execution; "" for none), its `module_type`,
-    `input_max` (largest finite magnitude among its inputs), `replayed_loss`, `parameters` (up to ten that are
-    non-finite themselves, or whose gradient is, last layers first) and `reproduced` (whether anything of this
-    was found).
+    `parameters` (up to ten that are non-finite themselves, or whose gradient is, last layers first) and
+    `reproduced` (whether anything of this was found).
     """
     found: dict = {}
 
     def look(name: str):
         def hook(module, inputs, output):
             if not found and not _finite(output):
-                found.update(first_module=name or "(model)", module_type=type(module).__name__,
-                             input_max=_largest(inputs))
+                found.update(first_module=name or "(model)", module_type=type(module).__name__)
         return hook
 
     # Modules end after those inside them, so the first to end with a bad output is the innermost cause.
@@ -133,19 +113,9 @@ def diagnose(model: nn.Module, forward: Callable[[], torch.Tensor]) -> dict:
         for handle in handles:
             handle.remove()
     reproduced = bool(found or bad or not _finite(loss))
-    return {"reproduced": reproduced, "first_module": "", "module_type": "", "input_max": None, **found,
-            "replayed_loss": loss.item(), "parameters": bad[:10]}
-
-
-def _tensors(value: object) -> list[torch.Tensor]:
-    leaves = (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
-    return [leaf.detach() for leaf in leaves if leaf.is_floating_point() or leaf.is_complex()]
+    return {"reproduced": reproduced, "first_module": "", "module_type": "", "parameters": bad[:10], **found}
 
 
 def _finite(value: object) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(value))
-
-
-def _largest(value: object) -> float | None:
-    peaks = (t.abs().float().nan_to_num(nan=0.0, posinf=0.0).max() for t in _tensors(value) if t.numel())
-    return max((peak.item() for peak in peaks), default=None)
+    tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+    return all(bool(tensor.detach().isfinite().all()) for tensor in tensors)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 from common.errors import UserError
 from common.files import TEMPORARY_SUFFIX, atomic_write, read_json, sha256_file, write_json
@@ -31,7 +32,8 @@ from run.state import BEST, BEST_EMA, State, check_resumable, check_same_run, up
 _NUMBERED = re.compile(r"checkpoint-(?:e([0-9]{1,9})u([0-9]{1,15})|([0-9]{1,9}))\.pth")
 _SCORED = {BEST: "model", BEST_EMA: "model_ema"}
 Score = tuple[float | None, int | None]  # top-1 in percent and epoch of a best file, None where unknown
-_UNREADABLE = (OSError, KeyError, TypeError, AttributeError)  # a manifest may hold anything, or be a folder
+# A manifest may hold anything, or be a folder.
+_UNREADABLE = (OSError, KeyError, TypeError, AttributeError, UserError)
 _RECORDS = ("checkpoint-", "log.txt", "status.json", "config.yaml", "environment.json")
 
 
@@ -75,14 +77,12 @@ def manifest(path: Path) -> State | None:
     except FileNotFoundError:
         return None
     except _UNREADABLE as error:
-        raise _damaged(f"{path} or its manifest cannot be read ({error}).") from error
+        raise UserError(f"{path} or its manifest cannot be read ({error}).",
+                        code="damaged_checkpoint") from error
     if entry is None:
-        raise _damaged(f"{path} is not the file that was saved: size or sha256 differ from its manifest.")
+        raise UserError(f"{path} is not the file that was saved: size or sha256 differ from its manifest.",
+                        code="damaged_checkpoint")
     return entry
-
-
-def _damaged(sentence: str) -> UserError:
-    return UserError(sentence, code="damaged_checkpoint")
 
 
 def _entries(path: Path) -> list[State]:
@@ -90,20 +90,12 @@ def _entries(path: Path) -> list[State]:
     return [{k: v for k, v in e.items() if k != "previous"} for e in (entry, *entry.get("previous", []))]
 
 
-def _looks_whole(path: Path) -> bool:
-    try:
-        return _entries(path)[0]["size"] == path.stat().st_size
-    except (*_UNREADABLE, UserError):
-        return False
-
-
 def load(path: str | os.PathLike, needs_manifest: bool = False) -> Loaded:
     """Read one checkpoint after checking its manifest, or without one the CRCs inside. Raises UserError."""
     path = Path(path)
-    if path.is_symlink() and not path.exists():
-        raise _damaged(f"{path} is a link to {os.readlink(path)}, which is missing.")
     if path.is_file() and manifest(path) is None and needs_manifest:
-        raise _damaged(f"{path.name} has no manifest; name it with --resume {path} if it is to be used.")
+        raise UserError(f"{path.name} has no manifest; name it with --resume {path} if it is to be used.",
+                        code="damaged_checkpoint")
     return Loaded(path, upgrade(safe_torch_load(path), path))
 
 
@@ -123,13 +115,9 @@ def snapshot(value: Any) -> Any:
     return value if value is None or type(value) in (bool, int, float, str, bytes) else str(value)
 
 
-def state_bytes(state: Any) -> int:
-    """Bytes that the tensors of a state take on the disk."""
-    if isinstance(state, torch.Tensor):
-        return state.numel() * state.element_size() + 128
-    if isinstance(state, Mapping):
-        return sum(state_bytes(v) + 32 for v in state.values())
-    return sum(map(state_bytes, state)) if isinstance(state, (list, tuple)) else 0
+def state_bytes(state: object) -> int:
+    """Bytes that a state takes on the disk: its tensors, and up to 160 for the name of each value."""
+    return sum(160 + (leaf.nbytes if isinstance(leaf, torch.Tensor) else 0) for leaf in tree_leaves(state))
 
 
 def check_finite(state: State) -> None:
@@ -218,20 +206,19 @@ class Checkpoints:
                 self._write(self.folder / target, state | scored, about)
             except Exception as error:  # whatever went wrong, hours of training must not end because of it
                 self._fail(target, error, state_bytes(state))
-                self._failed_best |= {target} & _SCORED.keys()
-                continue
-            if target == name:
-                self.unsaved = False
-                self._prune()
+            else:
+                if target == name:
+                    self.unsaved = False
+                    self._prune()
 
     def _write(self, path: Path, state: State, about: State) -> None:
         def write_manifest(digest: str, size: int, previous: list[dict]) -> None:
             entry = {"file": path.name, "sha256": digest, "size": size, "format": state.get("format")}
-            write_json(manifest_path(path), entry | about | ({"previous": previous} if previous else {}))
+            write_json(manifest_path(path), entry | about | {"previous": previous})
 
         try:
             previous = _entries(path) if path.exists() else []
-        except (*_UNREADABLE, UserError):
+        except _UNREADABLE:
             previous = []
         # timm.create_model(checkpoint_path=...) takes `state_dict_ema` before `model_ema`: here it finds what
         # scored, the same tensors, which are written once.
@@ -245,25 +232,24 @@ class Checkpoints:
 
     def _fail(self, name: str, error: Exception, size: int) -> None:
         try:
-            free = f" ({size / 1e9:.2f} GB needed, {shutil.disk_usage(self.folder).free / 1e9:.2f} GB free)"
+            free = f"{size / 1e9:.2f} GB needed, {shutil.disk_usage(self.folder).free / 1e9:.2f} GB free"
         except OSError:
-            free = " (the folder is gone)"
+            free = "the folder is gone"
         cause = getattr(error, "strerror", None) or str(error).splitlines()[0]
         there = [path.name for path in (*self.numbered()[-1:], *self._best_files())]
-        free = "" if isinstance(error, UserError) else free  # the state itself is at fault, not the disk
-        sentence = (f"{name} was not saved in {self.folder}: {cause}{free}; training continues, saved so "
+        sentence = (f"{name} was not saved in {self.folder}: {cause} ({free}); training continues, saved so "
                     f"far: {', '.join(there) or 'nothing'}.")
         self._failures.append(sentence)
+        self._failed_best |= {name} & _SCORED.keys()
         self.unsaved |= name not in _SCORED
         logger.error(sentence)
 
     def _prune(self) -> None:
         numbered = self.numbered()
         ends = [path for path in numbered if _at(path)[1] == math.inf]
-        # Those within an epoch that has ended since are kept only where fewer than two others are whole.
+        # Those within an epoch that has ended since are kept only where there would be fewer than two.
         useful = [*ends, *numbered[numbered.index(ends[-1]) + 1 if ends else 0:]]
-        whole = sorted(filter(_looks_whole, numbered), key=useful.__contains__)
-        keep = {*useful[-2:], *ends[-self.keep:], *whole[-2:]}
+        keep = {*sorted(numbered, key=useful.__contains__)[-2:], *ends[-self.keep:]}
         keep |= {path for path in ends if (_at(path)[0] + 1) % self.every == 0}
         for path in numbered:
             if path not in keep:
@@ -286,11 +272,7 @@ class Checkpoints:
 
     def numbered(self) -> list[Path]:
         """The numbered checkpoints, oldest first by (epoch, update)."""
-        try:
-            names = os.listdir(self.folder)
-        except OSError:
-            return []
-        return sorted((self.folder / name for name in names if position(name)), key=_at)
+        return sorted((path for path in self.folder.glob("checkpoint-*.pth") if position(path.name)), key=_at)
 
     def _best_files(self) -> list[Path]:
         return [self.folder / name for name in _SCORED if (self.folder / name).is_file()]
@@ -318,9 +300,7 @@ class Checkpoints:
         by_epoch = sorted(self._best_files(), key=lambda path: self._scored(path.name)[1] or 0)
         for path in reversed(self.numbered() or by_epoch):
             try:
-                loaded = load(path, needs_manifest=True)
-                check_finite(loaded.state)
-                return loaded
+                return load(path, needs_manifest=True)
             except UserError as error:
                 passed.append(str(error))
                 logger.warning(f"Skipped {path.name}: {error}")
@@ -338,11 +318,9 @@ class Checkpoints:
     def _scored(self, name: str) -> Score:
         try:
             entry = manifest(self.folder / name) or {}
-        except UserError as error:
-            logger.warning(str(error))
-            entry = {}
-        score, epoch = entry.get("score"), entry.get("epoch")
-        return score if isinstance(score, (int, float)) else None, epoch if isinstance(epoch, int) else None
+            return float(entry["score"]), int(entry["epoch"])
+        except (*_UNREADABLE, ValueError):
+            return None, None
 
     def scores(self) -> dict[str, Score]:
         """Those of the best files that are there, for `Best.correct`."""
@@ -359,17 +337,14 @@ class Checkpoints:
         (the newest valid one here, None in a new folder)."""
         if resume == "best":
             path = self.best()
-            if path is None:
-                raise UserError(f"--resume best: {self.folder} holds neither {BEST} nor {BEST_EMA}; name a "
-                                "file.", code="no_valid_checkpoint")
-            return load(path)
-        if resume not in ("", "latest") and not os.path.isdir(resume):
-            return load(resume)
-        folder = self if resume in ("", "latest") else Checkpoints(resume)
-        loaded = folder.newest_valid()
+            loaded = load(path) if path else None
+        elif resume in ("", "latest"):
+            loaded = self.newest_valid()
+        else:
+            loaded = Checkpoints(resume).newest_valid() if os.path.isdir(resume) else load(resume)
         if loaded is None and resume:
-            raise UserError(f"--resume {resume}: {folder.folder} holds no checkpoint; name a file or leave "
-                            "the option out.", code="no_valid_checkpoint")
+            raise UserError(f"--resume {resume}: no such checkpoint (run folder: {self.folder}); name a file "
+                            "or leave the option out.", code="no_valid_checkpoint")
         return loaded
 
     def set_aside_newer(self, loaded: Loaded) -> list[str]:
@@ -399,8 +374,7 @@ def open_folder(resolved: Resolved, folder: RunFolder | None) -> Loaded | None:
     """Own the run folder (rank 0) and find the checkpoint to resume, if any."""
     if folder is None:
         return find_checkpoint(resolved, None)
-    sentence = folder.lock()
-    if sentence:
+    if sentence := folder.lock():
         logger.info(sentence)
     checkpoints = Checkpoints(folder.path)
     checkpoints.sweep()
@@ -415,10 +389,7 @@ def find_checkpoint(resolved: Resolved, folder: RunFolder | None) -> Loaded | No
     options = resolved.options
     asked = options.resume[0] if options.resume else ""
     by_word = asked in ("", "latest", "best")
-    if folder is None and by_word:
-        if asked:
-            raise UserError(f"--resume {asked} looks in the run folder: give --output_dir.",
-                            code="missing_run")
+    if folder is None and not asked:
         return None
     checkpoints = Checkpoints(folder.path if folder else ".")
     if not asked and not options.auto_resume:

@@ -8,14 +8,13 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import read_json
 from common.ledger import Ledger, Record, job_id, now
 from common.log import logger
-
-RECORDS = ("owner.json", "attempts.jsonl", "status.json")
 
 
 class RunFolder(Ledger):
@@ -37,10 +36,6 @@ class RunFolder(Ledger):
         Returns a sentence when the last owner ended without releasing it. Raises UserError naming the owner
         when another training has it (code "folder_in_use"), or why it cannot be used ("unusable_folder").
         """
-        for record in (self.path / name for name in RECORDS):
-            if record.is_dir():
-                raise UserError(f"{record} is a folder, where the run's record of that name belongs: move it "
-                                "away, or choose another --output_dir.", code="unusable_folder")
         try:
             descriptor, locked = self._take(wait)
         except OSError as error:
@@ -87,11 +82,7 @@ class RunFolder(Ledger):
 
     def owner(self) -> Record:
         """Host, pid, job and start of the training that owns, or last owned, the folder; {} when released."""
-        try:
-            owner = read_json(self.path / "owner.json", max_bytes=1 << 16)
-        except (OSError, UserError):
-            return {}
-        return owner if isinstance(owner, dict) else {}
+        return self.read("owner.json")
 
     def _write_owner(self, owner: Record) -> None:
         assert self._lock is not None
@@ -111,7 +102,10 @@ class RunFolder(Ledger):
         """Give the folder back; a start that was refused before it made anything leaves none behind."""
         if self._lock is not None:
             self._write_owner({})
-            self._remove_unused()
+            with suppress(OSError):  # gone, read-only, or filled by somebody else meanwhile: it stays
+                if self._made and self.is_ours() and os.listdir(self.path) == ["owner.json"]:
+                    (self.path / "owner.json").unlink()
+                    self.path.rmdir()
             self._forget()
 
     def is_ours(self) -> bool:
@@ -128,14 +122,6 @@ class RunFolder(Ledger):
         else:
             logger.error("%s was not written: %s is not the folder of this run any more.", name, self.path)
 
-    def _remove_unused(self) -> None:
-        try:
-            if self._made and self.is_ours() and os.listdir(self.path) == ["owner.json"]:
-                (self.path / "owner.json").unlink()
-                self.path.rmdir()
-        except OSError:
-            pass  # gone, read-only, or filled by somebody else meanwhile: it stays as it is
-
     def has_resumed(self, resume: str) -> bool:
         """Whether an attempt here began from this --resume.
 
@@ -145,23 +131,16 @@ class RunFolder(Ledger):
 
 
 def _describe(owner: Record) -> str:
-    if not owner:
-        return "its owner is not recorded"
-    job = f", job {owner['job']}" if owner.get("job") else ""
-    return f"host {owner.get('host')}, process {owner.get('pid')}{job}, since {owner.get('since')}"
+    return ", ".join(f"{name} {value}" for name, value in owner.items() if value) or "owner not recorded"
 
 
 def environment() -> Record:
     """Versions and machine, for environment.json and the report (plain values)."""
-    from importlib.metadata import PackageNotFoundError, version
-
     import torch
     packages = {}
     for name in ("torch", "torchvision", "timm", "pillow", "numpy", "safetensors", "submitit", "triton"):
-        try:
+        with suppress(PackageNotFoundError):
             packages[name] = version(name)
-        except PackageNotFoundError:
-            continue
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"python": platform.python_version(), "platform": platform.platform(), "packages": packages,
             "cuda": torch.version.cuda, "devices": devices, "threads": torch.get_num_threads(),

@@ -9,7 +9,7 @@ beside them stand `format` and, in a best file, `scored`, the weights that earne
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -21,19 +21,12 @@ State = dict[str, Any]
 Valid = Callable[[Any], bool]
 FORMAT = 3  # 1: files of the published training code; 2: the number of images has another name
 BEST, BEST_EMA = "checkpoint-best.pth", "checkpoint-best-ema.pth"
-_NOT_THE_RECIPE = {"epochs", "start_epoch", "weights", "allow_partial", "model_key", "model_prefix",
-                   "pretrained", "finetune", "grad_checkpointing", "model_ema_eval"}
+_MAY_DIFFER = {"epochs", "start_epoch", "weights", "allow_partial", "model_key", "model_prefix", "pretrained",
+               "finetune", "grad_checkpointing", "model_ema_eval"}
 _ALSO = ("data_set", "nb_classes", "seed", "use_amp", "amp_dtype")
 
 
-class Part(Protocol):
-    """Something whose state a checkpoint holds."""
-
-    def state_dict(self) -> State: ...
-    def load_state_dict(self, state: State, /) -> object: ...
-
-
-Parts = Mapping[str, Part | None]
+Parts = Mapping[str, Any]  # objects with state_dict and load_state_dict; None where a run lacks the part
 
 
 @dataclass(frozen=True)
@@ -65,9 +58,7 @@ class Values:
 
     def load_state_dict(self, state: State) -> None:
         """Take over the values that are there."""
-        for name in self.rows(""):
-            if state.get(name) is not None:
-                setattr(self, name, state[name])
+        vars(self).update({name: state[name] for name in self.rows("") if state.get(name) is not None})
 
 
 def _is(*kinds: type) -> Valid:
@@ -90,16 +81,7 @@ _number, _tensors = _is(int, float, type(None)), _each(dict, torch.is_tensor)
 
 def _optimizer(value: object) -> bool:
     """As torch's optimizers give it; whether it fits the model is found when it is loaded."""
-    return (isinstance(value, dict) and _each(list, _is(dict))(value.get("param_groups"))
-            and all(_each(list, _is(int))(group.get("params")) for group in value["param_groups"])
-            and _each(dict, _is(dict))(value.get("state")))
-
-
-def _scaler(value: object) -> bool:
-    """As torch's GradScaler gives it: empty without loss scaling."""
-    needed = {"scale", "growth_interval", "_growth_tracker"}
-    return isinstance(value, dict) and _each(dict, _is(int, float))(value) and (
-        not value or needed <= value.keys())
+    return isinstance(value, dict) and {"state", "param_groups"} <= value.keys()
 
 
 @dataclass
@@ -164,38 +146,29 @@ class Best(Values):
 
 
 @dataclass
-class DataIdentity(Values):
-    """Which data a run is trained on. `images_before` is their number when the checkpoint was saved."""
+class Setup(Values):
+    """What a run is made on and with: its images and classes, options, fast paths, CPU threads, version of
+    the code. `images_before` is the number of images when the checkpoint was saved."""
     global_batch: int = saved(_count(1))
     images: int = saved(_count(1))
     classes: list[str] = saved(_each(list, _is(str)))
-    images_before: int | None = None
-
-    def load_state_dict(self, state: State) -> None:
-        """Remember the number of images; classes and global batch were taken over before the data were
-        built."""
-        self.images_before = state.get("images")
-
-
-@dataclass
-class Environment(Values):
-    """What a run was started with, beside its data: options, fast paths, CPU threads and the code's
-    version."""
     args: State = saved(_is(dict))
     code_paths: dict[str, str] = saved(_each(dict, _is(str)))
     threads: int = saved(_count(1))
     version: str = saved(_is(str))
+    images_before: int | None = None
 
     def load_state_dict(self, state: State) -> None:
-        """Use the run's own number of threads, and report another version; the fast paths came with the
-        model."""
-        threads, version = state.get("threads"), state.get("version")
-        if threads and threads != self.threads:
+        """Use the run's own number of threads, and report another version. All else was taken over before
+        the data and the model were built."""
+        self.images_before = state.get("images")
+        threads, version = state.get("threads") or self.threads, state.get("version") or self.version
+        if threads != self.threads:
             # Sums are split by thread, so another number of threads gives other last bits.
             logger.info("Using %d threads as the run did so far (this start had %d)", threads, self.threads)
             torch.set_num_threads(threads)
             self.threads = threads
-        if version and version != self.version:
+        if version != self.version:
             logger.info("The checkpoint was saved by version %s of this code, this is %s", version,
                         self.version)
 
@@ -204,12 +177,11 @@ TABLE: dict[str, Row] = {
     "model": Row("model", _tensors, needed=True),
     "model_ema": Row("model_ema", lambda value: value == [] or _tensors(value)),  # [] in published files
     "optimizer": Row("optimizer", _optimizer, needed=True),
-    "scaler": Row("scaler", _scaler),
+    "scaler": Row("scaler", _each(dict, _number)),
     "policy": Row("policy", _each(dict, _count(0))),
     "best": Row("best", _each(dict, _number)),
     **Position.rows("position"),
-    **DataIdentity.rows("data"),
-    **Environment.rows("environment"),
+    **Setup.rows("setup"),
 }
 
 
@@ -224,7 +196,7 @@ def restore(state: State, parts: Parts) -> None:
     """Give each part its entries of `state`; the inverse of `collect`."""
     for name, part in parts.items():
         entries = {entry: state.get(entry) for entry, row in TABLE.items() if row.part == name}
-        found = entries.get(name) if name in entries else entries
+        found = entries.get(name, entries)
         if part is not None and found:
             part.load_state_dict(found)
 
@@ -252,16 +224,12 @@ def upgrade(state: object, path: str | os.PathLike) -> State:
 def check_resumable(state: State, path: str | os.PathLike) -> None:
     """Raise UserError when training cannot resume from a state: weights alone, a published best file, odd
     entries."""
-    missing = [name for name, row in TABLE.items() if row.needed and state.get(name) is None]
-    if missing:
-        raise UserError(f"{path} has no {' and no '.join(missing)}, so training cannot be resumed from it; "
-                        "start from its weights with --finetune, or resume a numbered checkpoint.",
-                        code="not_resumable")
-    odd = [name for name, row in TABLE.items() if state.get(name) is not None and not row.valid(state[name])]
+    odd = [name for name, row in TABLE.items()
+           if (row.needed if state.get(name) is None else not row.valid(state[name]))]
     if odd:
-        raise UserError(f"{path} is no checkpoint of a training: its entry {' and its entry '.join(odd)} is "
-                        "unexpected; resume another one, or start from its weights with --finetune.",
-                        code="invalid_checkpoint")
+        raise UserError(f"{path}: its entry {' and its entry '.join(odd)} is missing or unexpected: training "
+                        "cannot be resumed from it; resume a numbered checkpoint, or start from its weights "
+                        "with --finetune.", code="not_resumable")
 
 
 def check_same_run(state: State, args: State, path: str | os.PathLike,
@@ -273,7 +241,7 @@ def check_same_run(state: State, args: State, path: str | os.PathLike,
     named with --resume (`explicit`).
     """
     names = [f.name for f in fields(Options)
-             if f.metadata["group"] in RECIPE_GROUPS and f.name not in _NOT_THE_RECIPE]
+             if f.metadata["group"] in RECIPE_GROUPS and f.name not in _MAY_DIFFER]
     plain = lambda value: [*value] if isinstance(value, (list, tuple)) else None if value == "" else value
     old = state.get("args") or {}
     found = [f"{name} {old[name]} there, {args[name]} here" for name in (*names, *_ALSO)

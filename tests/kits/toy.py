@@ -13,7 +13,7 @@ import engine
 from common.random import key, uniforms
 from optim.build import build_optimizer
 from optim.ema import Ema
-from optim.finite import FiniteWatch, NonfinitePolicy
+from optim.finite import FiniteWatch
 from optim.schedule import build_schedule
 from optim.update import Update, UpdateConfig
 
@@ -135,7 +135,7 @@ class ToyTask:
         return {}
 
 
-def training(process=None, dtype=torch.float64, update_freq=1, global_batch=16, config=None, policy=None,
+def training(process=None, dtype=torch.float64, update_freq=1, global_batch=16, config=None, mode="skip",
              model=None, wrap=None, ema=0.9, **changes):
     """An engine.Loop over the toy data. `wrap`: e.g. DistributedDataParallel."""
     process = process or Alone()
@@ -148,7 +148,7 @@ def training(process=None, dtype=torch.float64, update_freq=1, global_batch=16, 
                     agree=lambda flags: process.all_reduce_(flags, "min"))
     sampler = Sampler(global_batch, update_freq, process)
     return engine.Loop(model=wrapped, plain=plain, task=ToyTask(dtype), update=update, loader=sampler,
-                       sampler=sampler, watch=FiniteWatch(policy or NonfinitePolicy()), process=process,
+                       sampler=sampler, watch=FiniteWatch(mode), process=process,
                        updates_per_epoch=updates, print_freq=2, path_of=lambda index: f"image{index}.JPEG")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from common.ledger import Ledger
 from launch import run_with_submitit
@@ -60,18 +61,12 @@ def trainers(run: Path) -> list[int]:
     return sorted(pid for pid, parent in found.items() if parent not in found)
 
 
-def assert_equal_bits(one: object, other: object, where: str = "") -> None:
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_equal_bits(one[key], other[key], f"{where}/{key}")
-    elif isinstance(one, (list, tuple)):
-        for i, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_equal_bits(a, b, f"{where}/{i}")
-    else:
-        assert one == other, where
+def assert_equal_bits(one: Path, other: Path) -> None:
+    """The last states of two runs: weights, their average and the optimizer."""
+    for part in ("model", "model_ema", "optimizer"):
+        leaves, others = (tree_leaves(final_state(run)[part]) for run in (one, other))
+        for a, b in zip(leaves, others, strict=True):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, part
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +85,7 @@ def test_preempted_in_an_epoch_and_requeued_it_ends_with_the_same_bits(cluster, 
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
     assert cluster.wait(job, seconds=400) == "COMPLETED", log(folder, "preempted", job)
     assert [(a["state"], a.get("requeued")) for a in Ledger(run).attempts()] == [("PAUSED", True), ("DONE", None)]
-    for part in ("model", "model_ema", "optimizer"):
-        assert_equal_bits(final_state(undisturbed)[part], final_state(run)[part], part)
+    assert_equal_bits(undisturbed, run)
     epochs = [json.loads(line)["epoch"] for line in (run / "log.txt").read_text().splitlines()]
     assert epochs == [0, 1]
 
@@ -104,5 +98,4 @@ def test_after_a_killed_rank_it_goes_on_and_ends_with_the_same_bits(cluster, fol
     killed, again = Ledger(run).attempts()
     assert (killed["state"], killed["requeued"], again["state"]) == ("FAILED", True, "DONE")
     assert "killed" in killed["cause"] and killed["update"] > 100  # in its own words or in those of its peers
-    for part in ("model", "model_ema", "optimizer"):
-        assert_equal_bits(final_state(undisturbed)[part], final_state(run)[part], part)
+    assert_equal_bits(undisturbed, run)

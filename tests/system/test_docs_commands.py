@@ -13,7 +13,7 @@ import timm
 import torch
 from PIL import Image
 
-import models
+import models  # noqa: F401  (registers the networks)
 from config.parse import parse
 from config.rules import plan_batch, validate_after_index
 from datasets.build import build_data
@@ -103,7 +103,7 @@ def test_options_data_and_model_of_long_commands(command, images, monkeypatch, t
     data = build_data(o, train=training, evaluate=not (training and o.disable_eval))
     if training:
         batch = plan_batch(resolved, 2)
-        validate_after_index(batch.apply(o), batch, len(data.train))
+        validate_after_index(o, batch, len(data.train))
     with torch.device("meta"):
         model = timm.create_model(o.model, num_classes=data.num_classes, drop_path_rate=o.drop_path,
                                   layer_scale_init_value=o.layer_scale_init_value)

@@ -92,7 +92,6 @@ def test_modes_and_precision_settings_are_put_back():
     before = [place.fp32_precision for place in places]
     model = Toy().train()
     evaluate([("a", model)], batches(Alone()), Evaluation(prepare, torch.device("cpu")))
-    assert model.training
     with true_float32():
         assert [place.fp32_precision for place in places] == ["ieee"] * 3
     assert [place.fp32_precision for place in places] == before

@@ -60,7 +60,7 @@ def owned(place):
         "unusable_folder", ("--report",)),
     Row("a check without a published figure", f"--eval true {LAST} --check true", 1, ("--check true",)),
     Row("a log folder that is a file", "--log_dir {data}/train/cat/0.JPEG", 0, ("{data}/train/cat/0.JPEG",)),
-    Row("a run folder in use", "", "folder_in_use", ("{run}", f"process {os.getpid()}", "--output_dir"),
+    Row("a run folder in use", "", "folder_in_use", ("{run}", f"pid {os.getpid()}", "--output_dir"),
         owned),
     Row("evaluating beside a training", f"{LAST} --output_dir {{run}}", 0, (), owned, base="eval"),
     Row("an index cache that cannot be written", "--index_cache /proc/nothing", 0))

@@ -28,12 +28,3 @@ def test_the_largest_model_waits_less_than_two_percent_of_the_default_interval(t
     interval = 60 * Options().save_every_minutes
     print(f"{per_save:.1f} s of {interval:.0f} s for {LARGEST / 1e9:.1f} GB")
     assert interval == 900 and per_save < 0.02 * interval
-
-
-def test_the_clock_of_the_interval_starts_again_with_each_save(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    assert not checkpoints.due(0) and not checkpoints.due(15) and checkpoints.due(1e-9)
-    checkpoints.last_saved -= 60 * 15
-    assert checkpoints.due(15)
-    checkpoints.save(state(1), epoch=0, update=1, wait=True)
-    assert not checkpoints.due(15)

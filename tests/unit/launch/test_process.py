@@ -16,12 +16,10 @@ from launch.process import (
     Place,
     choose_device,
     find_place,
-    first_node,
     meet,
     name_this_start,
     refuse_shared_devices,
     start,
-    tasks_per_node,
 )
 from tests.kits.processes import (
     PROGRAMS,
@@ -40,25 +38,32 @@ SRUN = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_N
         "SLURM_STEP_TASKS_PER_NODE": "2(x3)", "SLURM_STEP_NODELIST": "gpu[07-09]", "SLURM_NTASKS": "6"}
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1",
             "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
+MPIRUN = {f"OMPI_COMM_WORLD_{name}": TORCHRUN[name.replace("LOCAL_SIZE", "LOCAL_WORLD_SIZE")]
+          for name in ("RANK", "LOCAL_RANK", "LOCAL_SIZE")}
+MPIRUN |= {"OMPI_COMM_WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
 
 
 @pytest.mark.parametrize("env, expected", [
-    ({}, ("none", 0, 1, 0, 1, 0)),
-    (SRUN, ("srun", 5, 6, 1, 2, 2)),
-    (dict(SRUN, SUBMITIT_EXECUTOR="slurm"), ("submitit-slurm", 5, 6, 1, 2, 2)),
-    (dict(SRUN, **TORCHRUN), ("torchrun", 3, 4, 1, 2, 1)),  # it may itself run under srun
-    ({"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_GLOBALID": "1",
-      "SUBMITIT_LOCAL_JOB_ID": "9"}, ("submitit-local", 1, 2, 1, 2, 0)),
-    ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, ("none", 0, 1, 0, 1, 0)),  # in a batch script
-    (dict(SRUN, SLURM_PTY_PORT="1"), ("none", 0, 1, 0, 1, 0)),  # in the shell of srun --pty
+    ({}, ("none", 0, 1, 0, 1)),
+    (SRUN, ("srun", 5, 6, 1, 2)),
+    (dict(SRUN, SUBMITIT_EXECUTOR="slurm"), ("submitit-slurm", 5, 6, 1, 2)),
+    (dict(SRUN, **TORCHRUN), ("torchrun", 3, 4, 1, 2)),  # it may itself run under srun
+    (dict(SRUN, **MPIRUN), ("mpirun", 3, 4, 1, 2)),  # whose daemons srun has started
+    ({"SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_LOCALID": "1",
+      "SUBMITIT_LOCAL_JOB_ID": "9"}, ("submitit-local", 1, 2, 1, 2)),
+    ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, ("none", 0, 1, 0, 1)),  # in a batch script
+    (dict(SRUN, SLURM_PTY_PORT="1"), ("none", 0, 1, 0, 1)),  # in the shell of srun --pty
 ])
 def test_the_place_of_a_process(env, expected):
     place = find_place(env)
-    assert (place.launcher, place.rank, place.world_size, place.local_rank, place.local_world_size,
-            place.node) == expected
+    assert (place.launcher, place.rank, place.world_size, place.local_rank, place.local_world_size) == expected
 
 
 def test_where_the_processes_meet():
+    for names, first in [("gpu[07-09,12],login1", "gpu07"), ("a1,b[1-2]", "a1"), ("127.0.0.[11-12]", "127.0.0.11"),
+                         ("r[1-2]n[05,09]", "r1n05")]:
+        assert find_place(dict(SRUN, SLURM_STEP_NODELIST=names)).master_addr == first
+    assert find_place(dict(SRUN, SLURM_STEP_TASKS_PER_NODE="1,4(x2)")).local_world_size == 4
     assert find_place(SRUN).master_addr == "gpu07" and find_place(SRUN).node_name == "gpu09"
     one_node = dict(SRUN, SLURM_NODEID="0", SLURM_LOCALID="5", SLURM_STEP_TASKS_PER_NODE="6", SLURM_STEP_NODELIST="gpu07")
     assert find_place(one_node).master_addr == "127.0.0.1"
@@ -78,24 +83,14 @@ def test_where_the_processes_meet():
         ("SLURM_PROCID", "x"), ("SLURM_PROCID", "6"), ("SLURM_STEP_NUM_TASKS", "0"), ("SLURM_NODEID", "3"),
         ("SLURM_LOCALID", "2"), ("SLURM_STEP_TASKS_PER_NODE", "2(x"), ("SLURM_STEP_TASKS_PER_NODE", "0"),
         ("SLURM_STEP_TASKS_PER_NODE", ""), ("SLURM_STEP_NODELIST", "")]],
-    ({"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_NTASKS": "2"}, "SUBMITIT_LOCAL_GLOBALID", "2"),
+    ({"SUBMITIT_LOCAL_NTASKS": "2"}, "SUBMITIT_LOCAL_GLOBALID", "2"),
+    (MPIRUN, "MASTER_ADDR", None),  # processes that don't know each other must not train alone, in silence
 ])
 def test_a_variable_that_makes_no_sense_is_one_sentence(base, name, value):
     env = {**base, name: value} if value is not None else {n: v for n, v in base.items() if n != name}
     with pytest.raises(UserError) as error:
         find_place(env)
     assert error.value.code == "environment" and name in str(error.value) and len(str(error.value)) < 300
-
-
-@pytest.mark.parametrize("text, counts", [("4", [4]), ("2(x3),1", [2, 2, 2, 1]), ("1,8(x2)", [1, 8, 8])])
-def test_tasks_per_node(text, counts):
-    assert tasks_per_node({"SLURM_STEP_TASKS_PER_NODE": text}) == counts
-
-
-@pytest.mark.parametrize("text, name", [("gpu07", "gpu07"), ("gpu[07-09,12],login1", "gpu07"), ("a1,b[1-2]", "a1"),
-                                        ("127.0.0.[11-12]", "127.0.0.11"), ("r[1-2]n[05,09]", "r1n05")])
-def test_first_node(text, name):
-    assert first_node({"SLURM_STEP_NODELIST": text}) == name
 
 
 # -------------------------------------------------------------------------------------------------------
@@ -118,9 +113,9 @@ def test_a_missing_device_is_refused_whatever_the_scheduler_says(monkeypatch):
 
 
 def test_one_device_for_two_ranks_is_refused_naming_both():
-    with pytest.raises(UserError, match="ranks 1 and 3 on node 0"):
-        refuse_shared_devices([(0, "a"), (0, "b"), (1, "b"), (0, "b")])
-    refuse_shared_devices([(0, ""), (0, ""), (1, "a"), (2, "a")])
+    with pytest.raises(UserError, match="ranks 1 and 3 on node a"):
+        refuse_shared_devices([("a", "x"), ("a", "y"), ("b", "y"), ("a", "y")])
+    refuse_shared_devices([("a", ""), ("a", ""), ("b", "x"), ("c", "x")])
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -244,12 +239,6 @@ def test_a_resumed_run_adds_gradients_in_the_same_order():
     # Two processes would hide it: a + b is b + a.
     for code, output in finish(start_ranks(3, PROGRAMS / "resumed_updates.py")):
         assert code == 0 and "same bits: True" in output, output
-
-
-def test_torchrun(tmp_path):
-    [(code, output)] = finish([start_torchrun(2, TOY, tmp_path, 10)])
-    assert code == 0, output
-    assert str(expected_value(10, 2)) in (tmp_path / "state.json").read_text()
 
 
 def test_main_says_in_one_sentence_that_a_port_is_taken(port):

@@ -44,12 +44,6 @@ def fake_slurm(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
 
 
-@pytest.fixture
-def no_slurm(monkeypatch, tmp_path):
-    (tmp_path / "empty").mkdir()
-    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-
-
 def test_dry_run_prints_the_script_and_submits_nothing(program, fake_slurm, capsys):
     assert main(["--nodes", "4", "--ngpus", "8", "--timeout", "1.5", "--partition", "gpu", "--comment", "for a paper",
                  "--job_name", "tiny", "--slurm", "account=vision", "--slurm", "mem=0", "--use_volta32",
@@ -70,24 +64,15 @@ def test_nothing_of_a_site_is_assumed(program, fake_slurm, capsys):
     assert "--cluster auto: slurm, because sbatch is on the PATH" in err
     for name in ("partition", "constraint", "account", "mem", "qos", "comment"):
         assert f"--{name}" not in out
-
-
-def test_gpus_asked_for_in_the_sites_own_words_are_asked_for_once(program, fake_slurm, capsys):
-    main(["--slurm", "gres=gpu:a100:8", "--dry_run", "true"])
+    main(["--slurm", "gres=gpu:a100:8", "--dry_run", "true"])  # GPUs in the site's own words
     out = capsys.readouterr().out
     assert "--gres=gpu:a100:8" in out and "--gpus-per-node" not in out
 
 
-def test_slurm_where_there_is_none_names_the_torchrun_line(program, no_slurm, capsys):
-    assert main(["--cluster", "slurm", "--nodes", "2", "--ngpus", "4", "--updates", "3"]) == 2
-    assert ("torchrun --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29500 --nproc_per_node=4 main.py "
-            "--updates 3") in capsys.readouterr().err
-    assert main(["--cluster", "slurm", "--ngpus", "4"]) == 2
-    assert "torchrun --nnodes=1 --nproc_per_node=4 main.py" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("argv, sentence", [
     (["--cluster", "local", "--nodes", "2"], "--nodes 2"),
+    (["--cluster", "slurm"], "torchrun"),
+    (["--cluster", "local", "--slurm", "=x"], "--slurm =x"),
     (["status", "nowhere"], "nowhere holds no job.json"),
     (["status"], "status takes one folder"),
     (["--cluster", "local", "--no_such_flag", "1"], "no_such_flag"),
@@ -97,18 +82,16 @@ def test_slurm_where_there_is_none_names_the_torchrun_line(program, no_slurm, ca
     (["--dry_run", "maybe"], "'maybe'"),
     (["--cluster", "somewhere"], "choose from"),
 ])
-def test_mistakes_are_one_sentence_and_exit_code_2(program, argv, sentence, capsys):
+def test_mistakes_are_one_sentence_and_exit_code_2(program, argv, sentence, capsys, monkeypatch):
+    monkeypatch.setattr(run_with_submitit.shutil, "which", lambda name: None)
     assert main(argv) == 2
     assert sentence in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("typed, meant", [("partitoin", "partition"), ("job-dir", "job_dir"), ("node", "nodes"),
-                                          ("cpu_per_task", "cpus_per_task"), ("batchsize", "batch_size"),
-                                          ("updatefreq", "update_freq")])
-def test_a_misspelt_flag_is_suggested_from_the_launchers_and_mains(typed, meant, tmp_path, monkeypatch, capsys):
+def test_a_misspelt_flag_is_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["--cluster", "local", "--config", "c.yaml", f"--{typed}", "1"]) == 2
-    assert f"unknown flag --{typed}; did you mean --{meant}?" in capsys.readouterr().err
+    assert main(["--cluster", "local", "--batchsize", "1"]) == 2
+    assert "unknown flag --batchsize; did you mean --batch_size?" in capsys.readouterr().err
 
 
 def test_the_code_of_a_job_lies_beside_its_folder():
@@ -176,7 +159,7 @@ def test_a_local_job_runs_the_snapshot_to_the_end(program):
     assert finished(folder) == [("DONE", None)], (folder / f"{folder.name}_0_log.err").read_text()
     assert json.loads((folder / "state.json").read_text())["value"] == expected_value(10, 2)
     text = status(folder)
-    assert "state    COMPLETED" in text and "attempt 1: DONE at update 10" in text
+    assert "state    DONE" in text and "attempt 1: DONE at update 10" in text
     job = json.loads((folder / "job.json").read_text())
     assert re.search(r"runs/code/\d{8}-\d{6}-\w{6}$", job["code"])
 
@@ -191,33 +174,8 @@ def test_a_local_job_is_requeued_after_a_signal_and_ends_as_if_undisturbed(progr
 
 
 @pytest.mark.slow
-def test_requeues_are_capped(program):
-    folder = local(program, "--updates", "10000", "--faults", "pace=0.05", "--max_requeue", "0")
-    wait_for(lambda: (folder / "now").exists())
-    os.kill(int((folder / "pids" / "0").read_text()), signal.SIGUSR2)
-    assert finished(folder) == [("PAUSED", False)]
-    assert "--max_requeue 0" in status(folder)
-
-
-@pytest.mark.slow
 def test_nothing_of_a_local_job_outlives_its_controller(program):
     folder = local(program, "--updates", "100000")
     wait_for(lambda: (folder / "now").exists())
     os.kill(int(folder.name), signal.SIGKILL)
     wait_for(lambda: not any(alive(int(pid.read_text())) for pid in (folder / "pids").iterdir()))
-
-
-@pytest.mark.slow
-def test_a_second_job_in_the_same_folder_has_its_own_attempts(program):
-    ids = []
-    for _ in range(2):
-        assert main(["--cluster", "local", "--ngpus", "1", "--device", "cpu", "--job_dir", "again",
-                     "--faults", "raise=0@3"]) == 0
-        ids.append(json.loads((program / "again" / "job.json").read_text())["id"])
-        wait_for(lambda: not alive(int(ids[-1])))
-    attempts = Ledger(program / "again").attempts()
-    for job in ids:
-        assert [(a["state"], a["update"], a["requeued"]) for a in attempts if a["job"] == job] == [
-            ("FAILED", 3, True), ("FAILED", 3, False)]
-    text = status(program / "again")
-    assert "attempt  2 of" in text and "ArithmeticError: one divided by nothing" in text and "_0_log.err" in text

@@ -1,6 +1,7 @@
 """What a task of a job decides from the end of main.py: once for all tasks, and in the ledger of the run."""
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -145,16 +146,16 @@ def test_a_killed_job_that_left_no_words_is_recorded_with_its_last_progress(tmp_
     assert (status["state"], status["update"], status["rank"]) == ("FAILED", 36, 0) and "SIGKILL" in status["cause"]
 
 
-def test_a_signal_before_main_has_started_is_passed_on(tmp_path):
+def test_a_signal_before_main_handles_any_loses_nothing(tmp_path):
     (tmp_path / "main.py").write_text("import time; time.sleep(60)")
-    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    threading.Timer(2, os.kill, (os.getpid(), signal.SIGUSR2)).start()
     try:
         task = Task(Job([], str(tmp_path), str(tmp_path), str(tmp_path), str(tmp_path), 3), _Environment(0, []))
-        task.signalled = signal.SIGUSR2
         assert task.run_main() == ExitCode.PAUSED
     finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_job_that_cannot_record_it_is_requeued_all_the_same(tmp_path):

@@ -14,12 +14,9 @@ from launch.process import Process, start
 from launch.stop import StopRequest, job_end_time
 from tests.kits.processes import (
     TOY,
-    Rank,
     alive,
-    environment,
     expected_value,
     finish,
-    start_ranks,
     start_torchrun,
     wait_for,
 )
@@ -101,27 +98,6 @@ def test_training_stops_before_the_time_limit(monkeypatch):
         assert not stop.requested
         wait_for(lambda: stop.requested)
         assert "time limit" in stop.reason
-
-
-def test_a_lone_process_ends_with_75_and_goes_on_to_the_same_result(tmp_path):
-    process = Rank([str(TOY), str(tmp_path), "10000"], environment())
-    wait_for(lambda: (tmp_path / "now").exists())
-    process.send_signal(signal.SIGTERM)
-    assert finish([process])[0][0] == 75
-    assert Ledger(tmp_path).status()["state"] == Outcome.PAUSED
-    updates = json.loads((tmp_path / "state.json").read_text())["update"] + 5
-    assert finish([Rank([str(TOY), str(tmp_path), str(updates)], environment())])[0][0] == 0
-    assert json.loads((tmp_path / "state.json").read_text())["value"] == expected_value(updates, 1)
-
-
-def test_a_signal_to_one_rank_stops_all_at_one_update(tmp_path):
-    processes = start_ranks(2, TOY, tmp_path, 10000)
-    wait_for(lambda: (tmp_path / "now").exists())
-    processes[1].send_signal(signal.SIGUSR2)
-    assert [code for code, _ in finish(processes)] == [75, 75]
-    updates = {(tmp_path / f"stopped{rank}").read_text() for rank in range(2)}
-    assert len(updates) == 1
-    assert int(updates.pop()) == json.loads((tmp_path / "state.json").read_text())["update"]
 
 
 @pytest.mark.slow

@@ -4,18 +4,30 @@ their layers.
 With the fast CPU paths attached, as training and evaluation attach them: they step aside where somebody
 looks.
 """
+from contextlib import ExitStack
+
+import fvcore.nn
 import numpy as np
 import pytest
+import thop
 import timm
 import torch
+from peft import LoraConfig, get_peft_model
+from pytorch_grad_cam import GradCAM
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from timm.models._features import FeatureHookNet
+from timm.models._features_fx import FeatureGraphNet
 from torch import nn
+from torch.ao.quantization import default_dynamic_qconfig, quantize_dynamic
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import models
 import native
 from models.dft import use_matrix_filter
-from models.hornet import Block
 from models.inspect import complexity
 from models.zoo import PUBLISHED
+from tests.kits.trained import lively
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
 PICO = ["hornet_pico_7x7", "hornet_pico_gf"]
@@ -23,23 +35,20 @@ PICO = ["hornet_pico_7x7", "hornet_pico_gf"]
 
 def network(name="hornet_pico_gf", attach=True, **kwargs):
     """A small model in which every branch shows, on this machine's fast paths."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=10, layer_scale_init_value=0.5, **kwargs)
+    model = lively(name, 10, **kwargs)
     if attach:
         native.attach(model)
-    return model.eval()
+    return model
 
 
-def fired(model, modules, *inputs):
-    """The names of `modules` whose forward hooks fired in one call of `model`."""
+def fired(model, x):
+    """The sorted names of the modules whose forward hooks fired in one call of `model`."""
     seen = []
-    handles = [module.register_forward_hook(lambda *_, name=name: seen.append(name)) for name, module in modules]
-    try:
-        model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+    with ExitStack() as handles:
+        for name, module in called(model):
+            handles.enter_context(module.register_forward_hook(lambda *_, name=name: seen.append(name)))
+        model(x)
+    return sorted(seen)
 
 
 def called(model):
@@ -55,27 +64,26 @@ def test_every_module_of_the_published_models_fires_its_hooks(name):
     model = model.to_empty(device="cpu")  # what it computes does not matter here
     native.attach(model)
     for training in (True, False):
-        model.train(training)
         with torch.set_grad_enabled(training):
-            seen = fired(model, called(model), torch.zeros(1, 3, 32, 32))
-        assert sorted(seen) == sorted(name for name, _ in called(model))
+            assert fired(model.train(training), torch.zeros(1, 3, 32, 32)) == sorted(dict(called(model)))
+
+
+def test_half_precision_calls_every_layer():
+    model = network().half()
+    assert fired(model, torch.randn(1, 3, 32, 32).half()) == sorted(dict(called(model)))
 
 
 @pytest.mark.parametrize("name", PICO)
-@pytest.mark.parametrize("training", [True, False])
-def test_a_hook_on_a_single_module_fires_and_changes_nothing(name, training):
-    model, x = network(name).train(training), torch.randn(1, 3, 32, 32)
+def test_a_hook_on_a_single_module_fires_and_changes_nothing(name):
+    model, x = network(name).train(), torch.randn(1, 3, 32, 32)
     exact = model(x)
-    for label, module in called(model):
-        outputs = []
+    for label, module in called(model)[1:]:
+        outputs, gradients = [], []
         with module.register_forward_hook(lambda _, args, out: outputs.append(out)):
             torch.testing.assert_close(model(x), exact, rtol=1e-4, atol=1e-5)
-        assert len(outputs) == 1, label
-        if training and label:
-            gradients = []
-            with module.register_full_backward_hook(lambda *_: gradients.append(1)):
-                model(x).sum().backward()
-            assert gradients, label
+        with module.register_full_backward_hook(lambda *_: gradients.append(1)):
+            model(x).sum().backward()
+        assert len(outputs) == 1 and gradients, label
 
 
 def test_what_a_hook_returns_is_used_and_a_replaced_layer_too():
@@ -84,33 +92,28 @@ def test_what_a_hook_returns_is_used_and_a_replaced_layer_too():
     with model.stages[0][0].gnconv.pws[0].register_forward_hook(lambda *_: torch.zeros(2, 8, 8, 8) + 100):
         assert not torch.allclose(model(x), before)
     assert torch.equal(model(x), before)
-    model.stages[1][0].pwconv1 = nn.Sequential(model.stages[1][0].pwconv1, nn.Dropout(0.0), nn.Tanh())
+    model.stages[1][0].pwconv1 = nn.Sequential(model.stages[1][0].pwconv1, nn.Tanh())
     assert not torch.allclose(model(x), before)
 
 
 @pytest.mark.parametrize("name", PICO)
 def test_lora_adapters_get_gradients_and_train(name):
-    from peft import LoraConfig, get_peft_model
     model = network(name)
     x, y = torch.randn(8, 3, 64, 64), torch.arange(8)
-    before = model(x)
     layers = r".*(proj_in|proj_out|pws\.\d+|pwconv1|pwconv2|head)"
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=layers, lora_dropout=0.1))
-    adapters = {label: p for label, p in adapted.named_parameters() if p.requires_grad}
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=layers))
+    adapters = [p for p in adapted.parameters() if p.requires_grad]
     assert len(adapters) == 2 * (4 * 4 + 10 + 1)  # two matrices at 4 layers per block, 10 `pws` and the head
-    optimizer = torch.optim.AdamW(adapters.values(), lr=1e-2)
-    losses = []
+    optimizer, losses = torch.optim.AdamW(adapters, lr=1e-2), []
     for _ in range(12):
-        loss = nn.functional.cross_entropy(adapted.train()(x), y)
+        losses.append(nn.functional.cross_entropy(adapted.train()(x), y))
         optimizer.zero_grad()
-        loss.backward()
-        losses.append(float(loss.detach()))
-        assert all(p.grad is not None for p in adapters.values())
+        losses[-1].backward()
+        assert all(p.grad is not None for p in adapters)
         optimizer.step()
     assert losses[-1] < 0.7 * losses[0]
-    merged = adapted.eval().merge_and_unload()
-    assert all(type(m.pwconv1) is nn.Linear for m in merged.modules() if isinstance(m, Block))
-    assert not torch.allclose(merged(x), before)
+    wanted, merged = adapted.eval()(x), adapted.merge_and_unload()
+    torch.testing.assert_close(merged(x), wanted, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -125,51 +128,37 @@ def test_torch_fx_traces_it(name, training):
 
 
 def test_linear_layers_are_quantised_dynamically():
-    from torch.ao.quantization import default_dynamic_qconfig, quantize_dynamic
-    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
     torch.backends.quantized.engine = "fbgemm" if "fbgemm" in torch.backends.quantized.supported_engines else "qnnpack"
     model, x = network(), torch.randn(2, 3, 64, 64)
     exact = model(x)
-    by_module = quantize_dynamic(model, {nn.Linear})
     mapping = torch.ao.quantization.QConfigMapping().set_object_type(nn.Linear, default_dynamic_qconfig)
     by_graph = convert_fx(prepare_fx(network(attach=False), mapping, (x,)))
-    for quantised in (by_module, by_graph):
+    for quantised in (quantize_dynamic(model, {nn.Linear}), by_graph):
         kinds = [type(m).__module__ for m in quantised.modules() if type(m).__name__ == "Linear"]
         assert len(kinds) == 9 and all("quantized.dynamic" in kind for kind in kinds)
-        out = quantised(x)
-        assert not torch.equal(out, exact)
-        assert (out - exact).norm() < 0.1 * exact.norm()
+        assert 0 < (quantised(x) - exact).norm() < 0.1 * exact.norm()
 
 
 @pytest.mark.parametrize("name", PICO)
 def test_timm_and_torchvision_get_the_features(name):
-    from timm.models._features import FeatureHookNet
-    from timm.models._features_fx import FeatureGraphNet
-    from torchvision.models.feature_extraction import create_feature_extractor
     x, model = torch.randn(2, 3, 64, 96), network(name)
+    getter = timm.create_model(name, features_only=True).eval()
+    assert (getter.feature_info.channels(), getter.feature_info.reduction()) == ([8, 16, 32, 64], [4, 8, 16, 32])
+    getter.load_state_dict({f"model.{key}": value for key, value in model.state_dict().items()
+                            if not key.startswith(("head", "norm"))})
     with torch.no_grad():
-        wanted = [out.clone() for out in model.forward_intermediates(x, intermediates_only=True)]
-        found = {
-            "getter": timm.create_model(name, features_only=True),
-            "graph": FeatureGraphNet(network(name, attach=False), (0, 1, 2, 3)),
-            "hooks": FeatureHookNet(network(name), (0, 1, 2, 3), no_rewrite=True),
-            "torchvision": create_feature_extractor(network(name, attach=False), [f"stages.{i}" for i in range(4)]),
-        }
-        assert found["getter"].feature_info.channels() == [8, 16, 32, 64]
-        assert found["getter"].feature_info.reduction() == [4, 8, 16, 32]
-        found["getter"].load_state_dict({f"model.{k}": v for k, v in model.state_dict().items()
-                                         if not k.startswith(("head", "norm"))})
-        for label, extractor in found.items():
+        wanted = model.forward_intermediates(x, intermediates_only=True)
+        for extractor in (
+                getter, FeatureGraphNet(network(name, attach=False), (0, 1, 2, 3)),
+                FeatureHookNet(network(name), (0, 1, 2, 3), no_rewrite=True),
+                create_feature_extractor(network(name, attach=False), [f"stages.{i}" for i in range(4)])):
             outputs = extractor.eval()(x)
             outputs = list(outputs.values()) if isinstance(outputs, dict) else outputs
-            assert len(outputs) == 4, label
-            for got, want in zip(outputs, wanted):
+            for got, want in zip(outputs, wanted, strict=True):
                 torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_grad_cam_explains_it():
-    from pytorch_grad_cam import GradCAM
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     model, x = network("hornet_pico_7x7"), torch.randn(2, 3, 64, 64)
     for layer in (model.stages[2], model.stages[3][-1], model.stages[2][0].norm1):
         with GradCAM(model=model, target_layers=[layer]) as cam:
@@ -180,8 +169,6 @@ def test_grad_cam_explains_it():
 def test_counters_find_the_operations():
     """thop counts norms too, fvcore every addcmul and fft as something it does not know: both stay near ours.
     """
-    import fvcore.nn
-    import thop
     model, x = network("hornet_nano_7x7"), torch.randn(1, 3, 64, 64)
     ours = complexity(model, 64).flops
     counted = fvcore.nn.FlopCountAnalysis(network("hornet_nano_7x7"), x).unsupported_ops_warnings(False)
@@ -236,38 +223,16 @@ def test_keywords_of_timms_and_deits_training_scripts():
     model = timm.create_model("hornet_pico_7x7", pretrained=False, num_classes=7, drop_rate=0.2, drop_path_rate=0.1,
                               drop_block_rate=None, img_size=64, global_pool="avg", output_stride=32)
     assert model.head_drop.p == 0.2 and model.drop_rate == 0.2
-    x = torch.randn(2, 3, 64, 96)
-    model.train()
-    draws = torch.ones(2, model.num_drop_draws)
-    assert not torch.equal(model(x, draws), model(x, draws))
+    x, draws = torch.randn(2, 3, 64, 96), torch.ones(2, model.num_drop_draws)
+    assert not torch.equal(model.train()(x, draws), model(x, draws))
     models.hornet.hornet_pico_7x7(drop_block_rate=None, global_pool=None)
-
-
-@pytest.mark.parametrize("kwargs", [dict(drop_rate=1.0), dict(drop_block_rate=0.1), dict(global_pool="max"),
-                                    dict(output_stride=8)])
-def test_other_values_are_refused_by_name(kwargs):
-    (name, value), = kwargs.items()
-    with pytest.raises(ValueError, match=f"{name} {value!r}"):
-        timm.create_model("hornet_pico_7x7", **kwargs)
 
 
 def test_without_pooling_there_is_an_output_at_each_position():
     model, x = network(), torch.randn(2, 3, 64, 96)
-    pooled = model.forward_head(model.forward_features(x), pre_logits=True)
-    maps = timm.create_model("hornet_pico_gf", global_pool="")
-    assert maps(x).shape == (2, 1000, 2, 3)
-    model.reset_classifier(0, "")
-    out = model(x)
-    assert out.shape == (2, 64, 2, 3) and pooled.shape == (2, 64)
-    model.reset_classifier(4, "avg")
-    assert model(x).shape == (2, 4) and model.num_classes == 4
-    model.reset_classifier(0)
-    assert model(x).shape == (2, 64) == timm.create_model("hornet_pico_7x7", num_classes=0)(x).shape
+    assert timm.create_model("hornet_pico_gf", global_pool="")(x).shape == (2, 1000, 2, 3)
+    for classes, pool, shape in ((0, "", (2, 64, 2, 3)), (4, "avg", (2, 4)), (0, None, (2, 64))):
+        model.reset_classifier(classes, pool)
+        assert model(x).shape == shape and model.num_classes == classes
     with pytest.raises(ValueError, match="'max'"):
         model.reset_classifier(4, "max")
-
-
-def test_half_precision_calls_every_layer():
-    model = network().half()
-    x = torch.randn(1, 3, 32, 32).half()
-    assert sorted(fired(model, called(model), x)) == sorted(name for name, _ in called(model))

@@ -3,8 +3,8 @@ not needed.
 """
 import io
 import random
-import shutil
 import struct
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -12,11 +12,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from timm.data.auto_augment import NAME_TO_OP, rand_augment_ops
 
 import native
-from common.log import logger
-from common.random import seeded
 from config.options import Options
 from datasets.dataset import ImageDataset
 from datasets.folders import read
@@ -28,10 +25,6 @@ if not fast.available():
     pytest.skip("needs a C++ compiler, jpeglib.h and Pillow's libjpeg", allow_module_level=True)
 
 MANY = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-
-
-def options(size=64, **changes):
-    return Options(input_size=size, **changes)
 
 
 def jpeg(width, height, seed=0, mode="RGB", **save) -> bytes:
@@ -97,57 +90,40 @@ def test_any_affine_warp_is_pillows(matrix, size, bicubic):
                 plain(data).transform(size, Image.Transform.AFFINE, matrix, **arguments))
 
 
-@pytest.mark.parametrize("name", sorted(NAME_TO_OP))
-def test_each_operation_of_randaugment_after_a_crop_and_between_others(name):
-    data = jpeg(211, 160)
-    settings_of_all = dict(magnitude_std=0.5, img_mean=(124, 116, 104), translate_const=30)
-    first, between, last = (rand_augment_ops(9, 1.0, settings_of_all, [op])[0] for op in (name, "ShearX", "Color"))
-
-    def steps(image):
-        with seeded(sum(name.encode())):
-            image = image.crop((13, 9, 180, 131)).resize((64, 64), Image.Resampling.BICUBIC)
-            return [first(image), first(last(image)), last(between(first(between(image))))]
-
-    for ours, theirs in zip(steps(fast.image_of(data)), steps(plain(data)), strict=True):
-        assert np.array_equal(np.asarray(ours), np.asarray(theirs))
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Images of every kind; the plain loader can read all but the last few."""
     root = tmp_path / "images" / "class"
     root.mkdir(parents=True)
-    draw = random.Random(0)
-    good = jpeg(120, 90)
-    files = {f"{i:02d}.JPEG": jpeg(draw.randint(20, 400), draw.randint(20, 400), i, subsampling=i % 3,
-                                   progressive=i % 4 == 0) for i in range(12)}
-    files["gray.JPEG"] = jpeg(90, 140, mode="L")
-    files["cmyk.JPEG"] = jpeg(90, 140, mode="CMYK")
-    exif = Image.Exif()
-    exif[0x0112], exif[0x011A] = 6, 72.0
-    files["exif.JPEG"] = jpeg(90, 140, exif=exif.tobytes())
-    files["icc.JPEG"] = jpeg(90, 140, icc_profile=b"profile" * 9)
-    files["comment.JPEG"] = jpeg(90, 140, comment=b"\xff\xd8 words")
-    png = io.BytesIO()
+    draw, good, exif, png = random.Random(0), jpeg(120, 90), Image.Exif(), io.BytesIO()
     plain(good).save(png, "PNG")
-    files["png.JPEG"] = png.getvalue()
-    files["narrow.JPEG"] = jpeg(3, 380)
-    files["trailing.JPEG"] = good + b"behind the end"
-    middle = len(good) // 2
-    files["damaged.JPEG"] = good[:middle] + bytes(40) + good[middle + 40:]
-    files["marker.JPEG"] = good[:middle] + b"\xff\xd9" + good[middle:]
-    files["unknown_marker.JPEG"] = good[:-300] + b"\xff\xc8" + good[-298:]
-    files["table.JPEG"] = good[:-300] + b"\xff\xc4\x00\x03\x77" + good[-295:]
-    files["no_end.JPEG"] = good[:-2]
-    files["half.JPEG"] = good[:middle]
-    files["tail_zero.JPEG"] = good[:middle] + bytes(len(good) - middle)
-    files["header.JPEG"] = good[:100]
-    files["empty.JPEG"] = b""
-    files["two_layers.JPEG"] = good.replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c")
-    segment = b"Photoshop 3.0\x008BIM\x03\xed"
-    files["photoshop.JPEG"] = good[:2] + b"\xff\xed" + struct.pack(">H", len(segment) + 2) + segment + good[2:]
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    middle, segment = len(good) // 2, b"Photoshop 3.0\x008BIM\x03\xed"
+    files = {f"{i:02d}": jpeg(draw.randint(20, 400), draw.randint(20, 400), i, subsampling=i % 3,
+                              progressive=i % 4 == 0) for i in range(12)}
+    files |= {
+        "gray": jpeg(90, 140, mode="L"),
+        "cmyk": jpeg(90, 140, mode="CMYK"),
+        "exif": jpeg(90, 140, exif=exif.tobytes()),
+        "icc": jpeg(90, 140, icc_profile=b"profile" * 9),
+        "comment": jpeg(90, 140, comment=b"\xff\xd8 words"),
+        "png": png.getvalue(),
+        "narrow": jpeg(3, 380),
+        "trailing": good + b"behind the end",
+        "damaged": good[:middle] + bytes(40) + good[middle + 40:],
+        "marker": good[:middle] + b"\xff\xd9" + good[middle:],
+        "unknown_marker": good[:-300] + b"\xff\xc8" + good[-298:],
+        "table": good[:-300] + b"\xff\xc4\x00\x03\x77" + good[-295:],
+        "photoshop": good[:2] + b"\xff\xed" + struct.pack(">H", len(segment) + 2) + segment + good[2:],
+        "two_layers": good.replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"),
+        "no_end": good[:-2],
+        "half": good[:middle],
+        "tail_zero": good[:middle] + bytes(len(good) - middle),
+        "header": good[:100],
+        "empty": b"",
+    }
     for name, content in files.items():
-        (root / name).write_bytes(content)
+        (root / f"{name}.JPEG").write_bytes(content)
     return root.parent
 
 
@@ -165,7 +141,7 @@ def both(folder, transform, **arguments):
 
 
 def test_training_batches_are_equal_with_and_without(folder):
-    ours, theirs = both(folder, train_transform(options()), seed=3, erasing=Erasing(0.5, 2))
+    ours, theirs = both(folder, train_transform(Options(input_size=64)), seed=3, erasing=Erasing(0.5, 2))
     for epoch in range(4):
         items = [(epoch, index, index) for index in range(len(ours))]
         for name, a, b in zip(("images", "targets", "indices", "positions", "boxes"),
@@ -183,46 +159,29 @@ def test_evaluation_batches_are_equal_and_the_same_files_are_bad(folder, interpo
     assert not bad & {"cmyk.JPEG", "png.JPEG", "damaged.JPEG", "trailing.JPEG", "narrow.JPEG"}
 
 
-def test_without_a_compiler_everything_goes_through_pillow(folder, monkeypatch, tmp_path):
-    ours, _ = both(folder, eval_transform(64))
-    expected = ours.__getitems__([0, 1, 2]).images.numpy()
-    messages = []
-    monkeypatch.setattr(logger, "info", lambda text, *values: messages.append(text % values))
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    for cached in (fast._library, fast.available):
-        cached.cache_clear()
+def test_switched_off_everything_goes_through_pillow(monkeypatch):
+    monkeypatch.setenv("HORNET_NATIVE", "0")
+    fast.available.cache_clear()
     try:
-        assert native.jpeg() is None and "g++" in messages[0]
-        ours, _ = both(folder, eval_transform(64))
-        assert np.array_equal(ours.__getitems__([0, 1, 2]).images.numpy(), expected)
-        monkeypatch.undo()
-        monkeypatch.setenv("HORNET_NATIVE", "0")
-        fast.available.cache_clear()
-        assert not fast.available()
+        assert native.jpeg() is None
     finally:
-        monkeypatch.undo()
-        for cached in (fast._library, fast.available):
-            cached.cache_clear()
+        fast.available.cache_clear()
 
 
-def test_the_self_test_notices_another_pixel(monkeypatch):
+@pytest.mark.parametrize("spoilt,found", [("window", "decoding and resizing"), ("affine", "warps")])
+def test_the_self_test_notices_another_pixel(monkeypatch, caplog, spoilt, found):
     library = fast._library()
 
-    class Wrong:
-        def __init__(self, spoilt):
-            self.spoilt = spoilt
+    def wrong(*arguments):
+        result = getattr(library, spoilt)(*arguments)
+        fast.ctypes.c_uint8.from_address(arguments[-1]).value ^= 1
+        return result
 
-        def __getattr__(self, name):
-            function = getattr(library, name)
-            if name != self.spoilt:
-                return function
-
-            def spoilt(*arguments):
-                result = function(*arguments)
-                fast.ctypes.c_uint8.from_address(arguments[-1]).value ^= 1
-                return result
-            return spoilt
-
-    for name, found in (("window", "decoding and resizing"), ("affine", "warps")):
-        monkeypatch.setattr(fast, "_library", lambda name=name: Wrong(name))
-        assert fast._self_test() == found
+    functions = {name: getattr(library, name) for name in ("probe", "window", "affine", "pack")}
+    monkeypatch.setattr(fast, "_library", lambda: SimpleNamespace(**functions | {spoilt: wrong}))
+    fast.available.cache_clear()
+    try:
+        with caplog.at_level("WARNING", "hornet"):
+            assert not fast.available() and found in caplog.text
+    finally:
+        fast.available.cache_clear()

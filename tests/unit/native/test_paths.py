@@ -31,7 +31,12 @@ def blocks(model):
 def test_paths_are_plain_data_and_repeatable():
     chosen = paths.code_paths("cpu")
     assert json.loads(json.dumps(chosen)) == chosen == paths.code_paths("cpu")
-    assert paths.use_code_paths(chosen, "cpu") == chosen
+    torch.manual_seed(0)
+    first = torch.rand(1)
+    torch.manual_seed(0)
+    paths._agrees.cache_clear()
+    assert paths.use_code_paths(chosen, "cpu") == chosen  # its self-test draws weights, not from our numbers
+    assert torch.equal(torch.rand(1), first)
     assert paths.use_code_paths({}, "cpu") == paths.PLAIN_PATHS
     assert paths.code_paths("cuda") == paths.use_code_paths(chosen, "cuda") == paths.PLAIN_PATHS
 
@@ -46,14 +51,6 @@ def test_attach_gives_every_block_the_paths_of_the_run():
         assert paths.runner_of(average) is not paths.runner_of(model)
     assert native.attach(model, paths.PLAIN_PATHS) == paths.PLAIN_PATHS
     assert all(block.runner is None for block in blocks(model))
-
-
-def test_attaching_draws_no_random_numbers():
-    torch.manual_seed(0)
-    first = torch.rand(1)
-    torch.manual_seed(0)
-    paths.code_paths("cpu")  # runs its self-test on blocks of random weights
-    assert torch.equal(torch.rand(1), first)
 
 
 def test_a_path_that_is_wrong_is_not_used(monkeypatch):
@@ -71,18 +68,17 @@ def test_without_a_compiler_everything_stays_plain(monkeypatch):
     assert paths.code_paths("cpu")["kernels"] == "plain"
 
 
-def test_switched_off_nothing_is_attached_and_a_run_begun_with_it_is_told(monkeypatch, caplog):
-    monkeypatch.setenv("HORNET_NATIVE", "0")
+@pytest.mark.parametrize("switched_off", [True, False])
+def test_a_resumed_run_says_which_of_its_paths_it_cannot_take(monkeypatch, caplog, switched_off):
     model = timm.create_model("hornet_pico_7x7")
-    assert native.attach(model) == paths.PLAIN_PATHS and all(block.runner is None for block in blocks(model))
-    with caplog.at_level("WARNING", "hornet"):
-        assert native.attach(model, COMPILED) == paths.PLAIN_PATHS
-    assert [("kernels=compiled" in text, "HORNET_NATIVE=0" in text) for text in caplog.messages] == [(True, True)]
-
-
-def test_a_resumed_run_says_which_of_its_paths_the_machine_lacks(monkeypatch, caplog):
-    monkeypatch.setattr(paths, "_agrees", lambda name: False)
-    with caplog.at_level("WARNING", "hornet"):
-        assert paths.use_code_paths(COMPILED, "cpu")["kernels"] == "plain"
-    monkeypatch.undo()  # before the fixture forgets what the real one found
-    assert len(caplog.messages) == 1 and "kernels=compiled" in caplog.messages[0]
+    with monkeypatch.context() as changes:  # ends before the fixture forgets what the real one found
+        if switched_off:
+            changes.setenv("HORNET_NATIVE", "0")
+            assert native.attach(model) == paths.PLAIN_PATHS
+        else:
+            changes.setattr(paths, "_agrees", lambda name: False)
+        with caplog.at_level("WARNING", "hornet"):
+            assert native.attach(model, COMPILED) == paths.PLAIN_PATHS
+    assert all(block.runner is None for block in blocks(model))
+    message, = caplog.messages
+    assert "kernels=compiled" in message and ("HORNET_NATIVE=0" in message) == switched_off

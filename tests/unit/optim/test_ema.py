@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from optim.ema import Ema, fitting_decay, half_life, half_life_warning, masked_lerp_
+from optim.ema import Ema, half_life_warning, masked_lerp_
 
 
 class Net(nn.Module):
@@ -64,11 +64,8 @@ def test_it_needs_no_gradient_and_stays_in_eval_mode():
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_half_life_and_fitting_decay():
-    assert half_life(0.9999) == pytest.approx(6931.1, abs=0.1)
+def test_an_average_that_cannot_follow_is_reported_with_a_decay_that_fits():
     assert half_life_warning(0.9999, 300 * 312) is None
-    sentence = half_life_warning(0.9999, 500)
-    assert "--model_ema_decay 0.9999" in sentence and f"{fitting_decay(500):g} fits" in sentence
-    for updates in (40, 90, 500, 3000, 90_000):
-        assert updates / 40 < half_life(fitting_decay(updates)) < updates / 10
-        assert half_life_warning(fitting_decay(updates), updates) is None
+    for updates in (40, 90, 500, 3000, 30_000):
+        decay = half_life_warning(0.9999, updates).split()[-2]
+        assert half_life_warning(float(decay), updates) is None and 0 < float(decay) < 0.9999

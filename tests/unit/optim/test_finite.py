@@ -3,23 +3,23 @@ import copy
 
 import torch
 
-from optim.finite import NonfinitePolicy, diagnose
+from optim.finite import FiniteWatch, diagnose
 from optim.update import LossScale
 from tests.kits.toy import Toy
 
 
-def test_policy_gives_up():
-    policy = NonfinitePolicy("skip", in_a_row=3, give_up_after=2)
-    answers = [policy.decide(False) for _ in range(9)]
+def test_it_gives_up():
+    watch = FiniteWatch("skip", in_a_row=3, give_up_after=2)
+    answers = [watch.decide(False) for _ in range(9)]
     assert answers == ["skip", "skip", "rollback", "skip", "skip", "rollback", "skip", "skip", "stop"]
-    policy = NonfinitePolicy("skip", in_a_row=3, give_up_after=2)
-    answers = [policy.decide(number % 2 == 0) for number in range(50)]
+    watch = FiniteWatch("skip", in_a_row=3, give_up_after=2)
+    answers = [watch.decide(number % 2 == 0) for number in range(50)]
     assert answers[:41].count("skip") == 20 and "stop" not in answers[:41] and answers[41] == "stop"
 
 
 def test_scale_overflows_are_not_held_against_the_run():
-    policy = NonfinitePolicy("skip")
-    assert [policy.decide(False, overflow=True) for _ in range(20)] == ["go"] * 20
+    watch = FiniteWatch("skip")
+    assert [watch.decide(False, overflow=True) for _ in range(20)] == ["go"] * 20
     scale = LossScale(torch.device("cpu"), enabled=True)
     for _ in range(3):
         scale.update(torch.tensor(False))
