@@ -11,10 +11,10 @@ import sys
 import tempfile
 import textwrap
 import time
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
@@ -25,64 +25,45 @@ from common.outcome import ExitCode
 from common.text import duration, file_size, plural
 from config.options import Options
 from config.parse import Resolved
-from datasets.build import check_sample
-from datasets.dataset import ImageDataset
-from datasets.device import EvalPrepare
-from evaluation import SAMPLED, low_score, prepare_evaluation, score_sample
+from datasets.build import Data, check_sample
+from datasets.dataset import ImageDataset, make_loader
+from evaluation import Heartbeats, prepare_evaluation
 from launch.process import Process
 from launch.stop import StopRequest
 from launch.watchdog import Watchdog
-from optim.ema import half_life_warning
 from optim.update import UpdateStats
 from plan import Plan, build_model, plan_run
-from run.checkpoint import Checkpoints, Loaded, find_checkpoint, snapshot, state_bytes
+from run.checkpoint import Checkpoints, find_checkpoint, snapshot, state_bytes
 from run.folder import RunFolder
-from run.log import remedy
-from run.start import (
-    check_writable,
-    code_version,
-    cpus_per_process,
-    existing_folder,
-    memory_problems,
-    process_problems,
-)
-from run.state import finished
+from run.start import check_writable, code_version, cpus_per_process, existing_folder, process_problems
+from run.state import State, finished
 from training import Trainer
 
-_UPDATES, _SECONDS, _WAIT_SHARE = 8, 20.0, 0.10
+_UPDATES, _SECONDS, _WAIT_SHARE, _SAMPLED = 8, 20.0, 0.10, 500
 _FOR_A_CPU = 5_000_000  # parameters; no update of a larger network is tried on a CPU, where it takes minutes
 
 
 def check(resolved: Resolved, process: Process, watchdog: Watchdog) -> ExitCode:
     """Try what `resolved` asks for. Raises UserError for what is wrong, on every rank."""
-    options = resolved.options
-    run = DryRun(process, Trial(process, watchdog))
-    try:
-        if options.output_dir:
-            process.on_rank_zero(lambda: check_writable("--output_dir", options.output_dir))
-        run.row("processes", f"{process.world_size} on {process.device.type}, code {code_version()}")
-        run.problems("processes", process_problems(process))
-        run.evaluation(resolved) if options.eval else run.training(resolved)
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"the device's memory is too small for --batch_size {options.batch_size}: use "
-                        f"--batch_size {max(1, options.batch_size // 2)} with --update_freq "
-                        f"{2 * options.update_freq} (the same global batch), --use_amp true or "
-                        "--grad_checkpointing true.", code="memory") from error
+    run, folder = DryRun(process, Trial(process, watchdog)), resolved.options.output_dir
+    if folder:
+        process.on_rank_zero(lambda: check_writable("--output_dir", folder))
+    run.row("processes", f"{process.world_size} on {process.device.type}, code {code_version()}")
+    run.problems("processes", process_problems(process))
+    run.evaluation(resolved) if resolved.options.eval else run.training(resolved)
     process.on_rank_zero(run.end)
     return ExitCode.DONE
 
 
-class Trial(engine.Observer):
+class Trial(Heartbeats):
     """Stops the engine after a few updates and keeps its figures; the watchdog gets its heartbeats."""
 
     def __init__(self, process: Process, watchdog: Watchdog):
-        self.process, self.watchdog = process, watchdog
+        super().__init__(watchdog)
+        self.process = process
         self.start, self.updates = time.perf_counter(), 0
         self.seen: list[tuple[float, float, float]] = []  # seconds, those of them waiting for data, loss
         self.nonfinite: list[dict] = []
-
-    def on_phase(self, phase: str, update: int) -> None:
-        self.watchdog.phase(phase, update)
 
     def after_update(self, update: int, stats: UpdateStats, sums: engine.SumsOverRanks) -> bool:
         """Enough updates, or enough time, on any rank."""
@@ -115,10 +96,12 @@ class DryRun:
 
     def row(self, label: str, *sentences: str, mark: str = "  ") -> None:
         """What was found, each sentence on lines of its own."""
-        width = min(shutil.get_terminal_size((110, 24)).columns, 120) - 18
-        for number, line in enumerate(line for text in sentences for line in textwrap.wrap(
-                text, max(width, 40), break_long_words=False, break_on_hyphens=False)):
-            logger.info("%s%-16s%s", "  " if number else mark, "" if number else label, line)
+        width = min(shutil.get_terminal_size((110, 24)).columns, 120)
+        for text in sentences:
+            for line in textwrap.wrap(text, max(width, 60), initial_indent=f"{mark}{label:16s}",
+                                      subsequent_indent=18 * " ", break_long_words=False,
+                                      break_on_hyphens=False):
+                logger.info("%s", line)
 
     def problems(self, label: str, sentences: list[str]) -> None:
         """What would spoil the run; the dry run ends with exit code 2."""
@@ -135,15 +118,20 @@ class DryRun:
 
     def training(self, resolved: Resolved) -> None:
         """Everything that a training does, in small."""
-        options = resolved.options
-        loaded = self.process.on_rank_zero(lambda: self._checkpoint(resolved))
-        planned = plan_run(resolved, self.process, loaded.state if loaded else None)
+        options, state = resolved.options, None
+        folder = RunFolder(options.output_dir) if options.output_dir else None
+        loaded = self.process.on_rank_zero(lambda: find_checkpoint(resolved, folder))
+        if loaded is not None:
+            ends = finished(loaded.state, options.epochs)
+            self.row("checkpoint", f"a start would {'only evaluate' if ends else 'resume'} {loaded.path}")
+            state = None if ends else loaded.state
+        planned = plan_run(resolved, self.process, state)
         data = planned.data
         self.row("data", *data.notes)
         self.row("batch", planned.batch.equation, *planned.batch.notices)
-        loading = self._images("train", data.train, options)
-        self._images("val", data.val, options)
-        self.problems("shared memory", memory_problems(options, self.process))
+        loading = self._images("train", planned.train)[0]
+        if data.val is not None:
+            self._images("val", data.val)
         with torch.device("meta"):
             size = sum(p.numel() for p in build_model(planned.options, data.num_classes).parameters())
         self.row("model", f"{size / 1e6:.2f} M parameters, {data.num_classes} classes")
@@ -151,117 +139,105 @@ class DryRun:
             self.row("updates", f"none: nothing more is tried on a CPU above {_FOR_A_CPU / 1e6:g} M of them")
             self._disk(options, 4 * size * (4 if options.model_ema else 3))
         else:
-            self._disk(options, self._updates(planned, loaded, loading))
+            self._disk(options, self._updates(planned, state, loading))
 
     def evaluation(self, resolved: Resolved) -> None:
         """Load the weights and score a sample of the images."""
-        prepared, seconds = prepare_evaluation(resolved, self.process, self.trial), 0.0
-        data, images = prepared.data, prepared.evaluation.expected or 0
+        prepared = prepare_evaluation(resolved, self.process, self.trial)
+        candidates, data, options = prepared.candidates, prepared.data, prepared.options
+        assert data.val is not None
         self.row("data", *data.notes)
-        self._images("val", data.val, prepared.options)
-        self.problems("shared memory", memory_problems(prepared.options, self.process))
-        for candidate in prepared.candidates:
-            size = sum(p.numel() for p in candidate.network.parameters())
-            count = 2 * self.process.world_size if self.on_cpu and size > _FOR_A_CPU else SAMPLED
-            networks = [("", candidate.network)]
-            found = score_sample(networks, data, prepared.options, prepared.evaluation, count)[0]
-            seconds += found.seconds * images / found.images
-            strange = low_score(found.hits1, found.images - found.bad, data.num_classes, candidate.weights)
-            self.row("weights", f"{candidate.path} ({candidate.weights}): {found.hits1} of {found.images} "
-                     f"sampled images correct, mean loss {found.loss:.3f}",
-                     *([f"warning: {strange}"] if strange else []))
+        _, bad = self._images("val", data.val)
+        self.problems("val images", [
+            f"{sentence}, which ends an evaluation: fix it, or count unreadable images as incorrect with "
+            "--allow_bad_images true." for sentence in bad[:0 if options.allow_bad_images else 1]])
+        size = sum(p.numel() for p in candidates[0].network.parameters())
+        count = 2 * self.process.world_size if self.on_cpu and size > _FOR_A_CPU else _SAMPLED
+        found = self._score([(c.weights, c.network) for c in candidates], data, options,
+                            prepared.evaluation, count)
+        for candidate, each in zip(candidates, found):
+            self.row("weights", f"{candidate.path} ({candidate.weights}): {each.hits1} of {each.images} "
+                     f"sampled images correct, mean loss {each.loss:.3f}")
         self._memory()
-        self.row("whole set", f"{images} images would take {duration(seconds)}")
+        whole = found[0].seconds * len(data.val) / found[0].images
+        self.row("whole set", f"{len(data.val)} images would take {duration(whole)}")
 
     # ----------------------------------------------------------------------------------------- single rows
 
-    def _checkpoint(self, resolved: Resolved) -> Loaded | None:
-        """The checkpoint a start would resume; its folder is only read."""
-        options = resolved.options
-        loaded = find_checkpoint(resolved, RunFolder(options.output_dir) if options.output_dir else None)
-        if loaded is None:
-            return None
-        ends = finished(loaded.state, options.epochs)
-        self.row("checkpoint", f"a start would {'only evaluate' if ends else 'resume'} {loaded.path}")
-        return None if ends else loaded
+    def _images(self, part: str, dataset: ImageDataset) -> tuple[float, list[str]]:
+        """Seconds to load one image, and a sentence for each unreadable one of a sample."""
+        seconds, bad = self.process.on_rank_zero(lambda: check_sample(dataset))
+        self.row(f"{part} images", f"{1000 * seconds:.1f} ms to load one, {len(bad)} of a sample unreadable",
+                 *bad[:1])
+        return seconds, bad
 
-    def _images(self, part: str, dataset: ImageDataset | None, options: Options) -> float:
-        """Load some images on rank 0; every rank gets the seconds that one takes there."""
-        found = check_sample(dataset) if dataset is not None and self.process.is_main else None
-        if found is not None:
-            seconds, unreadable = found
-            self.row(f"{part} images", f"{1000 * seconds:.1f} ms to load one, {len(unreadable)} of a sample "
-                     "unreadable", *unreadable[:1])
-            refused = unreadable[:1] if options.eval and not options.allow_bad_images else []
-            self.problems(f"{part} images", [
-                f"{sentence}, which ends an evaluation: fix it, or count unreadable images as incorrect with "
-                "--allow_bad_images true." for sentence in refused])
-        return self.process.broadcast_object(found[0] if found else 0.0)
+    def _score(self, networks: Sequence[tuple[str, torch.nn.Module]], data: Data, options: Options,
+               evaluation: engine.Evaluation, count: int) -> list[engine.EvalResult]:
+        """Score (name, network) pairs on `count` validation images from all over the set."""
+        assert data.val is not None
+        chosen = np.unique(np.linspace(0, len(data.val) - 1, count).astype(int)).tolist()
+        own, size = chosen[self.process.rank::self.process.world_size], max(1, int(1.5 * options.batch_size))
+        loader = make_loader(data.val, options, [own[i:i + size] for i in range(0, len(own), size)])
+        try:
+            return engine.evaluate(networks, loader, replace(evaluation, expected=None, outputs=False))
+        finally:
+            loader.close()
 
-    def _updates(self, planned: Plan, loaded: Loaded | None, loading: float) -> int:
-        """Real updates, evaluation, save and reload; returns the bytes of a checkpoint.
+    def _updates(self, planned: Plan, state: State | None, loading: float) -> int:
+        """Real updates, evaluation, save and reload; returns the bytes of a checkpoint."""
+        process, trial = self.process, self.trial
+        options = replace(planned.options, log_dir=None, enable_wandb=False, print_freq=1)
+        trainer = Trainer(replace(planned, options=options), process, stop=StopRequest(),
+                          watchdog=trial.watchdog, state=state)
+        try:
+            at, trial.start = trainer.position, time.perf_counter()
+            progress = engine.train_one_epoch(trainer.loop, trial, epoch=at.begun, sums=at.sums,
+                                              first_update=at.update_in_epoch)
+            at.update, at.sums = progress.next_update, None
+            at.epoch = progress.next_update // planned.updates_per_epoch - 1
+            self.row("updates", f"{plural(trial.updates, 'update')} of {planned.batch.global_batch} images: "
+                     f"loss {trial.seen[0][2]:.4g} to {trial.seen[-1][2]:.4g}, gradient norm "
+                     f"{progress.grad_norm:.3g}, lr {progress.lr:.3g}")
+            self.problems("updates", [
+                f"the loss or gradient of update {record['update']} is not finite: lower --lr, lengthen "
+                "--warmup_epochs, or train without --use_amp." for record in trial.nonfinite[:1]])
+            digests = process.all_gather_object(digest(trainer.model.state_dict()))
+            self.problems("updates", [
+                f"the weights of rank {rank} differ from those of rank 0: the network or a device fails."
+                for rank, other in enumerate(digests) if other != digests[0]])
+            evaluated = 0.0
+            if not options.disable_eval:
+                count = max(1, int(1.5 * options.batch_size)) * process.world_size  # a batch of each
+                found, = self._score([("", trainer.model)], planned.data, options,
+                                     replace(trainer.task.evaluation, observer=trial), count)
+                evaluated = found.images / found.seconds
+            self._speed(planned, loading, evaluated)
+            trial.on_phase("saving", at.update)
+            process.on_rank_zero(lambda: self._save_and_reload(trainer))
+            return state_bytes(trainer.state_dict())
+        finally:
+            trainer.close()
 
-        The temporary folder is on the run's disk, but above its own folder, which a trial must not change.
+    def _save_and_reload(self, trainer: Trainer) -> None:
+        """Save, read the file, spoil the weights and restore them: all must come back bit for bit.
+
+        The file has no name, so that nothing of it stays behind even when this process is killed.
         """
-        process, trial, options = self.process, self.trial, planned.options
-        above = existing_folder(Path(options.output_dir).absolute().parent) if options.output_dir else None
-        above = above if above and os.access(above, os.W_OK) else None
-        temporary = tempfile.TemporaryDirectory(prefix=".dry-run-", dir=above) if process.is_main else None
-        with temporary or nullcontext() as folder:
-            checkpoints = Checkpoints(folder, background=False) if folder else None
-            aside = replace(planned, options=replace(options, log_dir=None, enable_wandb=False, print_freq=1))
-            trainer = Trainer(aside, process, stop=StopRequest(), watchdog=trial.watchdog,
-                              checkpoints=checkpoints, state=loaded.state if loaded else None)
-            try:
-                at, trial.start = trainer.position, time.perf_counter()
-                progress = engine.train_one_epoch(trainer.loop, trial, epoch=at.begun, sums=at.sums,
-                                                  first_update=at.update_in_epoch)
-                at.update, at.sums = progress.next_update, None
-                at.epoch = progress.next_update // planned.updates_per_epoch - 1
-                self._figures(planned, progress)
-                digests = process.all_gather_object(digest(trainer.model.state_dict()))
-                self.problems("updates", [
-                    f"the weights of rank {rank} differ from those of rank 0: the network or a device fails."
-                    for rank, other in enumerate(digests) if other != digests[0]])
-                evaluated = 0.0 if options.disable_eval else self._evaluate_some(planned, trainer)
-                self._speed(planned, loading, evaluated)
-                trial.on_phase("saving", at.update)
-                process.on_rank_zero(lambda: self._save_and_reload(trainer, checkpoints))
-                return state_bytes(trainer.state_dict())
-            finally:
-                trainer.close()
-
-    def _figures(self, planned: Plan, progress: engine.Progress) -> None:
-        losses = " to ".join(f"{loss:.4g}" for _, _, loss in self.trial.seen[:1] + self.trial.seen[1:][-1:])
-        self.row("updates", f"{plural(self.trial.updates, 'update')} of {planned.batch.global_batch} images: "
-                 f"loss {losses}, gradient norm {progress.grad_norm:.3g}, lr {progress.lr:.3g}")
-        self.problems("updates", [f"the loss or gradient of update {record['update']} is not finite: lower "
-                                  "--lr, lengthen --warmup_epochs, or train without --use_amp."
-                                  for record in self.trial.nonfinite[:1]])
-
-    def _evaluate_some(self, planned: Plan, trainer: Trainer) -> float:
-        """Evaluate one batch per process; images per second of all of them."""
-        evaluation = engine.Evaluation(EvalPrepare(planned.options, self.process.device), self.process.device,
-                                       observer=self.trial, process=self.process)
-        count = max(1, int(1.5 * planned.options.batch_size)) * self.process.world_size
-        found = score_sample([("", trainer.model)], planned.data, planned.options, evaluation, count)[0]
-        return found.images / found.seconds
-
-    def _save_and_reload(self, trainer: Trainer, checkpoints: Checkpoints | None) -> None:
-        """Save, read the file, spoil the weights and restore them: all must come back bit for bit."""
-        assert checkpoints is not None
-        before, started = snapshot(trainer.state_dict()), time.perf_counter()
-        checkpoints.save(before, epoch=trainer.position.begun, update=trainer.position.update, wait=True)
-        saved, loaded = time.perf_counter() - started, checkpoints.newest_valid()
-        if loaded is None:
-            self.problems("save, reload", checkpoints.failures())
-            return
+        before, folder = snapshot(trainer.state_dict()), trainer.options.output_dir
+        with tempfile.TemporaryFile(dir=existing_folder(folder) if folder else None) as file:
+            started = time.perf_counter()
+            torch.save(before, file)
+            file.flush()
+            os.fsync(file.fileno())
+            saved = time.perf_counter() - started
+            file.seek(0)
+            state = torch.load(file, weights_only=True)
         with torch.no_grad():
             for part in filter(None, (trainer.model, trainer.ema)):
                 for tensor in part.state_dict().values():
                     tensor.zero_()
             trainer.loop.update.optimizer.state.clear()
-        trainer.load_state_dict(loaded.state)
+        trainer.load_state_dict(state)
         after = snapshot(trainer.state_dict())
         self.row("save, reload", f"{file_size(state_bytes(before))} in {saved:.2f} s; read and restored")
         self.problems("save, reload", [f"{name} differs after saving and loading: please report this."
@@ -275,39 +251,35 @@ class DryRun:
     def _speed(self, planned: Plan, loading: float, evaluated: float) -> None:
         """Memory, speed, waiting for data with the change that would help most, the time of the whole recipe.
 
-        evaluated: images per second, 0 without evaluation.
+        loading: seconds of a CPU for one image; evaluated: images per second, 0 without evaluation.
         """
         options, process, world = planned.options, self.process, self.process.world_size
         self._memory()
-        compute, waited = self.trial.pace(options.batch_size * options.update_freq)
-        slowest = process.all_reduce_(torch.tensor([compute, -waited], dtype=torch.float64), "min").tolist()
-        cpus, compute, waits = cpus_per_process(process.local_world_size), slowest[0], -slowest[1]
+        compute, waits = self.trial.pace(options.batch_size * options.update_freq)
+        cpus = cpus_per_process(process.local_world_size)
         if options.num_workers:  # a short trial lives on what was loaded ahead
-            loaded = max(1, min(options.num_workers, cpus)) / max(loading, 1e-9)
-            waits = max(waits, 1 - loaded / compute)
-        rate, roughly = compute * (1 - waits) * world, "roughly, from so little: " * (self.trial.updates < 3)
-        self.row("speed", f"{roughly}{rate:,.1f} img/s, the network alone {compute * world:,.1f}")
-        help_most = remedy(options.num_workers, cpus) if waits > _WAIT_SHARE else (
-            "--use_amp true (mixed precision)" if not self.on_cpu and not options.use_amp else "none")
-        self.row("data waiting", f"{100 * waits:.0f} % of the time; what would help most: {help_most}")
+            waits = max(waits, 1 - min(options.num_workers, cpus) / loading / compute)
+        compute, waits = min(process.all_gather_object((compute, waits)))  # of the slowest
+        rate = compute * (1 - waits) * world
+        self.row("speed", f"{rate:,.1f} img/s, the network alone {compute * world:,.1f}")
+        self.row("data waiting", f"{100 * waits:.0f} % of the time" + (
+            "" if waits <= _WAIT_SHARE else "; what would help most: " + (
+                f"--num_workers {cpus}, all CPUs of a process" if options.num_workers < cpus else
+                "images stored with a shorter side of about twice the input size, on a local disk")))
         training = options.epochs * planned.updates_per_epoch * planned.batch.global_batch / rate
         images = len(planned.data.val) if planned.data.val and evaluated else 0
         evaluation = options.epochs * images / (evaluated or 1)
-        self.row("whole recipe", f"{roughly}{plural(options.epochs, 'epoch')} would take "
+        self.row("whole recipe", f"{plural(options.epochs, 'epoch')} would take "
                  f"{duration(training + evaluation)}, {duration(evaluation)} of it evaluating")
-        warning = half_life_warning(options.model_ema_decay, options.epochs * planned.updates_per_epoch)
-        if options.model_ema and warning:
-            self.row("EMA", warning)
 
     def _disk(self, options: Options, state_size: int) -> None:
         if not options.output_dir or not options.save_ckpt:
             self.row("disk", "nothing would be saved: give --output_dir (and leave --save_ckpt true)")
-        elif self.process.is_main:
-            checkpoints = Checkpoints(options.output_dir, keep=options.save_ckpt_num)
-            text, enough = checkpoints.disk_estimate(state_size, options.epochs)
-            self.row("disk", text)
-            more = f"{text}: free some, or keep fewer with --save_ckpt_num."
-            self.problems("disk", [] if enough else [more])
+            return
+        checkpoints = Checkpoints(options.output_dir, keep=options.save_ckpt_num)
+        text, enough = checkpoints.disk_estimate(state_size, options.epochs)
+        self.row("disk", text)
+        self.problems("disk", [] if enough else [f"{text}: free some, or keep fewer with --save_ckpt_num."])
 
 
 def peak_memory(device: torch.device) -> tuple[int, int]:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 import engine
 import models  # noqa: F401  registers the architectures with timm
 import native
-from common.errors import UserError
 from common.log import logger
 from common.random import key
 from common.safe_load import safe_torch_load
@@ -20,7 +19,7 @@ from config.rules import BatchPlan, plan_batch, small_data_notice, validate_afte
 from datasets.build import Data, build_data, eval_loader
 from datasets.dataset import Batch, ImageDataset
 from datasets.device import EvalPrepare, TrainPrepare
-from evaluation import amp_dtype, strange_weights
+from evaluation import amp_dtype
 from launch.process import Process
 from models.compile import compile_model
 from models.download import fetch_published, local_file
@@ -89,24 +88,14 @@ def build_model(options: Options, num_classes: int) -> HorNet:
 
 
 def load_start_weights(model: HorNet, options: Options, data: Data, process: Process) -> None:
-    """Published or given weights to start from; rank 0 downloads, every node reads the file.
-
-    Raises UserError when they keep their head and yet know next to nothing about the images.
-    """
+    """Published or given weights to start from; rank 0 downloads, every node reads the file."""
     if not options.pretrained and not options.finetune:
         return
     source = process.on_rank_zero(lambda: str(fetch_published(options.model)) if options.pretrained
                                   else local_file(options.finetune))
-    report = load_for_model(model, source, model_key=options.model_key, prefix=options.model_prefix,
-                            weights=options.weights, allow_partial=options.allow_partial,
-                            class_names=data.class_names, new_head=True)
-    if "head.weight" in report.missing or options.allow_partial:
-        return
-    evaluation = engine.Evaluation(EvalPrepare(options, process.device), process.device, process=process)
-    strange = strange_weights(model, report.source_key, data, options, evaluation)
-    if strange:
-        raise UserError(f"{strange[:-1]}; --allow_partial true starts from them anyway.",
-                        code="strange_weights")
+    load_for_model(model, source, model_key=options.model_key, prefix=options.model_prefix,
+                   weights=options.weights, allow_partial=options.allow_partial,
+                   class_names=data.class_names, new_head=True)
 
 
 def compiled(model: nn.Module, options: Options, process: Process) -> nn.Module:

@@ -32,7 +32,7 @@ from report.page import write_report
 from run.checkpoint import Checkpoints, Loaded, open_folder, state_bytes
 from run.folder import RunFolder
 from run.log import Tracker, WandbRun
-from run.start import code_version, cpus_per_process, memory_problems, process_problems
+from run.start import code_version, process_problems
 from run.state import BEST, BEST_EMA, Best, Parts, Position, Setup, State, collect, finished, restore
 
 
@@ -286,7 +286,6 @@ def _tracker(plan: Plan, process: Process, folder: str, model: torch.nn.Module) 
     wandb = WandbRun(options.project, options.exp_name, plan.resolved.to_dict(), options.wandb_ckpt)
     return Tracker(folder or None, epochs=options.epochs, updates_per_epoch=plan.updates_per_epoch,
                    n_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-                   num_workers=options.num_workers, cpus=cpus_per_process(process.local_world_size),
                    log_dir=options.log_dir if main else None, terminal=None if main else False,
                    wandb=wandb if options.enable_wandb and main else None)
 
@@ -312,7 +311,7 @@ def train(resolved: Resolved, process: Process, watchdog: Watchdog) -> ExitCode:
             watchdog.record_in(options.output_dir)  # not before: a start that is refused leaves nothing there
             for note in (*plan.data.notes, plan.batch.equation, *plan.batch.notices):
                 logger.info(note)
-            for warning in memory_problems(options, process) + process_problems(process):
+            for warning in process_problems(process):
                 if process.is_main:
                     logger.warning(warning)
             with closing(Trainer(plan, process, stop=stop, watchdog=watchdog, state=state,

@@ -50,18 +50,3 @@ class GlobalBatchSampler(Sampler[list[Item]]):
 def epoch_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
     """The permutation of an epoch, int64 (num_images,)."""
     return numpy_generator(seed, "order", epoch).permutation(num_images)
-
-
-def spread_over_classes(targets: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """Positions of up to `count` images, int64, drawn so that as many classes as possible are there equally
-    often.
-
-    targets: int64 (N,) class of each image.
-    """
-    order = numpy_generator(seed, "spread").permutation(len(targets))
-    by_class = order[np.argsort(targets[order], kind="stable")]
-    sizes = np.bincount(targets)
-    first = np.repeat(np.cumsum(sizes) - sizes, sizes)
-    turn = np.empty(len(targets), dtype=np.int64)  # an image's place among those of its class
-    turn[by_class] = np.arange(len(targets)) - first
-    return np.sort(order[np.argsort(turn[order], kind="stable")][:count])

@@ -62,7 +62,7 @@ def load(source: str | os.PathLike, *, model: str | None = None, weights: str = 
     if model is not None and model not in MODEL_NAMES:
         raise UserError(f"model {plain(model)} is not known; known are {', '.join(MODEL_NAMES)}.",
                         code="unknown_model")
-    path = _locate(source)
+    path = locate(source)
     checkpoint = safe_torch_load(path)
     state, key = select_weights(checkpoint, str(path), weights=weights)
     state = published_names(state)
@@ -89,7 +89,8 @@ def load(source: str | os.PathLike, *, model: str | None = None, weights: str = 
     return Trained(net.to(device).eval(), name, path, key, classes, settings, image_transform(net))
 
 
-def _locate(source: str | os.PathLike) -> Path:
+def locate(source: str | os.PathLike) -> Path:
+    """The file of a published model's name, an https address, a run's folder (its best) or a path."""
     if str(source) in MODEL_NAMES and not os.path.exists(source):
         return fetch_published(str(source))
     path = Path(local_file(source))

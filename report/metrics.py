@@ -8,10 +8,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from common.errors import UserError
-from common.random import numpy_generator
-from engine import EvalResult
-
 
 @dataclass(frozen=True)
 class Predictions:
@@ -49,13 +45,6 @@ class Predictions:
     def judged(self) -> np.ndarray:
         """Readable, with numbers for an answer: not-a-number has no order, so its top five mean nothing."""
         return self.readable & np.isfinite(self.probabilities[:, 0])
-
-    def counts(self) -> EvalResult:
-        """The sums that the engine had of the same images."""
-        return EvalResult(
-            name="", hits1=int(self.hit1.sum()), hits5=int(self.hit5.sum()), images=len(self.labels),
-            bad=int((~self.readable).sum()), nonfinite=int((self.readable & ~self.judged).sum()),
-            loss_sum=float(self.nll.sum(dtype=np.float64)))
 
 
 def sampling_interval(accuracy: float, images: int) -> float:
@@ -110,51 +99,42 @@ def confusion_pairs(labels: np.ndarray, predicted: np.ndarray) -> list[tuple[int
 
 @dataclass(frozen=True)
 class Comparison:
-    """Second minus first, in points of top-1, on the same images, with a 95 % interval and the p value of the
-    hypothesis that both are equally good."""
+    """Second minus first, in points of top-1, on the same images: the margin of its 95 % interval, and the p
+    value of the hypothesis that both are equally good."""
     images: int
     difference: float
-    low: float
-    high: float
+    margin: float
     p_value: float
 
     @property
     def sentence(self) -> str:
-        if self.difference == 0 and self.p_value == 1.0:
-            return f"Both get the same number of the {self.images} images correct."
-        p = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.3f}"
-        figures = (f"second minus first {self.difference:+.2f} points on {self.images} images, "
-                   f"95 % interval {self.low:+.2f} to {self.high:+.2f}, McNemar {p}")
-        if self.p_value < 0.05:
-            better = "second" if self.difference > 0 else "first"
-            return f"The {better} is better, by more than chance explains ({figures})."
-        return f"The two cannot be distinguished on these images ({figures})."
+        better = "second" if self.difference > 0 else "first"
+        found = (f"The {better} is better, by more than chance explains" if self.p_value < 0.05
+                 else "The two cannot be distinguished on these images")
+        p = "< 0.001" if self.p_value < 0.001 else f"= {self.p_value:.3f}"
+        return (f"{found} (second minus first {self.difference:+.2f} ± {self.margin:.2f} points of top-1 on "
+                f"{self.images} images, McNemar p {p}).")
 
 
-def compare(first: Predictions, second: Predictions, samples: int = 10_000) -> Comparison:
-    """The paired test of two evaluations: McNemar's exact test and a bootstrap interval of the difference.
+def compare(first: Predictions, second: Predictions) -> Comparison | None:
+    """McNemar's exact test of two evaluations, None when they have no image in common.
 
     Images are matched by the last two parts of their paths (class folder and file name), so that the same
-    data may lie elsewhere. Raises UserError when the two have no image in common.
+    data may lie elsewhere.
     """
     from scipy.stats import binomtest  # takes a second to import
 
-    rows = {_image_key(path): i for i, path in enumerate(second.paths)}
-    pairs = [(i, rows[k]) for i, k in enumerate(map(_image_key, first.paths)) if k in rows]
-    if not pairs:
-        raise UserError("the two evaluations have no image in common: compare evaluations of the same data",
-                        code="other_data")
-    a, b = np.array(pairs).T
-    hit_a, hit_b = first.hit1[a], second.hit1[b]
-    n, only_a, only_b = len(pairs), int((hit_a & ~hit_b).sum()), int((hit_b & ~hit_a).sum())
-    p_value = float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
-    # A resample of images only changes how many of each kind are drawn: one multinomial draw per resample,
-    # where scipy.stats.bootstrap would hold samples x images values.
-    share = np.array([only_a, only_b, n - only_a - only_b], np.float64) / n
-    draws = numpy_generator(0, "bootstrap", n, only_a, only_b).multinomial(n, share, size=samples)
-    low, high = np.percentile(100.0 * (draws[:, 1] - draws[:, 0]) / n, [2.5, 97.5])
-    return Comparison(images=n, difference=100.0 * (only_b - only_a) / n, low=float(low), high=float(high),
-                      p_value=p_value)
+    keys = [np.array([_image_key(path) for path in each.paths]) for each in (first, second)]
+    common, a, b = np.intersect1d(keys[0], keys[1], return_indices=True)
+    n, hit_a, hit_b = len(common), first.hit1[a], second.hit1[b]
+    if not n:
+        return None
+    only_a, only_b = int((hit_a & ~hit_b).sum()), int((hit_b & ~hit_a).sum())
+    # Each image gives -1, 0 or 1: the standard error of the mean of these.
+    difference = (only_b - only_a) / n
+    margin = 1.96 * math.sqrt(((only_a + only_b) / n - difference ** 2) / n)
+    p_value = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+    return Comparison(n, 100 * difference, 100 * margin, float(p_value))
 
 
 def _image_key(path: str) -> str:

@@ -3,34 +3,35 @@
 `read_run` collects a folder; the functions after it turn a Run into plain values; page.html, a jinja2
 template with autoescape, holds their looks. Curves are SVG drawn by matplotlib.
 """
-import base64
 import io
 import json
 import math
 import re
 import shlex
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import TypeVar
 
 import numpy as np
 
 from common.errors import UserError
 from common.files import read_json, read_json_lines, write_text
 from common.ledger import Ledger
-from common.text import printable
+from common.log import logger
+from common.text import duration, printable
 from config.options import OPTIONS, Options
 from config.parse import differences, read_recipe
-from datasets.images import BadImage, decode_path
 from models.inspect import class_titles
 from models.trained import best_checkpoint
-from report.metrics import Predictions, compare, confusion_pairs, metrics
+from report.metrics import Predictions, compare, confusion_pairs
 from report.results import per_class, read_predictions, summary_line
 
-COLORS = ("#2457c5", "#d6540c", "#16803c")
-MOST = {"events": 60, "classes": 1000, "files": 500}  # rows of a table
-_IN_MATRIX, _THUMBNAILS, _THUMBNAIL_SIDE = 24, 24, 112
+T = TypeVar("T")
+COLORS, LINES = ("#2457c5", "#d6540c", "#16803c"), ("-", "--", ":")
+MOST = {"events": 60, "classes": 1000, "files": 500, "confusions": 14, "mistakes": 24}  # rows of a table
+_IN_MATRIX = 24  # classes
 _UNREADABLE = ("unreadable_image", "bad_pictures")  # the kind of event, and what earlier versions called it
 
 
@@ -38,21 +39,20 @@ _UNREADABLE = ("unreadable_image", "bad_pictures")  # the kind of event, and wha
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder, read; any part may be missing. `log` has one dictionary per epoch, in order."""
+    """One run folder, read; parts that are missing are empty. `log` has one dictionary per epoch, in
+    order; `origins` says where each option of `config` came from."""
     name: str
     folder: Path
-    log: list[dict] = field(default_factory=list)
-    unread_lines: int = 0
-    events: list[dict] = field(default_factory=list)
-    attempts: list[dict] = field(default_factory=list)
-    status: dict = field(default_factory=dict)
-    config: dict = field(default_factory=dict)
-    origins: dict = field(default_factory=dict)
-    environment: dict = field(default_factory=dict)
-    data: dict = field(default_factory=dict)
-    evaluation: dict = field(default_factory=dict)
-    predictions: Predictions | None = None
-    predictions_error: str = ""
+    log: list[dict]
+    events: list[dict]
+    attempts: list[dict]
+    status: dict
+    environment: dict
+    data: dict
+    evaluation: dict
+    config: dict
+    origins: dict
+    predictions: Predictions | None
 
     def values(self, key: str) -> list[float]:
         """The values of one key of the log, not-a-number where an epoch lacks it."""
@@ -70,138 +70,107 @@ class Run:
 
 
 def read_run(path: str | Path) -> Run:
-    """Read a run folder, or a lone log.txt. Raises UserError when there is nothing to report."""
+    """Read a run folder, by its name or its log's. Raises UserError when there is nothing to report."""
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist: name a run folder (the --output_dir of a training) or its "
-                        "log.txt.", code="missing_run")
-    folder, log_file = (path, path / "log.txt") if path.is_dir() else (path.parent, path)
-    rows = read_json_lines(log_file)  # of an epoch that stands twice the last counts
-    lines = log_file.read_bytes().split(b"\n") if log_file.exists() else []
-    epochs = {row["epoch"]: row for row in rows if isinstance(row.get("epoch"), int)}
-    run = Run(name=folder.resolve().name, folder=folder, log=[epochs[epoch] for epoch in sorted(epochs)],
-              unread_lines=sum(bool(line.strip()) for line in lines) - len(rows),
-              **(_records(folder) if path.is_dir() else {}))
-    if not run.log and not run.evaluation:
-        raise UserError(f"{path} has neither a log.txt with epochs, an eval.json nor a predictions.npz: is "
-                        "it the --output_dir of a run, or the --report of an evaluation?", code="missing_run")
-    return run
+    folder, log = (path, path / "log.txt") if path.is_dir() else (path.parent, path)
+    # Of an epoch that stands twice the last counts.
+    epochs = {row["epoch"]: row for row in read_json_lines(log) if isinstance(row.get("epoch"), int)}
+    records = {name: _read(folder / f"{name}.json", _object) or {}
+               for name in ("status", "environment", "data", "eval")}
+    if not path.exists() or not epochs and not records["eval"]:
+        raise UserError(f"{path} has neither a log.txt with epochs nor an eval.json: name the --output_dir "
+                        "of a run, or the --report of an evaluation.", code="missing_run")
+    config, origins = _read(folder / "config.yaml", _config) or ({}, {})
+    return Run(name=folder.resolve().name, folder=folder, log=[epochs[epoch] for epoch in sorted(epochs)],
+               events=read_json_lines(folder / "events.jsonl"), attempts=Ledger(folder).attempts(),
+               status=records["status"], environment=records["environment"], data=records["data"],
+               evaluation=records["eval"], config=config, origins=origins,
+               predictions=_read(folder / "predictions.npz", read_predictions))
 
 
-def _records(folder: Path) -> dict:
-    found: dict = {name: _json(folder / f"{name}.json") for name in ("status", "environment", "data")}
-    found["evaluation"] = _json(folder / "eval.json")
-    if (folder / "predictions.npz").is_file():
-        try:
-            found["predictions"] = p = read_predictions(folder / "predictions.npz")
-            if not found["evaluation"]:  # the --report folder of an evaluation kept elsewhere
-                counts = p.counts()
-                found["evaluation"] = metrics(p, len(p.classes)) | {
-                    name: getattr(counts, name) for name in ("acc1", "acc5", "loss", "hits1", "images")}
-        except UserError as error:
-            found["predictions_error"] = str(error)
+def _read(path: Path, read: Callable[[Path], T]) -> T | None:
+    """What `read` makes of a file; None where it is missing or, which is logged, of no use."""
     try:
-        text = (folder / "config.yaml").read_text("utf-8", "replace")
-        found["config"] = read_recipe(str(folder / "config.yaml"))
-        found["origins"] = dict(re.findall(r"(?m)^(\w+):.*  # (\w+)$", text))
-    except (OSError, UserError):
-        pass
-    return found | {"events": read_json_lines(folder / "events.jsonl"), "attempts": Ledger(folder).attempts()}
+        return read(path) if path.exists() else None
+    except UserError as error:
+        logger.warning("%s", error)
+        return None
 
 
-def _json(path: Path) -> dict:
-    try:
-        value = read_json(path)
-    except (OSError, UserError):
-        return {}
+def _object(path: Path) -> dict:
+    value = read_json(path)
     return value if isinstance(value, dict) else {}
+
+
+def _config(path: Path) -> tuple[dict, dict]:
+    """Values of the options and where each came from, which config.yaml has in comments."""
+    text = path.read_text("utf-8", "replace")
+    return read_recipe(str(path)), dict(re.findall(r"(?m)^(\w+):.*  # (\w+)$", text))
 
 
 # --------------------------------------------------------------------------------------------------- figures
 
-class Figure(NamedTuple):
-    """One figure at the head of a page, with the number of its decimals and a remark."""
-    value: float
-    decimals: int = 0
-    unit: str = ""
-    note: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.value:,.{self.decimals}f} {self.unit}".rstrip()
-
-    def minus(self, other: "Figure") -> str:
-        """The difference as text; "" between different units."""
-        unit = "points" if self.unit == "%" else self.unit
-        difference = f"{self.value - other.value:+,.{self.decimals}f} {unit}".rstrip()
-        return difference if self.unit == other.unit else ""
-
-
-def headline(run: Run) -> dict[str, Figure]:
-    """The figures of one run that a reader looks for first, by their labels. Epochs count from 1."""
+def headline(run: Run) -> dict[str, tuple[str, str]]:
+    """The figures that a reader looks for first, by their labels, each with a remark. Epochs count from 1."""
     found = {}
     for key, label in (("test_acc1", "top-1"), ("test_acc1_ema", "top-1 of the EMA")):
         if scores := run.finite(key):
             epoch = next(row["epoch"] for row in run.log if row.get(key) == max(scores))
-            found[f"best {label}"] = Figure(max(scores), 2, "%", f"epoch {epoch + 1}")
-            found[f"last {label}"] = Figure(scores[-1], 2, "%")
+            found[f"best {label}"] = f"{max(scores):.2f} %", f"epoch {epoch + 1}"
+            found[f"last {label}"] = f"{scores[-1]:.2f} %", ""
     if (acc1 := run.evaluation.get("acc1")) is not None:
-        found["evaluated top-1"] = Figure(acc1, 2, "%", f"{run.evaluation.get('images', '?')} images")
-    classes = f"{len(run.data.get('classes', ()))} classes"
+        found["evaluated top-1"] = f"{acc1:.2f} %", f"{run.evaluation.get('images', '?')} images"
     for part in ("train", "val"):
         if part in run.data:
-            found[f"{part} images"] = Figure(run.data[part]["images"], note=classes)
+            found[f"{part} images"] = f"{run.data[part]['images']:,}", f"{len(run.data['classes'])} classes"
     if run.log:
-        planned = f"planned {run.config['epochs']}" if "epochs" in run.config else ""
-        found["epochs"] = Figure(len(run.log), note=planned)
-    for key, label, decimals in (("train_loss", "last training loss", 4), ("n_parameters", "parameters", 0)):
-        if values := run.finite(key):
-            found[label] = Figure(values[-1], decimals)
-    for key, label, factor, decimals, unit in (("train_images_per_second", "images per second", 1, 0, ""),
-                                               ("train_data_wait", "waiting for data", 100, 1, "%")):
-        if values := run.finite(key):
-            found[label] = Figure(factor * median(values), decimals, unit, "median of the epochs")
+        planned = run.config.get("epochs")
+        found["epochs"] = str(len(run.log)), f"planned {planned}" if planned else ""
+    if losses := run.finite("train_loss"):
+        found["last training loss"] = f"{losses[-1]:.4f}", ""
+    if parameters := run.finite("n_parameters"):
+        found["parameters"] = f"{parameters[-1]:,.0f}", ""
+    if rates := run.finite("train_images_per_second"):
+        found["images per second"] = f"{median(rates):,.0f}", "median of the epochs"
     if seconds := sum(run.finite("seconds")):
-        unit = (1, 0, "s") if seconds < 120 else (60, 0, "min") if seconds < 7200 else (3600, 1, "h")
-        found["time"] = Figure(seconds / unit[0], *unit[1:])
+        found["time"] = duration(seconds), ""
     return found
 
 
-_CHARTS = (  # title, axis label, from zero, factor, ((key, label, line style), …)
-    ("Top-1 on the validation images", "top-1 (%)", False, 1,
-     (("test_acc1", "model", "-"), ("test_acc1_ema", "EMA", "--"))),
-    ("Loss", "loss (nats)", False, 1, (("train_loss", "training", "-"), ("test_loss", "validation", "--"),
-                                       ("test_loss_ema", "validation, EMA", ":"))),
-    ("Learning rate", "learning rate", True, 1,
-     (("train_lr", "largest group", "-"), ("train_min_lr", "smallest group", "--"))),
-    ("Throughput", "images per second", True, 1, (("train_images_per_second", "training", "-"),)),
-    ("Gradient norm before clipping", "norm", True, 1, (("train_grad_norm", "mean of the epoch", "-"),)),
-    ("Waiting for data", "share of the time (%)", True, 100, (("train_data_wait", "training", "-"),)),
+_CHARTS = (  # title, axis label, from zero, ((key, label), …)
+    ("Top-1 on the validation images", "top-1 (%)", False,
+     (("test_acc1", "model"), ("test_acc1_ema", "EMA"))),
+    ("Loss", "loss (nats)", False, (("train_loss", "training"), ("test_loss", "validation"),
+                                    ("test_loss_ema", "validation, EMA"))),
+    ("Learning rate", "learning rate", True,
+     (("train_lr", "largest group"), ("train_min_lr", "smallest group"))),
+    ("Throughput", "images per second", True, (("train_images_per_second", "training"),)),
+    ("Gradient norm before clipping", "norm", True, (("train_grad_norm", "mean of the epoch"),)),
+    ("Waiting for data", "share of the time", True, (("train_data_wait", "training"),)),
 )
 
 
 def charts(runs: list[Run]) -> list[tuple[str, str]]:
     """(title, SVG text) of each chart for which a log has values."""
     drawn = []
-    for title, y_label, from_zero, factor, keys in _CHARTS:
+    for title, y_label, from_zero, keys in _CHARTS:
         lines = []
         for r, run in enumerate(runs):
-            epochs = [row["epoch"] + 1 for row in run.log]
-            short = run.name if len(run.name) <= 18 else f"{run.name[:17]}…"
-            for k, (key, label, style) in enumerate(keys):
+            whose = f"{printable(run.name[:18])}: " if len(runs) > 1 else ""
+            for k, (key, label) in enumerate(keys):
                 if run.finite(key) and (key != "train_min_lr" or run.values(key) != run.values("train_lr")):
-                    name = label if len(runs) == 1 else f"{printable(short)}: {label}"
-                    lines.append((epochs, [v * factor for v in run.values(key)], {
-                        "label": name.replace("$", r"\$"),  # which would begin a formula
-                        "linestyle": style, "color": COLORS[r if len(runs) > 1 else k]}))
+                    looks = {"label": f"{whose}{label}".replace("$", r"\$"),  # which would begin a formula
+                             "linestyle": LINES[k], "color": COLORS[r if whose else k]}
+                    lines.append(([row["epoch"] + 1 for row in run.log], run.values(key), looks))
         if lines:
-            drawn.append((title, _draw(title, y_label, from_zero, lines, columns=3 if len(runs) == 1 else 2)))
+            drawn.append((title, _draw(title, y_label, from_zero, lines, columns=4 - len(runs))))
     return drawn
 
 
 def _draw(title: str, y_label: str, from_zero: bool, lines: list[tuple[list[int], list[float], dict]],
           columns: int) -> str:
     import matplotlib
-    from matplotlib.figure import Figure as Canvas  # not pyplot, which keeps all figures and wants a screen
+    from matplotlib.figure import Figure  # not pyplot, which keeps all figures and wants a screen
     from matplotlib.ticker import MaxNLocator
 
     epochs = sorted({epoch for x, _, _ in lines for epoch in x})
@@ -211,7 +180,7 @@ def _draw(title: str, y_label: str, from_zero: bool, lines: list[tuple[list[int]
             "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e9ef",
             "axes.edgecolor": "#9aa3b1", "axes.formatter.useoffset": False, "legend.frameon": False,
             "lines.markersize": 3.5, "lines.marker": "o" if len(epochs) <= 40 else "None"}):
-        canvas = Canvas(figsize=(5.6, 3.2), layout="constrained")
+        canvas = Figure(figsize=(5.6, 3.2), layout="constrained")
         axes = canvas.subplots()
         for x, y, looks in lines:
             axes.plot(x, y, **looks)
@@ -236,7 +205,8 @@ def best(run: Run) -> dict | None:
     path = best_checkpoint(run.folder)
     if path is None:
         return None
-    about, folder, file = _json(Path(f"{path}.json")), shlex.quote(str(run.folder)), shlex.quote(str(path))
+    about = _read(Path(f"{path}.json"), _object) or {}
+    folder, file = shlex.quote(str(run.folder)), shlex.quote(str(path))
     return {"name": path.name, "score": about.get("score"), "epoch": about.get("epoch"), "commands": (
         ("evaluate it, with results per class on this page",
          f"python main.py --eval true --output_dir {folder} --report {folder}"),
@@ -263,50 +233,37 @@ def incidents(run: Run) -> tuple[list[tuple[str, str]], list[tuple[str, str, str
 
 def class_rows(run: Run) -> list[dict]:
     """One row per class: its name, training and validation images, and, once evaluated, its accuracy."""
-    names = run.data.get("classes", []) if run.predictions is None else run.predictions.classes
+    names = run.predictions.classes if run.predictions else run.data.get("classes", [])
     titles = class_titles(names)
-    if run.predictions is None:
-        rows = [{"name": title, "images": "", "acc1": "", "acc5": "", "times": 0} for title in titles]
-    else:
-        rows = per_class(run.predictions, titles)
+    rows = per_class(run.predictions, titles) if run.predictions else [{"name": title} for title in titles]
     for part, column in (("val", "images"), ("train", "train")):
-        known = run.data.get("classes") == names and part in run.data
-        for row, count in zip(rows, run.data[part]["per_class"] if known else [""] * len(rows)):
-            row[column] = row.get(column) or count
+        known = run.data.get(part, {}) if run.data.get("classes") == names else {}
+        for row, count in zip(rows, known.get("per_class", ())):
+            row.setdefault(column, count)
     return rows
 
 
 def mistakes(run: Run) -> dict | None:
-    """Confusion matrix, most frequent confusions and most confident mistakes; None without predictions."""
+    """Confusion matrix, most frequent confusions, most confident mistakes; None without predictions."""
     p = run.predictions
-    if p is None or not len(p.labels):
+    if p is None:
         return None
     answers, titles = p.top5[:, 0], [*class_titles(p.classes), "unreadable"]
     pairs, shown = confusion_pairs(p.labels, answers), list(range(len(p.classes)))
     if len(shown) > _IN_MATRIX:
         shown = sorted(list(dict.fromkeys(c for *both, _ in pairs for c in both if c >= 0))[:_IN_MATRIX])
-    matrix = [[int(((p.labels == row) & (answers == column)).sum()) for column in shown] for row in shown]
     incorrect = np.flatnonzero((answers != p.labels) & (p.labels >= 0))
-    worst = incorrect[np.argsort(-p.probabilities[incorrect, 0], kind="stable")][:_THUMBNAILS]
-    hits, results = p.counts().hits1, run.evaluation.get("results") or [run.evaluation]
+    worst = incorrect[np.argsort(-p.probabilities[incorrect, 0], kind="stable")][:MOST["mistakes"]]
+    hits, results = int(p.hit1.sum()), run.evaluation.get("results", [run.evaluation])
     return {"images": len(p.labels), "hits": hits, "all": len(shown) == len(p.classes),
             "other": all(hits != result.get("hits1") for result in results),
-            "names": [titles[c] for c in shown], "matrix": matrix,
+            "names": [titles[c] for c in shown],
+            "matrix": [[int(((p.labels == row) & (answers == column)).sum()) for column in shown]
+                       for row in shown],
             "totals": [int((p.labels == c).sum()) for c in shown],
-            "pairs": [(titles[label], titles[answer], n) for label, answer, n in pairs[:14]],
-            "thumbnails": [(path := str(p.paths[i]), _thumbnail(path), titles[answers[i]],
-                            titles[p.labels[i]], float(p.probabilities[i, 0])) for i in worst]}
-
-
-def _thumbnail(path: str) -> str:
-    """A small JPEG in base64; "" where the image is not there any more."""
-    try:
-        small, packed = decode_path(path), io.BytesIO()
-    except (BadImage, ValueError):  # a name with a NUL character is a ValueError
-        return ""
-    small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
-    small.save(packed, "JPEG", quality=82)
-    return base64.b64encode(packed.getvalue()).decode()
+            "pairs": [(titles[label], titles[answer], n) for label, answer, n in pairs[:MOST["confusions"]]],
+            "worst": [(str(p.paths[i]), titles[p.labels[i]], titles[answers[i]],
+                       f"{100 * p.probabilities[i, 0]:.1f}") for i in worst]}
 
 
 def text(value: object) -> str:
@@ -317,20 +274,8 @@ def text(value: object) -> str:
 
 # -------------------------------------------------------------------------------------------------- the page
 
-def paired_test(runs: list[Run]) -> str:
-    """McNemar's test of two runs in one sentence, or what it lacks; "" for one run."""
-    predictions = [run.predictions for run in runs if run.predictions is not None]
-    if len(predictions) < 2:
-        return ("No paired test (McNemar, bootstrap): both folders need a predictions.npz, which python "
-                "main.py --eval true --report DIR writes.") if len(runs) == 2 else ""
-    try:
-        return compare(predictions[0], predictions[1]).sentence
-    except UserError as error:
-        return f"No paired test: {error}."
-
-
-def write_report(folders: list[str | Path], out: str | Path | None = None) -> Path:
-    """Write the page about one or two run folders (or log.txt files) and return its path.
+def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write the page about one or two run folders and return its path.
 
     `out` defaults to report.html in the first run's folder. Raises UserError for a folder without a run.
     """
@@ -339,12 +284,14 @@ def write_report(folders: list[str | Path], out: str | Path | None = None) -> Pa
     runs = [read_run(folder) for folder in folders]
     out = Path(out) if out is not None else runs[0].folder
     out = out / "report.html" if out.is_dir() else out
+    predictions = [run.predictions for run in runs if run.predictions]
     world = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
                         lstrip_blocks=True, undefined=StrictUndefined, extensions=["jinja2.ext.do"])
     world.filters["text"] = text
     html = world.get_template("page.html").render(
         {f.__name__: f for f in (headline, best, incidents, class_rows, mistakes, summary_line)},
-        runs=runs, charts=charts(runs), paired=paired_test(runs), most=MOST)
+        runs=runs, charts=charts(runs), most=MOST,
+        paired=compare(*predictions) if len(predictions) == 2 else None)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Names with bytes that are not text are shown with a question mark: the page has to be valid UTF-8.
     write_text(out, html.encode("utf-8", "replace").decode("utf-8"))

@@ -2,147 +2,105 @@
 import csv
 import io
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
 import numpy as np
+import PIL
 
 from common.errors import UserError
 from common.files import atomic_write, write_json, write_text
+from config.options import ImageSettings
 from engine import EvalResult
 from models.zoo import Variant
 from report.metrics import Predictions, confusion_pairs, metrics, sampling_interval
 
 IMAGENET_VAL_IMAGES = 50_000
 PASS_LIMIT_FLOAT32, PASS_LIMIT_REDUCED, CLOSE_LIMIT = 0.05, 0.15, 0.30  # points of top-1
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PUBLISHED_CROP_PCT, WARP_FROM_SIZE = 224 / 256, 384  # from 384 on the published protocol does not crop
 
 
 @dataclass(frozen=True)
 class Protocol:
     """The settings of one evaluation that its number depends on, as written into eval.json.
 
-    `crop_pct` None means: warp to input_size x input_size without a crop. `dtype` is torch's name without the
-    prefix. `dataset` is `imagenet-val` for ILSVRC2012's validation images, otherwise any name.
+    `dtype` is torch's name without the prefix. `dataset` is `imagenet-val` for ILSVRC2012's validation
+    images, otherwise any name.
     """
     model: str
     num_classes: int
-    input_size: int
+    images: ImageSettings
     weights: str = "model"
     checkpoint: str = ""
-    crop_pct: float | None = PUBLISHED_CROP_PCT
-    interpolation: str = "bicubic"
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
     dtype: str = "float32"
     tf32: bool = False
     dataset: str = "imagenet-val"
-    pillow: str = ""
-
-    @property
-    def crop(self) -> str:
-        if self.crop_pct is None:
-            return f"warp to {self.input_size}, {self.interpolation}, no crop"
-        return (f"resize short side to {int(self.input_size / self.crop_pct)}, {self.interpolation}, "
-                f"centre crop {self.input_size}")
-
-
-class Verdict(NamedTuple):
-    """PASS, CLOSE or FAIL, the line that gives the reason, and the difference in points."""
-    word: str
-    line: str
-    difference: float
 
 
 def explain_difference(protocol: Protocol, counts: EvalResult, published_input_size: int | None = None
                        ) -> list[str]:
-    """One sentence for each setting that departs from the published protocol, with its typical effect."""
-    size = published_input_size or protocol.input_size
-    crop = None if size >= WARP_FROM_SIZE else PUBLISHED_CROP_PCT
-    pillow = protocol.pillow.split(".")[0]
-    interval, lost = sampling_interval(83.0, counts.images), 100 / max(counts.images, 1)
-    cases = (
-        (protocol.dataset != "imagenet-val",
-         f"the images are {protocol.dataset}, not ImageNet-1k's validation set: the accuracies are not "
-         "comparable."),
-        (protocol.dataset == "imagenet-val" and counts.images != IMAGENET_VAL_IMAGES,
-         f"{counts.images} images instead of {IMAGENET_VAL_IMAGES}: chance alone moves top-1 by about "
-         f"±{interval:.2f} points."),
-        (protocol.input_size != size,
-         f"input size {protocol.input_size} instead of {size}: one to several points."),
-        ((protocol.crop_pct is None) != (crop is None) or abs((protocol.crop_pct or 0) - (crop or 0)) > 1e-6,
-         f"crop: {_crop_text(protocol.crop_pct)} instead of {_crop_text(crop)}: typically 0.1 to 0.5 points, "
-         "either way."),
-        (protocol.interpolation != "bicubic",
-         f"interpolation {protocol.interpolation} instead of bicubic: typically 0.1 to 0.5 points lower."),
-        (not np.allclose(protocol.mean, IMAGENET_MEAN, atol=1e-6),
-         f"mean {tuple(protocol.mean)} instead of {IMAGENET_MEAN}: typically 0.2 to 1 point lower."),
-        (not np.allclose(protocol.std, IMAGENET_STD, atol=1e-6),
-         f"std {tuple(protocol.std)} instead of {IMAGENET_STD}: typically 0.2 to 1 point lower."),
-        (counts.bad, f"{counts.bad} images could not be read and count as incorrect: at most "
-         f"{lost * counts.bad:.3f} points lower."),
-        (counts.nonfinite, f"{counts.nonfinite} images gave logits that are not numbers and count as "
-         f"incorrect: at most {lost * counts.nonfinite:.3f} points lower."),
-        (pillow.isdigit() and int(pillow) >= 13, f"Pillow {protocol.pillow} resizes tall images with other "
-         "pixels than versions before 13: typically under 0.05 points."))
-    return _precision_departures(protocol) + [sentence for departs, sentence in cases if departs]
+    """One sentence for each setting that departs from the published protocol: here, and there."""
+    here = protocol.images
+    there = ImageSettings(input_size=published_input_size or here.input_size)
+    at_hand = IMAGENET_VAL_IMAGES if protocol.dataset == "imagenet-val" else counts.images
+    settings = {
+        "data": (protocol.dataset, "imagenet-val"),
+        "images": (counts.images, at_hand),
+        "unreadable images, which count as incorrect": (counts.bad, 0),
+        "images with outputs that are not numbers, which count as incorrect": (counts.nonfinite, 0),
+        "input size": (here.input_size, there.input_size),
+        "crop_pct (none: the whole image)": (here.eval_crop_pct or "none", there.eval_crop_pct or "none"),
+        "mean": (here.mean, there.mean),
+        "standard deviation": (here.std, there.std),
+        "number format": (protocol.dtype, "float32"),
+        "TF32": (protocol.tf32, False)}
+    return [f"{name}: {ours} instead of {theirs}." for name, (ours, theirs) in settings.items()
+            if ours != theirs]
 
 
-def _precision_departures(protocol: Protocol) -> list[str]:
-    cases = ((protocol.dtype != "float32",
-              f"computed in {protocol.dtype} instead of float32: typically under 0.1 points, either way."),
-             (protocol.tf32,
-              "TF32 products instead of true float32: typically under 0.03 points, either way."))
-    return [sentence for departs, sentence in cases if departs]
-
-
-def _crop_text(crop_pct: float | None) -> str:
-    return "warp without a crop" if crop_pct is None else f"crop_pct {crop_pct:g}"
-
-
-def verdict(counts: EvalResult, protocol: Protocol, published: Variant | None) -> Verdict | None:
-    """Compare with the published top-1; None unless model, classes, input size and data are the same.
+def verdict(counts: EvalResult, protocol: Protocol, published: Variant | None) -> dict:
+    """The comparison with the published top-1, as in eval.json; empty unless model, classes, input size and
+    data are the same.
 
     PASS: the published protocol on all 50,000 images and a difference of at most 0.05 points in float32, 0.15
     in reduced precision. CLOSE: at most 0.30. Otherwise FAIL. The sampling interval decides nothing.
     """
-    if published is None or published.top1 is None or protocol.num_classes != published.classes:
-        return None
-    if protocol.input_size != published.input_size or protocol.dataset != "imagenet-val":
-        return None
-    departures = explain_difference(protocol, counts, published.input_size)
+    here = (protocol.num_classes, protocol.images.input_size, protocol.dataset)
+    if (published is None or published.top1 is None
+            or here != (published.classes, published.input_size, "imagenet-val")):
+        return {}
     difference = counts.acc1 - published.top1
-    reduced = _precision_departures(protocol)
-    limit = PASS_LIMIT_REDUCED if reduced else PASS_LIMIT_FLOAT32
+    precise = replace(protocol, dtype="float32", tf32=False)
+    limit = PASS_LIMIT_FLOAT32 if precise == protocol else PASS_LIMIT_REDUCED
     size = abs(difference) - 1e-9  # 84.37 - 84.32 is 0.050000000000011 in binary
-    as_published = len(departures) == len(reduced)
+    as_published = not explain_difference(precise, counts)
     word = "PASS" if as_published and size <= limit else "CLOSE" if size <= CLOSE_LIMIT else "FAIL"
     signed = f"{round(difference, 2) + 0.0:+.2f}"  # adding zero turns -0.00 into +0.00
     line = (f"top-1 {counts.acc1:.2f} (published {published.top1:.2f}, difference {signed}; "
             f"{counts.images}/{max(counts.images, IMAGENET_VAL_IMAGES)} images; sampling interval "
             f"±{sampling_interval(counts.acc1, counts.images):.2f}) {word}")
-    return Verdict(word, line, difference)
+    figures = {"top1": published.top1, "top5": published.top5, "source": "OpenMMLab",
+               "authors_top1": published.authors_top1}
+    return {"published": figures, "verdict": word, "verdict_line": line, "difference": difference}
 
 
 def results_from(counts: EvalResult, protocol: Protocol, published: Variant | None = None,
                  predictions: Predictions | None = None) -> dict:
     """The dictionary written as eval.json; `published`: the model's entry of `models.zoo.PUBLISHED`."""
-    result = {"acc1": counts.acc1, "acc5": counts.acc5, "loss": counts.loss, "hits1": counts.hits1,
-              "hits5": counts.hits5, "images": counts.images, "bad_images": counts.bad,
-              "nonfinite_images": counts.nonfinite, **asdict(protocol),
-              "crop": protocol.crop, "interval": sampling_interval(counts.acc1, counts.images),
-              "departures": explain_difference(protocol, counts, published.input_size if published else None)}
-    if predictions is not None:
-        result |= metrics(predictions, protocol.num_classes)
-    found = verdict(counts, protocol, published)
-    if published is not None and found is not None:
-        figures = {"top1": published.top1, "top5": published.top5, "source": "OpenMMLab",
-                   "authors_top1": published.authors_top1}
-        result |= {"published": figures, "verdict": found.word, "verdict_line": found.line,
-                   "difference": found.difference}
-    return result
+    images = protocol.images
+    size, crop_pct = images.input_size, images.eval_crop_pct
+    crop = (f"resize short side to {int(size / crop_pct)}, bicubic, centre crop {size}" if crop_pct
+            else f"warp to {size}, bicubic, no crop")
+    return {
+        "acc1": counts.acc1, "acc5": counts.acc5, "loss": counts.loss, "hits1": counts.hits1,
+        "hits5": counts.hits5, "images": counts.images, "bad_images": counts.bad,
+        "nonfinite_images": counts.nonfinite, "model": protocol.model, "num_classes": protocol.num_classes,
+        "input_size": size, "weights": protocol.weights, "checkpoint": protocol.checkpoint,
+        "crop_pct": crop_pct, "interpolation": "bicubic", "mean": images.mean, "std": images.std,
+        "dtype": protocol.dtype, "tf32": protocol.tf32, "dataset": protocol.dataset,
+        "pillow": PIL.__version__, "crop": crop, "interval": sampling_interval(counts.acc1, counts.images),
+        "departures": explain_difference(protocol, counts, published.input_size if published else None),
+        **(metrics(predictions, protocol.num_classes) if predictions else {}),
+        **verdict(counts, protocol, published)}
 
 
 def summary_line(result: dict) -> str:
@@ -168,11 +126,7 @@ def write_predictions(path: str | Path, predictions: Predictions) -> None:
               "classes": np.asarray(p.classes, dtype=np.str_)}
     packed = io.BytesIO()  # the zip writer seeks, an atomic hashing write does not
     np.savez_compressed(packed, **arrays)
-
-
-    def write(file: BinaryIO) -> None:
-        file.write(packed.getbuffer())
-    atomic_write(path, write)
+    atomic_write(path, lambda file: file.write(packed.getbuffer()))
 
 
 def read_predictions(path: str | Path) -> Predictions:

@@ -26,7 +26,7 @@ from common.text import file_size
 from config.parse import Resolved
 from models.download import local_file
 from run.folder import RunFolder
-from run.start import free_space
+from run.start import existing_folder
 from run.state import BEST, BEST_EMA, State, check_resumable, check_same_run, upgrade
 
 _NUMBERED = re.compile(r"checkpoint-(?:e([0-9]{1,9})u([0-9]{1,15})|([0-9]{1,9}))\.pth")
@@ -272,7 +272,8 @@ class Checkpoints:
         """What the checkpoints of `epochs` epochs take at most for states of `size` bytes, and whether it
         fits."""
         needed = size * (min(max(self.keep, 2), epochs) + epochs // self.every + len(_SCORED) + 2)
-        free = free_space(self.folder)
+        own = sum(path.stat().st_size for path in self.folder.glob("*.pth") if path.is_file())
+        free = shutil.disk_usage(existing_folder(self.folder)).free + own
         return (f"checkpoints take {file_size(size)} each and up to {file_size(needed)} in all; "
                 f"{file_size(free)} are available in {self.folder}"), needed < free
 

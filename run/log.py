@@ -18,7 +18,6 @@ from engine import Progress
 from run.folder import environment
 
 T = TypeVar("T")
-_WAIT_UPDATES, _WAIT_SHARE = 100, 0.10
 _TRAIN = ("loss", "lr", "min_lr", "weight_decay", "grad_norm", "class_acc", "images_per_second", "data_wait")
 
 
@@ -40,21 +39,18 @@ class Tracker:
     Args:
         epochs, updates_per_epoch: of the whole run.
         n_parameters: written into each line of log.txt.
-        num_workers, cpus: of one process, for the advice against waiting for data.
         log_dir: TensorBoard's folder, None: `tensorboard` in the run's folder.
         terminal: show a progress bar; None: where standard error is a terminal.
     """
 
     def __init__(self, folder: str | os.PathLike | None, *, epochs: int, updates_per_epoch: int,
-                 n_parameters: int = 0, num_workers: int = 0, cpus: int = 1,
-                 log_dir: str | os.PathLike | None = None, wandb: WandbRun | None = None,
-                 terminal: bool | None = None):
+                 n_parameters: int = 0, log_dir: str | os.PathLike | None = None,
+                 wandb: WandbRun | None = None, terminal: bool | None = None):
         self.folder = None if folder is None else Path(folder)
         self.epochs, self.updates_per_epoch, self.n_parameters = epochs, updates_per_epoch, n_parameters
-        self.num_workers, self.cpus = num_workers, cpus
         self.terminal = sys.stderr.isatty() if terminal is None else terminal
         self._lines: list[dict] = []
-        self._bar, self._hinted, self._stack = None, False, ExitStack()
+        self._bar, self._stack = None, ExitStack()
         log_dir = log_dir or (self.folder and self.folder / "tensorboard")
         self._board = self._outside("tensorboardX", _open_board, log_dir) if log_dir else None
         self._wandb = self._outside("wandb", _open_wandb, wandb, self.folder) if wandb else None
@@ -110,10 +106,6 @@ class Tracker:
                         p.next_update - p.epoch * self.updates_per_epoch, self.updates_per_epoch, values)
         self._scalars({"train/loss": p.recent_loss} | {f"train/{name}": getattr(p, name) for name in (
             "lr", "weight_decay", "grad_norm", "images_per_second", "data_wait")}, p.next_update)
-        if not self._hinted and done >= _WAIT_UPDATES and p.data_wait > _WAIT_SHARE:
-            self._hinted = True
-            self.incident("data_wait", f"{100 * p.data_wait:.0f} % of the epoch so far was spent waiting for "
-                          f"data; {remedy(self.num_workers, self.cpus)}.", update=p.next_update)
 
     def end_epoch(self, p: Progress, results: Mapping[str, float | None], seconds: float) -> None:
         """Write the epoch's line to log.txt.
@@ -205,11 +197,3 @@ def _open_board(folder: str | os.PathLike):
 def _open_wandb(run: WandbRun, folder: Path | None):
     import wandb
     return wandb.init(project=run.project, name=run.name, config=dict(run.config), resume="allow", dir=folder)
-
-
-def remedy(num_workers: int, cpus: int) -> str:
-    """The one change that would help most against waiting for data; both numbers are those of one process."""
-    if num_workers < cpus:
-        return f"--num_workers {cpus} would use all CPUs of this process (now {num_workers})"
-    return ("all CPUs load images already: store the images with a shorter side of about twice the input "
-            "size, on a local disk")

@@ -1,8 +1,7 @@
-"""One HTML page about a run, or about two runs side by side: python -m tools.report RUN [RUN2]."""
+"""One HTML page about a run, or about two runs side by side: python -m tools.report RUN [OTHER]."""
 import argparse
 import sys
 
-from common.errors import UserError
 from common.log import logger
 from report.page import write_report
 from tools.command import run_command
@@ -13,17 +12,15 @@ def arguments() -> argparse.ArgumentParser:
         prog="python -m tools.report", allow_abbrev=False,
         description="One self-contained HTML page about a run, or two side by side.",
         epilog="example: python -m tools.report runs/quickstart --out report.html")
-    parser.add_argument("runs", nargs="+", metavar="RUN",
-                        help="the --output_dir of a training, the --report of an evaluation, or a log.txt")
+    parser.add_argument("run", metavar="RUN",
+                        help="the --output_dir of a run, or the --report of an evaluation")
+    parser.add_argument("other", metavar="OTHER", nargs="?", help="another one, shown beside it")
     parser.add_argument("--out", help="the page (default: report.html in the first run's folder)")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    if len(args.runs) > 2:
-        raise UserError(f"{len(args.runs)} runs given: a page shows one run, or two side by side.",
-                        code="invalid_value")
-    out = write_report(args.runs, args.out)
+    out = write_report([args.run, args.other] if args.other else [args.run], args.out)
     logger.info("wrote %s (%.2f MB); open it in a browser", out, out.stat().st_size / 1e6)
     return 0
 

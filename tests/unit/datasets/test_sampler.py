@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from datasets.sampler import GlobalBatchSampler, epoch_order, spread_over_classes
+from datasets.sampler import GlobalBatchSampler, epoch_order
 
 
 def _global_batches(images, global_batch, world, freq, epoch=3, start=0):
@@ -33,10 +33,3 @@ def test_epochs_and_seeds_differ_and_an_epoch_has_no_images_twice():
     assert len({order.tobytes() for order in orders}) == 6
 
 
-def test_a_sample_is_spread_over_the_classes():
-    targets = np.repeat(np.arange(10), [1, 50, 3, 9, 9, 9, 9, 9, 9, 9])
-    chosen = spread_over_classes(targets, 30)
-    counts = np.bincount(targets[chosen])
-    assert np.array_equal(chosen, np.unique(chosen)) and counts.sum() == 30
-    assert counts[0] == 1 and counts[1:].min() == 3 and counts.max() <= 4
-    assert np.array_equal(spread_over_classes(targets, 500), np.arange(len(targets)))

@@ -126,25 +126,6 @@ def test_folders_in_place_of_the_records_are_one_sentence(tmp_path, logged):
     t.close()
 
 
-@pytest.mark.parametrize("workers, cpus, words", [(2, 8, "--num_workers 8"), (8, 8, "all CPUs load images")])
-def test_waiting_for_data_gives_one_hint_naming_the_change(tmp_path, logged, workers, cpus, words):
-    t = tracker(tmp_path, 1000, num_workers=workers, cpus=cpus)
-    for done in range(10, 400, 10):
-        t.progress(at(0, done=done, updates=1000, data_wait=0.3))
-    hints = [line for line in logged if "waiting for data" in line]
-    assert len(hints) == 1 and words in hints[0] and "30 % of the epoch" in hints[0]
-    (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert event["kind"] == "data_wait" and event["update"] == 100
-    t.close()
-
-
-def test_a_slow_start_alone_gives_no_hint(logged):
-    t = tracker(None, 1000)
-    for done in range(10, 400, 10):  # 5 s for the first batch, none after it
-        t.progress(at(0, done=done, updates=1000, seconds=5.0 + done, data_wait=5.0 / (5.0 + done)))
-    assert not any("waiting for data" in line for line in logged)
-
-
 def test_a_bar_moves_on_after_a_forked_loader_has_logged(capfd):
     setup_logging()
     t = tracker(None, terminal=True)
