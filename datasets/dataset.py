@@ -7,9 +7,10 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -124,6 +125,30 @@ class ImageDataset(Dataset[Batch]):
         return UNREADABLE_TARGET
 
 
+_torch_handler: Callable | None = None  # of SIGCHLD, set when a loader starts its workers
+
+
+@contextmanager
+def worker_deaths_noticed() -> Iterator[None]:
+    """While a batch is awaited, a worker's death is an error at once; elsewhere it waits for the next batch.
+
+    PyTorch's handler of SIGCHLD stays in place for good and raises in the middle of any line: of a save, of
+    the error handling itself. So it is kept aside and only used here.
+    """
+    global _torch_handler
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    try:
+        if _torch_handler is not None:
+            signal.signal(signal.SIGCHLD, _torch_handler)
+            _torch_handler(signal.SIGCHLD, None)  # those that died before
+        yield
+    finally:
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        _torch_handler = handler if callable(handler) else _torch_handler
+
+
 class ImageLoader(DataLoader[Batch]):
     """A DataLoader that keeps what could not be read; workers log nothing, so that no progress bar is torn.
 
@@ -153,7 +178,13 @@ class ImageLoader(DataLoader[Batch]):
             # threads come to rest.
             time.sleep(0.2)
         try:
-            for batch in super().__iter__():
+            with worker_deaths_noticed():
+                batches = super().__iter__()
+            while True:
+                with worker_deaths_noticed():
+                    batch = next(batches, None)
+                if batch is None:
+                    return
                 if batch.unreadable:
                     self._keep(batch)
                 yield batch

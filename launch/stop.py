@@ -69,9 +69,10 @@ class StopRequest:
 
         The same answer everywhere, hence a checkpoint of the same update. It does not wait for the device.
         """
-        if process.any(self.requested):
-            self.request(OTHERS)
-        return self.requested
+        if not process.any(self.requested):
+            return False  # even if a signal has come meanwhile: the others do not know of it yet
+        self.request(OTHERS)
+        return True
 
     def heard(self, process: "Process") -> bool:
         """Whether any process has been asked to stop, as far as this one knows; it waits for none.

@@ -105,7 +105,7 @@ def test_files_and_functions():
 
 def test_columns():
     wide = {}
-    for path in files(*CORE, "native", "benchmarks", "examples", "tests"):
+    for path in files(*CORE, "native", "benchmarks", "examples"):
         widths = [len(line) for line in path.read_text(encoding="utf-8").splitlines()]
         if any(width > COLUMNS for width in widths):
             wide[name(path)] = sum(width > COLUMNS for width in widths)
