@@ -56,6 +56,17 @@ def test_a_signal_that_comes_late_does_not_change_how_the_process_ends():
     assert stop.reason == "SIGTERM"
 
 
+def test_a_signal_within_the_agreement_counts_from_the_next_one_on():
+    class Process:
+        def any(self, flag):
+            signal.raise_signal(signal.SIGUSR2)  # the others have heard `flag`, not this
+            return flag
+
+    with StopRequest() as stop:
+        assert not stop.agreed(Process())
+        assert stop.agreed(Process())
+
+
 def test_nohup_is_respected():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with StopRequest() as stop:
