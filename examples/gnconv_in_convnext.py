@@ -58,13 +58,15 @@ def train(folder: Path, updates: int, batch_size: int = 32) -> list[float]:
         optimizer.step()
         losses.append(loss.item())
         if len(losses) % 10 == 0:
-            sys.stdout.write(f"update {len(losses):3d}  mean loss of the last ten {sum(losses[-10:]) / 10:.3f}\n")
+            mean = sum(losses[-10:]) / 10
+            sys.stdout.write(f"update {len(losses):3d}  mean loss of the last ten {mean:.3f}\n")
     return losses
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="gnConv in a timm ConvNeXt, trained for a few updates.")
-    parser.add_argument("--data_path", type=Path, default=Path("data/digits"), help="where the sample data lies")
+    parser.add_argument("--data_path", type=Path, default=Path("data/digits"),
+                        help="where the sample data lies")
     parser.add_argument("--updates", type=int, default=40, help="updates to train (default 40)")
     arguments = parser.parse_args()
     train(arguments.data_path, arguments.updates)

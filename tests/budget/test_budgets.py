@@ -35,8 +35,9 @@ MAY_IMPORT["dryrun"] = MAY_IMPORT["tools"] = MAY_IMPORT["training"] | {"training
 MAY_IMPORT["main"] = MAY_IMPORT["dryrun"] | {"dryrun", "tools"}
 MAY_IMPORT["hubconf"] = {"common", "config", "models"}
 CORE = [room for room in MAY_IMPORT if room != "native"]
-LINES = {"core": 6100, "native": 1700, "benchmarks": 350, "tests": 7000}
-MODULES, FILE, FUNCTION, COLUMNS, ANY = 62, 350, 50, 110, 20
+# Goals are core 6,100 lines in 62 modules, benchmarks 350, tests 7,000: limits above them only ever fall.
+LINES = {"core": 6980, "native": 1700, "benchmarks": 390, "tests": 8980}
+MODULES, FILE, FUNCTION, COLUMNS, ANY = 66, 350, 50, 110, 20
 FORBIDDEN = re.compile(
     r"picture|\bmend(?:s|ed|ing)?\b|\banew\b|\brightly\b|\bwrongly\b|\bcan be had\b|\btold\b", re.I)
 # Keys and flags of earlier versions, which stay readable.
