@@ -20,7 +20,7 @@ from datasets.dataset import make_loader
 from datasets.sampler import GlobalBatchSampler
 from evaluation import amp_dtype, evaluate_checkpoints
 from launch.process import Process
-from launch.stop import StopRequest
+from launch.stop import OTHERS, StopRequest
 from launch.watchdog import Watchdog
 from optim.build import build_optimizer
 from optim.ema import Ema, half_life_warning
@@ -83,7 +83,8 @@ class Trainer(engine.Observer):
             "optimizer": update.optimizer, "scaler": update.scaler, "policy": self.loop.watch,
             "best": self.best, "setup": self.setup}
         self._loaders = [self.loop.loader, *self.task.loaders]
-        self._unreadable = {path for event in read_json_lines(Path(folder, "events.jsonl")) if folder
+        events = read_json_lines(Path(folder, "events.jsonl")) if folder else ()
+        self._unreadable = {path for event in events
                             for path in event.get("images", ()) if event.get("kind") == "unreadable_image"}
         if state is not None:
             self.load_state_dict(state)
@@ -199,7 +200,7 @@ class Trainer(engine.Observer):
         flags = torch.tensor([int(self.stop.requested), int(due)], dtype=torch.int32)
         stops, saves = self.process.all_reduce_(flags, "max").tolist()
         if stops:
-            self.stop.request("another process was asked to stop")
+            self.stop.request(OTHERS)
         elif saves and at.update_in_epoch < self.loop.updates_per_epoch:
             at.sums = sums()
             self.save()
@@ -234,7 +235,7 @@ class Trainer(engine.Observer):
         return (epoch + 1) % self.options.save_ckpt_freq == 0 or epoch + 1 == self.options.epochs
 
     def _pause(self) -> Outcome:
-        self.stop.request("another process was asked to stop")  # unless this one has a reason of its own
+        self.stop.request(OTHERS)  # unless this one has a reason of its own
         self._report_unreadable()
         self.save(wait=True)
         return Outcome.PAUSED

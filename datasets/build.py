@@ -147,7 +147,7 @@ def _dataset(options: Options, split: _Split, names: list[str], notes: list[str]
     if reader.left_out:
         types = Counter(reader.left_out).most_common()
         words = ", ".join(f"{count} {printable(kind)}" for kind, count in types)
-        notes.append(f"{part}: left out as no images: {words[:300]}")
+        notes.append(f"{part}: skipped, not images: {words[:300]}")
     if part == "val" and tuple(names) == imagenet_synsets() and len(targets) != 50_000:
         notes.append(f"val: {len(targets)} images, the ImageNet validation set has 50000")
     size, training = options.input_size, part == "train"

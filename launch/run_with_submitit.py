@@ -33,7 +33,9 @@ from launch.slurm import Job
 from launch.stop import alive, squeue
 
 ROOT = Path(__file__).resolve().parent.parent
-SIGNAL_DELAY = 120  # seconds before the time limit at which Slurm signals: more than one update and one save
+# Seconds before the time limit at which Slurm sends submitit's signal, SIGUSR2: more than one update and
+# one save. A preemption sends it too where the cluster has preempt_send_user_signal, otherwise SIGTERM.
+SIGNAL_DELAY = 120
 
 
 class _Parser(argparse.ArgumentParser):

@@ -89,7 +89,8 @@ class StopRequest:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
             # A forked loader worker. Schedulers signal every process of a job; a worker that ended now would
-            # take the batch, and so the save, with it. Its owner ends it by SIGTERM too: hence two minutes.
+            # take the batch, and so the save, with it. The loader ends its workers by SIGTERM too, so it may
+            # not be ignored: the worker gets two minutes.
             if number == signal.SIGTERM:
                 signal.alarm(120)
             return

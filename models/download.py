@@ -36,14 +36,15 @@ def fetch_published(name: str, folder: str | os.PathLike | None = None) -> Path:
         have = ", ".join(name for name, variant in VARIANTS.items() if variant.files)
         raise UserError(f"There is no published file for {name}; there are files for {have}.",
                         code="not_published")
-    folder, problems = cache_folder(folder), []
+    folder, problem = cache_folder(folder), ""
     for file in sorted(files, key=lambda file: not (folder / file.name).exists()):
-        try:
-            return fetch(file, folder)
-        except UserError as error:
-            problems.append(str(error))
-            logger.warning("%s cannot be used", file.name)
-    raise UserError(" ".join(problems), code="download_failed")
+        problem = _obtain(file, folder / file.name)
+        if not problem:
+            return folder / file.name
+        logger.warning("%s cannot be used", file.name)
+    places = " or ".join(f"{file.name} from {file.url}" for file in files)
+    raise UserError(f"No file of {name} is available: {problem}; get {places}, and put it into {folder} or a "
+                    f"folder named by {FOLDER_VARIABLE}.", code="download_failed")
 
 
 def local_file(path_or_url: str | os.PathLike) -> str:
@@ -68,14 +69,19 @@ def fetch(file: PublishedFile, folder: Path) -> Path:
     Raises UserError (`download_failed`) with the file's name, where to get it and where to put it.
     """
     path = folder / file.name
-    try:
-        problem = _problem(file, path) if path.exists() else _download(file, path)
-    except OSError as error:
-        problem = f"{folder} cannot be used ({error.strerror or error})"
+    problem = _obtain(file, path)
     if problem:
         raise UserError(f"{file.name}: {problem}; get it from {file.url} and put it at {path}, "
                         f"or name the folder that holds it with {FOLDER_VARIABLE}.", code="download_failed")
     return path
+
+
+def _obtain(file: PublishedFile, path: Path) -> str:
+    """Have `file` at `path`, from there or downloaded; returns "" or why that failed."""
+    try:
+        return _problem(file, path) if path.exists() else _download(file, path)
+    except OSError as error:
+        return f"{path.parent} cannot be used ({error.strerror or error})"
 
 
 def _download(file: PublishedFile, path: Path) -> str:

@@ -75,7 +75,6 @@ def _each(kind: type, valid: Valid) -> Valid:
     return lambda value: isinstance(value, kind) and all(map(valid, values(value)))
 
 
-
 _number, _tensors = _is(int, float, type(None)), _each(dict, torch.is_tensor)
 
 
@@ -111,7 +110,7 @@ class Position(Values):
         finished = state.get("epoch", self.epoch) + 1
         super().load_state_dict({"update": finished * self.updates_per_epoch} | {
             name: value for name, value in state.items() if value is not None})
-        longest = self.updates_per_epoch - (self.sums is None)
+        longest = 0 if self.sums is None else self.updates_per_epoch  # within an epoch there are sums
         if not 0 <= self.update_in_epoch <= longest:
             raise UserError(
                 f"the checkpoint stands at update {self.update}, finished epochs: {finished}; with these "

@@ -102,7 +102,7 @@ def test_files_left_out_are_said_once_per_split_by_type(tmp_path):
             (tmp_path / part / "a" / name).touch()
     notes = build(tmp_path).notes
     for part in ("train", "val"):
-        assert sum(note == f"{part}: left out as no images: 2 .svg, 1 .txt" for note in notes) == 1
+        assert sum(note == f"{part}: skipped, not images: 2 .svg, 1 .txt" for note in notes) == 1
 
 
 @pytest.fixture

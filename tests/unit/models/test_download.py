@@ -118,7 +118,7 @@ def test_a_file_in_the_folder_is_found_else_every_file_that_would_do_is_named(tm
     with refused("not_published", "hornet_tiny_7x7"):
         fetch_published("hornet_pico_gf", tmp_path)
     files = PUBLISHED["hornet_tiny_7x7"].files
-    with refused("download_failed", *(part for file in files for part in (file.url, tmp_path / file.name))):
+    with refused("download_failed", *(part for file in files for part in (file.url, file.name)), tmp_path):
         fetch_published("hornet_tiny_7x7", tmp_path)
     (tmp_path / "hornet_tiny_7x7.pth").write_bytes(DATA)  # the second source, whose bytes nobody published
     assert fetch_published("hornet_tiny_7x7", tmp_path).read_bytes() == DATA

@@ -71,7 +71,7 @@ def test_another_run_in_the_folder_is_named():
 
 @pytest.mark.parametrize("epoch, update, sums, stands", [
     (1, 20, None, (2, 0)), (1, 25, [0.0] * 6, (2, 5)), (1, 30, [0.0] * 6, (2, 10)), (1, None, None, (2, 0)),
-    (1, 30, None, None), (1, 31, [0.0] * 6, None), (1, 19, None, None)])
+    (1, 30, None, None), (1, 25, None, None), (1, 31, [0.0] * 6, None), (1, 19, None, None)])
 def test_a_position_lies_in_the_epoch_after_the_last_one_finished(epoch, update, sums, stands):
     position, state = Position(10), {"epoch": epoch, "update": update, "sums": sums}
     if stands is None:
