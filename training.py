@@ -32,7 +32,7 @@ from report.page import write_report
 from run.checkpoint import Checkpoints, Loaded, open_folder, state_bytes
 from run.folder import RunFolder
 from run.log import Tracker, WandbRun
-from run.start import code_version, process_problems
+from run.start import code_version, cpus_per_process, process_problems
 from run.state import BEST, BEST_EMA, Best, Parts, Position, Setup, State, collect, finished, restore
 
 
@@ -341,6 +341,10 @@ def _introduce(trainer: Trainer, plan: Plan, loaded: Loaded | None) -> None:
         if notice := resumed_schedule_notice(epochs=options.epochs, earlier_epochs=earlier, lr=now,
                                              earlier_lr=then):
             logger.info(notice)
+    cpus = cpus_per_process(process.local_world_size)
+    if options.num_workers > cpus:
+        logger.info("--num_workers %d is more than the %s of this process; more load nothing faster.",
+                    options.num_workers, plural(cpus, "CPU"))
     lags = half_life_warning(options.model_ema_decay, options.epochs * plan.updates_per_epoch)
     if options.model_ema and lags:
         logger.warning(lags)
