@@ -87,7 +87,7 @@ def test_no_network_names_the_file_to_fetch_by_hand(place, capfd, monkeypatch):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     check(Row("offline", "--pretrained true --model hornet_tiny_7x7", "download_failed",
-              ("https://", "{here}/weights/"), base="eval"), place, capfd)
+              ("https://", "{here}/weights"), base="eval"), place, capfd)
 
 
 # --------------------------------------------------------------------------------------------- data and

@@ -27,6 +27,7 @@ SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal
 @pytest.fixture(autouse=True)
 def handlers():
     """The handlers as they were: after a stop StopRequest leaves its own, for the process is about to end."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield before
     for number, handler in before.items():
