@@ -300,7 +300,8 @@ def train(resolved: Resolved, process: Process, watchdog: Watchdog, *,
             return ExitCode.DONE if options.disable_eval else evaluate(found, process, watchdog)
         with StopRequest(options.stop_before_end) as stop:
             plan = plan_run(resolved, process, state, data=data)
-            watchdog.record_in(options.output_dir)  # not before: a start that is refused leaves nothing there
+            # Not before: a start that is refused leaves nothing there.
+            watchdog.record_in(folder or options.output_dir)
             for note in (*plan.data.notes, plan.batch.equation, *plan.batch.notices):
                 logger.info(note)
             for warning in process_problems(process):

@@ -199,8 +199,8 @@ class ImageLoader(DataLoader[Batch]):
             raise UserError(f"Image {last}; fix or remove it, or count unreadable images as incorrect with "
                             "--allow_bad_images true.", code="unreadable_image")
         if batch.epoch >= 0 and (batch.targets == UNREADABLE_TARGET).any():
-            raise UserError(f"None of {_ATTEMPTS} images in a row can be read: {last}; check the disk and the "
-                            "data path.", code="unreadable_image")
+            raise UserError(f"None of {_ATTEMPTS} images in a row can be read: {last}; check the disk and "
+                            "the data path.", code="unreadable_image")
         self.bad_images |= dict(batch.unreadable)
 
     def take_unreadable(self) -> dict[str, str]:
