@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import timm
 import torch
 from torch.utils._pytree import tree_leaves
 
@@ -32,7 +33,7 @@ from launch.process import Process
 from launch.stop import StopRequest
 from launch.watchdog import Watchdog
 from optim.update import UpdateStats
-from plan import Plan, build_model, plan_run
+from plan import Classification, Plan, plan_run
 from run.checkpoint import Checkpoints, find_checkpoint, snapshot, state_bytes
 from run.folder import RunFolder
 from run.start import check_writable, code_version, cpus_per_process, existing_folder, process_problems
@@ -133,7 +134,8 @@ class DryRun:
         if data.val is not None:
             self._images("val", data.val)
         with torch.device("meta"):
-            size = sum(p.numel() for p in build_model(planned.options, data.num_classes).parameters())
+            model = timm.create_model(planned.options.model, num_classes=data.num_classes)
+        size = sum(p.numel() for p in model.parameters())
         self.row("model", f"{size / 1e6:.2f} M parameters, {data.num_classes} classes")
         if self.on_cpu and size > _FOR_A_CPU:
             self.row("updates", f"none: nothing more is tried on a CPU above {_FOR_A_CPU / 1e6:g} M of them")
@@ -187,8 +189,9 @@ class DryRun:
         """Real updates, evaluation, save and reload; returns the bytes of a checkpoint."""
         process, trial = self.process, self.trial
         options = replace(planned.options, log_dir=None, enable_wandb=False, print_freq=1)
-        trainer = Trainer(replace(planned, options=options), process, stop=StopRequest(),
-                          watchdog=trial.watchdog, state=state)
+        planned = replace(planned, options=options)
+        task = Classification(planned, process, state)
+        trainer = Trainer(task, planned, process, stop=StopRequest(), watchdog=trial.watchdog, state=state)
         try:
             at, trial.start = trainer.position, time.perf_counter()
             progress = engine.train_one_epoch(trainer.loop, trial, epoch=at.begun, sums=at.sums,
@@ -209,7 +212,7 @@ class DryRun:
             if not options.disable_eval:
                 count = max(1, int(1.5 * options.batch_size)) * process.world_size  # a batch of each
                 found, = self._score([("", trainer.model)], planned.data, options,
-                                     replace(trainer.task.evaluation, observer=trial), count)
+                                     replace(task.evaluation, observer=trial), count)
                 evaluated = found.images / found.seconds
             self._speed(planned, loading, evaluated)
             trial.on_phase("saving", at.update)

@@ -33,6 +33,10 @@ class Ledger:
         self.path = Path(path)
         self.attempt = 0
 
+    def own(self) -> Path:
+        """The folder to write to now. Raises OSError."""
+        return self.path
+
     def begin(self, *, update: int, epoch: int | None = None, pid: int | None = None, **more: object) -> None:
         """Begin an attempt at `update`; `pid` is rank 0's process, by default this one."""
         self.attempt = int(self.newest().get("attempt", 0)) + 1
@@ -62,6 +66,8 @@ class Ledger:
         `where` has the rank. Rank 0's own words are replaced: mostly it only knows that it has lost a peer.
         """
         newest = self.newest()
+        if self.read("owner.json").get("pid", pid) != pid:
+            return  # another run's folder by now
         if newest.get("pid") != pid:
             self.begin(update=update, pid=pid)
         elif "rank" in newest:
@@ -79,8 +85,8 @@ class Ledger:
         """One dict per attempt, oldest first: what its lines say, later over earlier, and its `state`."""
         found: dict[int, Record] = {}
         try:
-            lines = read_json_lines(self.path / "attempts.jsonl")
-        except UserError:
+            lines = read_json_lines(self.own() / "attempts.jsonl")
+        except (OSError, UserError):
             return []
         for line in lines:
             if isinstance(line.get("attempt"), int):
@@ -106,7 +112,7 @@ class Ledger:
     def read(self, name: str) -> Record:
         """The record in the file `name`; {} when there is none, or none that can be read."""
         try:
-            found = read_json(self.path / name, max_bytes=1 << 20)
+            found = read_json(self.own() / name, max_bytes=1 << 20)
         except (OSError, UserError):
             return {}
         return found if isinstance(found, dict) else {}
@@ -124,11 +130,11 @@ class Ledger:
     def _write_progress(self, state: str, **more: object) -> None:
         record = self.read("progress.json") | {"state": state, "time": time.time(), **more}
         with suppress(OSError):  # a full disk is the checkpoints' business to report
-            write_json(self.path / "progress.json", record)
+            write_json(self.own() / "progress.json", record)
 
     def _guard(self, name: str, write: Callable[[Path], object]) -> None:
         try:
-            write(self.path / name)
+            write(self.own() / name)
         except OSError as error:
             logger.error("%s was not written in %s: %s; the run continues.", name, self.path, error.strerror)
 

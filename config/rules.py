@@ -28,8 +28,6 @@ def check(options: Options, origins: dict[str, str]) -> None:
         o.global_batch, origins["global_batch"] = None, "flag"
     if o.data_set == "SAMPLE" and not o.data_path:
         o.data_path = "data/digits"
-    if o.resume and not o.resume[0].strip():
-        o.resume = ()
     # A run's folder names its own data.
     known = o.eval and (o.eval_data_path or o.output_dir or o.resume or o.report)
     if not o.print_config and not o.data_path and not known:

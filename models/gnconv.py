@@ -38,15 +38,15 @@ class GnConv(nn.Module):
     `dwconv` is all the f_k at once; the widths of q_0 ... q_{n-1} are dim / 2^(n-1), ..., dim / 2, dim.
 
     Args:
-        dim: input channels, a multiple of 2^(order-1) (of 2^order with a global filter).
+        dim: width of the recursion, a multiple of 2^(order-1) (of 2^order with a global filter).
         order: number of gating products, >= 1.
         kernel_size: of the depthwise convolution, odd.
         scale: the published models use 1/3.
-        out_dim: output channels, `dim` by default.
+        out_dim, in_dim: output and input channels, `dim` where not given.
         filter: "conv" for the depthwise convolution, "global" for a GlobalLocalFilter trained at 14x14
             features, or its grid (height, width // 2 + 1) for another feature size.
 
-    Input (B, dim, H, W), any memory format and floating type; output (B, out_dim, H, W).
+    Input (B, in_dim, H, W), any memory format and floating type; output (B, out_dim, H, W).
     In float16 the products of up to `order` factors, which can leave its range, and the projections between
     them are computed in float32; bfloat16 has float32's range and needs none of this.
 
@@ -55,12 +55,12 @@ class GnConv(nn.Module):
     """
 
     def __init__(self, dim: int, order: int = 5, kernel_size: int = 7, scale: float = 1 / 3,
-                 out_dim: int | None = None, filter: str | tuple[int, int] = "conv"):
+                 out_dim: int | None = None, filter: str | tuple[int, int] = "conv", in_dim: int = 0):
         super().__init__()
-        self.dim, self.order, self.scale = dim, order, scale
+        self.dim, self.order, self.scale, self.in_dim = dim, order, scale, in_dim or dim
         self.dims = gnconv_dims(dim, order)
         total = sum(self.dims)
-        self.proj_in = nn.Conv2d(dim, 2 * dim, kernel_size=1)
+        self.proj_in = nn.Conv2d(self.in_dim, 2 * dim, kernel_size=1)
         if filter == "conv":
             if kernel_size < 1 or kernel_size % 2 == 0:
                 raise ValueError(f"gnConv kernel_size {kernel_size}: an odd number is needed, to keep sizes")
@@ -77,7 +77,7 @@ class GnConv(nn.Module):
         self.pws = nn.ModuleList(nn.Conv2d(a, b, kernel_size=1) for a, b in zip(self.dims, self.dims[1:]))
 
     def forward(self, x: Tensor) -> Tensor:
-        check_channels(x, self.dim)
+        check_channels(x, self.in_dim)
         p, q = self.proj_in(x).split((self.dims[0], sum(self.dims)), dim=1)
         q = self.dwconv(q)
         if not computes_in_float16(self.proj_out):

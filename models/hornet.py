@@ -281,33 +281,31 @@ def _default_cfg(name: str) -> dict:
 default_cfgs = generate_default_cfgs({name: _default_cfg(name) for name in CONFIGS})
 
 
-def _create(name: str, pretrained: bool = False, **kwargs) -> HorNet:
-    """Build `name`; keyword arguments are HorNet's and HorNetConfig's, an unknown one is a TypeError.
+def _entrypoint(name: str):
+    """The function that timm registers for `name`; keyword arguments are HorNet's and HorNetConfig's, an
+    unknown one is a TypeError.
 
     Training scripts of timm and DeiT always pass some that other families have: `img_size` (HorNet takes
     any), `drop_block_rate` None or 0 and `output_stride` 32 are accepted and change nothing.
     """
-    kwargs = {name: value for name, value in kwargs.items() if value is not None and name != "img_size"}
-    for key, only, accepted in (("drop_block_rate", 0, "None"), ("output_stride", 32, "32")):
-        value = kwargs.pop(key, only)
-        if value != only:
-            raise ValueError(f"{key} {value!r}: HorNet has no such form, only {accepted} is accepted")
-    changes = {f.name: kwargs.pop(f.name) for f in fields(HorNetConfig) if f.name in kwargs}
-    overlay, cache_dir = dict(kwargs.get("pretrained_cfg_overlay") or {}), kwargs.pop("cache_dir", None)
-    if pretrained:
-        from models.download import fetch_published
-        # Without `custom_load` timm reads a named file itself: without OpenMMLab's names, and the average
-        # instead of what scored.
-        kwargs["pretrained_cfg_overlay"] = overlay | {
-            "file": str(overlay.get("file") or fetch_published(name, cache_dir)), "custom_load": True}
-    return build_model_with_cfg(
-        HorNet, name, pretrained, model_cfg=replace(CONFIGS[name], **changes),
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"), **kwargs)
-
-
-def _entrypoint(name: str):
     def build(pretrained: bool = False, **kwargs) -> HorNet:
-        return _create(name, pretrained, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if value is not None and name != "img_size"}
+        for key, only, accepted in (("drop_block_rate", 0, "None"), ("output_stride", 32, "32")):
+            value = kwargs.pop(key, only)
+            if value != only:
+                raise ValueError(f"{key} {value!r}: HorNet has no such form, only {accepted} is accepted")
+        changes = {f.name: kwargs.pop(f.name) for f in fields(HorNetConfig) if f.name in kwargs}
+        overlay, cache_dir = dict(kwargs.get("pretrained_cfg_overlay") or {}), kwargs.pop("cache_dir", None)
+        if pretrained:
+            from models.download import fetch_published
+            # Without `custom_load` timm reads a named file itself: without OpenMMLab's names, and the average
+            # instead of what scored.
+            kwargs["pretrained_cfg_overlay"] = overlay | {
+                "file": str(overlay.get("file") or fetch_published(name, cache_dir)), "custom_load": True}
+        return build_model_with_cfg(
+            HorNet, name, pretrained, model_cfg=replace(CONFIGS[name], **changes),
+            feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"), **kwargs)
+
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"{name}: {CONFIGS[name]}"
     return build
