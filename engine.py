@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.devices import float32_products
+from common.devices import float32_products, to_device
 from common.outcome import Outcome
 from common.random import uniforms
 from datasets.dataset import Batch, ImageLoader
@@ -259,8 +259,7 @@ def drop_draws(count: int, seed: int, update: int, batch: Batch, device: torch.d
     Keyed by update and global position, so that no split over processes and no recomputation changes them.
     """
     draws = uniforms(seed, "drop", update, np.asarray(batch.positions), count)
-    # Without `non_blocking` the host would wait here for all that the device still has to do.
-    return {"drop_draws": torch.from_numpy(draws).to(device, non_blocking=True)} if count else {}
+    return {"drop_draws": to_device(torch.from_numpy(draws), device)} if count else {}
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None):

@@ -55,11 +55,13 @@ class Trainer(engine.Observer):
         self.stop, self.watchdog, self.checkpoints = stop, watchdog, checkpoints
         set_numerics(options)
         self.model = task.model
-        self.code_paths = native.attach(self.model, (state or {}).get("code_paths"))
+        paths = (state or {}).get("code_paths") or {}
+        # Before it is copied for the average, which then computes on the same.
+        self.code_paths = native.attach(self.model, paths) | compiled(self.model, options, process, paths)
         average_on = "cpu" if options.model_ema_force_cpu else None
         self.ema = Ema(self.model, options.model_ema_decay, average_on) if options.model_ema else None
         self.tracker = _tracker(plan, process, folder, self.model)
-        wrapped = process.wrap(compiled(self.model, options, process))
+        wrapped = process.wrap(self.model)
         update = Update(wrapped, task.optimizer, task.schedule, options, ema=self.ema,
                         agree=lambda flags: process.all_reduce_(flags, "min"))
         self.loop = engine.Loop(

@@ -1,12 +1,15 @@
-"""What PyTorch computes products of float32 tensors in, said in one way and in one place.
+"""What differs between devices: the precision of float32, and copies that nobody waits for.
 
-It has two ways to say it, `allow_tf32` and `fp32_precision`, and reading the one after the other was set
-raises RuntimeError, also inside its compiler. Here it is `allow_tf32` for CUDA's products and cuDNN, and
-`fp32_precision` for oneDNN, which knows nothing else.
+PyTorch has two ways to say what products of float32 tensors are computed in, `allow_tf32` and
+`fp32_precision`, and reading the one after the other was set raises RuntimeError, also inside its compiler.
+Here it is `allow_tf32` for CUDA's products and cuDNN, and `fp32_precision` for oneDNN, which knows nothing
+else; no other file sets either.
 """
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+from torch import Tensor
 from torch.backends import cuda, cudnn, mkldnn
 
 Float32 = tuple[bool, bool, str, str]
@@ -38,3 +41,13 @@ def float32_products(tf32: bool = False) -> Iterator[None]:
 def _apply(settings: Float32) -> None:
     (cuda.matmul.allow_tf32, cudnn.allow_tf32, mkldnn.matmul.fp32_precision,
      mkldnn.conv.fp32_precision) = settings  # type: ignore
+
+
+def asynchronous(device: torch.device) -> bool:
+    """Whether `device` works through a queue that the host does not wait for."""
+    return device.type in ("cuda", "xpu") and torch.accelerator.is_available()
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy that the host does not wait for. Pageable memory would make it wait for the device's queue."""
+    return (tensor.pin_memory() if asynchronous(device) else tensor).to(device, non_blocking=True)

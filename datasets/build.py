@@ -153,7 +153,8 @@ def _dataset(options: Options, split: _Split, names: list[str], notes: list[str]
         notes.append(f"val: {len(targets)} images, the ImageNet validation set has 50000")
     size, training = options.input_size, part == "train"
     transform = train_transform(options) if training else eval_transform(size, options.crop_pct)
-    erasing = Erasing(options.reprob, options.recount) if training and options.reprob > 0 else None
+    erases = training and options.reprob > 0
+    erasing = Erasing(options.reprob, options.recount, options.remode) if erases else None
     return ImageDataset(reader, targets, transform, size, seed=options.seed, erasing=erasing,
                         exif_orientation=options.exif_orientation)
 

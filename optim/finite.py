@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from common.devices import asynchronous
 from optim.update import UpdateStats
 
 Incident = tuple[dict, tuple]  # the numbers of an update that was not applied, and its context
@@ -60,7 +61,7 @@ class FiniteWatch:
     def add(self, update: int, stats: UpdateStats, context: tuple = ()) -> Iterator[Incident]:
         """File an update; gives the incidents known by now, each with the context it was filed with."""
         values, event = stats.values, None
-        if values.device.type in ("cuda", "xpu"):
+        if asynchronous(values.device):
             event = torch.Event(values.device)
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             values = host.copy_(values, non_blocking=True)
