@@ -5,13 +5,15 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # What makes a tensor without starting a kernel.
 _FREE = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach", "lift_fresh",
-         "set_", "resize_", "is_pinned", "_pin_memory", "record_stream", "is_same_size", "_local_scalar_dense"}
+         "set_", "resize_", "is_pinned", "_pin_memory", "record_stream", "is_same_size", "_local_scalar_dense",
+         "device", "_record_function_enter_new", "_record_function_exit"}
 # What makes the host wait, whatever its arguments.
 _WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim",
           "unique_consecutive", "bincount", "histc", "repeat_interleave"}
@@ -68,9 +70,11 @@ def fake_cuda(dtype: torch.dtype | None = None) -> Iterator[None]:
         if dtype is not None:
             torch.set_autocast_dtype("cuda", dtype)
         torch.set_autocast_enabled("cuda", dtype is not None)
+        _foreach_utils._foreach_supported_types.append(FakeTensor)  # else each tensor would be clipped by itself
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield
     finally:
+        _foreach_utils._foreach_supported_types.remove(FakeTensor)
         torch.set_autocast_enabled("cuda", before[0])
         torch.set_autocast_dtype("cuda", before[1])
 
