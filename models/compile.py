@@ -7,7 +7,6 @@ says why), which the compiler fuses with its gates, norms and layer scale.
 import copy
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from types import FunctionType
 from typing import cast
 from weakref import WeakKeyDictionary
@@ -15,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from common.devices import asynchronous, float32_products
+from common.devices import asynchronous, autocast, float32_products
 from common.log import logger
 from models.dft import use_matrix_filter
 from models.hornet import Block, HorNet, Stage
@@ -73,7 +72,7 @@ def _use(runner: Callable, *blocks: nn.Module) -> None:
     """Let `blocks` compute on `runner`, a compiled one, without Fourier transforms."""
     for block in blocks:
         use_matrix_filter(block)
-        block.runner = runner
+        block.runner = runner  # type: ignore
 
 
 def compiled_runner(number: int) -> Callable:
@@ -108,8 +107,8 @@ def _fastest(model: HorNet, shape: tuple[int, int, int, int], dtype: torch.dtype
     chosen, (batch, _, height, width) = [], shape
     device, draws = next(model.parameters()).device, torch.Generator().manual_seed(0)
     keep = torch.ones(batch, sum(model.cfg.depths), 2, device=device)[:, 0] if model.drop_path_rate else None
-    for number, (first, *_) in enumerate(model.stages, start=1):
-        side, block = 2 ** (number + 1), copy.deepcopy(first)
+    for number, stage in enumerate(model.stages, start=1):
+        side, block = 2 ** (number + 1), cast(Block, copy.deepcopy(cast(Stage, stage)[0]))
         noise = torch.randn(batch, block.gnconv.dim, height // side, width // side, generator=draws)
         x = noise.to(device, memory_format=torch.channels_last).requires_grad_()
         eager = _seconds(block, x, keep, dtype)
@@ -126,14 +125,10 @@ def _seconds(block: nn.Module, x: Tensor, keep: Tensor | None, dtype: torch.dtyp
         if asynchronous(x.device):
             torch.accelerator.synchronize(x.device)
         times.append(time.perf_counter())
-        with _autocast(x.device, dtype):
+        with autocast(x.device, dtype):
             out = block(x, keep)
         torch.autograd.grad(out, [x, *block.parameters()], torch.ones_like(out))
     return min(end - start for start, end in zip(times[1:], times[2:]))
-
-
-def _autocast(device: torch.device, dtype: torch.dtype | None):
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def _noise(model: HorNet, shape: tuple[int, ...]) -> Tensor:
@@ -145,7 +140,7 @@ def _logits_and_gradients(model: HorNet, shape: tuple[int, ...], dtype: torch.dt
     x = _noise(model.train(), shape)
     # Nothing is dropped, so that every layer shows.
     keep_all = torch.ones(shape[0], model.num_drop_draws, device=x.device)
-    with _autocast(x.device, dtype):
+    with autocast(x.device, dtype):
         logits = model(x, keep_all).float()
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(logits.square().mean(), parameters)
