@@ -19,7 +19,7 @@ from config.options import OPTIONS, ImageSettings, Options
 from config.parse import Resolved, check_model
 from datasets.build import Data, build_data, eval_loader
 from datasets.device import EvalPrepare
-from datasets.labels import Subset, real_labels, recognise
+from datasets.labels import Subset, real_labels
 from launch.process import Process
 from launch.watchdog import Watchdog
 from models import MODEL_NAMES
@@ -38,7 +38,8 @@ from run.start import check_writable
 # What a checkpoint of ours knows about its own network and data, taken unless a flag or recipe names it; the
 # data only together, and only from a run's own folder.
 _NETWORK = ("model", *(field.name for field in fields(ImageSettings)))
-_DATA = ("data_set", "data_path", "eval_data_path", "val_labels", "nb_classes", "allow_class_mismatch")
+_DATA = ("data_set", "data_path", "eval_data_path", "val_fraction", "val_labels", "nb_classes",
+         "allow_class_mismatch")
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,12 @@ def prepare_evaluation(resolved: Resolved, process: Process, observer: engine.Ob
     if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)
             and options.nb_classes in (None, len(classes))):
         classes = None
-    subset = companion(options, classes)
     data = process.local_first(lambda: build_data(
-        options, train=False, evaluate=True, rank_zero=process.local_rank == 0,
-        class_names=list(subset.folders) if subset else classes))
+        options, train=False, evaluate=True, rank_zero=process.local_rank == 0, class_names=classes,
+        companions=may_be_companion(options, classes)))
+    subset = data.subset
+    if subset and subset.columns:
+        logger.info("%s: evaluated among its %d classes alone", subset.name, len(subset.columns))
     names = list(imagenet_synsets()) if subset else data.class_names
     candidates = [c for path in sources for c in load_candidates(path, options, names, process.device)]
     assert data.val is not None
@@ -170,16 +173,11 @@ def with_checkpoint_settings(resolved: Resolved, checkpoint: dict, path: str) ->
     return options
 
 
-def companion(options: Options, classes: list[str] | None) -> Subset | None:
-    """ImageNet's validation set, V2, -A, -R or -Sketch, when the model has its 1000 classes; else None."""
-    if options.data_set != "IMNET" or options.val_labels or options.nb_classes not in (None, 1000):
-        return None
-    if classes and tuple(classes) != imagenet_synsets():
-        return None
-    subset = recognise(options.eval_data_path or str(Path(options.data_path or "") / "val"))
-    if subset and subset.columns:
-        logger.info("%s: evaluated among its %d classes alone", subset.name, len(subset.columns))
-    return subset
+def may_be_companion(options: Options, classes: list[str] | None) -> bool:
+    """Whether images may be taken for ImageNet's validation set, V2, -A, -R or -Sketch: when the model has
+    its 1000 classes."""
+    return (options.data_set == "IMNET" and not options.val_labels and options.nb_classes in (None, 1000)
+            and (not classes or tuple(classes) == imagenet_synsets()))
 
 
 def load_candidates(path: str, options: Options, class_names: list[str], device: torch.device

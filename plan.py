@@ -51,7 +51,7 @@ def plan_run(resolved: Resolved, process: Process, state: State | None, data: Da
                 process.on_rank_zero(lambda: bool(safe_torch_load(local_file(options.finetune))))
         data = process.local_first(lambda: build_data(
             options, train=True, evaluate=not options.disable_eval, rank_zero=process.local_rank == 0,
-            class_names=state.get("classes")))
+            class_names=state.get("classes"), order=(state.get("order") or "") if state else None))
     assert data.train is not None
     batch = plan_batch(resolved, process.world_size, state.get("global_batch"))
     updates = validate_after_index(options, batch, len(data.train))
