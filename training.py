@@ -31,7 +31,7 @@ from plan import Classification, Plan, build_model, compiled, load_start_weights
 from report.page import write_report
 from run.checkpoint import Checkpoints, Loaded, open_folder, state_bytes
 from run.folder import RunFolder
-from run.log import Tracker, WandbRun
+from run.log import Tracked, Tracker
 from run.start import code_version, cpus_per_process, process_problems
 from run.state import BEST, BEST_EMA, Best, Parts, Position, Setup, State, collect, finished, restore
 
@@ -284,11 +284,13 @@ class Trainer(engine.Observer):
 
 def _tracker(plan: Plan, process: Process, folder: str, model: torch.nn.Module) -> Tracker:
     options, main = plan.options, process.is_main
-    wandb = WandbRun(options.project, options.exp_name, plan.resolved.to_dict(), options.wandb_ckpt)
+    package = options.track or ("wandb" if options.enable_wandb else None)
+    tracked = Tracked(package, options.project, options.exp_name, plan.resolved.to_dict(),
+                      options.wandb_ckpt) if package and main else None
     return Tracker(folder or None, epochs=options.epochs, updates_per_epoch=plan.updates_per_epoch,
                    n_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
                    log_dir=options.log_dir if main else None, terminal=None if main else False,
-                   wandb=wandb if options.enable_wandb and main else None)
+                   tracked=tracked)
 
 
 # ----------------------------------------------------------------------------------------- the command

@@ -46,6 +46,8 @@ PAIR = Accepts("above 0 and at most 1, twice, the lower one first",
                lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1)
 BETAS = Accepts("from 0 to below 1, one to three times",
                 lambda v: 1 <= len(v) <= 3 and all(0 <= b < 1 for b in v))
+SUITE = Accepts("imagenet, v2, a, r and sketch, with commas and =FOLDER where not beside data_path",
+                lambda v: re.fullmatch(r"((imagenet|v2|a|r|sketch)(=[^,]+)?(,|$))*", v) is not None)
 DEVICE = Accepts("auto, cpu, mps, cuda, xpu, or one of them with a number such as cuda:1",
                  lambda v: re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d{1,3})?", v) is not None)
 AUGMENT = Accepts("none or a timm policy such as rand-m9-mstd0.5-inc1",
@@ -145,6 +147,7 @@ class Options:
     mixup_switch_prob: float = _augment(0.5, "chance of CutMix where both are on", FRACTION)
     mixup_mode: str = _augment("batch", "one draw per group, pair or image", one_of("batch", "pair", "elem"))
 
+    suite: str = _eval("", "ImageNet's validation sets to evaluate, with ReaL's labels too", SUITE)
     crop_pct: float | None = _eval(None, "input_size / resized short side, below 384; none: 0.875", PART)
     check: bool = _eval(False, "end with 0 only if the (first) checkpoint has the published accuracy")
     explain_difference: bool = _eval(False, "list what departs from the published protocol")
@@ -175,10 +178,11 @@ class Options:
 
     print_freq: int = _log(10, "updates between lines of figures, TensorBoard too", at_least(1))
     log_dir: str | None = _log(None, "folder for TensorBoard; none: tensorboard/ in output_dir")
-    enable_wandb: bool = _log(False, "log to Weights & Biases (pip install wandb)")
-    project: str = _log("hornet", "project name at Weights & Biases")
+    track: str | None = _log(None, "log to this package too (pip install it)", one_of("wandb", "trackio"))
+    enable_wandb: bool = _log(False, "the same as --track wandb")
+    project: str = _log("hornet", "project of the tracked run")
     wandb_ckpt: bool = _log(False, "upload the best and the last checkpoint there at the end")
-    exp_name: str = _log("default", "name of this run at Weights & Biases")
+    exp_name: str = _log("default", "name of the tracked run")
 
 
 # What `--help` shows; `--help all` shows every option.

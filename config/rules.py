@@ -40,7 +40,7 @@ def check(options: Options, origins: dict[str, str]) -> None:
          f"--pretrained true and --finetune {o.finetune} both name the weights to start from; give one."),
         (len(o.resume) > 1, f"--resume takes one checkpoint in training, {len(o.resume)} were given; add "
          "--eval true to evaluate several."),
-        (o.weights == "both", "--weights both is for --eval true; use auto, model or ema."),
+        (o.weights == "both" or o.suite, "--weights both and --suite are for --eval true; add it."),
         (o.warmup_steps <= 0 and o.warmup_epochs > o.epochs, f"--warmup_epochs {o.warmup_epochs} is longer "
          f"than the run; give --warmup_epochs from 0 to {o.epochs}."),
         (o.start_epoch >= o.epochs, f"--start_epoch {o.start_epoch} is not below --epochs {o.epochs}; lower "
