@@ -16,6 +16,7 @@ from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
+import timm
 import torch
 from torch.utils._pytree import tree_leaves
 
@@ -33,7 +34,7 @@ from launch.process import Process
 from launch.stop import StopRequest
 from launch.watchdog import Watchdog
 from optim.update import UpdateStats
-from plan import Plan, build_model, plan_run
+from plan import Classification, Plan, plan_run
 from run.checkpoint import Checkpoints, find_checkpoint, snapshot, state_bytes
 from run.folder import RunFolder
 from run.start import check_writable, code_version, cpus_per_process, existing_folder, process_problems
@@ -128,7 +129,8 @@ class DryRun(Heartbeats):
         if data.val is not None:
             self._images("val", data.val)
         with torch.device("meta"):
-            size = sum(p.numel() for p in build_model(planned.options, data.num_classes).parameters())
+            model = timm.create_model(planned.options.model, num_classes=data.num_classes)
+        size = sum(p.numel() for p in model.parameters())
         self.row("model", f"{size / 1e6:.2f} M parameters, {data.num_classes} classes")
         if self.on_cpu and size > _FOR_A_CPU:
             self.row("updates", f"none: nothing more is tried on a CPU above {_FOR_A_CPU / 1e6:g} M of them")
@@ -180,8 +182,10 @@ class DryRun(Heartbeats):
         """Real updates, evaluation, save and reload; returns the bytes of a checkpoint."""
         process, data = self.process, planned.data
         options = replace(planned.options, log_dir=None, enable_wandb=False, track=None, print_freq=1)
-        with closing(Trainer(replace(planned, options=options), process, stop=StopRequest(),
-                             watchdog=self.watchdog, state=state)) as trainer:
+        planned = replace(planned, options=options)
+        task = Classification(planned, process, state)
+        with closing(Trainer(task, planned, process, stop=StopRequest(), watchdog=self.watchdog,
+                             state=state)) as trainer:
             at, self.start = trainer.position, time.perf_counter()
             progress = engine.train_one_epoch(trainer.loop, self, epoch=at.begun, sums=at.sums,
                                               first_update=at.update_in_epoch)
@@ -200,7 +204,7 @@ class DryRun(Heartbeats):
             if not options.disable_eval:
                 count = max(1, int(1.5 * options.batch_size)) * process.world_size  # a batch of each
                 found, = self._score([("", trainer.model)], data, options,
-                                     replace(trainer.task.evaluation, observer=self), count)
+                                     replace(task.evaluation, observer=self), count)
                 evaluated = found.images / found.seconds
             self._speed(planned, loading, evaluated)
             self.on_phase("saving", at.update)
