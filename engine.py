@@ -355,6 +355,7 @@ def evaluate(models: Sequence[tuple[str, nn.Module]], loader: Iterable[Batch], e
     with nullcontext() if evaluation.tf32 else true_float32():
         for _, model in models:
             model.eval()
+        evaluation.observer.on_phase("evaluation", update)  # the first batch takes its time
         for batch in loader:
             evaluation.observer.on_phase("evaluation", update)
             if left := evaluation.observer.leaves_evaluation():
