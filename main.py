@@ -31,7 +31,29 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", "This DataLoader will create")  # training logs it in one line
     try:
         with lacks_in_words():
-            return _run(sys.argv[1:] if argv is None else argv)
+            resolved = parse(sys.argv[1:] if argv is None else argv)
+            # Only now PyTorch, so that --help and a typing error answer at once.
+            from dryrun import check
+            from evaluation import evaluate_checkpoints
+            from launch.process import start
+            from launch.watchdog import Watchdog
+            from models import MODEL_NAMES
+            from training import train
+
+            options = resolved.options
+            check_model(options.model, MODEL_NAMES)
+            if options.print_config:
+                sys.stdout.write(resolved.to_yaml())
+                return ExitCode.DONE
+            work = check if options.dry_run else evaluate_checkpoints if options.eval else train
+            with start(options.device, options.rendezvous_timeout) as process:
+                setup_logging(process.rank)
+                for notice in resolved.notices:
+                    logger.info(notice)
+                # The watchdog prints an error's sentence or traceback once, last, when there are several
+                # processes.
+                with Watchdog(process, hang_timeout=options.hang_timeout) as watchdog, lacks_in_words():
+                    return work(resolved, process, watchdog)
     except UserError as error:
         if rank == 0:
             logger.error("error: %s", error)
@@ -39,30 +61,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         logger.error("interrupted")
         return ExitCode.INTERRUPTED
-
-
-def _run(argv: list[str]) -> int:
-    resolved = parse(argv)  # before PyTorch is imported, so that --help and a typing error answer at once
-    from dryrun import check
-    from evaluation import evaluate_checkpoints
-    from launch.process import start
-    from launch.watchdog import Watchdog
-    from models import MODEL_NAMES
-    from training import train
-
-    options = resolved.options
-    check_model(options.model, MODEL_NAMES)
-    if options.print_config:
-        sys.stdout.write(resolved.to_yaml())
-        return ExitCode.DONE
-    with start(options.device, options.rendezvous_timeout) as process:
-        setup_logging(process.rank)
-        for notice in resolved.notices:
-            logger.info(notice)
-        # The watchdog prints an error's sentence or traceback once, last, when there are several processes.
-        with Watchdog(process, hang_timeout=options.hang_timeout) as watchdog, lacks_in_words():
-            work = check if options.dry_run else evaluate_checkpoints if options.eval else train
-            return work(resolved, process, watchdog)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.files import read_text
 from common.text import did_you_mean, plain, quote
 from config import rules
-from config.options import COMMON, NO_EFFECT, OPTIONS, RECIPE_GROUPS, Option, Options, Value
+from config.options import COMMON, KINDS, NO_EFFECT, OPTIONS, RECIPE_GROUPS, Options, Value
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 _LARGEST_RECIPE = 2 ** 20  # bytes
@@ -66,10 +66,20 @@ def parse(argv: Sequence[str]) -> Resolved:
 
     Raises: UserError for every mistake; SystemExit(0) after `--help` or `--help all` has been written.
     """
-    flags = _flags(argv)
-    given = {name: OPTIONS[name].convert(t, f"--{name}") for name, t in flags.items() if name in OPTIONS}
-    config = given.get("config")
-    recipe = read_recipe(config) if isinstance(config, str) else {}
+    try:
+        found, others = _parser().parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        name = (error.argument_name or "").removeprefix("--")
+        raise UserError(f"--{name} needs a value; {OPTIONS[name].help}.", code="missing_value") from None
+    flags = vars(found)
+    if "help" in flags:
+        sys.stdout.write(help_text(flags["help"] == "all"))
+        raise SystemExit(0)
+    if others:
+        raise _unexpected(others[0], argv)
+    given = {name: OPTIONS[name].convert([texts] if isinstance(texts, str) else texts, f"--{name}")
+             for name, texts in flags.items() if name in OPTIONS}
+    recipe = {} if given.get("config") is None else read_recipe(str(given["config"]))
     from_recipe = {name: v for name, v in recipe.items() if name in OPTIONS and name not in _PER_LAUNCH}
     options = replace(Options(), **(from_recipe | given))
     origins = dict.fromkeys(OPTIONS, "default")
@@ -92,22 +102,7 @@ def check_model(name: str, known: Sequence[str]) -> None:
 
 # Flags
 
-def _flags(argv: Sequence[str]) -> dict[str, list[str]]:
-    """Flag name -> its values as text, the last of two equal flags winning; help ends here."""
-    try:
-        found, others = _parser().parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        name = (error.argument_name or "").removeprefix("--")
-        raise UserError(f"--{name} needs a value; {OPTIONS[name].help}.", code="missing_value") from None
-    if hasattr(found, "help"):
-        sys.stdout.write(help_text(found.help == "all"))
-        raise SystemExit(0)
-    if others:
-        raise _unexpected(others[0], argv)
-    return {name: text if isinstance(text, list) else [text] for name, text in vars(found).items()}
-
-
-def _parser(shown: Sequence[str] = (), end: str = "") -> argparse.ArgumentParser:
+def _parser(shown: Collection[str] = (), end: str = "") -> argparse.ArgumentParser:
     """argparse for the table; values stay text. Help lists the options in `shown`."""
     parser = argparse.ArgumentParser(
         usage=_USAGE, add_help=False, allow_abbrev=False, exit_on_error=False, epilog=end,
@@ -116,10 +111,12 @@ def _parser(shown: Sequence[str] = (), end: str = "") -> argparse.ArgumentParser
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name, option in OPTIONS.items():
         group = groups[option.group] = groups.get(option.group) or parser.add_argument_group(option.group)
-        metavar = {bool: "true|false", int: "N", float: "X", str: "TEXT"}[option.element]
-        group.add_argument(f"--{name}", metavar=metavar, const="true" if option.element is bool else None,
+        words = f": {option.accepts.words}" if option.accepts and option.element is str else ""
+        about = f"{option.help}{words} [{'none' if option.default is None else _yaml(option.default)}]"
+        group.add_argument(f"--{name}", metavar=KINDS[option.element][0],
                            nargs="?" if option.element is bool else "+" if option.several else None,
-                           help=_help(option) if name in shown else argparse.SUPPRESS)
+                           const="true" if option.element is bool else None,
+                           help=about.replace("%", "%%") if name in shown else argparse.SUPPRESS)
     parser.add_argument("-h", "--help", nargs="?", const="", help=argparse.SUPPRESS)
     for name in NO_EFFECT:
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", const="true",
@@ -127,16 +124,10 @@ def _parser(shown: Sequence[str] = (), end: str = "") -> argparse.ArgumentParser
     return parser
 
 
-def _help(option: Option) -> str:
-    accepts = option.accepts
-    words = f": {accepts.words}" if accepts and option.element is str else ""
-    return f"{option.help}{words} [{_yaml(option.default)}]".replace("%", "%%").replace("[null]", "[none]")
-
-
 def help_text(everything: bool = False) -> str:
     """The options people use most, or all of them, by group."""
     more = "" if everything else f" `--help all` lists all {len(OPTIONS)} options."
-    return _parser(list(OPTIONS) if everything else COMMON,
+    return _parser(OPTIONS if everything else COMMON,
                    f"Switches take true or false; the flag alone means true.{more}").format_help()
 
 

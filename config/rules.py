@@ -28,8 +28,6 @@ def check(options: Options, origins: dict[str, str]) -> None:
         o.global_batch, origins["global_batch"] = None, "flag"
     if o.data_set == "SAMPLE" and not o.data_path:
         o.data_path = "data/digits"
-    if o.resume and not o.resume[0].strip():
-        o.resume = ()
     # A run's folder names its own data.
     known = o.eval and (o.eval_data_path or o.output_dir or o.resume or o.report)
     if not o.print_config and not o.data_path and not known:
@@ -42,7 +40,7 @@ def check(options: Options, origins: dict[str, str]) -> None:
          f"--pretrained true and --finetune {o.finetune} both name the weights to start from; give one."),
         (len(o.resume) > 1, f"--resume takes one checkpoint in training, {len(o.resume)} were given; add "
          "--eval true to evaluate several."),
-        (o.weights == "both", "--weights both is for --eval true; use auto, model or ema."),
+        (o.weights == "both" or o.suite, "--weights both and --suite are for --eval true; add it."),
         (o.warmup_steps <= 0 and o.warmup_epochs > o.epochs, f"--warmup_epochs {o.warmup_epochs} is longer "
          f"than the run; give --warmup_epochs from 0 to {o.epochs}."),
         (o.start_epoch >= o.epochs, f"--start_epoch {o.start_epoch} is not below --epochs {o.epochs}; lower "

@@ -15,6 +15,7 @@ from config.options import Options
 from datasets.cifar import read_cifar
 from datasets.dataset import ImageDataset, ImageLoader, make_loader
 from datasets.folders import class_folders
+from datasets.images import unreadable
 from datasets.labels import classes_of, map_folders, read_val_labels
 from datasets.readers import IndexCache, Reader, open_reader
 from datasets.sample import ensure_sample
@@ -176,4 +177,4 @@ def check_sample(dataset: ImageDataset, count: int = 64) -> tuple[float, list[st
     started = time.perf_counter()
     batch = dataset.__getitems__([(0, index, index) for index in chosen])
     return (time.perf_counter() - started) / len(chosen), [
-        f"{printable(dataset.path(index))} cannot be read ({reason})" for index, reason in batch.unreadable]
+        unreadable(dataset.path(index), reason) for index, reason in batch.unreadable]

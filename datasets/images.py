@@ -20,7 +20,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from common.text import file_size
+from common.text import file_size, printable
 
 # Named formats keep Pillow's other plug-ins (EPS starts Ghostscript) out of reach of a data folder.
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF", "JPEG2000", "AVIF")
@@ -34,6 +34,11 @@ _T = TypeVar("_T")
 
 class BadImage(Exception):
     """An image that cannot be read; the message is the reason without its path."""
+
+
+def unreadable(path: str, reason: str) -> str:
+    """The sentence for an image that cannot be read; what follows from it stands in `datasets.dataset`."""
+    return f"{printable(path)} cannot be read ({reason})"
 
 
 @cache
