@@ -2,9 +2,8 @@
 passed in."""
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Protocol
 
 import numpy as np
@@ -12,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.devices import float32_products
 from common.outcome import Outcome
 from common.random import uniforms
 from datasets.dataset import Batch, ImageLoader
-from datasets.sampler import GlobalBatchSampler
 from launch.process import Process
 from optim.finite import FiniteWatch, Incident, diagnose
+from optim.schedule import Schedule
 from optim.update import Update, UpdateStats
 
 Sums = list[float]
@@ -56,13 +56,32 @@ class Observer:
 
 
 class Task(Protocol):
-    """What a run learns: how a batch becomes a loss, and what an evaluation measures.
+    """What a run learns: a network, how it is optimized, how a batch becomes a loss, what is measured.
 
-    `score` names the figure by which one epoch is better than another; that of the moving average ends in
-    `_ema`. `loaders` are those of its evaluation: the run reports what they could not read, and closes them.
+    `training.Trainer` takes any of them. `training.train(resolved, process, watchdog, data=…, task=…)` is the
+    command around it: on every rank, `data(options, process, state)` finds the images (`datasets.build.Data`)
+    and `task(plan, process, state)` makes the task, `state` being that of the run to resume, else None. The
+    first and only other task is `plan.Classification`.
+
+    score: the figure by which one epoch is better than another; that of the moving average ends in `_ema`.
+    model: the network itself, neither wrapped nor compiled, on the process's device; equal on every rank,
+    and fresh from the seed or from given weights where there is no `state`, which is loaded afterwards.
+    optimizer: over its parameters; groups with `lr_scale` and `decays` follow the schedule with these.
+    schedule: learning rate and weight decay per global update.
+    loaders: training's first, then those of the evaluation. The run reports what they could not read, and
+    closes them.
     """
     score: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
     loaders: list[ImageLoader]
+
+    def batches(self, epoch: int, first_update: int) -> Iterable[Batch]:
+        """This rank's micro-batches of `epoch` (from 0) from its update `first_update` on, in an order that
+        is a function of the seed, the epoch and the position alone. Of a batch the loop itself reads `images`
+        (whose length counts), `indices` and `positions`."""
+        ...
 
     def losses(self, model: nn.Module, batch: Batch, update: int) -> tuple[Tensor, Tensor | None]:
         """Of one micro-batch: its mean loss (0-dim, float32) and its top-1 hits (0-dim; None without hard
@@ -82,18 +101,11 @@ class Task(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """What the training loop works with. `model` may be wrapped (DDP, compiled); `plain` is the network
-    inside it.
-
-    `loader` yields batches in the order of `sampler` (`set_start(epoch, update)`). `path_of(index)` names
-    images in reports.
-    """
+    """What the training loop works with. `model` is the task's, maybe wrapped (DDP, compiled).
+    `path_of(index)` names images in reports."""
     model: nn.Module
-    plain: nn.Module
     task: Task
     update: Update
-    loader: ImageLoader
-    sampler: GlobalBatchSampler
     watch: FiniteWatch
     process: Process
     updates_per_epoch: int
@@ -191,11 +203,10 @@ def train_one_epoch(loop: Loop, observer: Observer, *, epoch: int, first_update:
     update's flags when the next one has been started (on the CPU at once).
     """
     loop.model.train()
-    loop.sampler.set_start(epoch, first_update)
     base = epoch * loop.updates_per_epoch
     end = base + loop.updates_per_epoch
     meter = _Meter(loop, epoch, base + first_update, sums)
-    progress, batches = meter.progress, iter(loop.loader)
+    progress, batches = meter.progress, iter(loop.task.batches(epoch, first_update))
     if first_update == loop.updates_per_epoch:
         # Stopped between the last update and the evaluation: the epoch's line still has that update's
         # settings.
@@ -223,7 +234,7 @@ def _train_one_update(loop: Loop, observer: Observer, batches: Iterator[Batch], 
     """The training step: forward and backward of each micro-batch, then one update of the weights."""
     held: list[Batch] = []
     hits: Tensor | None = None
-    update_freq = loop.update.config.update_freq
+    update_freq = loop.update.options.update_freq
     for micro in range(update_freq):
         observer.on_phase("data", number)
         start = time.perf_counter()
@@ -275,7 +286,7 @@ def _replay(loop: Loop, number: int, held: list[Batch]) -> dict:
     """Run the micro-batches of update `number` again until one shows something non-finite, and name it."""
     found, indices = {}, [int(index) for batch in held for index in batch.indices]
     for batch in held:
-        found = diagnose(loop.plain, lambda: loop.task.losses(loop.plain, batch, number)[0])
+        found = diagnose(loop.task.model, lambda: loop.task.losses(loop.task.model, batch, number)[0])
         if found["reproduced"]:
             break
     return {**found, "indices": indices, "images": [loop.path_of(index) for index in indices]}
@@ -352,9 +363,10 @@ def evaluate(models: Sequence[tuple[str, nn.Module]], loader: Iterable[Batch], e
     left the evaluation. Raises RuntimeError when not exactly `expected` images were seen.
     """
     start, tallies, left = time.perf_counter(), [_Tally(evaluation) for _ in models], False
-    with nullcontext() if evaluation.tf32 else true_float32():
+    with float32_products(evaluation.tf32):
         for _, model in models:
             model.eval()
+        evaluation.observer.on_phase("evaluation", update)  # the first batch takes its time
         for batch in loader:
             evaluation.observer.on_phase("evaluation", update)
             if left := evaluation.observer.leaves_evaluation():
@@ -415,19 +427,3 @@ class _Tally:
         columns = [np.concatenate(column) for column in zip(*(part for part in parts if part))]
         order = np.argsort(columns[0], kind="stable")
         return Outputs(*(column[order] for column in columns))
-
-
-@contextmanager
-def true_float32() -> Iterator[None]:
-    """Products and convolutions of float32 tensors in float32 (no TF32, no bf16), the settings restored
-    afterwards."""
-    names = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv")
-    settings = attrgetter(*names)(torch.backends)
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        yield
-    finally:
-        for setting, value in zip(settings, before):
-            setting.fp32_precision = value

@@ -1,6 +1,6 @@
 """What a run is made of before it trains: data and batch, the network it starts from, the task it learns."""
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import timm
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import engine
 import models  # noqa: F401  registers the architectures with timm
 import native
+from common.devices import set_float32
 from common.log import logger
 from common.random import key
 from common.safe_load import safe_torch_load
@@ -17,8 +18,9 @@ from config.options import Options
 from config.parse import Resolved
 from config.rules import BatchPlan, plan_batch, small_data_notice, validate_after_index
 from datasets.build import Data, build_data, eval_loader
-from datasets.dataset import Batch, ImageDataset
+from datasets.dataset import Batch, ImageDataset, make_loader
 from datasets.device import EvalPrepare, TrainPrepare
+from datasets.sampler import GlobalBatchSampler
 from evaluation import amp_dtype
 from launch.process import Process
 from models.compile import compile_model
@@ -26,6 +28,7 @@ from models.download import fetch_published, local_file
 from models.hornet import HorNet
 from models.weights import load_for_model
 from optim.build import build_loss, build_optimizer
+from optim.schedule import build_schedule
 from run.state import State
 
 
@@ -41,25 +44,30 @@ class Plan:
     updates_per_epoch: int
 
 
-def plan_run(resolved: Resolved, process: Process, state: State | None, data: Data | None = None) -> Plan:
-    """Index the images (unless `data` are given) and derive the batch; `state` is that of a run to resume."""
+def find_data(options: Options, process: Process, state: State) -> Data:
+    """Index the images of `options`, with the classes of the run to resume."""
+    if not state:  # what would otherwise be refused only when all images have been indexed, minutes later
+        build_optimizer(nn.Linear(1, 1), replace(options, layer_decay=1.0))
+        if options.finetune:
+            process.on_rank_zero(lambda: bool(safe_torch_load(local_file(options.finetune))))
+    return process.local_first(lambda: build_data(
+        options, train=True, evaluate=not options.disable_eval, rank_zero=process.local_rank == 0,
+        class_names=state.get("classes"), order=(state.get("order") or "") if state else None))
+
+
+def plan_run(resolved: Resolved, process: Process, state: State | None, *,
+             data: Callable[[Options, Process, State], Data] = find_data) -> Plan:
+    """Find the images and derive the batch; `state` is that of a run to resume, else None."""
     options, state = resolved.options, state or {}
-    if data is None:
-        if not state:  # what would otherwise be refused only when all images have been indexed, minutes later
-            build_optimizer(nn.Linear(1, 1), replace(options, layer_decay=1.0))
-            if options.finetune:
-                process.on_rank_zero(lambda: bool(safe_torch_load(local_file(options.finetune))))
-        data = process.local_first(lambda: build_data(
-            options, train=True, evaluate=not options.disable_eval, rank_zero=process.local_rank == 0,
-            class_names=state.get("classes"), order=(state.get("order") or "") if state else None))
-    assert data.train is not None
+    found = data(options, process, state)
+    assert found.train is not None
     batch = plan_batch(resolved, process.world_size, state.get("global_batch"))
-    updates = validate_after_index(options, batch, len(data.train))
-    small = None if state else small_data_notice(options, batch, len(data.train))
+    updates = validate_after_index(options, batch, len(found.train))
+    small = None if state else small_data_notice(options, batch, len(found.train))
     batch = replace(batch, notices=(*batch.notices, small)) if small else batch
     options = replace(options, batch_size=batch.batch_size, update_freq=batch.update_freq,
                       global_batch=batch.global_batch, lr=batch.lr)
-    return Plan(resolved=resolved, options=options, data=data, train=data.train, batch=batch,
+    return Plan(resolved=resolved, options=options, data=found, train=found.train, batch=batch,
                 updates_per_epoch=updates)
 
 
@@ -71,20 +79,7 @@ def set_numerics(options: Options) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    # The older of PyTorch's two ways to say this: torch.export and torch.compile read it, and refuse a mix of
-    # both.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.fast_math
-
-
-def build_model(options: Options, num_classes: int) -> HorNet:
-    """The network of `--model`, freshly initialised from the seed: the same on every rank."""
-    torch.manual_seed(key(options.seed, "init"))
-    model = timm.create_model(options.model, num_classes=num_classes, drop_path_rate=options.drop_path,
-                              layer_scale_init_value=options.layer_scale_init_value,
-                              head_init_scale=options.head_init_scale)
-    assert isinstance(model, HorNet)
-    model.set_grad_checkpointing(options.grad_checkpointing)
-    return model
+    set_float32(options.fast_math)
 
 
 def load_start_weights(model: HorNet, options: Options, data: Data, process: Process) -> None:
@@ -109,16 +104,39 @@ def compiled(model: nn.Module, options: Options, process: Process) -> nn.Module:
 
 
 class Classification:
-    """The task of images with one class each: cross-entropy in training, top-1 and top-5 in evaluation."""
+    """The task of images with one class each (see `engine.Task`): cross-entropy, top-1 and top-5."""
     score = "test_acc1"
 
-    def __init__(self, options: Options, data: Data, process: Process, drop_draws: int):
-        self.seed, self.drop_draws, self.autocast_dtype = options.seed, drop_draws, amp_dtype(options)
+    def __init__(self, plan: Plan, process: Process, state: State | None = None):
+        options, data, batch = plan.options, plan.data, plan.batch
+        self.seed, self.autocast_dtype = options.seed, amp_dtype(options)
+        torch.manual_seed(key(options.seed, "init"))  # the same weights on every rank
+        model = timm.create_model(options.model, num_classes=data.num_classes,
+                                  drop_path_rate=options.drop_path,
+                                  layer_scale_init_value=options.layer_scale_init_value,
+                                  head_init_scale=options.head_init_scale)
+        assert isinstance(model, HorNet)
+        model.set_grad_checkpointing(options.grad_checkpointing)
+        self.drop_draws = model.num_drop_draws
+        if state is None:
+            load_start_weights(model, options, data, process)
+        self.model: nn.Module = model.to(process.device)
+        self.optimizer = build_optimizer(model, options)
+        self.schedule = build_schedule(options, plan.updates_per_epoch)
         self.prepare = TrainPrepare(options, data.num_classes, process.device)
         self.criterion = build_loss(options)
+        self.sampler = GlobalBatchSampler(len(plan.train), batch.global_batch, batch.batch_size,
+                                          batch.update_freq, process.rank, process.world_size, options.seed)
+        self.loaders = [make_loader(plan.train, options, self.sampler)]
+        if data.val is not None:
+            self.loaders.append(eval_loader(data, options, process.rank, process.world_size))
         self.evaluation = engine.Evaluation(EvalPrepare(options, process.device), process.device,
                                             process=process, expected=len(data.val) if data.val else None)
-        self.loaders = [eval_loader(data, options, process.rank, process.world_size)] if data.val else []
+
+    def batches(self, epoch: int, first_update: int) -> Iterable[Batch]:
+        """Micro-batches of `epoch` from `first_update` on."""
+        self.sampler.set_start(epoch, first_update)
+        return self.loaders[0]
 
     def losses(self, model: nn.Module, batch: Batch, update: int) -> tuple[Tensor, Tensor | None]:
         """Mean loss of a micro-batch, and its top-1 hits where nothing is mixed."""
@@ -134,7 +152,7 @@ class Classification:
         """All networks in one pass, in true float32 whatever they are trained in."""
         with native.packed(*(network for _, network in networks)):
             evaluation = replace(self.evaluation, observer=observer)
-            results = engine.evaluate(networks, self.loaders[0], evaluation, update)
+            results = engine.evaluate(networks, self.loaders[1], evaluation, update)
         for result in results:
             if result.nonfinite:
                 observer.on_incident("nonfinite_outputs", f"{result.nonfinite} of {result.images} evaluated "

@@ -1,6 +1,6 @@
 """Training: one run from its first update to its last, with what it saves, and the command around it."""
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -13,25 +13,23 @@ from common.errors import UserError
 from common.files import read_json_lines
 from common.log import logger
 from common.outcome import ExitCode, Outcome
-from common.text import plural, printable
+from common.text import plural
+from config.options import Options
 from config.parse import Resolved
 from config.rules import resumed_schedule_notice
-from datasets.dataset import make_loader
-from datasets.sampler import GlobalBatchSampler
-from evaluation import amp_dtype, evaluate_checkpoints
+from datasets.build import Data
+from evaluation import evaluate_checkpoints
 from launch.process import Process
 from launch.stop import OTHERS, StopRequest
 from launch.watchdog import Watchdog
-from optim.build import build_optimizer
 from optim.ema import Ema, half_life_warning
 from optim.finite import FiniteWatch
-from optim.schedule import build_schedule
-from optim.update import Update, UpdateConfig, UpdateStats
-from plan import Classification, Plan, build_model, compiled, load_start_weights, plan_run, set_numerics
+from optim.update import Update, UpdateStats
+from plan import Classification, Plan, compiled, find_data, plan_run, set_numerics
 from report.page import write_report
 from run.checkpoint import Checkpoints, Loaded, open_folder, state_bytes
 from run.folder import RunFolder
-from run.log import Tracker, WandbRun
+from run.log import Tracked, Tracker
 from run.start import code_version, cpus_per_process, process_problems
 from run.state import BEST, BEST_EMA, Best, Parts, Position, Setup, State, collect, finished, restore
 
@@ -42,38 +40,30 @@ class Trainer(engine.Observer):
     `parts` is what it saves, by the names of `run.state.TABLE`; `position` says where it stands.
 
     Args:
+        task: what is learned (see `engine.Task`), made for the same `plan`, `process` and `state`.
         state: of the checkpoint that is resumed (see `run.state`); None for a new run.
         folder: the run folder, on rank 0; "" where nothing is kept.
         checkpoints: None where nothing is saved.
     """
 
-    def __init__(self, plan: Plan, process: Process, *, stop: StopRequest, watchdog: Watchdog,
-                 state: State | None = None, folder: str = "", checkpoints: Checkpoints | None = None):
+    def __init__(self, task: engine.Task, plan: Plan, process: Process, *, stop: StopRequest,
+                 watchdog: Watchdog, state: State | None = None, folder: str = "",
+                 checkpoints: Checkpoints | None = None):
         options, data, batch, updates = plan.options, plan.data, plan.batch, plan.updates_per_epoch
-        self.options, self.process, self.stop, self.watchdog = options, process, stop, watchdog
-        self.checkpoints = checkpoints
+        self.task, self.options, self.process = task, options, process
+        self.stop, self.watchdog, self.checkpoints = stop, watchdog, checkpoints
         set_numerics(options)
-        self.model = build_model(options, data.num_classes).to(process.device)
-        if state is None:
-            load_start_weights(self.model, options, data, process)
+        self.model = task.model
         self.code_paths = native.attach(self.model, (state or {}).get("code_paths"))
         average_on = "cpu" if options.model_ema_force_cpu else None
         self.ema = Ema(self.model, options.model_ema_decay, average_on) if options.model_ema else None
-        self.task = Classification(options, data, process, getattr(self.model, "num_drop_draws", 0))
         self.tracker = _tracker(plan, process, folder, self.model)
-        config = UpdateConfig(
-            update_freq=batch.update_freq, clip_grad=options.clip_grad, clip_by=options.clip_by,
-            clip_mode=options.clip_mode, loss_scaling=amp_dtype(options) == torch.float16)
         wrapped = process.wrap(compiled(self.model, options, process))
-        update = Update(wrapped, build_optimizer(self.model, options), build_schedule(options, updates),
-                        config, ema=self.ema, agree=lambda flags: process.all_reduce_(flags, "min"))
-        sampler = GlobalBatchSampler(len(plan.train), batch.global_batch, batch.batch_size, batch.update_freq,
-                                     process.rank, process.world_size, options.seed)
+        update = Update(wrapped, task.optimizer, task.schedule, options, ema=self.ema,
+                        agree=lambda flags: process.all_reduce_(flags, "min"))
         self.loop = engine.Loop(
-            model=wrapped, plain=self.model, task=self.task, update=update, sampler=sampler,
-            loader=make_loader(plan.train, options, sampler), watch=FiniteWatch(options.on_nonfinite),
-            process=process, updates_per_epoch=updates, print_freq=options.print_freq,
-            path_of=plan.train.path)
+            model=wrapped, task=task, update=update, watch=FiniteWatch(options.on_nonfinite), process=process,
+            updates_per_epoch=updates, print_freq=options.print_freq, path_of=plan.train.path)
         self.position = Position(updates, options.start_epoch - 1, options.start_epoch * updates)
         self.best = Best()
         self.setup = Setup(batch.global_batch, len(plan.train), data.class_names, plan.resolved.to_dict(),
@@ -82,7 +72,6 @@ class Trainer(engine.Observer):
             "position": self.position, "model": self.model, "model_ema": self.ema,
             "optimizer": update.optimizer, "scaler": update.scaler, "policy": self.loop.watch,
             "best": self.best, "setup": self.setup}
-        self._loaders = [self.loop.loader, *self.task.loaders]
         events = read_json_lines(Path(folder, "events.jsonl")) if folder else ()
         self._unreadable = {path for event in events
                             for path in event.get("images", ()) if event.get("kind") == "unreadable_image"}
@@ -178,7 +167,7 @@ class Trainer(engine.Observer):
     def close(self) -> None:
         """End the loader workers and the records. Left to the garbage collector, the workers' queues close
         before they are asked to end, and the program waits 5 s for each of them."""
-        for loader in self._loaders:
+        for loader in self.task.loaders:
             loader.close()
         self.tracker.close()
 
@@ -268,33 +257,35 @@ class Trainer(engine.Observer):
 
     def _report_unreadable(self) -> None:
         """Report each image that could not be read once per run."""
-        mine = [(loader.images.path(index), reason) for loader in self._loaders
-                for index, reason in loader.bad_images.items()]
-        for loader in self._loaders:
-            loader.bad_images.clear()
-        found = {image for part in self.process.all_gather_object(mine) for image in part}
-        for path, reason in sorted(found):
-            if path not in self._unreadable:
-                self._unreadable.add(path)
-                self.on_incident(
-                    "unreadable_image", f"{printable(path)} could not be read ({reason}): it is replaced by "
-                    "another image in training and counts as incorrect in evaluation.",
-                    epoch=self.position.begun, images=[path])
+        mine = [image for loader in self.task.loaders for image in loader.take_unreadable().items()]
+        found = dict(image for part in self.process.all_gather_object(mine) for image in part)
+        for path in sorted(found.keys() - self._unreadable):
+            self._unreadable.add(path)
+            self.on_incident("unreadable_image", found[path], epoch=self.position.begun, images=[path])
 
 
 def _tracker(plan: Plan, process: Process, folder: str, model: torch.nn.Module) -> Tracker:
     options, main = plan.options, process.is_main
-    wandb = WandbRun(options.project, options.exp_name, plan.resolved.to_dict(), options.wandb_ckpt)
+    package = options.track or ("wandb" if options.enable_wandb else None)
+    tracked = Tracked(package, options.project, options.exp_name, plan.resolved.to_dict(),
+                      options.wandb_ckpt) if package and main else None
     return Tracker(folder or None, epochs=options.epochs, updates_per_epoch=plan.updates_per_epoch,
                    n_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
                    log_dir=options.log_dir if main else None, terminal=None if main else False,
-                   wandb=wandb if options.enable_wandb and main else None)
+                   tracked=tracked)
 
 
 # ----------------------------------------------------------------------------------------- the command
 
-def train(resolved: Resolved, process: Process, watchdog: Watchdog) -> ExitCode:
-    """Train as `resolved` says, or resume the run in its folder; returns the exit code."""
+def train(resolved: Resolved, process: Process, watchdog: Watchdog, *,
+          data: Callable[[Options, Process, State], Data] = find_data,
+          task: Callable[[Plan, Process, State | None], engine.Task] = Classification,
+          evaluate: Callable[[Resolved, Process, Watchdog], ExitCode] = evaluate_checkpoints) -> ExitCode:
+    """Train as `resolved` says, or resume the run in its folder; returns the exit code.
+
+    `data` and `task` say what is learned (see `engine.Task`), `evaluate` what follows when a finished run is
+    started again: `resolved` then names its best checkpoint to evaluate.
+    """
     options = resolved.options
     folder = RunFolder(options.output_dir) if options.output_dir and process.is_main else None
     checkpoints = None
@@ -306,17 +297,19 @@ def train(resolved: Resolved, process: Process, watchdog: Watchdog) -> ExitCode:
         if loaded is not None and finished(loaded.state, options.epochs):
             logger.info("This run has finished its %s (%s); raise --epochs to train on. Now evaluating it.",
                         plural(options.epochs, "epoch"), loaded.path)
-            return _evaluate_finished(resolved, loaded, process, watchdog)
+            found = _best_of_finished(resolved, loaded, process)
+            return ExitCode.DONE if options.disable_eval else evaluate(found, process, watchdog)
         with StopRequest(options.stop_before_end) as stop:
-            plan = plan_run(resolved, process, state)
-            watchdog.record_in(options.output_dir)  # not before: a start that is refused leaves nothing there
+            plan = plan_run(resolved, process, state, data=data)
+            # Not before: a start that is refused leaves nothing there.
+            watchdog.record_in(folder or options.output_dir)
             for note in (*plan.data.notes, plan.batch.equation, *plan.batch.notices):
                 logger.info(note)
             for warning in process_problems(process):
                 if process.is_main:
                     logger.warning(warning)
-            with closing(Trainer(plan, process, stop=stop, watchdog=watchdog, state=state,
-                                 checkpoints=checkpoints,
+            with closing(Trainer(task(plan, process, state), plan, process, stop=stop, watchdog=watchdog,
+                                 state=state, checkpoints=checkpoints,
                                  folder=options.output_dir if folder else "")) as trainer:
                 if process.is_main:
                     _introduce(trainer, plan, loaded)
@@ -336,7 +329,7 @@ def _introduce(trainer: Trainer, plan: Plan, loaded: Loaded | None) -> None:
     if loaded is not None:
         logger.info("Resuming at epoch %d, update %d from %s", at.begun + 1, at.update, loaded.path)
         earlier = (loaded.state["args"] or {}).get("epochs", options.epochs)
-        now, then = (build_schedule(replace(options, epochs=epochs), at.updates_per_epoch).lr(at.update)
+        now, then = (replace(trainer.task.schedule, epochs=epochs).lr(at.update)
                      for epochs in (options.epochs, earlier))
         if notice := resumed_schedule_notice(epochs=options.epochs, earlier_epochs=earlier, lr=now,
                                              earlier_lr=then):
@@ -400,15 +393,13 @@ def _fit(trainer: Trainer, folder: RunFolder | None) -> ExitCode:
     return ExitCode.DONE
 
 
-def _evaluate_finished(resolved: Resolved, loaded: Loaded, process: Process, watchdog: Watchdog) -> ExitCode:
+def _best_of_finished(resolved: Resolved, loaded: Loaded, process: Process) -> Resolved:
     """What starting a finished run again comes to: its best weights are evaluated, the last where there are
     no best."""
     options = resolved.options
-    if options.disable_eval:
-        return ExitCode.DONE
     best = process.on_rank_zero(
         lambda: Checkpoints(options.output_dir).best() if options.output_dir else None)
     # Not what a fine-tuning began with, and in true float32 as after each epoch, whatever it was trained in.
     options = replace(options, eval=True, resume=(str(best or loaded.path),), finetune="", pretrained=False,
                       use_amp=False, fast_math=False)
-    return evaluate_checkpoints(replace(resolved, options=options), process, watchdog)
+    return replace(resolved, options=options)

@@ -13,11 +13,12 @@ import models  # noqa: F401  registers the models
 import native
 from benchmarks.reference import PlainHorNet, plain_update
 from benchmarks.timing import Row, interleave, peak_bandwidth, peak_flops, peak_memory, rows
+from config.options import Options
 from models.inspect import complexity
 from models.zoo import VARIANTS
 from native.runner import product_dtype
 from optim.ema import Ema
-from optim.update import Update, UpdateConfig
+from optim.update import Update
 
 CASES = ("reference bf16", "plain", "plain bf16", "fast", "fast bf16")
 
@@ -105,7 +106,7 @@ def optimizer(name: str, setting: Setting) -> list[Row]:
     gradients = [torch.randn_like(p) * 1e-3 for p in one.parameters()]
     adamw = torch.optim.AdamW(other.parameters(), lr=4e-3, weight_decay=0.05, fused=True)
     constant = SimpleNamespace(apply=lambda optimizer, update: None)
-    update = Update(other, adamw, constant, UpdateConfig(clip_grad=1.0), ema=Ema(other, 0.9999))
+    update = Update(other, adamw, constant, Options(clip_grad=1.0), ema=Ema(other, 0.9999))
 
     def case(model: nn.Module, step: Callable[[], object]) -> Callable[[], object]:
         def call() -> None:

@@ -5,6 +5,7 @@
 attempt that was killed.
 `progress.json` has every ten seconds how far it is, and at the end how far it came.
 """
+import fcntl
 import os
 import socket
 import sys
@@ -33,6 +34,10 @@ class Ledger:
         self.path = Path(path)
         self.attempt = 0
 
+    def own(self) -> Path:
+        """The folder to write to now. Raises OSError."""
+        return self.path
+
     def begin(self, *, update: int, epoch: int | None = None, pid: int | None = None, **more: object) -> None:
         """Begin an attempt at `update`; `pid` is rank 0's process, by default this one."""
         self.attempt = int(self.newest().get("attempt", 0)) + 1
@@ -54,7 +59,7 @@ class Ledger:
         """progress.json while rank 0's process `pid` works; once its attempt has ended, `end` wrote it."""
         newest = self.newest()
         if newest.get("pid") != pid or newest["state"] == RUNNING:
-            self._write_progress(RUNNING, job=job_id(), **more)
+            self._write_progress(RUNNING, **more)
 
     def fail(self, cause: str, *, pid: int, update: int, **where: object) -> None:
         """Record the first cause of the failure of the attempt of rank 0's process `pid`, begun or not.
@@ -62,6 +67,8 @@ class Ledger:
         `where` has the rank. Rank 0's own words are replaced: mostly it only knows that it has lost a peer.
         """
         newest = self.newest()
+        if self.read("owner.json").get("pid", pid) != pid:
+            return  # another run's folder by now
         if newest.get("pid") != pid:
             self.begin(update=update, pid=pid)
         elif "rank" in newest:
@@ -79,8 +86,8 @@ class Ledger:
         """One dict per attempt, oldest first: what its lines say, later over earlier, and its `state`."""
         found: dict[int, Record] = {}
         try:
-            lines = read_json_lines(self.path / "attempts.jsonl")
-        except UserError:
+            lines = read_json_lines(self.own() / "attempts.jsonl")
+        except (OSError, UserError):
             return []
         for line in lines:
             if isinstance(line.get("attempt"), int):
@@ -98,15 +105,24 @@ class Ledger:
         found = self.read("status.json")
         return {**found, "state": known(found.get("state"))} if found else {}
 
-    def reached(self) -> Record:
-        """progress.json, where it is this job's; else {}."""
+    def reached(self, job: str | None) -> Record:
+        """progress.json, where it is that of the scheduler's `job`; else {}."""
         found = self.read("progress.json")
-        return found if found.get("job", "") == self.newest().get("job") else {}
+        return found if found.get("job") == job else {}
+
+    def is_owned(self) -> bool:
+        """Whether a training owns the folder, here or on another machine; one that was killed does not."""
+        try:
+            with open(self.path / "owner.json") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:  # there is none, or it is locked, or this disk has no locks
+            return not isinstance(error, FileNotFoundError)
+        return False
 
     def read(self, name: str) -> Record:
         """The record in the file `name`; {} when there is none, or none that can be read."""
         try:
-            found = read_json(self.path / name, max_bytes=1 << 20)
+            found = read_json(self.own() / name, max_bytes=1 << 20)
         except (OSError, UserError):
             return {}
         return found if isinstance(found, dict) else {}
@@ -122,13 +138,13 @@ class Ledger:
         self._guard("status.json", lambda path: write_json(path, status))
 
     def _write_progress(self, state: str, **more: object) -> None:
-        record = self.read("progress.json") | {"state": state, "time": time.time(), **more}
+        record = self.read("progress.json") | {"state": state, "time": time.time(), "job": job_id(), **more}
         with suppress(OSError):  # a full disk is the checkpoints' business to report
-            write_json(self.path / "progress.json", record)
+            write_json(self.own() / "progress.json", record)
 
     def _guard(self, name: str, write: Callable[[Path], object]) -> None:
         try:
-            write(self.path / name)
+            write(self.own() / name)
         except OSError as error:
             logger.error("%s was not written in %s: %s; the run continues.", name, self.path, error.strerror)
 

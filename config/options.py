@@ -5,9 +5,10 @@ Names and defaults are those of the published training code where it has the opt
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar, TypeVar, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 from common.errors import UserError
 from common.text import listed, plain
@@ -46,32 +47,45 @@ PAIR = Accepts("above 0 and at most 1, twice, the lower one first",
                lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1)
 BETAS = Accepts("from 0 to below 1, one to three times",
                 lambda v: 1 <= len(v) <= 3 and all(0 <= b < 1 for b in v))
+SUITE = Accepts("imagenet, v2, a, r and sketch, with commas and =FOLDER where not beside data_path",
+                lambda v: re.fullmatch(r"((imagenet|v2|a|r|sketch)(=[^,]+)?(,|$))*", v) is not None)
 DEVICE = Accepts("auto, cpu, mps, cuda, xpu, or one of them with a number such as cuda:1",
                  lambda v: re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d{1,3})?", v) is not None)
 AUGMENT = Accepts("none or a timm policy such as rand-m9-mstd0.5-inc1",
                   lambda v: bool(_AUGMENT.fullmatch(v)))
 
 
-@dataclass(frozen=True)
-class Group:
-    """A group of options, as `--help` shows them."""
-    title: str
-
-    def __call__(self, default: T, help: str, accepts: Accepts | None = None) -> T:
-        """One option of the group."""
-        return field(default=default, metadata={"group": self.title, "help": help, "accepts": accepts})
+def _group(title: str):
+    """What makes the options of a group, as `--help` shows it."""
+    def option(default: T, help: str, accepts: Accepts | None = None) -> T:
+        return field(default=default, metadata={"group": title, "help": help, "accepts": accepts})
+    return option
 
 
-_start, _data, _batch, _eval = Group("Start here"), Group("Data"), Group("Batch"), Group("Evaluation")
-_model, _train, _augment = Group("Model and weights"), Group("Training"), Group("Augmentation")
-RECIPE_GROUPS = (_model.title, _train.title, _augment.title)
-_speed, _run = Group("Precision and speed"), Group("Run folder, saving and resuming")
-_process, _log = Group("Processes"), Group("Logging")
+RECIPE_GROUPS = ("Model and weights", "Training", "Augmentation")
+_model, _train, _augment = map(_group, RECIPE_GROUPS)
+_start, _data, _batch, _eval, _speed, _run, _process, _log = map(_group, (
+    "Start here", "Data", "Batch", "Evaluation", "Precision and speed", "Run folder, saving and resuming",
+    "Processes", "Logging"))
 
 
 @dataclass
 class Options:
-    """The resolved options of one run. `None` stands for `none`; several values are a tuple."""
+    """The resolved options of one run. `None` stands for `none`; several values are a tuple.
+
+    A subclass is the options of another command (see `dense.options`): `OMITTED` names those that it does not
+    take, and that keep its defaults.
+    """
+    USAGE: ClassVar[str] = """main.py [--config RECIPE] [--FLAG VALUE ...]
+
+  python main.py --config recipes/quickstart.yaml
+  python main.py --eval true --model hornet_tiny_7x7 --resume CHECKPOINT --data_path IMAGENET
+  torchrun --nproc_per_node 8 main.py --config recipes/hornet_tiny_7x7.yaml --output_dir RUN"""
+    LAYOUT: ClassVar[str] = "train/ and val/"  # what --data_path holds
+    QUICKSTART: ClassVar[str] = "quickstart"
+    SAMPLE: ClassVar[str] = "data/digits"
+    OMITTED: ClassVar[frozenset[str]] = frozenset()
+
     config: str | None = _start(None, "recipe (YAML) whose values replace the defaults; flags win")
     print_config: bool = _start(False, "print each value with its origin and the published one, then end")
     dry_run: bool = _start(False, "check options, data, model, memory and speed, then end")
@@ -150,6 +164,7 @@ class Options:
     mixup_switch_prob: float = _augment(0.5, "chance of CutMix where both are on", FRACTION)
     mixup_mode: str = _augment("batch", "one draw per group, pair or image", one_of("batch", "pair", "elem"))
 
+    suite: str = _eval("", "ImageNet's validation sets to evaluate, with ReaL's labels too", SUITE)
     crop_pct: float | None = _eval(None, "input_size / resized short side, below 384; none: 0.875", PART)
     check: bool = _eval(False, "end with 0 only if the (first) checkpoint has the published accuracy")
     explain_difference: bool = _eval(False, "list what departs from the published protocol")
@@ -180,10 +195,15 @@ class Options:
 
     print_freq: int = _log(10, "updates between lines of figures, TensorBoard too", at_least(1))
     log_dir: str | None = _log(None, "folder for TensorBoard; none: tensorboard/ in output_dir")
-    enable_wandb: bool = _log(False, "log to Weights & Biases (pip install wandb)")
-    project: str = _log("hornet", "project name at Weights & Biases")
+    track: str | None = _log(None, "log to this package too (pip install it)", one_of("wandb", "trackio"))
+    enable_wandb: bool = _log(False, "the same as --track wandb")
+    project: str = _log("hornet", "project of the tracked run")
     wandb_ckpt: bool = _log(False, "upload the best and the last checkpoint there at the end")
-    exp_name: str = _log("default", "name of this run at Weights & Biases")
+    exp_name: str = _log("default", "name of the tracked run")
+
+    def updates_per_epoch(self, images: int, global_batch: int) -> int:
+        """Updates between two evaluations: those of a pass over the images, without what is left over."""
+        return images // global_batch
 
 
 # What `--help` shows; `--help all` shows every option.
@@ -193,6 +213,22 @@ COMMON = ("config", "print_config", "dry_run", "eval", "device", "output_dir", "
 
 # Published flags, accepted from the command line and recipes, that change nothing here.
 NO_EFFECT = ("resplit", "dist_eval", "dist_url", "dist_on_itp", "world_size", "local_rank")
+
+
+def _name(text: str) -> str:
+    # No file system takes longer names; they would fail at any of a hundred places.
+    longest = max(len(os.fsencode(part)) for part in text.split("/"))
+    if "\0" in text or "://" not in text and (longest > 255 or len(text) > 4000):
+        raise ValueError
+    # The shell leaves the tilde alone in --name=~/folder, and so does YAML.
+    return os.path.expanduser(text) if text.startswith("~/") else text
+
+
+# For each kind of value: how it is written, in short and in words, and what makes it of a text.
+KINDS: dict[type, tuple[str, str, Callable[[str], Scalar]]] = {
+    bool: ("true|false", "true or false", lambda text: _SWITCH[text.strip().lower()]),
+    int: ("N", "a whole number", int), float: ("X", "a number", float),
+    str: ("TEXT", "text, with names of at most 255 bytes", _name)}
 
 
 @dataclass(frozen=True)
@@ -207,62 +243,55 @@ class Option:
     optional: bool  # takes `none`
     several: bool   # takes one or more values
 
-    def convert(self, texts: list[str], label: str) -> Value:
+    def convert(self, texts: Sequence[str], label: str) -> Value:
         """The value written as `texts`; `label` names it in errors (`--lr`, or a key of a recipe).
 
         Raises: UserError (`invalid_value`) for a wrong type or number of values, NaN, out of range.
         """
-        try:
-            return self._value(texts)
-        except (LookupError, ValueError):
-            shown = plain(" ".join(texts)) or "''"
-            raise UserError(f"{label} {shown} is not accepted; it takes {self._accepted()}.",
-                            code="invalid_value") from None
-
-    def _value(self, texts: list[str]) -> Value:
-        empty = ("none", "null", "~", "") if self.several else ("none", "null", "~")
-        if (self.optional or self.several) and " ".join(texts).strip().lower() in empty:
+        text, (_, words, convert) = " ".join(texts), KINDS[self.element]
+        empty = ("none", "null", "~", *[""] * self.several) if self.optional or self.several else ()
+        if text.strip().lower() in empty:
             return None if self.optional else ()
-        values = tuple(map(self._scalar, texts))
-        value = values if self.several else values[0]
-        if (len(values) > 1 and not self.several or self.accepts is not None and not self.accepts.test(value)
-                or any(isinstance(v, float) and not math.isfinite(v) for v in values)):
-            raise ValueError
-        return value
-
-    def _scalar(self, text: str) -> Scalar:
-        if self.element is not str:
-            word = text.strip().lower()
-            return _SWITCH[word] if self.element is bool else self.element(word)
-        # No file system takes longer names; they would fail at any of a hundred places.
-        longest = max(len(os.fsencode(part)) for part in text.split("/"))
-        if "\0" in text or "://" not in text and (longest > 255 or len(text) > 4000):
-            raise ValueError
-        # The shell leaves the tilde alone in --name=~/folder, and so does YAML.
-        return os.path.expanduser(text) if text.startswith("~/") else text
-
-    def _accepted(self) -> str:
-        words = {bool: "true or false", int: "a whole number", float: "a number",
-                 str: "text, with names of at most 255 bytes"}[self.element]
+        try:
+            values = tuple(map(convert, texts))
+            value = values if self.several else values[0]
+            if ((self.several or len(values) == 1) and (self.accepts is None or self.accepts.test(value))
+                    and all(math.isfinite(v) for v in values if isinstance(v, float))):
+                return value
+        except (LookupError, ValueError):
+            pass
         if self.accepts is not None:
             words = self.accepts.words if self.element is str else f"{words} {self.accepts.words}"
-        return words + (", or none" if self.optional and "none" not in words else "")
+        words += ", or none" if self.optional and "none" not in words else ""
+        raise UserError(f"{label} {plain(text) or repr(text)} is not accepted; it takes {words}.",
+                        code="invalid_value")
 
 
-def _table() -> dict[str, Option]:
-    found, hints = {}, get_type_hints(Options)
-    for f in fields(Options):
-        hint = hints[f.name]
-        optional = type(None) in get_args(hint)
-        inner = get_args(hint)[0] if optional else hint
-        several = get_origin(inner) is tuple
-        element = get_args(inner)[0] if several else inner
-        found[f.name] = Option(name=f.name, default=getattr(Options, f.name), element=element,
-                               optional=optional, several=several, **f.metadata)
-    return found
+def _row(name: str, default: Value, hint: Any, metadata: Mapping) -> Option:
+    optional = type(None) in get_args(hint)
+    inner = get_args(hint)[0] if optional else hint
+    several = get_origin(inner) is tuple
+    return Option(name=name, default=default, optional=optional, several=several,
+                  element=get_args(inner)[0] if several else inner, **metadata)
 
 
-OPTIONS = _table()
+@cache
+def table(kind: type[Options]) -> dict[str, Option]:
+    """The options that a command takes, by name."""
+    return {f.name: _row(f.name, getattr(kind, f.name), f.type, f.metadata) for f in fields(kind)
+            if f.name not in kind.OMITTED}
+
+
+OPTIONS = table(Options)
+
+
+def from_checkpoint(args: Mapping[str, object], names: Iterable[str]) -> dict[str, Any]:
+    """The options `names` in a checkpoint's `args`, as far as they are there.
+
+    Raises: UserError (`invalid_value`) for a value that the option does not take.
+    """
+    return {name: OPTIONS[name].convert([str(args[name])], f"the checkpoint's {name}")
+            for name in names if name in args}
 
 
 @dataclass(frozen=True)
@@ -297,13 +326,8 @@ class ImageSettings:
 
     @classmethod
     def from_args(cls, args: Mapping[str, object]) -> "ImageSettings":
-        """Those in a checkpoint's `args`; defaults for what is missing.
-
-        Raises: UserError (`invalid_value`) for a value that the option does not take.
-        """
-        names = [f.name for f in fields(cls) if f.name in args]
-        return replace(cls(), **{name: OPTIONS[name].convert([str(args[name])], f"the checkpoint's {name}")
-                                 for name in names})
+        """Those in a checkpoint's `args`, as `from_checkpoint`; defaults for what is missing."""
+        return cls(**from_checkpoint(args, (f.name for f in fields(cls))))
 
     @property
     def whole(self) -> bool:

@@ -16,7 +16,7 @@ from common.text import plural, printable
 from config.options import Options
 from datasets.cifar import read_cifar
 from datasets.dataset import ImageDataset, ImageLoader, make_loader
-from datasets.images import retried
+from datasets.images import retried, unreadable
 from datasets.index import IndexCache, Source
 from datasets.labels import Subset, classes_of, map_folders, read_val_labels, recognise
 from datasets.readers import SPLITS, Reader, find_split, no_images, open_reader, source_of, too_slow
@@ -27,13 +27,12 @@ from datasets.transforms import Erasing, eval_transform, train_transform
 @dataclass(frozen=True)
 class Data:
     """`train` and `val` (None when not asked for), the class names in logit order, and notes for the
-    console. `subset`: what of ImageNet's companions `val` is, where that was asked for."""
+    console."""
 
     train: ImageDataset | None
     val: ImageDataset | None
     class_names: list[str]
     notes: list[str] = field(default_factory=list)
-    subset: Subset | None = None
 
     @property
     def num_classes(self) -> int:
@@ -70,13 +69,12 @@ class _Split:
 
 
 def build_data(options: Options, *, train: bool, evaluate: bool, class_names: list[str] | None = None,
-               rank_zero: bool = True, order: str | None = None, companions: bool = False) -> Data:
+               rank_zero: bool = True, order: str | None = None) -> Data:
     """Find the images and their classes.
 
     class_names: the checkpoint's list in logit order, which then decides; the data must fit it. rank_zero:
     only this process of a node writes the index cache. order: of a run to resume, its `Data.order`, "" when
-    its checkpoint has none; None for a new run. companions: the validation images may be one of ImageNet's
-    companions, which then decides the classes.
+    its checkpoint has none; None for a new run.
     Raises UserError for everything the user can fix; Failure for data of a resumed run that are not there.
     """
     if options.data_set == "SAMPLE":
@@ -84,8 +82,7 @@ def build_data(options: Options, *, train: bool, evaluate: bool, class_names: li
     cache = IndexCache(options.index_cache, options.reindex, rank_zero)
     notes: list[str] = []
     splits = [_split(options, part, cache, order, notes) for part in ["train"] * train + ["val"] * evaluate]
-    subset = recognise(splits[-1].reader) if companions else None
-    names = list(subset.folders) if subset else class_names
+    names = class_names
     if names is None:
         names, found = classes_of(
             _deciding_classes(options, splits[0]), options.nb_classes, evaluating=not train,
@@ -93,7 +90,17 @@ def build_data(options: Options, *, train: bool, evaluate: bool, class_names: li
             allow_mismatch=options.allow_class_mismatch)
         notes += found
     built = {split.part: _dataset(options, split, names, notes) for split in splits}
-    return Data(built.get("train"), built.get("val"), list(names), notes, subset)
+    return Data(built.get("train"), built.get("val"), list(names), notes)
+
+
+def val_subset(options: Options) -> Subset | None:
+    """Which of ImageNet's validation sets the evaluation images are; None for any other or missing data."""
+    try:
+        source = _source(options, "val", False)
+        cache = IndexCache(options.index_cache, options.reindex)
+        return recognise(open_reader(source, cache)) if source else None
+    except UserError:
+        return None
 
 
 def _split(options: Options, part: str, cache: IndexCache, order: str | None, notes: list[str]) -> _Split:
@@ -246,4 +253,4 @@ def check_sample(dataset: ImageDataset, count: int = 64) -> tuple[float, list[st
     started = time.perf_counter()
     batch = dataset.__getitems__([(0, index, index) for index in chosen])
     return (time.perf_counter() - started) / len(chosen), [
-        f"{printable(dataset.path(index))} cannot be read ({reason})" for index, reason in batch.unreadable]
+        unreadable(dataset.path(index), reason) for index, reason in batch.unreadable]

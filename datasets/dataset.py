@@ -25,7 +25,7 @@ from common.errors import Failure, UserError
 from common.random import key, reseed, seeded
 from common.text import printable
 from config.options import Options
-from datasets.images import BadImage, fast_jpeg, transformed
+from datasets.images import BadImage, fast_jpeg, transformed, unreadable
 from datasets.readers import Reader
 from datasets.sampler import Item
 from datasets.transforms import Erasing, Transform
@@ -178,8 +178,8 @@ def worker_deaths_noticed() -> Iterator[None]:
 class ImageLoader(DataLoader[Batch]):
     """A DataLoader that keeps what could not be read; workers log nothing, so that no progress bar is torn.
 
-    bad_images: the reason for each index in the data set; whoever reports them empties it. With `refuse_bad`
-    the first one is a UserError instead; so are 20 unreadable ones in a row in training.
+    bad_images: the reason for each index in the data set, until `take_unreadable` is called. With
+    `refuse_bad` the first one is a UserError instead; so are 20 unreadable ones in a row in training.
     """
 
     def __init__(self, dataset: ImageDataset, *, refuse_bad: bool, **arguments):
@@ -222,14 +222,21 @@ class ImageLoader(DataLoader[Batch]):
 
     def _keep(self, batch: Batch) -> None:
         index, reason = batch.unreadable[0]
-        last = f"{printable(self.images.path(index))} cannot be read ({reason})"
+        last = unreadable(self.images.path(index), reason)
         if self.refuse_bad:
             raise UserError(f"Image {last}; fix or remove it, or count unreadable images as incorrect with "
                             "--allow_bad_images true.", code="unreadable_image")
         if batch.epoch >= 0 and (batch.targets == UNREADABLE_TARGET).any():
-            raise Failure(f"{_ATTEMPTS} images in a row cannot be read, such as {last}; check the disk and "
+            raise Failure(f"None of {_ATTEMPTS} images in a row can be read: {last}; check the disk and "
                           "the data path.", code="unreadable_image")
         self.bad_images |= dict(batch.unreadable)
+
+    def take_unreadable(self) -> dict[str, str]:
+        """Path -> sentence of each image that could not be read since the last call."""
+        found, self.bad_images = self.bad_images, {}
+        return {path: f"{unreadable(path, reason)}: it is replaced by another image in training and counts "
+                "as incorrect in evaluation." for index, reason in found.items()
+                for path in [self.images.path(index)]}
 
 
 def make_loader(dataset: ImageDataset, options: Options, batches: Iterable, *,

@@ -32,7 +32,7 @@ LARGEST_FILE, _LARGEST_UNZIPPED = 1 << 30, 1 << 26  # bytes
 # The process ran out of something: not the image's fault, so it must not count as a bad image.
 _PROCESS_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 # A file system that does not answer may answer again.
-_MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENODEV)
+MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENODEV)
 PATIENCE = 30.0  # seconds
 _16_BITS = ("PNG", "PPM")  # what these give as mode I has 16 bits
 _T = TypeVar("_T")
@@ -40,6 +40,11 @@ _T = TypeVar("_T")
 
 class BadImage(Exception):
     """An image that cannot be read; the message is the reason without its path."""
+
+
+def unreadable(path: str, reason: str) -> str:
+    """The sentence for an image that cannot be read; what follows from it stands in `datasets.dataset`."""
+    return f"{printable(path)} cannot be read ({reason})"
 
 
 @cache
@@ -85,7 +90,7 @@ def retried(read: Callable[[], _T], there: str) -> _T:
             return found
         except OSError as error:
             lost = not os.path.exists(there)
-            if error.errno not in _MAY_PASS and not lost:
+            if error.errno not in MAY_PASS and not lost:
                 raise
             if time.monotonic() - started >= _patience:
                 _patience = 0.0

@@ -99,7 +99,8 @@ class Watchdog:
     and ends the process, as do its peers, with the exit code of the first cause.
     """
 
-    def __init__(self, process: Process, folder: str | Path | None = None, hang_timeout: float = 180.0):
+    def __init__(self, process: Process, folder: Ledger | str | Path | None = None,
+                 hang_timeout: float = 180.0):
         self.process, self.hang_timeout = process, float(hang_timeout)
         self.beat = Beat(process.rank, process.node_name, os.getpid())
         self.record_in(folder)
@@ -113,9 +114,9 @@ class Watchdog:
         self._stop, self._ending = threading.Event(), threading.Lock()
         self._parent, self._main_pid = os.getppid(), os.getpid()
 
-    def record_in(self, folder: str | Path | None) -> None:
-        """Write to `folder` from now on."""
-        self.folder = Path(folder) if folder else None
+    def record_in(self, folder: Ledger | str | Path | None) -> None:
+        """Write to `folder` from now on; rank 0 gives the one that it has locked."""
+        self.ledger = folder if isinstance(folder, Ledger) else Ledger(folder) if folder else None
 
     def phase(self, name: str, update: int = -1) -> None:
         """Note what this rank does: start, data, forward, backward, step, evaluation or saving.
@@ -172,9 +173,9 @@ class Watchdog:
     def _watch(self) -> None:
         """Beat and look; this thread may wait for a disk, or for a store whose owner was stopped."""
         while not self._stop.wait(BEAT_EVERY):
-            if self.folder is not None and self.process.is_main and self.beat.count % 10 == 1:
-                Ledger(self.folder).progress(pid=self._main_pid, world_size=self.process.world_size,
-                                             update=self.beat.update, phase=self.beat.phase)
+            if self.ledger is not None and self.process.is_main and self.beat.count % 10 == 1:
+                self.ledger.progress(pid=self._main_pid, world_size=self.process.world_size,
+                                     update=self.beat.update, phase=self.beat.phase)
             try:
                 self._asked = self._clock()
                 cause = self._look()
@@ -270,12 +271,12 @@ class Watchdog:
         end_now(cause.code)
 
     def _record(self, cause: Cause) -> None:
-        if self.folder is not None and self.folder.is_dir():
-            Ledger(self.folder).fail(cause.text, pid=self._main_pid, update=cause.update, rank=cause.rank,
-                                     node=cause.node, phase=cause.phase)
+        if self.ledger is not None and self.ledger.path.is_dir():
+            self.ledger.fail(cause.text, pid=self._main_pid, update=cause.update, rank=cause.rank,
+                             node=cause.node, phase=cause.phase)
 
     def _stacks(self, rank: str) -> str:
-        return f"{self.folder}/stacks-rank{rank}.txt" if self.folder else ""
+        return f"{self.ledger.path}/stacks-rank{rank}.txt" if self.ledger else ""
 
 
 def _sentence(error: BaseException) -> str:

@@ -38,15 +38,15 @@ class GnConv(nn.Module):
     `dwconv` is all the f_k at once; the widths of q_0 ... q_{n-1} are dim / 2^(n-1), ..., dim / 2, dim.
 
     Args:
-        dim: input channels, a multiple of 2^(order-1) (of 2^order with a global filter).
+        dim: width of the recursion, a multiple of 2^(order-1) (of 2^order with a global filter).
         order: number of gating products, >= 1.
         kernel_size: of the depthwise convolution, odd.
         scale: the published models use 1/3.
-        out_dim: output channels, `dim` by default.
+        out_dim, in_dim: output and input channels, `dim` where not given.
         filter: "conv" for the depthwise convolution, "global" for a GlobalLocalFilter trained at 14x14
             features, or its grid (height, width // 2 + 1) for another feature size.
 
-    Input (B, dim, H, W), any memory format and floating type; output (B, out_dim, H, W).
+    Input (B, in_dim, H, W), any memory format and floating type; output (B, out_dim, H, W).
     In float16 the products of up to `order` factors, which can leave its range, and the projections between
     them are computed in float32; bfloat16 has float32's range and needs none of this.
 
@@ -55,12 +55,12 @@ class GnConv(nn.Module):
     """
 
     def __init__(self, dim: int, order: int = 5, kernel_size: int = 7, scale: float = 1 / 3,
-                 out_dim: int | None = None, filter: str | tuple[int, int] = "conv"):
+                 out_dim: int | None = None, filter: str | tuple[int, int] = "conv", in_dim: int = 0):
         super().__init__()
-        self.dim, self.order, self.scale = dim, order, scale
+        self.dim, self.order, self.scale, self.in_dim = dim, order, scale, in_dim or dim
         self.dims = gnconv_dims(dim, order)
         total = sum(self.dims)
-        self.proj_in = nn.Conv2d(dim, 2 * dim, kernel_size=1)
+        self.proj_in = nn.Conv2d(self.in_dim, 2 * dim, kernel_size=1)
         if filter == "conv":
             if kernel_size < 1 or kernel_size % 2 == 0:
                 raise ValueError(f"gnConv kernel_size {kernel_size}: an odd number is needed, to keep sizes")
@@ -77,11 +77,11 @@ class GnConv(nn.Module):
         self.pws = nn.ModuleList(nn.Conv2d(a, b, kernel_size=1) for a, b in zip(self.dims, self.dims[1:]))
 
     def forward(self, x: Tensor) -> Tensor:
-        check_channels(x, self.dim)
+        check_channels(x, self.in_dim)
         p, q = self.proj_in(x).split((self.dims[0], sum(self.dims)), dim=1)
         q = self.dwconv(q)
         if not computes_in_float16(self.proj_out):
-            return self._recurse(p, q, call)
+            return self._recurse(p, q, nn.Module.__call__)
         weight = next(self.proj_out.parameters())
         with without_autocast(weight.device.type):
             # A .half() module gives float16 back; under autocast parameters and output are float32.
@@ -127,13 +127,14 @@ class GlobalLocalFilter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         local, remote = self.pre_norm(x).chunk(2, dim=1)
         remote = (self.fourier or global_filter)(remote, self.complex_weight)
-        post_norm = call_in_float32 if computes_in_float16(self.post_norm) else call
+        post_norm = call_in_float32 if computes_in_float16(self.post_norm) else nn.Module.__call__
         return post_norm(self.post_norm, interleave(self.dw(local), remote))
 
 
 def gated(x: Tensor, gate: Tensor, scale: float) -> Tensor:
-    """scale * x * gate, elementwise in one pass."""
-    return torch.addcmul(x.new_zeros(()), x, gate, value=scale)
+    """scale * x * gate, elementwise."""
+    # torch.addcmul would do it in one pass and take four backwards instead of three.
+    return x * scale * gate
 
 
 @torch.fx.wrap
@@ -190,23 +191,24 @@ def check_channels(x: Tensor, dim: int) -> None:
         raise ValueError(f"gnConv needs an input (batch, {dim}, height, width), not {tuple(x.shape)}")
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast computes in on `device`, a kind such as "cuda"; None without."""
+    available = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if available else None
+
+
+def without_autocast(device: str):
+    """A context without autocast on `device`."""
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
+
+
 def computes_in_float16(module: nn.Module) -> bool:
     """Whether `module` gives float16: after `.half()`, or under such an autocast.
 
     Read from its parameters, not from its input, so that torch.fx can trace through the decision.
     """
     weight = next(module.parameters(), None)
-    if weight is None:
-        return False
-    device = weight.device.type
-    return weight.dtype == torch.float16 or (
-        torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        and torch.get_autocast_dtype(device) == torch.float16)
-
-
-def call(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x)."""
-    return module(x)
+    return weight is not None and torch.float16 in (weight.dtype, autocast_dtype(weight.device.type))
 
 
 def call_in_float32(module: nn.Module, x: Tensor) -> Tensor:
@@ -215,8 +217,3 @@ def call_in_float32(module: nn.Module, x: Tensor) -> Tensor:
     if all(p.dtype != torch.float16 for p in parameters.values()):
         return module(x)
     return torch.func.functional_call(module, {name: p.float() for name, p in parameters.items()}, (x,))
-
-
-def without_autocast(device: str):
-    """A context without autocast on `device`, also where the device knows none."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

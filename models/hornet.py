@@ -157,7 +157,8 @@ class HorNet(nn.Module):
     def _stage_outputs(self, x: Tensor, drop_draws: Tensor | None, stages: int) -> list[Tensor]:
         """What each of the first `stages` stages gives."""
         check_input(x, self.in_chans)
-        keep = self._keep_factors(x, drop_draws)
+        drops = self.training and self.drop_path_rate > 0
+        keep = keep_factors(x, drop_draws, self.drop_path_rate, self.num_drop_draws) if drops else None
         outputs, start = [], 0
         for downsample, stage in list(zip(self.downsample_layers, self.stages))[:stages]:
             blocks = len(list(stage.children()))
@@ -197,11 +198,6 @@ class HorNet(nn.Module):
         if prune_head or pruned:
             self.reset_classifier(0)
         return take
-
-    def _keep_factors(self, x: Tensor, drop_draws: Tensor | None) -> Tensor | None:
-        if not self.training or self.drop_path_rate == 0:
-            return None
-        return keep_factors(x, drop_draws, self.drop_path_rate, self.num_drop_draws)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
@@ -285,33 +281,31 @@ def _default_cfg(name: str) -> dict:
 default_cfgs = generate_default_cfgs({name: _default_cfg(name) for name in CONFIGS})
 
 
-def _create(name: str, pretrained: bool = False, **kwargs) -> HorNet:
-    """Build `name`; keyword arguments are HorNet's and HorNetConfig's, an unknown one is a TypeError.
+def _entrypoint(name: str):
+    """The function that timm registers for `name`; keyword arguments are HorNet's and HorNetConfig's, an
+    unknown one is a TypeError.
 
     Training scripts of timm and DeiT always pass some that other families have: `img_size` (HorNet takes
     any), `drop_block_rate` None or 0 and `output_stride` 32 are accepted and change nothing.
     """
-    kwargs = {name: value for name, value in kwargs.items() if value is not None and name != "img_size"}
-    for key, only, accepted in (("drop_block_rate", 0, "None"), ("output_stride", 32, "32")):
-        value = kwargs.pop(key, only)
-        if value != only:
-            raise ValueError(f"{key} {value!r}: HorNet has no such form, only {accepted} is accepted")
-    changes = {f.name: kwargs.pop(f.name) for f in fields(HorNetConfig) if f.name in kwargs}
-    overlay, cache_dir = dict(kwargs.get("pretrained_cfg_overlay") or {}), kwargs.pop("cache_dir", None)
-    if pretrained:
-        from models.download import fetch_published
-        overlay["file"] = str(overlay.get("file") or fetch_published(name, cache_dir))
-        # Else timm reads a named file itself: without OpenMMLab's names, and the average instead of what
-        # scored.
-        kwargs["pretrained_cfg_overlay"] = overlay | {"custom_load": True}
-    return build_model_with_cfg(
-        HorNet, name, pretrained, model_cfg=replace(CONFIGS[name], **changes),
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"), **kwargs)
-
-
-def _entrypoint(name: str):
     def build(pretrained: bool = False, **kwargs) -> HorNet:
-        return _create(name, pretrained, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if value is not None and name != "img_size"}
+        for key, only, accepted in (("drop_block_rate", 0, "None"), ("output_stride", 32, "32")):
+            value = kwargs.pop(key, only)
+            if value != only:
+                raise ValueError(f"{key} {value!r}: HorNet has no such form, only {accepted} is accepted")
+        changes = {f.name: kwargs.pop(f.name) for f in fields(HorNetConfig) if f.name in kwargs}
+        overlay, cache_dir = dict(kwargs.get("pretrained_cfg_overlay") or {}), kwargs.pop("cache_dir", None)
+        if pretrained:
+            from models.download import fetch_published
+            # Without `custom_load` timm reads a named file itself: without OpenMMLab's names, and the average
+            # instead of what scored.
+            kwargs["pretrained_cfg_overlay"] = overlay | {
+                "file": str(overlay.get("file") or fetch_published(name, cache_dir)), "custom_load": True}
+        return build_model_with_cfg(
+            HorNet, name, pretrained, model_cfg=replace(CONFIGS[name], **changes),
+            feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"), **kwargs)
+
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"{name}: {CONFIGS[name]}"
     return build

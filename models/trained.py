@@ -16,8 +16,8 @@ import torch
 from common.errors import UserError
 from common.files import read_json
 from common.safe_load import safe_torch_load
-from common.text import plain
 from config.options import OPTIONS, ImageSettings
+from config.parse import check_model
 from models.download import fetch_published, local_file
 from models.hornet import HorNet
 from models.inspect import Transform, image_transform
@@ -59,9 +59,8 @@ def load(source: str | os.PathLike, *, model: str | None = None, weights: str = 
 
     Raises UserError with one sentence for whatever cannot be loaded.
     """
-    if model is not None and model not in MODEL_NAMES:
-        raise UserError(f"model {plain(model)} is not known; known are {', '.join(MODEL_NAMES)}.",
-                        code="unknown_model")
+    if model is not None:
+        check_model(model, MODEL_NAMES)
     path = locate(source)
     checkpoint = safe_torch_load(path)
     state, key = select_weights(checkpoint, str(path), weights=weights)
@@ -69,7 +68,7 @@ def load(source: str | os.PathLike, *, model: str | None = None, weights: str = 
     about = checkpoint if key else {}  # a bare state dict says nothing else
     args = about.get("args") or {}
     name = model or (args.get("model") if args.get("model") in MODEL_NAMES else identify(state))
-    if name is None:
+    if not name:
         raise UserError(f"{path} does not say which model it holds; name it with --model.",
                         code="unknown_model")
     settings = ImageSettings.from_args({"input_size": VARIANTS[name].input_size, **args})

@@ -5,7 +5,6 @@ nothing on any of them: neither weights, optimizer state nor EMA.
 """
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,24 +12,9 @@ from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from config.options import Options
 from optim.ema import Ema
 from optim.schedule import Schedule
-
-
-@dataclass(frozen=True)
-class UpdateConfig:
-    """How gradients become an update.
-
-    `clip_grad` limits by `clip_by`: total norm, absolute `value`, or the ratio to the weights (`agc`, the
-    head left out as in the NFNets paper). `clip_mode` "step" clips once per update; "official" as the
-    authors' fp32 loop, after every micro-batch and not at all for limits up to 0.1. `loss_scaling` is for
-    fp16 gradients.
-    """
-    update_freq: int = 1
-    clip_grad: float | None = None
-    clip_by: str = "norm"
-    clip_mode: str = "step"
-    loss_scaling: bool = False
 
 
 class UpdateStats(NamedTuple):
@@ -86,18 +70,26 @@ class LossScale:
             self.interval = int(state["growth_interval"])
 
 
-def _clips_after(config: UpdateConfig) -> str:
-    """Clip after every "micro_batch", once per "update", or "never". The authors' fp16 loop clips once per
-    update."""
-    if config.clip_grad is None:
+def _clips_after(options: Options) -> str:
+    """Clip after every "micro_batch", once per "update", or "never".
+
+    `--clip_mode step` clips once per update; `official` as the authors' loops: in fp16 too, otherwise after
+    every micro-batch and not at all for limits up to 0.1.
+    """
+    if options.clip_grad is None:
         return "never"
-    if config.clip_mode == "step" or config.loss_scaling:
+    if options.clip_mode == "step" or scales_loss(options):
         return "update"
-    return "micro_batch" if config.clip_grad > 0.1 else "never"
+    return "micro_batch" if options.clip_grad > 0.1 else "never"
+
+
+def scales_loss(options: Options) -> bool:
+    """Whether gradients are in fp16, whose range is too small for them as they are."""
+    return options.use_amp and options.amp_dtype == "fp16"
 
 
 class Update:
-    """Turns `config.update_freq` micro-batches into one optimizer step.
+    """Turns `update_freq` micro-batches into one optimizer step.
 
         for m in range(update_freq):
             with update.micro_batch(last=m == update_freq - 1):
@@ -106,18 +98,22 @@ class Update:
 
     `model` may be wrapped by DistributedDataParallel. `schedule` gives each global update's learning rate and
     weight decay. `agree(flags)` gives the elementwise minimum over all ranks; without it there is one rank.
+
+    Of `options` it reads update_freq, use_amp, amp_dtype, clip_mode, and clip_grad, which limits by
+    `clip_by`: the total norm, the absolute value, or (agc) the ratio to the weights, the head left out as in
+    the NFNets paper.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule,
-                 config: UpdateConfig, *, ema: Ema | None = None,
+                 options: Options, *, ema: Ema | None = None,
                  agree: Callable[[Tensor], Tensor] = lambda flags: flags):
-        self.model, self.optimizer, self.schedule, self.config = model, optimizer, schedule, config
+        self.model, self.optimizer, self.schedule, self.options = model, optimizer, schedule, options
         self.ema, self.agree = ema, agree
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
         self._agc_parameters = [p for name, p in named if ".head." not in f".{name}"]
         device = self.parameters[0].device
-        self.scaler = LossScale(device, config.loss_scaling)
+        self.scaler = LossScale(device, scales_loss(options))
         # torch's fused optimizers divide by a device scalar and obey a device flag within their one pass over
         # the tensors. Their CPU kernel reads that scalar as float32, hence not for other weights.
         self._fused = (getattr(optimizer, "_step_supports_amp_scaling", False)
@@ -125,12 +121,15 @@ class Update:
         # Reading the flag on the CPU waits for nothing and saves work. Optimizers without a fused kernel know
         # no flag: there the host has to read it, which waits for an accelerator.
         self.host_reads = device.type == "cpu" or not self._fused
-        self._clips_after, self._limit = _clips_after(config), config.clip_grad or 0.0
+        self._clips_after, self._limit = _clips_after(options), options.clip_grad or 0.0
         self._loss = torch.zeros((), device=device)
+        # Statistics of BatchNorm change in the forward pass; those before an update are kept until it applies.
+        self._buffers, self._before = list(model.buffers()), []
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
         """Forward and backward of a micro-batch belong inside; ranks reduce gradients at the `last`."""
+        self._before = self._before or [buffer.clone() for buffer in self._buffers]
         # What no_sync() sets, so that one code path serves both cases. Clipping the accumulated gradient
         # after every micro-batch means the reduced one, so that mode reduces each time, as the authors do.
         if isinstance(self.model, DistributedDataParallel):
@@ -141,7 +140,7 @@ class Update:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of `loss`, the mean over a micro-batch (0-dim)."""
-        share = loss / self.config.update_freq
+        share = loss / self.options.update_freq
         self._loss += share.detach()
         (share * self.scaler.scale if self.scaler.enabled else share).backward()
 
@@ -155,6 +154,9 @@ class Update:
         flags = self.agree(torch.stack([torch.isfinite(self._loss), torch.isfinite(norm)]).float())
         finite = flags.min() > 0
         self._step(grads, scale, norm, finite)
+        for buffer, before in zip(self._buffers, self._before):
+            buffer.copy_(torch.where(finite, buffer, before))
+        self._before = []
         if self.ema is not None:
             self.ema.update(finite)
         self.scaler.update(finite)
@@ -166,7 +168,7 @@ class Update:
     def _step(self, grads: list[Tensor], scale: Tensor, norm: Tensor, finite: Tensor) -> None:
         if self.host_reads and not finite.item():
             return
-        by_norm = self.config.clip_by == "norm"
+        by_norm = self.options.clip_by == "norm"
         clips = self._clips_after == "update"
         divisor = scale
         if clips and by_norm:
@@ -187,9 +189,9 @@ class Update:
 
     @torch.no_grad()
     def _clip(self) -> None:
-        if self.config.clip_by == "agc":
+        if self.options.clip_by == "agc":
             adaptive_clip_grad(self._agc_parameters, self._limit)
-        elif self.config.clip_by == "value":
+        elif self.options.clip_by == "value":
             torch.nn.utils.clip_grad_value_(self.parameters, self._limit)
         else:
             torch.nn.utils.clip_grad_norm_(self.parameters, self._limit)

@@ -7,7 +7,7 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Callable
+import uuid
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +24,7 @@ class RunFolder(Ledger):
         super().__init__(path)
         self._lock: int | None = None
         self._made = False
+        self._beside: Path | None = None
 
     # Ownership
 
@@ -109,18 +110,29 @@ class RunFolder(Ledger):
             self._forget()
 
     def is_ours(self) -> bool:
-        """Whether the folder at `path` is the one that was locked: it may have been moved or replaced."""
+        """Whether the folder at `path` is the one that was locked: it may have been moved or replaced.
+
+        Raises OSError where the disk doesn't answer.
+        """
         try:
             mine = None if self._lock is None else os.fstat(self._lock)
             return mine is None or os.path.samestat(os.stat(self.path / "owner.json"), mine)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
 
-    def _guard(self, name: str, write: Callable[[Path], object]) -> None:
+    def own(self) -> Path:
+        """Where this run may write now: `path`, or a folder beside it while `path` isn't the one it locked.
+
+        Whoever writes or removes a file of a run asks for it each time. Raises OSError.
+        """
         if self.is_ours():
-            super()._guard(name, write)
-        else:
-            logger.error("%s was not written: %s is not the folder of this run any more.", name, self.path)
+            return self.path
+        if self._beside is None:
+            self._beside = self.path.with_name(f"{self.path.name}-{uuid.uuid4().hex[:6]}")
+            logger.error("%s was moved, removed or replaced, and is not this run's folder any more: nothing "
+                         "more is written there, and the run is saved in %s.", self.path, self._beside)
+        self._beside.mkdir(exist_ok=True)
+        return self._beside
 
     def has_resumed(self, resume: str) -> bool:
         """Whether an attempt here began from this --resume.

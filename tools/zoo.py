@@ -16,7 +16,6 @@ from common.log import logger
 from common.safe_load import save_safetensors
 from models.download import cache_folder, fetch_published
 from models.trained import load
-from models.weights import to_openmmlab
 from models.zoo import VARIANTS
 from run.state import FORMAT
 from tools.command import add_weights_argument, new_parser, run_command
@@ -24,18 +23,16 @@ from tools.command import add_weights_argument, new_parser, run_command
 
 def list_models(args: argparse.Namespace) -> int:
     """A table of all models, what is published of them, and which files are in the folder."""
-    folder = cache_folder(args.folder)
-    table: list[tuple[str, ...]] = []
-    table.append(("model", "parameters", "FLOPs", "size", "classes", "top-1", "top-5", "here", "file"))
+    folder, line = cache_folder(args.folder), "{:25}{:>12} {:>10} {:>5} {:>8} {:>6} {:>6} {:>5}  {}\n".format
+    write = sys.stdout.write
+    write(line("model", "parameters", "FLOPs", "size", "classes", "top-1", "top-5", "here", "file"))
     for name, row in VARIANTS.items():
         here = any((folder / file.name).exists() for file in row.files)
-        numbers = (f"{row.flops / 1e9:.4g} G", row.input_size, row.classes, row.top1 or "-", row.top5 or "-")
-        table.append((name, f"{row.params:,}", *map(str, numbers), "yes" if here else "-",
-                      row.files[0].name if row.files else "none published"))
-    for cells in table:
-        sys.stdout.write("{:25}{:>12} {:>10} {:>5} {:>8} {:>6} {:>6} {:>5}  {}\n".format(*cells))
-    sys.stdout.write("top-1 and top-5 in percent on ImageNet-1k, measured by OpenMMLab on the authors' "
-                     f"weights; parameters with 1000 classes; files in {folder}\n")
+        write(line(name, f"{row.params:,}", f"{row.flops / 1e9:.4g} G", row.input_size, row.classes,
+                   row.top1 or "-", row.top5 or "-", "yes" if here else "-",
+                   row.files[0].name if row.files else "none published"))
+    write("top-1 and top-5 in percent on ImageNet-1k, measured by OpenMMLab on the authors' weights; "
+          f"parameters with 1000 classes; files in {folder}\n")
     return 0
 
 
@@ -47,11 +44,11 @@ def get(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
-    """Write the weights of a file under the published names, or OpenMMLab's, as .pth or .safetensors.
+    """Write the weights of a file, in any naming, under the published names, as .pth or .safetensors.
 
     Class names and image settings go along: without them a file would be evaluated with other images.
     """
-    out, openmmlab = Path(args.out), args.names == "openmmlab"
+    out = Path(args.out)
     if out.suffix not in (".pth", ".safetensors") or out.resolve() == Path(args.file).resolve():
         raise UserError(f"--out {out} is not accepted: it takes another file, in .pth or .safetensors.",
                         code="invalid_value")
@@ -59,15 +56,12 @@ def convert(args: argparse.Namespace) -> int:
     state = trained.model.state_dict()
     about = {"format": FORMAT, "classes": trained.classes,
              "args": {"model": trained.name, **asdict(trained.settings)}}
-    state = to_openmmlab(state) if openmmlab else state
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".safetensors":
         save_safetensors(out, state, about)
     else:
-        content = {"state_dict" if openmmlab else "model": state, **about}
-        atomic_write(out, lambda file: torch.save(content, file))
-    logger.info("wrote %s: %d tensors of %s under %s names", out, len(state), trained.source.name,
-                "OpenMMLab's" if openmmlab else "the authors'")
+        atomic_write(out, lambda file: torch.save({"model": state, **about}, file))
+    logger.info("wrote %s: %d tensors of %s", out, len(state), trained.source.name)
     return 0
 
 
@@ -80,13 +74,10 @@ def arguments() -> argparse.ArgumentParser:
     one = commands.add_parser("get", help="download files, check them, print their paths")
     one.set_defaults(work=get)
     one.add_argument("models", nargs="+", metavar="MODEL", help="such as hornet_tiny_7x7")
-    one = commands.add_parser("convert",
-                              help="between the authors' and OpenMMLab's names, .pth and .safetensors")
+    one = commands.add_parser("convert", help="from any naming to the authors', .pth or .safetensors")
     one.set_defaults(work=convert)
     one.add_argument("file", metavar="FILE", help="checkpoint to read, in either naming")
     one.add_argument("--out", required=True, help="file to write, ending in .pth or .safetensors")
-    one.add_argument("--names", default="authors", choices=["authors", "openmmlab"],
-                     help="names of the tensors to write (default authors)")
     add_weights_argument(one)
     return parser
 

@@ -33,10 +33,11 @@ MAY_IMPORT["plan"] = MAY_IMPORT["evaluation"] | {"evaluation"}
 MAY_IMPORT["training"] = MAY_IMPORT["plan"] | {"plan"}
 MAY_IMPORT["dryrun"] = MAY_IMPORT["tools"] = MAY_IMPORT["training"] | {"training"}
 MAY_IMPORT["main"] = MAY_IMPORT["dryrun"] | {"dryrun", "tools"}
+MAY_IMPORT["dense"] = MAY_IMPORT["dryrun"] | {"dryrun", "native", "training"}
 MAY_IMPORT["hubconf"] = {"common", "config", "models"}
-CORE = [room for room in MAY_IMPORT if room != "native"]
+CORE = [room for room in MAY_IMPORT if room not in ("native", "dense")]
 # Goals are core 6,100 lines in 62 modules, benchmarks 350, tests 7,000: limits above them only ever fall.
-LINES = {"core": 6980, "native": 1700, "benchmarks": 390, "tests": 8980}
+LINES = {"core": 6980, "native": 1700, "dense": 2300, "benchmarks": 390, "tests": 8980}
 MODULES, FILE, FUNCTION, COLUMNS, ANY = 66, 350, 50, 110, 20
 FORBIDDEN = re.compile(
     r"picture|\bmend(?:s|ed|ing)?\b|\banew\b|\brightly\b|\bwrongly\b|\bcan be had\b|\btold\b", re.I)
@@ -93,7 +94,7 @@ def test_modules():
 
 
 def test_files_and_functions():
-    product = files(*CORE, "native", "benchmarks", "tests")
+    product = files(*CORE, "native", "dense", "benchmarks", "tests")
     long = {name(path): len(code_lines(path)) for path in product if len(code_lines(path)) > FILE}
     for path in product:
         for node in ast.walk(tree(path)):
@@ -106,7 +107,7 @@ def test_files_and_functions():
 
 def test_columns():
     wide = {}
-    for path in files(*CORE, "native", "benchmarks", "examples"):
+    for path in files(*CORE, "native", "dense", "benchmarks", "examples"):
         widths = [len(line) for line in path.read_text(encoding="utf-8").splitlines()]
         if any(width > COLUMNS for width in widths):
             wide[name(path)] = sum(width > COLUMNS for width in widths)
@@ -153,9 +154,9 @@ def test_only_images_asks_for_the_native_decoder():
 
 
 def test_no_print_and_no_cuda_call():
-    found = [f"{name(path)}:{node.lineno}" for path in files(*CORE, "native") for node in ast.walk(tree(path))
-             if isinstance(node, ast.Call)
-             and (getattr(node.func, "id", "") == "print" or getattr(node.func, "attr", "") == "cuda")]
+    found = [f"{name(path)}:{node.lineno}" for path in files(*CORE, "native", "dense")
+             for node in ast.walk(tree(path)) if isinstance(node, ast.Call) and (
+                 getattr(node.func, "id", "") == "print" or getattr(node.func, "attr", "") == "cuda")]
     assert not found
 
 
@@ -164,8 +165,8 @@ def test_words():
     found = {}
     pages = [path for path in (ROOT / "README.md", ROOT / "TRAINING.md", ROOT / "CONTRIBUTING.md")
              if path.exists()]
-    for path in (*files(*CORE, "native"), *files("report", suffix=".html"), *files("recipes", suffix=".yaml"),
-                 *pages):
+    for path in (*files(*CORE, "native", "dense"), *files("report", suffix=".html"),
+                 *files("recipes", suffix=".yaml"), *pages):
         count = len(FORBIDDEN.findall(path.read_text(encoding="utf-8"))) - KEPT.get(name(path), 0)
         found |= {name(path): count} if count > 0 else {}
     assert not found, f"{sum(found.values())} words that the project does not use:{worst(found, 60)}"

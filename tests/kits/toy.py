@@ -1,6 +1,5 @@
 """Small parts for tests of the engine: a toy network, in-memory batches and several gloo processes."""
 import os
-import types
 from typing import NamedTuple
 
 import numpy as np
@@ -11,11 +10,12 @@ from torch import nn
 
 import engine
 from common.random import key, uniforms
+from config.options import Options
 from optim.build import build_optimizer
 from optim.ema import Ema
 from optim.finite import FiniteWatch
 from optim.schedule import build_schedule
-from optim.update import Update, UpdateConfig
+from optim.update import Update
 
 CLASSES, SIZE, IMAGES = 7, 6, 64
 
@@ -79,11 +79,10 @@ class Gloo(Alone):
 
 
 def options(**changes):
-    """Resolved options as far as optim reads them."""
-    values = dict(opt="adamw", lr=0.01, min_lr=1e-4, weight_decay=0.05, weight_decay_end=0.1, layer_decay=1.0,
-                  epochs=2, opt_eps=1e-8, opt_betas=None, momentum=0.9, warmup_epochs=0, warmup_steps=2,
-                  mixup=0.0, cutmix=0.0, cutmix_minmax=None, smoothing=0.1)
-    return types.SimpleNamespace(**{**values, **changes})
+    """Options as far as optim reads them."""
+    values = dict(lr=0.01, min_lr=1e-4, weight_decay_end=0.1, epochs=2, warmup_epochs=0, warmup_steps=2,
+                  mixup=0.0, cutmix=0.0)
+    return Options(**{**values, **changes})
 
 
 class Sampler:
@@ -117,10 +116,16 @@ class ToyTask:
     """Labels smoothed by a tenth. `prepare` and `criterion` may be replaced."""
     score, loaders, autocast_dtype = "test_acc1", (), None
 
-    def __init__(self, dtype, seed=0):
-        self.seed = seed
+    def __init__(self, model, values, sampler, dtype, seed=0):
+        self.model, self.sampler, self.seed = model, sampler, seed
+        self.optimizer = build_optimizer(model, values)
+        self.schedule = build_schedule(values, IMAGES // sampler.global_batch)
         self.prepare = lambda b: (b.images.to(dtype), b.targets)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
+
+    def batches(self, epoch, first_update):
+        self.sampler.set_start(epoch, first_update)
+        return self.sampler
 
     def losses(self, model, batch, update):
         images, targets = self.prepare(batch)
@@ -135,21 +140,17 @@ class ToyTask:
         return {}
 
 
-def training(process=None, dtype=torch.float64, update_freq=1, global_batch=16, config=None, mode="skip",
-             model=None, wrap=None, ema=0.9, **changes):
-    """An engine.Loop over the toy data. `wrap`: e.g. DistributedDataParallel."""
-    process = process or Alone()
-    values = options(**changes)
-    plain = (model or Toy()).to(dtype)
+def training(process=None, dtype=torch.float64, global_batch=16, mode="skip", model=None, wrap=None, ema=0.9,
+             **changes):
+    """An engine.Loop over the toy data. `wrap`: e.g. DistributedDataParallel; `changes` are options."""
+    process, values, plain = process or Alone(), options(**changes), (model or Toy()).to(dtype)
+    task = ToyTask(plain, values, Sampler(global_batch, values.update_freq, process), dtype)
     wrapped = wrap(plain) if wrap else plain
-    updates = IMAGES // global_batch
-    update = Update(wrapped, build_optimizer(plain, values), build_schedule(values, updates),
-                    UpdateConfig(update_freq=update_freq, **(config or {})), ema=Ema(plain, ema),
+    update = Update(wrapped, task.optimizer, task.schedule, values, ema=Ema(plain, ema),
                     agree=lambda flags: process.all_reduce_(flags, "min"))
-    sampler = Sampler(global_batch, update_freq, process)
-    return engine.Loop(model=wrapped, plain=plain, task=ToyTask(dtype), update=update, loader=sampler,
-                       sampler=sampler, watch=FiniteWatch(mode), process=process,
-                       updates_per_epoch=updates, print_freq=2, path_of=lambda index: f"image{index}.JPEG")
+    return engine.Loop(model=wrapped, task=task, update=update, watch=FiniteWatch(mode), process=process,
+                       updates_per_epoch=IMAGES // global_batch, print_freq=2,
+                       path_of=lambda index: f"image{index}.JPEG")
 
 
 def train(loop, epoch=0, first_update=0, observer=None):

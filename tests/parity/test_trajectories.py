@@ -13,7 +13,7 @@ import models  # noqa: F401  (registers the networks)
 from optim.build import build_optimizer
 from optim.ema import Ema
 from optim.schedule import Schedule
-from optim.update import Update, UpdateConfig
+from optim.update import Update
 from tests.kits.fill import PARITY, parity_input, parity_tensor
 from tests.kits.toy import options
 
@@ -29,10 +29,9 @@ def train(case, clip_mode):
     updates = case["micro_steps"] // case["update_freq"]
     schedule = Schedule(base_lr=case["lr"], min_lr=case["min_lr"], base_weight_decay=case["weight_decay"],
                         weight_decay_end=case["weight_decay_end"], epochs=1, updates_per_epoch=updates)
-    optimizer = build_optimizer(model, options(lr=case["lr"], weight_decay=case["weight_decay"],
-                                               layer_decay=case["layer_decay"]))
-    config = UpdateConfig(case["update_freq"], case["clip_grad"], clip_mode=clip_mode)
-    update, losses = Update(model.train(), optimizer, schedule, config, ema=ema), []
+    values = options(clip_mode=clip_mode, **{name: case[name] for name in (
+        "lr", "weight_decay", "layer_decay", "update_freq", "clip_grad")})
+    update, losses = Update(model.train(), build_optimizer(model, values), schedule, values, ema=ema), []
     criterion = LabelSmoothingCrossEntropy(case["smoothing"])
     for i in range(case["micro_steps"]):
         images = torch.from_numpy(parity_input(case["batch"], case["size"], case["size"], seed=1000 + i))

@@ -9,7 +9,7 @@ from config.parse import parse
 from launch.process import start as start_process
 from launch.stop import StopRequest
 from launch.watchdog import Watchdog
-from plan import plan_run
+from plan import Classification, plan_run
 from tests.kits.images import write_images
 from tests.kits.processes import FORKS, codes, environment, places
 from tests.kits.runs import arguments, result, start
@@ -38,7 +38,8 @@ def train_in_double(data, accumulation: int, process) -> dict:
     plain_wrap = type(process).wrap
     process.wrap = lambda model: plain_wrap(process, model.double())
     with StopRequest() as stop:
-        run = Recorded(planned, process, stop=stop, watchdog=Watchdog(process, hang_timeout=0))
+        run = Recorded(Classification(planned, process), planned, process, stop=stop,
+                       watchdog=Watchdog(process, hang_timeout=0))
         run.ema.module.double()
         prepare = run.task.prepare
 

@@ -13,13 +13,14 @@ from tests.kits.toy import CLASSES, Alone, in_processes, train, training
 
 CONFIGS = {"norm": dict(clip_grad=0.4), "agc": dict(clip_grad=0.05, clip_by="agc"),
            "value": dict(clip_grad=0.02, clip_by="value"), "none": {}}
+FP16 = dict(use_amp=True, amp_dtype="fp16")
 
 
 def run(update_freq, config):
     """Weights, average and figures after two epochs, with drop path, in float64."""
-    state = training(update_freq=update_freq, config=CONFIGS[config])
+    state = training(update_freq=update_freq, **CONFIGS[config])
     summaries = [train(state, epoch) for epoch in range(2)]
-    return state.plain.state_dict(), state.update.ema.state_dict(), summaries[-1]
+    return state.task.model.state_dict(), state.update.ema.state_dict(), summaries[-1]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -41,8 +42,7 @@ def test_gradients_are_reduced_only_at_the_last_micro_batch(tmp_path):
 def _reductions(process):
     seen = {}
     for mode in ("step", "official"):
-        config = dict(clip_grad=1.0, clip_mode=mode)
-        state = training(process, update_freq=2, config=config, wrap=DistributedDataParallel)
+        state = training(process, update_freq=2, clip_grad=1.0, clip_mode=mode, wrap=DistributedDataParallel)
         flags = []
         for last in (False, False, True):
             with state.update.micro_batch(last):
@@ -91,8 +91,7 @@ def test_fp16_trains_like_full_precision():
     for autocast in (None, torch.float16):
         torch.manual_seed(0)
         model = timm.create_model("hornet_pico_7x7", num_classes=CLASSES, drop_path_rate=0.2)
-        config = dict(clip_grad=1.0, loss_scaling=autocast is not None)
-        state = training(model=model, dtype=torch.float32, config=config)
+        state = training(model=model, dtype=torch.float32, clip_grad=1.0, **(FP16 if autocast else {}))
         state.task.prepare = lambda b: (torch.nn.functional.interpolate(b.images, (32, 32)), b.targets)
         state.task.autocast_dtype = autocast
         losses.append([train(state, epoch).loss for epoch in range(2)])
@@ -119,7 +118,7 @@ class Recorder(Observer):
 
 
 def snapshot(state):
-    return copy.deepcopy([state.plain.state_dict(), state.update.ema.state_dict(),
+    return copy.deepcopy([state.task.model.state_dict(), state.update.ema.state_dict(),
                           state.update.optimizer.state_dict()["state"]])
 
 
@@ -161,17 +160,17 @@ def poisoned(updates, rank, process, policy="skip", kind="loss", **changes):
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 @pytest.mark.parametrize("changes", [{}, dict(on_device=True), dict(opt="adam", on_device=True),
-                                     dict(config=dict(clip_grad=0.1), on_device=True),
+                                     dict(clip_grad=0.1, on_device=True),
                                      dict(dtype=torch.float64), dict(opt="sgd"), dict(opt="lamb"),
-                                     dict(config=dict(clip_grad=0.1)), dict(update_freq=2),
-                                     dict(config=dict(clip_grad=0.1, clip_by="agc")),
-                                     dict(config=dict(clip_grad=1.0, clip_mode="official"), update_freq=2)],
+                                     dict(clip_grad=0.1), dict(update_freq=2),
+                                     dict(clip_grad=0.1, clip_by="agc"),
+                                     dict(clip_grad=1.0, clip_mode="official", update_freq=2)],
                          ids=str)
 def test_nothing_changes(changes, kind):
     result = poisoned({0, 2}, 0, Alone(), kind=kind, **changes)
     assert result["finite"] == [False, True, False, True]
     assert_equal_states(result["states"][1], result["states"][2])
-    start = training(dtype=changes.get("dtype", torch.float32)).plain.state_dict()
+    start = training(dtype=changes.get("dtype", torch.float32)).task.model.state_dict()
     assert_equal_states(result["states"][0][:2], [start, start])
     assert result["progress"].nonfinite == 2 and result["progress"].outcome is Outcome.DONE
     assert result["progress"].loss == result["progress"].loss  # the mean is over the applied updates
@@ -189,7 +188,7 @@ def test_one_rank_of_two(tmp_path, kind):
 
 
 def _poisoned_second_rank(process, kind):
-    return poisoned({1}, 1, process, kind=kind, config=dict(clip_grad=1.0))
+    return poisoned({1}, 1, process, kind=kind, clip_grad=1.0)
 
 
 def test_the_record_names_the_place_and_the_images():
@@ -212,18 +211,15 @@ def test_how_the_epoch_ends(policy, updates, outcome, last):
 
 
 @pytest.mark.parametrize("changes", [{}, dict(on_device=True), dict(opt="lamb"), dict(dtype=torch.float64),
-                                     dict(config=dict(clip_grad=0.3, clip_by="value"))], ids=str)
+                                     dict(clip_grad=0.3, clip_by="value")], ids=str)
 def test_loss_scaling_changes_only_the_range(changes):
-    plain = poisoned(set(), 0, Alone(), **changes)
-    config = {**changes.pop("config", dict(clip_grad=0.3)), "loss_scaling": True}
-    scaled = poisoned(set(), 0, Alone(), config=config, **changes)
-    if "clip_by" not in config:
-        plain = poisoned(set(), 0, Alone(), config=dict(clip_grad=0.3), **changes)
+    changes = {"clip_grad": 0.3, **changes}
+    plain, scaled = (poisoned(set(), 0, Alone(), **changes, **more) for more in ({}, FP16))
     assert scaled["scale"] == 65536
     torch.testing.assert_close(plain["states"][-1][0], scaled["states"][-1][0], rtol=2e-4, atol=2e-5)
 
 
 def test_overflow_halves_the_scale_and_skips():
-    result = poisoned({1}, 0, Alone(), kind="gradient", config=dict(loss_scaling=True))
+    result = poisoned({1}, 0, Alone(), kind="gradient", **FP16)
     assert result["finite"] == [True, False, True, True] and not result["records"]
     assert result["scale"] == 32768

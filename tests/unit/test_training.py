@@ -68,7 +68,8 @@ class Poisoned(Trainer):
 
 def trainer(resolved, process, folder, state=None):
     folder.mkdir(parents=True, exist_ok=True)
-    return Poisoned(plan_run(resolved, process, state), process, stop=StopRequest(), state=state,
+    plan = plan_run(resolved, process, state)
+    return Poisoned(Classification(plan, process, state), plan, process, stop=StopRequest(), state=state,
                     folder=str(folder), watchdog=Watchdog(process, hang_timeout=0),
                     checkpoints=Checkpoints(folder, background=False))
 

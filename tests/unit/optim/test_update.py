@@ -10,7 +10,7 @@ from optim.build import build_loss, build_optimizer
 from optim.ema import Ema
 from optim.groups import param_groups
 from optim.schedule import build_schedule
-from optim.update import Update, UpdateConfig
+from optim.update import Update
 from tests.kits.toy import CLASSES, SIZE, Toy, options
 
 
@@ -21,9 +21,9 @@ def batches(updates, update_freq):
             for _ in range(updates)]
 
 
-def ours(config, data, **changes):
-    model, values = Toy(), options(warmup_steps=-1, **changes)
-    update = Update(model, build_optimizer(model, values), build_schedule(values, len(data)), config,
+def ours(values, data):
+    model = Toy()
+    update = Update(model, build_optimizer(model, values), build_schedule(values, len(data)), values,
                     ema=Ema(model, 0.9))
     norms = []
     for number, micro_batches in enumerate(data):
@@ -36,9 +36,9 @@ def ours(config, data, **changes):
     return model, update.ema, norms
 
 
-def plainly(config, data, **changes):
+def plainly(values, data):
     """Per-tensor loops and torch's unfused AdamW."""
-    model, values = Toy(), options(warmup_steps=-1, **changes)
+    model = Toy()
     average = copy.deepcopy(model)
     groups = param_groups(model.named_parameters(), values.weight_decay)
     plain = [{"params": g["params"], "decays": g["decays"]} for g in groups]
@@ -50,11 +50,11 @@ def plainly(config, data, **changes):
             group["weight_decay"] = schedule.weight_decay(number) if group["decays"] else 0.0
         for images, targets in micro_batches:
             (nn.functional.cross_entropy(model(images), targets) / len(micro_batches)).backward()
-            if config.clip_mode == "official" and config.clip_grad > 0.1:
-                nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad, foreach=False)
+            if values.clip_mode == "official" and values.clip_grad > 0.1:
+                nn.utils.clip_grad_norm_(model.parameters(), values.clip_grad, foreach=False)
         norms.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm().item())
-        if config.clip_mode == "step" and config.clip_grad is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad, foreach=False)
+        if values.clip_mode == "step" and values.clip_grad is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), values.clip_grad, foreach=False)
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
@@ -68,9 +68,10 @@ def plainly(config, data, **changes):
                                                  (0.3, "official"), (0.05, "official"), (100.0, "official")])
 @pytest.mark.parametrize("update_freq", [1, 3])
 def test_same_as_written_out(clip_grad, clip_mode, update_freq):
-    config, data = UpdateConfig(update_freq, clip_grad, clip_mode=clip_mode), batches(6, update_freq)
-    model, ema, norms = ours(config, data)
-    expected, average, expected_norms = plainly(config, data)
+    values = options(warmup_steps=-1, update_freq=update_freq, clip_grad=clip_grad, clip_mode=clip_mode)
+    data = batches(6, update_freq)
+    model, ema, norms = ours(values, data)
+    expected, average, expected_norms = plainly(values, data)
     assert norms == pytest.approx(expected_norms, rel=1e-5)
     for a, b in zip(model.parameters(), expected.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -80,10 +81,9 @@ def test_same_as_written_out(clip_grad, clip_mode, update_freq):
 
 def test_agc_limits_each_unit_but_not_the_head():
     model, values = Toy(), options(opt="momentum", momentum=0.0, weight_decay=0.0, weight_decay_end=0.0,
-                                   lr=1.0, min_lr=1.0, warmup_steps=-1)
+                                   lr=1.0, min_lr=1.0, warmup_steps=-1, clip_grad=0.01, clip_by="agc")
     before = copy.deepcopy(model)
-    update = Update(model, build_optimizer(model, values), build_schedule(values, 5),
-                    UpdateConfig(clip_grad=0.01, clip_by="agc"))
+    update = Update(model, build_optimizer(model, values), build_schedule(values, 5), values)
     with update.micro_batch(last=True):
         images, targets = batches(1, 1)[0][0]
         update.backward(1000 * nn.functional.cross_entropy(model(images), targets))

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from common.errors import UserError
+from common.ledger import Ledger
 from common.outcome import Outcome
 from run.folder import RunFolder
 from tests.kits.processes import wait_for
@@ -102,17 +103,35 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path, name):
     assert error.code == "unusable_folder" and str(tmp_path / name) in str(error)
 
 
-def test_a_folder_that_was_taken_away_is_not_written_to(tmp_path):
-    folder = RunFolder(tmp_path / "run")
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_folder_that_was_taken_away_is_not_written_to(tmp_path, replaced):
+    folder, other = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
     folder.lock()
     folder.begin(update=0)
+    assert folder.own() == folder.path
     os.rename(tmp_path / "run", tmp_path / "elsewhere")
-    other = RunFolder(tmp_path / "run")
+    if replaced:
+        other.lock()
+        other.begin(update=0)
+    folder.end(Outcome.FAILED, update=5)
+    assert folder.own() != folder.path and folder.status()["update"] == folder.newest()["update"] == 5
+    assert (tmp_path / "run").exists() == replaced
+    if replaced:
+        assert len(other.attempts()) == 1 and other.status()["state"] == "RUNNING" and other.owner()
+        other.release()
+    else:  # it is back, as a disk may be
+        os.rename(tmp_path / "elsewhere", tmp_path / "run")
+        assert folder.own() == folder.path
+    folder.release()
+
+
+def test_a_failure_is_not_recorded_in_anothers_folder(tmp_path):
+    """By the ranks other than 0, which hold no lock."""
+    other = RunFolder(tmp_path)
     other.lock()
     other.begin(update=0)
-    folder.end(Outcome.FAILED, update=5)
-    folder.release()
-    assert len(other.attempts()) == 1 and other.status()["state"] == "RUNNING" and other.owner()
+    Ledger(tmp_path).fail("rank 1 is gone", pid=other.owner()["pid"] + 1, update=3, rank=1)
+    assert other.status()["state"] == "RUNNING" and len(other.attempts()) == 1
     other.release()
 
 

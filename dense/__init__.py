@@ -1,0 +1,1 @@
+"""Dense prediction with HorNet: segmentation and detection, on the house's Trainer. Nothing imports it."""
