@@ -1,14 +1,20 @@
-"""What happens to images and objects on their way into a detector: the published pipelines on uint8.
-
-Draws come from `Draws`; an image's are keyed by seed, epoch and index, so that any process makes the same.
-"""
+"""Images and objects on their way into a detector: the published pipelines on uint8, batches, their order."""
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from dense.coco import Objects
-from dense.pixels import Draws, fitted, resize, resize_labels
+from common.random import numpy_generator
+from datasets.sampler import GlobalBatchSampler
+from dense.coco import CocoSet, Objects
+from dense.detector_losses import Truth, padded
+from dense.loading import Rows, SceneDataset, read_image
+from dense.pixels import Draws, Size, fitted, normalised, resize, resize_labels
+
+TOGETHER = 2  # images of one orientation, as each published process has them
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,8 @@ def _resized(image: np.ndarray, objects: Objects, side: int, longest: int) -> tu
     boxes = (objects.boxes * factors).clip(0, [size[1], size[0]] * 2)
     masks = [resize_labels(mask, size) for mask in objects.masks]
     stacked = np.stack(masks) if masks else np.zeros((0, *size), dtype=np.uint8)
-    return resize(np.ascontiguousarray(image), size), Objects(boxes.astype(np.float32), objects.labels, stacked)
+    found = Objects(boxes.astype(np.float32), objects.labels, stacked)
+    return resize(np.ascontiguousarray(image), size), found
 
 
 def _cropped(image: np.ndarray, objects: Objects, offset: Sequence[int], size: Sequence[int]
@@ -78,3 +85,111 @@ def _cropped(image: np.ndarray, objects: Objects, offset: Sequence[int], size: S
     kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     return image[part], Objects(boxes[kept].astype(np.float32), objects.labels[kept],
                                 objects.masks[kept][(slice(None), *part)])
+
+
+class Sample(NamedTuple):
+    """One image for the network, uint8 (h, w, 3), its objects, and its size before resizing."""
+    image: np.ndarray
+    objects: Objects
+    original: Size
+
+
+class DetectionBatch(NamedTuple):
+    """Images uint8 (B, H, W, 3), zeros outside each one's `sizes` (height, width), int64 (B, 2); `originals`
+    are those before resizing. Objects of all images one after the other, `counts` int64 (B,) each: boxes
+    float32 (N, 4), labels int64 (N,), and masks uint8, flat, each of its image's size padded for itself. The
+    rest as in `loading.Rows`."""
+    images: Tensor
+    sizes: Tensor
+    originals: Tensor
+    counts: Tensor
+    boxes: Tensor
+    labels: Tensor
+    masks: Tensor
+    targets: Tensor
+    indices: Tensor
+    positions: Tensor
+    epoch: int
+    unreadable: tuple[tuple[int, str], ...]
+
+    def truths(self, seed: int, update: int, device: torch.device) -> list[Truth]:
+        """What each image shows, on `device`, with the key of its draws."""
+        found, counts = [], self.counts.tolist()
+        sizes = [(height, width) for height, width in self.sizes.tolist()]
+        areas = [count * padded(size)[0] * padded(size)[1] for count, size in zip(counts, sizes)]
+        each = zip(self.boxes.to(device).split(counts), self.labels.to(device).split(counts),
+                   self.masks.to(device).split(areas), sizes, self.positions.tolist())
+        for box, label, mask, size, position in each:
+            key = (seed, update, position)
+            found.append(Truth(box, label, mask.view(len(box), *padded(size)), size, key))
+        return found
+
+    def network_input(self, device: torch.device) -> Tensor:
+        """Normalised images float32 (B, 3, H, W), zeros around each."""
+        return normalised(self.images.to(device, non_blocking=True), self.sizes.to(device))
+
+
+class CocoImages(SceneDataset[Sample]):
+    """The images of a CocoSet, transformed for training or for evaluation."""
+
+    def __init__(self, rows: CocoSet, scales: Scales, seed: int = 0):
+        self.rows, self.scales, self.seed = rows, scales, seed
+
+    def __len__(self) -> int:
+        return len(self.rows.photos)
+
+    def path(self, index: int) -> str:
+        return self.rows.photos[index].path
+
+    def load(self, index: int, draws: np.random.Generator | None) -> Sample:
+        photo = self.rows.photos[index]
+        image = read_image(photo.path, photo.size)
+        if draws is None:
+            return Sample(test_transform(image, self.scales), _nothing(), photo.size)
+        return Sample(*train_transform(image, self.rows.objects(index), draws, self.scales), photo.size)
+
+    def blank(self, index: int) -> Sample:
+        return Sample(np.zeros((32, 32, 3), dtype=np.uint8), _nothing(), self.rows.photos[index].size)
+
+    def batch(self, samples: Sequence[Sample], rows: Rows) -> DetectionBatch:
+        sizes = [(sample.image.shape[0], sample.image.shape[1]) for sample in samples]
+        height, width = (max(sides) for sides in zip(*map(padded, sizes)))
+        images, masks = torch.zeros(len(samples), height, width, 3, dtype=torch.uint8), []
+        for row, (h, w), sample in zip(images.numpy(), sizes, samples):
+            row[:h, :w] = sample.image
+            shown = np.zeros((len(sample.objects.boxes), *padded((h, w))), dtype=np.uint8)
+            if len(shown):
+                shown[:, :h, :w] = sample.objects.masks
+            masks.append(shown.ravel())
+        boxes, labels = (np.concatenate([getattr(sample.objects, name) for sample in samples])
+                         for name in ("boxes", "labels"))
+        return DetectionBatch(
+            images=images, sizes=torch.tensor(sizes), originals=torch.tensor([s.original for s in samples]),
+            counts=torch.tensor([len(sample.objects.boxes) for sample in samples]),
+            boxes=torch.from_numpy(boxes), labels=torch.from_numpy(labels),
+            masks=torch.from_numpy(np.concatenate(masks)), **rows._asdict())
+
+
+def _nothing() -> Objects:
+    return Objects(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros((0, 1, 1), np.uint8))
+
+
+class OrientedSampler(GlobalBatchSampler):
+    """Global batches in which two neighbours are both landscapes or both not, so that padding costs little.
+
+    As in its base, an epoch's order is a function of (seed, epoch) alone, whatever the number of processes.
+    An image without a partner comes last.
+    """
+
+    def __init__(self, landscape: np.ndarray, *args, **kwargs):
+        super().__init__(len(landscape), *args, **kwargs)
+        self.landscape = landscape
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The images of an epoch, int64 (images,)."""
+        found = super().order(epoch)
+        groups = [found[self.landscape[found] == kind] for kind in (False, True)]
+        ends = [len(group) // TOGETHER * TOGETHER for group in groups]
+        pairs = np.concatenate([group[:end].reshape(-1, TOGETHER) for group, end in zip(groups, ends)])
+        pairs = pairs[numpy_generator(self.seed, "pairs", epoch).permutation(len(pairs))]
+        return np.concatenate([pairs.ravel(), *(group[end:] for group, end in zip(groups, ends))])
