@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import engine
 import models  # noqa: F401  registers the architectures with timm
 import native
+from common.devices import set_float32
 from common.log import logger
 from common.random import key
 from common.safe_load import safe_torch_load
@@ -79,9 +80,7 @@ def set_numerics(options: Options) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    # The older of PyTorch's two ways to say this: torch.export and torch.compile read it, and refuse a mix of
-    # both.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.fast_math
+    set_float32(options.fast_math)
 
 
 def load_start_weights(model: HorNet, options: Options, data: Data, process: Process) -> None:

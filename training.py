@@ -24,13 +24,12 @@ from launch.stop import OTHERS, StopRequest
 from launch.watchdog import Watchdog
 from optim.ema import Ema, half_life_warning
 from optim.finite import FiniteWatch
-from optim.schedule import build_schedule
 from optim.update import Update, UpdateStats
 from plan import Classification, Plan, compiled, find_data, plan_run, set_numerics
 from report.page import write_report
 from run.checkpoint import Checkpoints, Loaded, open_folder, state_bytes
 from run.folder import RunFolder
-from run.log import Tracker, WandbRun
+from run.log import Tracked, Tracker
 from run.start import code_version, cpus_per_process, process_problems
 from run.state import BEST, BEST_EMA, Best, Parts, Position, Setup, State, collect, finished, restore
 
@@ -267,11 +266,13 @@ class Trainer(engine.Observer):
 
 def _tracker(plan: Plan, process: Process, folder: str, model: torch.nn.Module) -> Tracker:
     options, main = plan.options, process.is_main
-    wandb = WandbRun(options.project, options.exp_name, plan.resolved.to_dict(), options.wandb_ckpt)
+    package = options.track or ("wandb" if options.enable_wandb else None)
+    tracked = Tracked(package, options.project, options.exp_name, plan.resolved.to_dict(),
+                      options.wandb_ckpt) if package and main else None
     return Tracker(folder or None, epochs=options.epochs, updates_per_epoch=plan.updates_per_epoch,
                    n_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
                    log_dir=options.log_dir if main else None, terminal=None if main else False,
-                   wandb=wandb if options.enable_wandb and main else None)
+                   tracked=tracked)
 
 
 # ----------------------------------------------------------------------------------------- the command
@@ -328,7 +329,7 @@ def _introduce(trainer: Trainer, plan: Plan, loaded: Loaded | None) -> None:
     if loaded is not None:
         logger.info("Resuming at epoch %d, update %d from %s", at.begun + 1, at.update, loaded.path)
         earlier = (loaded.state["args"] or {}).get("epochs", options.epochs)
-        now, then = (build_schedule(replace(options, epochs=epochs), at.updates_per_epoch).lr(at.update)
+        now, then = (replace(trainer.task.schedule, epochs=epochs).lr(at.update)
                      for epochs in (options.epochs, earlier))
         if notice := resumed_schedule_notice(epochs=options.epochs, earlier_epochs=earlier, lr=now,
                                              earlier_lr=then):

@@ -10,6 +10,7 @@ import PIL
 
 from common.errors import UserError
 from common.files import atomic_write, write_json, write_text
+from common.text import table
 from config.options import ImageSettings
 from engine import EvalResult
 from models.zoo import Variant
@@ -114,6 +115,19 @@ def summary_line(result: dict) -> str:
         f"top-1 {result['acc1']:.2f}, top-5 {result['acc5']:.2f}, loss {result['loss']:.4f} "
         f"({result['hits1']} of {result['images']} images correct; "
         f"sampling interval ±{result['interval']:.2f})")
+
+
+def suite_table(results: list[dict]) -> str:
+    """The results on several sets as one table; ReaL's labels are a row of their own."""
+    rows = []
+    for result in results:
+        for name, found in ((result["dataset"], result), ("imagenet-real", result.get("real"))):
+            if found:
+                acc1, acc5, images = (found[key] for key in ("acc1", "acc5", "images"))
+                rows.append({"set": name, "file": Path(result["checkpoint"]).name, "weights": result["weights"],
+                             "images": images, "top-1": f"{acc1:.2f}", "top-5": f"{acc5:.2f}",
+                             "±": f"{sampling_interval(acc1, images):.2f}"})
+    return table(rows)
 
 
 # ----------------------------------------------------------------------------------------------------- files

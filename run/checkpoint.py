@@ -416,6 +416,7 @@ def find_checkpoint(resolved: Resolved, folder: RunFolder | None) -> Loaded | No
         loaded = checkpoints.resolve(local_file(asked))
     if loaded is not None:
         check_resumable(loaded.state, loaded.path)
-        for difference in check_same_run(loaded.state, resolved.to_dict(), loaded.path, explicit=not own):
+        for difference in check_same_run(loaded.state, resolved.to_dict(), loaded.path, explicit=not own,
+                                         kind=type(options)):
             logger.warning("Resuming with another option: %s", difference)
     return loaded

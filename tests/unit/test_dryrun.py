@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from dryrun import DryRun, Trial, digest
+from dryrun import DryRun, digest
 from main import main
 from tests.kits.docs import ROOT
 from tests.kits.images import fill_folder
@@ -16,6 +16,7 @@ from tests.kits.processes import environment
 from training import Trainer
 
 QUICK = ["--model", "hornet_pico_7x7", "--input_size", "32", "--num_workers", "0", "--device", "cpu"]
+PROCESS = SimpleNamespace(device=torch.device("cpu"))
 TRAIN = ("--batch_size", "2", "--epochs", "3", "--warmup_epochs", "0")
 
 
@@ -128,7 +129,7 @@ def test_a_disk_that_is_too_small_is_a_problem(two_classes, tmp_path, run, monke
 
 
 def test_the_pace_leaves_out_the_first_update_and_the_waiting():
-    trial = Trial(None, None)
+    trial = DryRun(PROCESS, None)
     trial.seen = [(5.0, 4.0, 1.0)]
     assert trial.pace(10) == (10.0, 0.8)  # alone it counts
     trial.seen += [(6.0, 4.5, 1.0), (7.0, 5.0, 1.0)]
@@ -143,7 +144,7 @@ def test_a_digest_sees_every_bit():
 
 
 def test_the_table_ends_with_the_first_problem():
-    run = DryRun(SimpleNamespace(device=torch.device("cpu")), None)
+    run = DryRun(PROCESS, None)
     run.end()
     run.problems("a", ["first is wrong."])
     run.problems("b", ["second is wrong."])
