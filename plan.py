@@ -53,7 +53,7 @@ def find_data(options: Options, process: Process, state: State) -> Data:
             process.on_rank_zero(lambda: bool(safe_torch_load(locate(options.finetune))))
     return process.local_first(lambda: build_data(
         options, train=True, evaluate=not options.disable_eval, rank_zero=process.local_rank == 0,
-        class_names=state.get("classes")))
+        class_names=state.get("classes"), order=(state.get("order") or "") if state else None))
 
 
 def plan_run(resolved: Resolved, process: Process, state: State | None, *,
