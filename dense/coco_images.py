@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.random import numpy_generator
-from datasets.sampler import GlobalBatchSampler
+from common.random import key, numpy_generator
+from datasets.dataset import ATTEMPTS, UNREADABLE_TARGET, ImageDataset
+from datasets.images import BadImage, decode_path
+from datasets.sampler import GlobalBatchSampler, Item
 from dense.coco import CocoSet, Objects
 from dense.detector_losses import Truth, padded
-from dense.loading import Rows, SceneDataset, read_image
 from dense.pixels import Draws, Size, fitted, normalised, resize, resize_labels
 
 TOGETHER = 2  # images of one orientation, as each published process has them
@@ -97,8 +98,8 @@ class Sample(NamedTuple):
 class DetectionBatch(NamedTuple):
     """Images uint8 (B, H, W, 3), zeros outside each one's `sizes` (height, width), int64 (B, 2); `originals`
     are those before resizing. Objects of all images one after the other, `counts` int64 (B,) each: boxes
-    float32 (N, 4), labels int64 (N,), and masks uint8, flat, each of its image's size padded for itself. The
-    rest as in `loading.Rows`."""
+    float32 (N, 4), labels int64 (N,), and masks uint8, flat, each of its image's size padded for itself.
+    targets: 0, or UNREADABLE_TARGET where no image could be read; the rest as in `datasets.dataset.Batch`."""
     images: Tensor
     sizes: Tensor
     originals: Tensor
@@ -120,8 +121,8 @@ class DetectionBatch(NamedTuple):
         each = zip(self.boxes.to(device).split(counts), self.labels.to(device).split(counts),
                    self.masks.to(device).split(areas), sizes, self.positions.tolist())
         for box, label, mask, size, position in each:
-            key = (seed, update, position)
-            found.append(Truth(box, label, mask.view(len(box), *padded(size)), size, key))
+            found.append(Truth(box, label, mask.view(len(box), *padded(size)), size,
+                               (seed, update, position)))
         return found
 
     def network_input(self, device: torch.device) -> Tensor:
@@ -129,8 +130,12 @@ class DetectionBatch(NamedTuple):
         return normalised(self.images.to(device, non_blocking=True), self.sizes.to(device))
 
 
-class CocoImages(SceneDataset[Sample]):
-    """The images of a CocoSet, transformed for training or for evaluation."""
+class CocoImages(ImageDataset):
+    """The images of a CocoSet, transformed for training or for evaluation.
+
+    The draws of an image are keyed by seed, epoch and index, so that any number of processes and workers
+    gives the same images and objects. Padding is a matter of the batch.
+    """
 
     def __init__(self, rows: CocoSet, scales: Scales, seed: int = 0):
         self.rows, self.scales, self.seed = rows, scales, seed
@@ -139,35 +144,66 @@ class CocoImages(SceneDataset[Sample]):
         return len(self.rows.photos)
 
     def path(self, index: int) -> str:
+        """The image's file."""
         return self.rows.photos[index].path
 
-    def load(self, index: int, draws: np.random.Generator | None) -> Sample:
-        photo = self.rows.photos[index]
-        image = read_image(photo.path, photo.size)
-        if draws is None:
+    def sample(self, epoch: int, index: int, used: int) -> Sample:
+        """Image `used` in place of `index`, in evaluation (epoch -1) without its objects.
+
+        Raises BadImage for one that cannot be read or has another size than annotated.
+        """
+        photo = self.rows.photos[used]
+        image = np.asarray(decode_path(photo.path, exif_orientation=True))
+        if image.shape[:2] != photo.size:
+            raise BadImage("{1}x{0} pixels, annotated as {3}x{2}".format(*image.shape[:2], *photo.size))
+        if epoch < 0:
             return Sample(test_transform(image, self.scales), _nothing(), photo.size)
-        return Sample(*train_transform(image, self.rows.objects(index), draws, self.scales), photo.size)
+        draws = numpy_generator(self.seed, "augment", epoch, index)
+        return Sample(*train_transform(image, self.rows.objects(used), draws, self.scales), photo.size)
 
-    def blank(self, index: int) -> Sample:
-        return Sample(np.zeros((32, 32, 3), dtype=np.uint8), _nothing(), self.rows.photos[index].size)
+    def __getitems__(self, items: Sequence[Item | int]) -> DetectionBatch:
+        """A batch from (epoch, index, position) tuples in training or plain indices in evaluation."""
+        rows = [item if isinstance(item, tuple) else (-1, item, -1) for item in items]
+        bad: list[tuple[int, str]] = []
+        samples = [self._readable(epoch, index, bad) for epoch, index, _ in rows]
+        targets = [UNREADABLE_TARGET if sample is None else 0 for sample in samples]
+        indices, positions = torch.tensor([row[1:] for row in rows], dtype=torch.int64).T.contiguous()
+        blank = [Sample(np.zeros((32, 32, 3), np.uint8), _nothing(), self.rows.photos[index].size)
+                 for _, index, _ in rows]
+        return DetectionBatch(**_together([sample or none for sample, none in zip(samples, blank)]),
+                              targets=torch.tensor(targets), indices=indices, positions=positions,
+                              epoch=rows[0][0], unreadable=tuple(bad))
 
-    def batch(self, samples: Sequence[Sample], rows: Rows) -> DetectionBatch:
-        sizes = [(sample.image.shape[0], sample.image.shape[1]) for sample in samples]
-        height, width = (max(sides) for sides in zip(*map(padded, sizes)))
-        images, masks = torch.zeros(len(samples), height, width, 3, dtype=torch.uint8), []
-        for row, (h, w), sample in zip(images.numpy(), sizes, samples):
-            row[:h, :w] = sample.image
-            shown = np.zeros((len(sample.objects.boxes), *padded((h, w))), dtype=np.uint8)
-            if len(shown):
-                shown[:, :h, :w] = sample.objects.masks
-            masks.append(shown.ravel())
-        boxes, labels = (np.concatenate([getattr(sample.objects, name) for sample in samples])
-                         for name in ("boxes", "labels"))
-        return DetectionBatch(
-            images=images, sizes=torch.tensor(sizes), originals=torch.tensor([s.original for s in samples]),
-            counts=torch.tensor([len(sample.objects.boxes) for sample in samples]),
-            boxes=torch.from_numpy(boxes), labels=torch.from_numpy(labels),
-            masks=torch.from_numpy(np.concatenate(masks)), **rows._asdict())
+    def _readable(self, epoch: int, index: int, bad: list[tuple[int, str]]) -> Sample | None:
+        """Image `index`, in training another where it cannot be read; None when none could be."""
+        used = index
+        for attempt in range(ATTEMPTS if epoch >= 0 else 1):
+            try:
+                return self.sample(epoch, index, used)
+            except BadImage as error:
+                bad.append((used, str(error)))
+                used = key(self.seed, "replace", epoch, index, attempt) % len(self)
+        return None
+
+
+def _together(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Images and objects of a batch, padded."""
+    sizes = [(sample.image.shape[0], sample.image.shape[1]) for sample in samples]
+    height, width = (max(sides) for sides in zip(*map(padded, sizes)))
+    images, masks = torch.zeros(len(samples), height, width, 3, dtype=torch.uint8), []
+    for row, (h, w), sample in zip(images.numpy(), sizes, samples):
+        row[:h, :w] = sample.image
+        shown = np.zeros((len(sample.objects.boxes), *padded((h, w))), dtype=np.uint8)
+        if len(shown):
+            shown[:, :h, :w] = sample.objects.masks
+        masks.append(shown.ravel())
+    boxes, labels = (np.concatenate([getattr(sample.objects, name) for sample in samples])
+                     for name in ("boxes", "labels"))
+    return dict(
+        images=images, sizes=torch.tensor(sizes), originals=torch.tensor([s.original for s in samples]),
+        counts=torch.tensor([len(sample.objects.boxes) for sample in samples]),
+        boxes=torch.from_numpy(boxes), labels=torch.from_numpy(labels),
+        masks=torch.from_numpy(np.concatenate(masks)))
 
 
 def _nothing() -> Objects:
