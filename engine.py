@@ -366,6 +366,7 @@ def evaluate(models: Sequence[tuple[str, nn.Module]], loader: Iterable[Batch], e
     with float32_products(evaluation.tf32):
         for _, model in models:
             model.eval()
+        evaluation.observer.on_phase("evaluation", update)  # the first batch takes its time
         for batch in loader:
             evaluation.observer.on_phase("evaluation", update)
             if left := evaluation.observer.leaves_evaluation():

@@ -113,7 +113,7 @@ def _object(path: Path) -> dict:
 def _config(path: Path) -> tuple[dict, dict]:
     """Values of the options and where each came from, which config.yaml has in comments."""
     text = path.read_text("utf-8", "replace")
-    return read_recipe(str(path)), dict(re.findall(r"(?m)^(\w+):.*  # (\w+)$", text))
+    return read_recipe(str(path), None), dict(re.findall(r"(?m)^(\w+):.*  # (\w+)$", text))
 
 
 # --------------------------------------------------------------------------------------------------- figures
