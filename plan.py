@@ -27,7 +27,7 @@ from models.download import fetch_published, local_file
 from models.hornet import HorNet
 from models.weights import load_for_model
 from optim.build import build_loss, build_optimizer
-from optim.schedule import build_schedule
+from optim.schedule import Schedule
 from run.state import State
 
 
@@ -123,7 +123,7 @@ class Classification:
             load_start_weights(model, options, data, process)
         self.model: nn.Module = model.to(process.device)
         self.optimizer = build_optimizer(model, options)
-        self.schedule = build_schedule(options, plan.updates_per_epoch)
+        self.schedule = Schedule(options, plan.updates_per_epoch)
         self.prepare = TrainPrepare(options, data.num_classes, process.device)
         self.criterion = build_loss(options)
         self.sampler = GlobalBatchSampler(len(plan.train), batch.global_batch, batch.batch_size,

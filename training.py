@@ -24,7 +24,7 @@ from launch.stop import OTHERS, StopRequest
 from launch.watchdog import Watchdog
 from optim.ema import Ema, half_life_warning
 from optim.finite import FiniteWatch
-from optim.schedule import build_schedule
+from optim.schedule import Schedule
 from optim.update import Update, UpdateStats
 from plan import Classification, Plan, compiled, find_data, plan_run, set_numerics
 from report.page import write_report
@@ -328,7 +328,7 @@ def _introduce(trainer: Trainer, plan: Plan, loaded: Loaded | None) -> None:
     if loaded is not None:
         logger.info("Resuming at epoch %d, update %d from %s", at.begun + 1, at.update, loaded.path)
         earlier = (loaded.state["args"] or {}).get("epochs", options.epochs)
-        now, then = (build_schedule(replace(options, epochs=epochs), at.updates_per_epoch).lr(at.update)
+        now, then = (Schedule(replace(options, epochs=epochs), at.updates_per_epoch).lr(at.update)
                      for epochs in (options.epochs, earlier))
         if notice := resumed_schedule_notice(epochs=options.epochs, earlier_epochs=earlier, lr=now,
                                              earlier_lr=then):
