@@ -13,6 +13,7 @@ import native
 from common.log import logger
 from common.random import key
 from common.safe_load import safe_torch_load
+from common.text import plural
 from config.options import Options
 from config.parse import Resolved
 from config.rules import BatchPlan, plan_batch, small_data_notice, validate_after_index
@@ -27,7 +28,9 @@ from models.download import fetch_published, local_file
 from models.hornet import HorNet
 from models.weights import load_for_model
 from optim.build import build_loss, build_optimizer
+from optim.ema import half_life_notice
 from optim.schedule import Schedule
+from run.start import cpus_per_process
 from run.state import State
 
 
@@ -63,11 +66,33 @@ def plan_run(resolved: Resolved, process: Process, state: State | None, *,
     batch = plan_batch(resolved, process.world_size, state.get("global_batch"))
     updates = validate_after_index(options, batch, len(found.train))
     small = None if state else small_data_notice(options, batch, len(found.train))
-    batch = replace(batch, notices=(*batch.notices, small)) if small else batch
     options = replace(options, batch_size=batch.batch_size, update_freq=batch.update_freq,
                       global_batch=batch.global_batch, lr=batch.lr)
-    return Plan(resolved=resolved, options=options, data=found, train=found.train, batch=batch,
-                updates_per_epoch=updates)
+    notices = [*batch.notices, small, resumed_schedule_notice(options, updates, state),
+               too_many_workers(options, process.local_world_size), half_life_notice(options, updates)]
+    return Plan(resolved=resolved, options=options, data=found, train=found.train, updates_per_epoch=updates,
+                batch=replace(batch, notices=tuple(filter(None, notices))))
+
+
+def resumed_schedule_notice(options: Options, updates_per_epoch: int, state: State) -> str | None:
+    """A sentence when `--epochs` other than the checkpoint's moves the learning rate of a resumed run."""
+    epochs, update = (state.get("args") or {}).get("epochs", options.epochs), state.get("update") or 0
+    now, then = (Schedule(replace(options, epochs=each), updates_per_epoch).lr(update)
+                 for each in (options.epochs, epochs))
+    if options.epochs == epochs or abs(now - then) <= 0.01 * then:
+        return None
+    return (f"--epochs {options.epochs} instead of {epochs} stretches the schedule: the learning rate "
+            f"continues at {now:.3g}, not at {then:.3g}; a new run with --finetune would begin with a "
+            "warm-up.")
+
+
+def too_many_workers(options: Options, local_world_size: int) -> str | None:
+    """A sentence when a process has more loader workers than CPUs."""
+    cpus = cpus_per_process(local_world_size)
+    if options.num_workers <= cpus:
+        return None
+    return (f"--num_workers {options.num_workers} is more than the {plural(cpus, 'CPU')} of this process; "
+            "more load nothing faster.")
 
 
 def set_numerics(options: Options) -> None:

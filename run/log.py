@@ -7,27 +7,20 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
 from common.files import append_json_line, read_json_lines, write_json, write_text
+from common.ledger import Ledger
 from common.log import logger
 from common.text import duration
+from config.options import Options
 from engine import Progress
 from run.folder import environment
 
 T = TypeVar("T")
 _TRAIN = ("loss", "lr", "min_lr", "weight_decay", "grad_norm", "class_acc", "images_per_second", "data_wait")
-
-
-@dataclass(frozen=True)
-class WandbRun:
-    """What Weights & Biases is asked to keep: `config` (plain values), and the last checkpoints or not."""
-    project: str
-    name: str
-    config: Mapping[str, object]
-    checkpoints: bool = False
 
 
 class Tracker:
@@ -37,24 +30,30 @@ class Tracker:
     has room again. People see epochs from 1; log.txt counts them from 0.
 
     Args:
-        epochs, updates_per_epoch: of the whole run.
+        folder: the run's; of an owner it is asked before each write where that is now.
+        options: `epochs`; where TensorBoard's files go, and whether Weights & Biases is used.
+        updates_per_epoch: of the whole run.
         n_parameters: written into each line of log.txt.
-        log_dir: TensorBoard's folder, None: `tensorboard` in the run's folder.
+        main: false on other ranks, which write nothing.
         terminal: show a progress bar; None: where standard error is a terminal.
+
+    `events` are those of events.jsonl at the start.
     """
 
-    def __init__(self, folder: str | os.PathLike | None, *, epochs: int, updates_per_epoch: int,
-                 n_parameters: int = 0, log_dir: str | os.PathLike | None = None,
-                 wandb: WandbRun | None = None, terminal: bool | None = None):
-        self.folder = None if folder is None else Path(folder)
-        self.epochs, self.updates_per_epoch, self.n_parameters = epochs, updates_per_epoch, n_parameters
-        self.terminal = sys.stderr.isatty() if terminal is None else terminal
+    def __init__(self, folder: str | os.PathLike | Ledger | None, options: Options, *, updates_per_epoch: int,
+                 n_parameters: int = 0, main: bool = True, terminal: bool | None = None):
+        self._owner = folder if folder is None or isinstance(folder, Ledger) else Ledger(folder)
+        self.epochs, self.updates_per_epoch = options.epochs, updates_per_epoch
+        self.n_parameters = n_parameters
+        self.terminal = main and (sys.stderr.isatty() if terminal is None else terminal)
+        own = self._owner and self._owner.path
+        self.events = read_json_lines(own / "events.jsonl") if own else []
         self._lines: list[dict] = []
         self._bar, self._stack = None, ExitStack()
-        log_dir = log_dir or (self.folder and self.folder / "tensorboard")
-        self._board = self._outside("tensorboardX", _open_board, log_dir) if log_dir else None
-        self._wandb = self._outside("wandb", _open_wandb, wandb, self.folder) if wandb else None
-        self._keeps_checkpoints = wandb is not None and wandb.checkpoints
+        log_dir = options.log_dir or (own and own / "tensorboard")
+        self._board = self._outside("tensorboardX", _open_board, log_dir) if log_dir and main else None
+        uses_wandb, self._keeps_checkpoints = options.enable_wandb and main, options.wandb_ckpt
+        self._wandb = self._outside("wandb", _open_wandb, options, own) if uses_wandb else None
         if self.terminal:
             from tqdm.contrib.logging import logging_redirect_tqdm
             self._stack.enter_context(logging_redirect_tqdm(loggers=[logger]))  # log lines go above the bar
@@ -65,8 +64,8 @@ class Tracker:
 
     def resume(self, first_epoch: int) -> None:
         """Keep the lines of log.txt before `first_epoch` (from 0); those after it will be made again."""
-        if self.folder is not None:
-            earlier = {line["epoch"]: line for line in read_json_lines(self.folder / "log.txt")
+        if self._owner is not None:
+            earlier = {line["epoch"]: line for line in read_json_lines(self._owner.path / "log.txt")
                        if isinstance(line.get("epoch"), int) and line["epoch"] < first_epoch}
             self._lines = [earlier[epoch] for epoch in sorted(earlier)]
             self._write("log.txt", self._write_log)
@@ -182,11 +181,12 @@ class Tracker:
         write_text(path, "".join(json.dumps(line) + "\n" for line in self._lines))
 
     def _write(self, name: str, write: Callable[[Path], None]) -> None:
-        if self.folder is not None:
+        if self._owner is not None:
             try:
-                write(self.folder / name)
+                write(self._owner.own() / name)
             except OSError as error:
-                logger.error(f"{name} was not written in {self.folder}: {error.strerror}; the run continues.")
+                logger.error(f"{name} was not written in {self._owner.path}: {error.strerror}; the run "
+                             "continues.")
 
 
 def _open_board(folder: str | os.PathLike):
@@ -194,6 +194,7 @@ def _open_board(folder: str | os.PathLike):
     return SummaryWriter(str(folder))
 
 
-def _open_wandb(run: WandbRun, folder: Path | None):
+def _open_wandb(options: Options, folder: Path | None):
     import wandb
-    return wandb.init(project=run.project, name=run.name, config=dict(run.config), resume="allow", dir=folder)
+    return wandb.init(project=options.project, name=options.exp_name, config=asdict(options), resume="allow",
+                      dir=folder)

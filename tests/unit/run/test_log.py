@@ -19,7 +19,7 @@ import main
 from common.errors import UserError
 from common.log import logger, setup_logging
 from engine import Progress
-from run.log import Tracker, WandbRun
+from run.log import Tracker
 from tests.kits.images import write_images
 from tests.kits.runs import arguments, start
 
@@ -44,7 +44,9 @@ def logged():
 
 
 def tracker(folder, updates_per_epoch=10, **more):
-    return Tracker(folder, epochs=4, updates_per_epoch=updates_per_epoch, n_parameters=99, **{"terminal": False, **more})
+    terminal = more.pop("terminal", False)
+    return Tracker(folder, Options(epochs=4, **more), updates_per_epoch=updates_per_epoch, n_parameters=99,
+                   terminal=terminal)
 
 
 def log(folder):
@@ -214,7 +216,7 @@ def test_wandb_gets_figures_and_at_the_end_the_best_and_the_last_checkpoint(tmp_
 
 def test_missing_wandb_is_one_line(logged, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    t = tracker(None, wandb=WandbRun("hornet", "default", {}))
+    t = tracker(None, enable_wandb=True)
     t.end_epoch(at(0), {}, 1.0)
     assert len([line for line in logged if "pip install wandb" in line]) == 1
     t.close()
