@@ -15,6 +15,7 @@ import torch
 
 from common.errors import UserError
 from common.log import logger
+from common.text import plural
 from config.options import RECIPE_GROUPS, Options
 
 State = dict[str, Any]
@@ -138,12 +139,14 @@ class Setup(Values):
         """Use the run's own number of threads, and report what is different now. All else was taken over
         before the data and the model were built."""
         then = self.state_dict() | {name: value for name, value in state.items() if value}
-        if (then["images"], then["order"]) != (self.images, self.order):
+        here, there = (plural(each["images"], "image")
+                       + (f" in order {each['order'][:8]}" if each["order"] else "")
+                       for each in (self.state_dict(), then))
+        if here != there:
             # Too few came or went to change the updates of an epoch, but every epoch's order is another one.
             self.other_images = (
-                f"The training set has {self.images} images and had {then['images']} when the checkpoint was "
-                "saved, or has others: the run is resumed with them, but not as an undisturbed one would "
-                "continue; restore the data set to have that.")
+                f"The training set has {here} and had {there} when the checkpoint was saved: the run is "
+                "resumed, but not as an undisturbed one would continue; restore the data set to have that.")
         if then["threads"] != self.threads:
             # Sums are split by thread, so another number of threads gives other last bits.
             logger.info("Using %d threads as the run did (this start had %d)", then["threads"], self.threads)

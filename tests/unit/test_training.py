@@ -135,7 +135,7 @@ def observe(state, images, process, folder, caplog):
     return seen | {
         "state": {name: plain(part.state_dict()) for name, part in run.parts.items()},
         "log": {name: value for name, value in line.items() if name not in TIMES},
-        "events": [event["kind"] for event in read_json_lines(folder / "run" / "events.jsonl")],
+        "events": [event["message"] for event in read_json_lines(folder / "run" / "events.jsonl")],
         "notices": [any(words in record.getMessage() for record in caplog.records)
                     for words in (code_version(), "another machine")]}
 
@@ -155,7 +155,7 @@ def test_a_resumed_run_needs_every_row_of_the_table(row, paused, images, process
                                                     monkeypatch):
     if not _reference:
         _reference.update(observe(paused, images, process, tmp_path / "reference", logged))
-        assert "refused" not in _reference and _reference["events"] == ["images_changed"]
+        assert "refused" not in _reference and len(_reference["events"]) == 1 and all(_reference["notices"])
     if row is not None:
         monkeypatch.delitem(TABLE, row)
     state = {name: value for name, value in paused.items() if name != row}
