@@ -231,22 +231,25 @@ class Checkpoints:
                 self._fail(target, error, state_bytes(state))
 
     def _write(self, path: Path, state: State, about: State) -> None:
-        def write_manifest(digest: str, size: int) -> None:
+        def write_manifest(digest: str, size: int, *previous: State) -> None:
             if self.folder != path.parent:
                 raise OSError(errno.ESTALE, "the folder was moved or replaced meanwhile")
             entry = {"file": path.name, "sha256": digest, "size": size, "format": state.get("format")}
             write_json(manifest_path(path), entry | about | {"previous": previous})
 
         try:
-            previous = _entries(path)[:1] if path.exists() else []
+            before = _entries(path) if path.exists() else []
         except _UNREADABLE:
-            previous = []
+            before = []
         # timm.create_model(checkpoint_path=...) takes `state_dict_ema` before `model_ema`: here it finds what
         # scored, the same tensors, which are written once.
         content = state | {"state_dict_ema": state.get(state.get("scored") or "model")}
         # torch.save needs the table of names and up to 64 bytes per tensor beside the values.
-        atomic_write(path, lambda file: torch.save(content, file), reserve=state_bytes(state) + (64 << 10),
-                     before_rename=write_manifest)
+        digest, size = atomic_write(
+            path, lambda file: torch.save(content, file), reserve=state_bytes(state) + (64 << 10),
+            before_rename=lambda digest, size: write_manifest(digest, size, *before))
+        if before:
+            write_manifest(digest, size)
 
     def _fail(self, name: str, error: Exception, size: int) -> None:
         there: list[str] = []

@@ -18,6 +18,8 @@ import pytest
 import main
 from common.errors import UserError
 from common.log import logger, setup_logging
+from common.outcome import Outcome
+from config.options import Options
 from engine import Progress
 from run.log import Tracker
 from tests.kits.images import write_images
@@ -26,8 +28,9 @@ from tests.kits.runs import arguments, start
 
 def at(epoch=0, done=10, updates=10, **more):
     values = dict(loss=2.5, recent_loss=2.0, grad_norm=1.0, lr=4e-3, min_lr=1e-3, weight_decay=0.05,
-                  images_per_second=123.4, data_wait=0.02, seconds=float(done))
-    return Progress(epoch, epoch * updates, epoch * updates + done, **values | more)
+                  images_per_second=123.4, data_wait=0.02, seconds=float(done), class_acc=None, nonfinite=0,
+                  outcome=Outcome.DONE, sums=[], epoch=epoch, first_update=epoch * updates)
+    return Progress(next_update=epoch * updates + done, **values | more)
 
 
 @pytest.fixture
