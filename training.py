@@ -78,7 +78,7 @@ class Trainer(engine.Observer):
             "position": self.position, "model": self.model, "model_ema": self.ema,
             "optimizer": update.optimizer, "scaler": update.scaler, "policy": self.loop.watch,
             "setup": self.setup}
-        self._unreadable = {path for event in self.tracker.events if event.get("kind") == "unreadable_image"
+        self._unreadable = {path for event in self.tracker.events() if event.get("kind") == "unreadable_image"
                             for path in event.get("images", ())}
         if state is not None:
             self.load_state_dict(state)

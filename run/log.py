@@ -36,8 +36,6 @@ class Tracker:
         n_parameters: written into each line of log.txt.
         main: false on other ranks, which write nothing.
         terminal: show a progress bar; None: where standard error is a terminal.
-
-    `events` are those of events.jsonl at the start.
     """
 
     def __init__(self, folder: str | os.PathLike | Ledger | None, options: Options, *, updates_per_epoch: int,
@@ -47,7 +45,6 @@ class Tracker:
         self.n_parameters = n_parameters
         self.terminal = main and (sys.stderr.isatty() if terminal is None else terminal)
         own = self._owner and self._owner.path
-        self.events = read_json_lines(own / "events.jsonl") if own else []
         self._lines: list[dict] = []
         self._bar, self._stack = None, ExitStack()
         log_dir = options.log_dir or (own and own / "tensorboard")
@@ -61,6 +58,10 @@ class Tracker:
             os.register_at_fork(after_in_child=self._stack.close)
 
     # --------------------------------------------------------------------------------------- the run's start
+
+    def events(self) -> list[dict]:
+        """The incidents of the run so far."""
+        return read_json_lines(self._owner.path / "events.jsonl") if self._owner else []
 
     def resume(self, first_epoch: int) -> None:
         """Keep the lines of log.txt before `first_epoch` (from 0); those after it will be made again."""
