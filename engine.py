@@ -2,9 +2,8 @@
 passed in."""
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.devices import float32_products
 from common.outcome import Outcome
 from common.random import uniforms
 from datasets.dataset import Batch, ImageLoader
@@ -368,9 +368,10 @@ def evaluate(models: Sequence[tuple[str, nn.Module]], loader: Iterable[Batch], e
     left the evaluation. Raises RuntimeError when not exactly `expected` images were seen.
     """
     start, tallies, left = time.perf_counter(), [_Tally(evaluation) for _ in models], False
-    with nullcontext() if evaluation.tf32 else true_float32():
+    with float32_products(evaluation.tf32):
         for _, model in models:
             model.eval()
+        evaluation.observer.on_phase("evaluation", update)  # the first batch takes its time
         for batch in loader:
             evaluation.observer.on_phase("evaluation", update)
             if left := evaluation.observer.leaves_evaluation():
@@ -431,19 +432,3 @@ class _Tally:
         columns = [np.concatenate(column) for column in zip(*(part for part in parts if part))]
         order = np.argsort(columns[0], kind="stable")
         return Outputs(*(column[order] for column in columns))
-
-
-@contextmanager
-def true_float32() -> Iterator[None]:
-    """Products and convolutions of float32 tensors in float32 (no TF32, no bf16), the settings restored
-    afterwards."""
-    names = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv")
-    settings = attrgetter(*names)(torch.backends)
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        yield
-    finally:
-        for setting, value in zip(settings, before):
-            setting.fp32_precision = value

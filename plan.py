@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import engine
 import models  # noqa: F401  registers the architectures with timm
 import native
+from common.devices import set_float32
 from common.log import logger
 from common.random import key
 from common.safe_load import safe_torch_load
@@ -24,8 +25,9 @@ from datasets.sampler import GlobalBatchSampler
 from evaluation import amp_dtype
 from launch.process import Process
 from models.compile import compile_model
-from models.download import fetch_published, local_file
+from models.download import fetch_published
 from models.hornet import HorNet
+from models.trained import locate
 from models.weights import load_for_model
 from optim.build import build_loss, build_optimizer
 from optim.ema import half_life_notice
@@ -51,10 +53,10 @@ def find_data(options: Options, process: Process, state: State) -> Data:
     if not state:  # what would otherwise be refused only when all images have been indexed, minutes later
         build_optimizer(nn.Linear(1, 1), replace(options, layer_decay=1.0))
         if options.finetune:
-            process.on_rank_zero(lambda: bool(safe_torch_load(local_file(options.finetune))))
+            process.on_rank_zero(lambda: bool(safe_torch_load(locate(options.finetune))))
     return process.local_first(lambda: build_data(
         options, train=True, evaluate=not options.disable_eval, rank_zero=process.local_rank == 0,
-        class_names=state.get("classes")))
+        class_names=state.get("classes"), order=(state.get("order") or "") if state else None))
 
 
 def plan_run(resolved: Resolved, process: Process, state: State | None, *,
@@ -68,17 +70,17 @@ def plan_run(resolved: Resolved, process: Process, state: State | None, *,
     small = None if state else small_data_notice(options, batch, len(found.train))
     options = replace(options, batch_size=batch.batch_size, update_freq=batch.update_freq,
                       global_batch=batch.global_batch, lr=batch.lr)
-    notices = [*batch.notices, small, resumed_schedule_notice(options, updates, state),
-               too_many_workers(options, process.local_world_size), half_life_notice(options, updates)]
+    notices = [*batch.notices, small, too_many_workers(options, process.local_world_size),
+               half_life_notice(options, updates)]
     return Plan(resolved=resolved, options=options, data=found, train=found.train, updates_per_epoch=updates,
                 batch=replace(batch, notices=tuple(filter(None, notices))))
 
 
-def resumed_schedule_notice(options: Options, updates_per_epoch: int, state: State) -> str | None:
+def resumed_schedule_notice(schedule: Schedule, state: State) -> str | None:
     """A sentence when `--epochs` other than the checkpoint's moves the learning rate of a resumed run."""
-    epochs, update = (state.get("args") or {}).get("epochs", options.epochs), state.get("update") or 0
-    now, then = (Schedule(replace(options, epochs=each), updates_per_epoch).lr(update)
-                 for each in (options.epochs, epochs))
+    options, update = schedule.options, state["update"] or 0
+    epochs = (state["args"] or {}).get("epochs", options.epochs)
+    now, then = schedule.lr(update), replace(schedule, options=replace(options, epochs=epochs)).lr(update)
     if options.epochs == epochs or abs(now - then) <= 0.01 * then:
         return None
     return (f"--epochs {options.epochs} instead of {epochs} stretches the schedule: the learning rate "
@@ -103,9 +105,7 @@ def set_numerics(options: Options) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    # The older of PyTorch's two ways to say this: torch.export and torch.compile read it, and refuse a mix of
-    # both.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.fast_math
+    set_float32(options.fast_math)
 
 
 def load_start_weights(model: HorNet, options: Options, data: Data, process: Process) -> None:
@@ -113,7 +113,7 @@ def load_start_weights(model: HorNet, options: Options, data: Data, process: Pro
     if not options.pretrained and not options.finetune:
         return
     source = process.on_rank_zero(lambda: str(fetch_published(options.model)) if options.pretrained
-                                  else local_file(options.finetune))
+                                  else str(locate(options.finetune)))
     load_for_model(model, source, model_key=options.model_key, prefix=options.model_prefix,
                    weights=options.weights, allow_partial=options.allow_partial,
                    class_names=data.class_names, new_head=True)

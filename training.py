@@ -24,7 +24,7 @@ from launch.watchdog import Watchdog
 from optim.ema import Ema
 from optim.finite import FiniteWatch
 from optim.update import Update, UpdateStats
-from plan import Classification, Plan, compiled, find_data, plan_run, set_numerics
+from plan import Classification, Plan, compiled, find_data, plan_run, resumed_schedule_notice, set_numerics
 from report.page import write_report
 from run.checkpoint import Checkpoints, Loaded, open_folder, state_bytes
 from run.folder import RunFolder
@@ -71,9 +71,9 @@ class Trainer(engine.Observer):
         self.position = Position(updates_per_epoch=updates, epoch=options.start_epoch - 1,
                                  update=options.start_epoch * updates)
         self.setup = Setup(
-            global_batch=plan.batch.global_batch, images=len(plan.train), order=getattr(data, "order", ""),
-            classes=data.class_names, args=plan.resolved.to_dict(), code_paths=self.code_paths,
-            threads=torch.get_num_threads(), kernels=kernels(process.device), version=code_version())
+            global_batch=plan.batch.global_batch, images=len(plan.train), classes=data.class_names,
+            order=getattr(plan.train, "order", ""), args=plan.resolved.to_dict(), version=code_version(),
+            code_paths=self.code_paths, threads=torch.get_num_threads(), kernels=kernels(process.device))
         self.parts: Parts = {
             "position": self.position, "model": self.model, "model_ema": self.ema,
             "optimizer": update.optimizer, "scaler": update.scaler, "policy": self.loop.watch,
@@ -315,6 +315,8 @@ def _introduce(trainer: Trainer, plan: Plan, loaded: Loaded | None) -> None:
         version=code_version(), global_batch=plan.batch.global_batch)
     if loaded is not None:
         logger.info("Resuming at epoch %d, update %d from %s", at.begun + 1, at.update, loaded.path)
+        if notice := resumed_schedule_notice(trainer.task.schedule, loaded.state):
+            logger.info(notice)
     if trainer.checkpoints is not None:
         state = trainer.state_dict()  # AdamW's two moments come with the first update
         size = state_bytes(state) + (0 if state["optimizer"]["state"] else 2 * state_bytes(state["model"]))
@@ -351,7 +353,7 @@ def _fit(trainer: Trainer, folder: RunFolder | None) -> ExitCode:
             trainer.tracker.log_checkpoint(path)
     if folder is not None:
         try:
-            logger.info("Report: %s", write_report([folder.own()]))
+            logger.info("Report: %s", write_report(folder.own()))
         except (UserError, OSError) as error:  # a finished training must not fail for the lack of a page
             logger.warning("No report page was written: %s", error)
     return ExitCode.DONE

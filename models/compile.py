@@ -2,13 +2,14 @@
 
 What is compiled is the plain network, with the Fourier filter as matrix products (models/dft.py says why).
 """
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from common.devices import float32_products
 from common.log import logger
 from models.dft import use_matrix_filter
 
@@ -27,7 +28,7 @@ def compile_model(model: nn.Module, shape: tuple[int, int, int, int], dtype: tor
     """
     compiled, trouble = model, ""
     try:
-        with _true_float32():
+        with float32_products():
             exact = _logits_and_gradients(model, model, shape, None)
         eager = _logits_and_gradients(model, model, shape, dtype)
         use_matrix_filter(model)
@@ -41,20 +42,6 @@ def compile_model(model: nn.Module, shape: tuple[int, int, int, int], dtype: tor
                    trouble or "another process has failed")
     use_matrix_filter(model, False)
     return model
-
-
-@contextmanager
-def _true_float32() -> Iterator[None]:
-    """Products without TF32, in the one of PyTorch's two ways to set it that torch.compile can read."""
-    places: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
-    allowed = [place.allow_tf32 for place in places]
-    try:
-        for place in places:
-            place.allow_tf32 = False
-        yield
-    finally:
-        for place, before in zip(places, allowed):
-            place.allow_tf32 = before
 
 
 def _logits_and_gradients(call: nn.Module, model: nn.Module, shape: tuple[int, ...],

@@ -4,14 +4,12 @@ Many runtimes lack FFT operators and complex numbers, and torch.compile's Induct
 wrong values around FFTs (pytorch#143719, #181625); at HorNet's sizes the products are the faster form anyway.
 """
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.gnconv import GlobalLocalFilter
+from models.gnconv import GlobalLocalFilter, without_autocast
 
 
 def use_matrix_filter(model: nn.Module, use: bool = True) -> None:
@@ -21,25 +19,12 @@ def use_matrix_filter(model: nn.Module, use: bool = True) -> None:
             module.fourier = matrix_filter if use else None
 
 
-@contextmanager
-def without_fft(model: nn.Module) -> Iterator[None]:
-    """`use_matrix_filter` for a block."""
-    use_matrix_filter(model)
-    try:
-        yield
-    finally:
-        use_matrix_filter(model, False)
-
-
 def matrix_filter(x: Tensor, weight: Tensor) -> Tensor:
     """What `models.gnconv.global_filter` gives, in float32: x (B, C, H, W), weight (C, h, w, 2).
 
     The matrices are made in the graph from the feature map's size, so that an exported size stays free.
     """
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return _matrix_filter(x.float(), weight.float())
-    with torch.autocast(device, enabled=False):
+    with without_autocast(x.device.type):
         return _matrix_filter(x.float(), weight.float())
 
 

@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 import urllib.parse
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch.hub import download_url_to_file
@@ -17,7 +18,7 @@ from common.log import logger
 from common.safe_load import safe_torch_load
 from models.zoo import VARIANTS, PublishedFile
 
-FOLDER_VARIABLE = "HORNET_CACHE"
+FOLDER_VARIABLE, HUB_WEIGHTS = "HORNET_CACHE", "model.safetensors"
 _TRIES, _TIMEOUT = 3, 30  # seconds without a byte
 
 
@@ -27,7 +28,7 @@ def cache_folder(folder: str | os.PathLike | None = None) -> Path:
 
 
 def fetch_published(name: str, folder: str | os.PathLike | None = None) -> Path:
-    """Path of a published file of model `name`: one that is in `folder` already, else the first available.
+    """Path of a published file of model `name`, in `folder` or `cache_folder()`.
 
     Raises UserError (`not_published`, and `download_failed` with every file that would do).
     """
@@ -36,23 +37,17 @@ def fetch_published(name: str, folder: str | os.PathLike | None = None) -> Path:
         have = ", ".join(name for name, variant in VARIANTS.items() if variant.files)
         raise UserError(f"There is no published file for {name}; there are files for {have}.",
                         code="not_published")
-    folder, problem = cache_folder(folder), ""
-    for file in sorted(files, key=lambda file: not (folder / file.name).exists()):
-        problem = _obtain(file, folder / file.name)
-        if not problem:
-            return folder / file.name
-        logger.warning("%s cannot be used", file.name)
-    places = " or ".join(f"{file.name} from {file.url}" for file in files)
-    raise UserError(f"No file of {name} is available: {problem}; get {places}, and put it into {folder} or a "
-                    f"folder named by {FOLDER_VARIABLE}.", code="download_failed")
+    return fetch(files, cache_folder(folder))
 
 
 def local_file(path_or_url: str | os.PathLike) -> str:
-    """The path itself, or that of the downloaded file of an https address.
+    """The path itself, or that of the downloaded file of an https address or a model `hf-hub:USER/NAME`.
 
     The file's name begins with a digest of the whole address, so that two addresses never share a file.
     """
     url = os.fspath(path_or_url)
+    if url.startswith("hf-hub:"):
+        return _from_hub(url)
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https"):
         return url
@@ -60,28 +55,40 @@ def local_file(path_or_url: str | os.PathLike) -> str:
         raise UserError(f"{url} is not an https address; files come over https only.", code="not_https")
     last = re.sub(r"[^\w.-]", "_", urllib.parse.unquote(parts.path).rstrip("/").rsplit("/", 1)[-1])
     name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{last or 'file.pth'}"
-    return str(fetch(PublishedFile(name, url), cache_folder()))
+    return str(fetch([PublishedFile(name, url)], cache_folder()))
 
 
-def fetch(file: PublishedFile, folder: Path) -> Path:
-    """`folder / file.name`, downloaded if it is not there, and in any case checked.
+def _from_hub(model: str) -> str:
+    """The weights of `hf-hub:USER/NAME` or `hf-hub:USER/NAME@REVISION` in the Hub's own cache."""
+    from huggingface_hub import hf_hub_download
 
-    Raises UserError (`download_failed`) with the file's name, where to get it and where to put it.
-    """
-    path = folder / file.name
-    problem = _obtain(file, path)
-    if problem:
-        raise UserError(f"{file.name}: {problem}; get it from {file.url} and put it at {path}, "
-                        f"or name the folder that holds it with {FOLDER_VARIABLE}.", code="download_failed")
-    return path
-
-
-def _obtain(file: PublishedFile, path: Path) -> str:
-    """Have `file` at `path`, from there or downloaded; returns "" or why that failed."""
+    name, _, revision = model.removeprefix("hf-hub:").partition("@")
     try:
-        return _problem(file, path) if path.exists() else _download(file, path)
-    except OSError as error:
-        return f"{path.parent} cannot be used ({error.strerror or error})"
+        return hf_hub_download(name, HUB_WEIGHTS, revision=revision or None)
+    except (OSError, ValueError) as error:  # no network, no such model, not public
+        raise UserError(f"{HUB_WEIGHTS} of {model} is not available ({' '.join(str(error).split())[:200]}); "
+                        "check the name, or log in with `hf auth login`.", code="download_failed") from error
+
+
+def fetch(files: Sequence[PublishedFile], folder: Path) -> Path:
+    """Path of one of `files`, which hold the same weights: one in `folder`, else the first to be downloaded.
+
+    Each is checked, also when it was there. Raises UserError (`download_failed`) with the name of every file
+    that would do, where to get it and where to put it.
+    """
+    problem = ""
+    for file in sorted(files, key=lambda file: not (folder / file.name).exists()):
+        path = folder / file.name
+        try:
+            problem = _problem(file, path) if path.exists() else _download(file, path)
+        except OSError as error:
+            problem = f"{folder} cannot be used ({error.strerror or error})"
+        if not problem:
+            return path
+        logger.warning("%s cannot be used", file.name)
+    wanted = " or ".join(f"{file.name} from {file.url}" for file in files)
+    raise UserError(f"{problem}; get {wanted}, and put it into {folder} or a folder named by "
+                    f"{FOLDER_VARIABLE}.", code="download_failed")
 
 
 def _download(file: PublishedFile, path: Path) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from common.errors import UserError
-from models.dft import without_fft
+from models.dft import use_matrix_filter
 from models.hornet import HorNet
 
 Function = Callable[[Tensor], Tensor]
@@ -29,13 +29,16 @@ def exported_program(model: HorNet, input_size: int = 224, softmax: bool = False
     The input is float32 (B, 3, H, W), normalised; the output logits, or probabilities with `softmax`.
     """
     model = model.float().cpu().eval()
-    with without_fft(model), torch.no_grad():
+    use_matrix_filter(model)
+    with torch.no_grad():
         wrapped = nn.Sequential(model, nn.Softmax(-1)) if softmax else model
         side, height = torch.export.Dim.DYNAMIC(min=SMALLEST_SIDE, max=4096), max(input_size, SMALLEST_SIDE)
         # Height and width differ here, so that the graph cannot tie them together.
         example = torch.zeros(2, model.in_chans, height, height + 32)
-        return torch.export.export(
+        program = torch.export.export(
             wrapped, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC, 2: side, 3: side},))
+    use_matrix_filter(model, False)
+    return program
 
 
 def export_onnx(program: ExportedProgram, path: str | Path, metadata: dict[str, str]) -> None:

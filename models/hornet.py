@@ -157,7 +157,8 @@ class HorNet(nn.Module):
     def _stage_outputs(self, x: Tensor, drop_draws: Tensor | None, stages: int) -> list[Tensor]:
         """What each of the first `stages` stages gives."""
         check_input(x, self.in_chans)
-        keep = self._keep_factors(x, drop_draws)
+        drops = self.training and self.drop_path_rate > 0
+        keep = keep_factors(x, drop_draws, self.drop_path_rate, self.num_drop_draws) if drops else None
         outputs, start = [], 0
         for downsample, stage in list(zip(self.downsample_layers, self.stages))[:stages]:
             blocks = len(list(stage.children()))
@@ -197,11 +198,6 @@ class HorNet(nn.Module):
         if prune_head or pruned:
             self.reset_classifier(0)
         return take
-
-    def _keep_factors(self, x: Tensor, drop_draws: Tensor | None) -> Tensor | None:
-        if not self.training or self.drop_path_rate == 0:
-            return None
-        return keep_factors(x, drop_draws, self.drop_path_rate, self.num_drop_draws)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
@@ -300,12 +296,14 @@ def _entrypoint(name: str):
                 raise ValueError(f"{key} {value!r}: HorNet has no such form, only {accepted} is accepted")
         changes = {f.name: kwargs.pop(f.name) for f in fields(HorNetConfig) if f.name in kwargs}
         overlay, cache_dir = dict(kwargs.get("pretrained_cfg_overlay") or {}), kwargs.pop("cache_dir", None)
-        if pretrained:
+        # timm reads what it has found in a folder or at the Hub (local-dir:, hf-hub:) itself.
+        elsewhere = isinstance(cfg := kwargs.get("pretrained_cfg"), dict) and cfg.get("source")
+        if pretrained and not elsewhere:
             from models.download import fetch_published
-            overlay["file"] = str(overlay.get("file") or fetch_published(name, cache_dir))
-            # Else timm reads a named file itself: without OpenMMLab's names, and the average instead of what
-            # scored.
-            kwargs["pretrained_cfg_overlay"] = overlay | {"custom_load": True}
+            # Without `custom_load` timm reads a named file itself: without OpenMMLab's names, and the average
+            # instead of what scored.
+            kwargs["pretrained_cfg_overlay"] = overlay | {
+                "file": str(overlay.get("file") or fetch_published(name, cache_dir)), "custom_load": True}
         return build_model_with_cfg(
             HorNet, name, pretrained, model_cfg=replace(CONFIGS[name], **changes),
             feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"), **kwargs)

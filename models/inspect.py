@@ -168,21 +168,19 @@ def complexity(model: HorNet, input_size: int | tuple[int, int]) -> Complexity:
 
 def _batches(model: HorNet, images: Images, transform: Transform | None, batch_size: int) -> Iterator[Tensor]:
     """What a model takes of `images`, part by part; the model is in evaluation mode meanwhile."""
-    parameter = next(model.parameters())
+    parameter, was_training = next(model.parameters()), model.training
+    load = transform or image_transform(model)
     if isinstance(images, Tensor):
-        many = images[None] if images.ndim == 3 else images
-        parts = many.split(batch_size)
+        many: Sequence = [images] if images.ndim == 3 else images.unbind()
     else:
         many = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else images
-        load = transform or image_transform(model)
-        parts = (torch.stack([load(as_rgb(image)) for image in many[start:start + batch_size]])
-                 for start in range(0, len(many), batch_size))
     if not len(many):
         raise ValueError("no images were given")
-    was_training = model.training
     model.eval()
     try:
-        for part in parts:
+        for start in range(0, len(many), batch_size):
+            part = torch.stack([each if isinstance(each, Tensor) else load(as_rgb(each))
+                                for each in many[start:start + batch_size]])
             yield part.to(device=parameter.device, dtype=parameter.dtype)
     finally:
         model.train(was_training)

@@ -16,9 +16,9 @@ import torch
 from common.errors import UserError
 from common.files import read_json
 from common.safe_load import safe_torch_load
-from common.text import plain
 from config.options import OPTIONS, ImageSettings
-from models.download import fetch_published, local_file
+from config.parse import check_model
+from models.download import HUB_WEIGHTS, fetch_published, local_file
 from models.hornet import HorNet
 from models.inspect import Transform, image_transform
 from models.weights import identify, load_for_model, published_names, select_weights
@@ -59,9 +59,8 @@ def load(source: str | os.PathLike, *, model: str | None = None, weights: str = 
 
     Raises UserError with one sentence for whatever cannot be loaded.
     """
-    if model is not None and model not in MODEL_NAMES:
-        raise UserError(f"model {plain(model)} is not known; known are {', '.join(MODEL_NAMES)}.",
-                        code="unknown_model")
+    if model is not None:
+        check_model(model, MODEL_NAMES)
     path = locate(source)
     checkpoint = safe_torch_load(path)
     state, key = select_weights(checkpoint, str(path), weights=weights)
@@ -69,7 +68,7 @@ def load(source: str | os.PathLike, *, model: str | None = None, weights: str = 
     about = checkpoint if key else {}  # a bare state dict says nothing else
     args = about.get("args") or {}
     name = model or (args.get("model") if args.get("model") in MODEL_NAMES else identify(state))
-    if name is None:
+    if not name:
         raise UserError(f"{path} does not say which model it holds; name it with --model.",
                         code="unknown_model")
     settings = ImageSettings.from_args({"input_size": VARIANTS[name].input_size, **args})
@@ -90,7 +89,7 @@ def load(source: str | os.PathLike, *, model: str | None = None, weights: str = 
 
 
 def locate(source: str | os.PathLike) -> Path:
-    """The file of a published model's name, an https address, a run's folder (its best) or a path."""
+    """The file of a published model's name, an address, a run's folder (its best), a Hub folder, a path."""
     if str(source) in MODEL_NAMES and not os.path.exists(source):
         return fetch_published(str(source))
     path = Path(local_file(source))
@@ -104,7 +103,7 @@ def locate(source: str | os.PathLike) -> Path:
 def best_checkpoint(run: Path) -> Path | None:
     """The checkpoint in a run's folder that scored best by the manifests (the moving average wins a tie).
 
-    It is the newest where none was evaluated, and None where there is none.
+    It is the newest where none was evaluated, the weights of a folder in the Hub's layout, or None.
     """
     def score(path: Path) -> float:
         try:
@@ -113,4 +112,5 @@ def best_checkpoint(run: Path) -> Path | None:
             return -math.inf
     names = ("checkpoint-best-ema.pth", "checkpoint-best.pth")
     found = max((run / name for name in names if (run / name).is_file()), key=score, default=None)
-    return found or max(run.glob("checkpoint-*.pth"), key=os.path.getmtime, default=None)
+    others = (*run.glob("checkpoint-*.pth"), *run.glob(HUB_WEIGHTS))
+    return found or max(others, key=os.path.getmtime, default=None)

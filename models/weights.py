@@ -195,8 +195,8 @@ def identify(state: StateDict) -> str | None:
     stem = state.get("downsample_layers.0.0.weight")
     if stem is None or stem.ndim != 4:
         return None
-    blocks = {match[0] for key in state if (match := re.match(r"stages\.\d+\.\d+\.", key))}
-    depths = tuple(sum(block.startswith(f"stages.{i}.") for block in blocks) for i in range(4))
+    blocks = re.findall(r"^stages\.(\d)\.\d+\.norm1\.weight$", "\n".join(state), re.MULTILINE)
+    depths = tuple(map(blocks.count, "0123"))
     grid = state.get("stages.2.0.gnconv.dwconv.complex_weight")
     kind = "conv" if grid is None else tuple(grid.shape[1:3])
     return next((name for name, variant in VARIANTS.items() if kind == variant.config.filters[2]

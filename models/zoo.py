@@ -1,7 +1,7 @@
-"""Every model variant in one row: architecture, figures, published files, recipe. Plain data, without torch.
+"""Every model variant in one row: architecture, figures, published files. Plain data, without torch.
 
 From these rows `models.hornet` registers the models, and the help of `--model`, README's table and
-`python -m tools.zoo list` are made. A new variant is one row here and its recipe in recipes/.
+`python -m tools.zoo list` are made. A new variant is one row here, and its recipe of that name in recipes/.
 
 Figures: "HorNet", NeurIPS 2022, arXiv:2207.14284 (parameters, FLOPs, recipes); top-1 and top-5 with two
 decimals as measured by OpenMMLab on the authors' weights, `authors_top1` as printed in the authors' README.
@@ -60,7 +60,6 @@ class Variant:
         authors_top1: the authors' figure, one decimal.
         classes: of the published file's head, 10459 for ImageNet-22k.
         published: False for variants of this project alone.
-        recipe: stem of the file in recipes/ whose training made the published file, "" where none is known.
         files: where the weights are, the one with a published hash first.
     """
 
@@ -73,7 +72,6 @@ class Variant:
     authors_top1: float | None = None
     classes: int = 1000
     published: bool = True
-    recipe: str = ""
     files: tuple[PublishedFile, ...] = ()
 
 
@@ -94,37 +92,31 @@ _GF64 = ("conv", "conv", (4, 3), (2, 2))
 
 VARIANTS = {
     "hornet_tiny_7x7": Variant(
-        config=HorNetConfig(64), params=22_409_512, flops=3.976e9,
-        top1=82.84, top5=96.24, authors_top1=82.8, recipe="hornet_tiny_7x7",
-        files=_files("hornet_tiny_7x7", "bac9690c72944d19aca1", "0e8eedff")),
+        config=HorNetConfig(64), params=22_409_512, flops=3.976e9, top1=82.84, top5=96.24,
+        authors_top1=82.8, files=_files("hornet_tiny_7x7", "bac9690c72944d19aca1", "0e8eedff")),
     "hornet_tiny_gf": Variant(
-        config=HorNetConfig(64, filters=_GF224), params=22_991_848, flops=3.896e9,
-        top1=82.98, top5=96.38, authors_top1=83.0, recipe="hornet_tiny_gf",
-        files=_files("hornet_tiny_gf", "460e759c82324ea6bfa3", "4c35a66b")),
+        config=HorNetConfig(64, filters=_GF224), params=22_991_848, flops=3.896e9, top1=82.98, top5=96.38,
+        authors_top1=83.0, files=_files("hornet_tiny_gf", "460e759c82324ea6bfa3", "4c35a66b")),
     "hornet_small_7x7": Variant(
-        config=HorNetConfig(96), params=49_528_264, flops=8.826e9,
-        top1=83.79, top5=96.75, authors_top1=83.8, recipe="hornet_small_7x7",
-        files=_files("hornet_small_7x7", "8ef64277da0e469ea857", "5935f60f")),
+        config=HorNetConfig(96), params=49_528_264, flops=8.826e9, top1=83.79, top5=96.75,
+        authors_top1=83.8, files=_files("hornet_small_7x7", "8ef64277da0e469ea857", "5935f60f")),
     "hornet_small_gf": Variant(
-        config=HorNetConfig(96, filters=_GF224), params=50_401_768, flops=8.706e9,
-        top1=83.98, top5=96.77, authors_top1=84.0, recipe="hornet_small_gf",
-        files=_files("hornet_small_gf", "959603ca287d4c09ad49", "649ca492")),
+        config=HorNetConfig(96, filters=_GF224), params=50_401_768, flops=8.706e9, top1=83.98, top5=96.77,
+        authors_top1=84.0, files=_files("hornet_small_gf", "959603ca287d4c09ad49", "649ca492")),
     "hornet_base_7x7": Variant(
-        config=HorNetConfig(128), params=87_256_680, flops=15.583e9,
-        top1=84.24, top5=96.94, authors_top1=84.2, recipe="hornet_base_7x7",
-        files=_files("hornet_base_7x7", "13a748487711492e9704", "a06176bb")),
+        config=HorNetConfig(128), params=87_256_680, flops=15.583e9, top1=84.24, top5=96.94,
+        authors_top1=84.2, files=_files("hornet_base_7x7", "13a748487711492e9704", "a06176bb")),
     "hornet_base_gf": Variant(
-        config=HorNetConfig(128, filters=_GF224), params=88_421_352, flops=15.423e9,
-        top1=84.32, top5=96.95, authors_top1=84.3, recipe="hornet_base_gf",
-        files=_files("hornet_base_gf", "c212d1d8a3914b47a5c1", "82c06fa7")),
+        config=HorNetConfig(128, filters=_GF224), params=88_421_352, flops=15.423e9, top1=84.32, top5=96.95,
+        authors_top1=84.3, files=_files("hornet_base_gf", "c212d1d8a3914b47a5c1", "82c06fa7")),
     "hornet_base_gf_img384": Variant(  # its FLOPs are counted here, not published
         config=HorNetConfig(128, filters=_GF384), input_size=384, params=92_099_560, flops=45.3e9),
     "hornet_large_7x7": Variant(
         config=HorNetConfig(192), params=194_542_504, flops=34.8e9, classes=10459,
-        recipe="hornet_large_7x7_in22k", files=_files("hornet_large_7x7_22k", "c2fc23caae084a3aa73d")),
+        files=_files("hornet_large_7x7_22k", "c2fc23caae084a3aa73d")),
     "hornet_large_gf": Variant(
         config=HorNetConfig(192, filters=_GF224), params=196_289_512, flops=34.7e9, classes=10459,
-        recipe="hornet_large_gf_in22k", files=_files("hornet_large_gf_22k", "8600206ebdfa485f98d0")),
+        files=_files("hornet_large_gf_22k", "8600206ebdfa485f98d0")),
     "hornet_large_gf_img384": Variant(
         config=HorNetConfig(192, filters=_GF384), input_size=384, params=201_806_824, flops=101.8e9,
         classes=10459, files=_files("hornet_large_gf_img384_22k", "eec48d5eca5a48d98fd2")),

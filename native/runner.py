@@ -14,8 +14,7 @@ float32.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import chain
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -328,7 +327,7 @@ class _Seen:
 
 
 _SEEN: WeakKeyDictionary[Block, _Seen] = WeakKeyDictionary()
-_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TENSOR = attrgetter("__class__", "dtype", "is_cpu")
 _FORM = itemgetter("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _KINDS = {"": Block, "norm1": LayerNorm2d, "norm2": nn.LayerNorm, "pwconv1": nn.Linear, "pwconv2": nn.Linear,
           "gnconv": GnConv, "gnconv.proj_in": nn.Conv2d, "gnconv.proj_out": nn.Conv2d,
@@ -346,18 +345,17 @@ def _dtype_as_built(block: Block) -> torch.dtype | None:
     seen = _SEEN.get(block)
     if seen is None or _facts(seen) != seen.facts:
         seen = _SEEN[block] = _look(block)
-    inner = seen.states[1:]  # the block's own hooks fire around its runner
-    if any(chain.from_iterable(map(_HOOKS, inner))):
-        return None
-    replaced = [1 for state in inner if "forward" in state or "_compiled_call_impl" in state]
-    return None if replaced else seen.dtype
+    for state in seen.states[1:]:  # the block's own hooks fire around its runner
+        if (state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]
+                or state["_backward_pre_hooks"] or "forward" in state or "_compiled_call_impl" in state):
+            return None
+    return seen.dtype
 
 
 def _facts(seen: _Seen) -> list:
     """Types, children, parameters' types and places, forms of convolutions: all that decides but hooks."""
-    tensors = [p for state in seen.states for p in state["_parameters"].values()]
-    return [*map(type, seen.modules), *map(type, tensors), *map(_FORM, seen.convs),
-            *[(p.dtype, p.is_cpu) for p in tensors if p is not None],
+    tensors = [p for state in seen.states for p in state["_parameters"].values() if p is not None]
+    return [*map(type, seen.modules), *map(_TENSOR, tensors), *map(_FORM, seen.convs),
             *[dict(state["_modules"]) for state in seen.parents], *[f.fourier for f in seen.filters]]
 
 

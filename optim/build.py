@@ -1,4 +1,5 @@
 """The optimizer and the training loss of the options."""
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,9 +29,10 @@ def build_loss(options: Options) -> nn.Module:
     return LabelSmoothingCrossEntropy(options.smoothing) if options.smoothing > 0 else nn.CrossEntropyLoss()
 
 
-def build_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
-    """timm's optimizer `options.opt` over `model`'s weight-decay and layer-decay groups, fused where torch
-    has it.
+def build_optimizer(model: nn.Module, options: Options,
+                    scale_of: Callable[[str], float] | None = None) -> torch.optim.Optimizer:
+    """timm's optimizer `options.opt` over `model`'s weight-decay and layer-decay groups (with `scale_of`,
+    groups by the learning-rate scale of each name), fused where torch has it.
 
     Reads opt, lr, weight_decay, layer_decay, opt_eps, opt_betas, momentum. Raises UserError for unknown
     names; so does its `load_state_dict` for a state that does not fit (see `_fitting`).
@@ -42,7 +44,7 @@ def build_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer
         hint = did_you_mean(bare, known) or "; accepted are e.g. adamw, sgd, lamb and lion."
         raise UserError(f"--opt {options.opt} is not one of timm's optimizers that train with a plain "
                         f"loop{hint}", code="invalid_value")
-    groups = param_groups(model.named_parameters(), options.weight_decay, options.layer_decay)
+    groups = param_groups(model.named_parameters(), options.weight_decay, options.layer_decay, scale_of)
     settings: dict[str, Any] = {"lr": options.lr, "weight_decay": 0.0, "momentum": options.momentum,
                                 "eps": options.opt_eps}
     if options.opt_betas is not None:

@@ -97,6 +97,7 @@ def diagnose(model: nn.Module, forward: Callable[[], torch.Tensor]) -> dict:
 
     # Modules end after those inside them, so the first to end with a bad output is the innermost cause.
     handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         loss = forward()
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -107,6 +108,8 @@ def diagnose(model: nn.Module, forward: Callable[[], torch.Tensor]) -> dict:
     finally:
         for handle in handles:
             handle.remove()
+        for buffer, before in buffers:
+            buffer.copy_(before)
     reproduced = bool(found or bad or not _finite(loss))
     return {"reproduced": reproduced, "first_module": "", "module_type": "", "parameters": bad[:10], **found}
 

@@ -1,7 +1,7 @@
 """Parameter groups: which tensors decay, and each layer's learning-rate scale, from names and shapes
 alone."""
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
@@ -37,22 +37,22 @@ def layer_id(name: str, num_layers: int = 12) -> int:
 
 
 def param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float,
-                 layer_decay: float = 1.0) -> list[dict]:
+                 layer_decay: float = 1.0, scale_of: Callable[[str], float] | None = None) -> list[dict]:
     """Groups for any torch or timm optimizer, in the order in which their first tensor comes.
 
     The order is the published one, so that optimizer states of published training files fit. Each group holds
-    `params`, `names`, `weight_decay`, `lr_scale` (`layer_decay ** (num_layers + 1 - layer)`) and `decays`.
-    Parameters that need no gradient are left out.
+    `params`, `names`, `weight_decay`, `lr_scale` (`scale_of(name)`, by default
+    `layer_decay ** (num_layers + 1 - layer)`) and `decays`. Parameters that need no gradient are left out.
     """
     named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     num_layers = count_layers(name for name, _ in named)
-    groups: dict[tuple[int, bool], dict] = {}
+    scale_of = scale_of or (lambda name: layer_decay ** (num_layers + 1 - layer_id(name, num_layers)))
+    groups: dict[tuple[float, bool], dict] = {}
     for name, parameter in named:
-        layer = layer_id(name, num_layers) if layer_decay < 1.0 else num_layers + 1
-        decaying = decays(name, parameter.ndim)
-        group = groups.setdefault((layer, decaying), {
+        scale, decaying = scale_of(name), decays(name, parameter.ndim)
+        group = groups.setdefault((scale, decaying), {
             "params": [], "names": [], "weight_decay": weight_decay if decaying else 0.0,
-            "lr_scale": layer_decay ** (num_layers + 1 - layer), "decays": decaying})
+            "lr_scale": scale, "decays": decaying})
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())

@@ -370,8 +370,9 @@ class Checkpoints:
         else:
             loaded = Checkpoints(resume).newest_valid() if os.path.isdir(resume) else load(resume)
         if loaded is None and resume:
-            raise UserError(f"--resume {resume}: no such checkpoint (run folder: {self.folder}); name a file "
-                            "or leave the option out.", code="no_valid_checkpoint")
+            raise UserError(f"--resume {resume}: no such checkpoint (run folder: {self.folder}); name a "
+                            "file, leave the option out, or start from weights alone with --finetune.",
+                            code="no_valid_checkpoint")
         return loaded
 
     def set_aside_newer(self, loaded: Loaded) -> list[str]:
@@ -431,6 +432,7 @@ def find_checkpoint(resolved: Resolved, folder: RunFolder | None) -> Loaded | No
         loaded = checkpoints.resolve(local_file(asked))
     if loaded is not None:
         check_resumable(loaded.state, loaded.path)
-        for difference in check_same_run(loaded.state, resolved.to_dict(), loaded.path, explicit=not own):
+        for difference in check_same_run(loaded.state, resolved.to_dict(), loaded.path, explicit=not own,
+                                         kind=type(options)):
             logger.warning("Resuming with another option: %s", difference)
     return loaded

@@ -1,4 +1,5 @@
-"""What a person sees of a run: the console, log.txt, events.jsonl, TensorBoard and Weights & Biases."""
+"""What a person sees of a run: the console, log.txt, events.jsonl, TensorBoard, and W&B or trackio."""
+import importlib
 import json
 import math
 import os
@@ -6,10 +7,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common.files import append_json_line, read_json_lines, write_json, write_text
 from common.ledger import Ledger
@@ -19,7 +24,6 @@ from config.options import Options
 from engine import Progress
 from run.folder import environment
 
-T = TypeVar("T")
 _TRAIN = ("loss", "lr", "min_lr", "weight_decay", "grad_norm", "class_acc", "images_per_second", "data_wait")
 
 
@@ -47,12 +51,15 @@ class Tracker:
         own = self._owner and self._owner.path
         self._lines: list[dict] = []
         self._bar, self._stack = None, ExitStack()
-        log_dir = options.log_dir or (own and own / "tensorboard")
-        self._board = self._outside("tensorboardX", _open_board, log_dir) if log_dir and main else None
-        uses_wandb, self._keeps_checkpoints = options.enable_wandb and main, options.wandb_ckpt
-        self._wandb = self._outside("wandb", _open_wandb, options, own) if uses_wandb else None
+        opening, package = {}, options.track or ("wandb" if options.enable_wandb else None)
+        if main and (log_dir := options.log_dir or (own and own / "tensorboard")):
+            opening["tensorboardX"] = partial(_Board, log_dir)
+        if main and package:
+            opening[package] = partial(_open_run, package, options, own)
+        opened = {name: self._outside(name, call) for name, call in opening.items()}
+        self._records = {name: record for name, record in opened.items() if record is not None}
+        self._keeper = package if options.wandb_ckpt else None
         if self.terminal:
-            from tqdm.contrib.logging import logging_redirect_tqdm
             self._stack.enter_context(logging_redirect_tqdm(loggers=[logger]))  # log lines go above the bar
             # A forked loader process has a copy of the bar as it was, and would draw that below its lines.
             os.register_at_fork(after_in_child=self._stack.close)
@@ -82,7 +89,6 @@ class Tracker:
     def start_epoch(self, epoch: int, first_update: int = 0) -> None:
         """`first_update` is the first update within the epoch, above 0 after resuming in its middle."""
         if self.terminal:
-            from tqdm import tqdm
             # Not dynamic_ncols, which draws nothing where a terminal does not know its width (containers).
             self._bar = tqdm(total=self.updates_per_epoch, initial=first_update, leave=False, miniters=1,
                              ncols=min(shutil.get_terminal_size().columns, 140),
@@ -140,18 +146,17 @@ class Tracker:
         self._write("events.jsonl", lambda path: append_json_line(path, record))
 
     def log_checkpoint(self, path: str | os.PathLike) -> None:
-        """Store a checkpoint at Weights & Biases when that was asked for."""
-        if self._wandb is not None and self._keeps_checkpoints and Path(path).exists():
-            self._outside("wandb", self._wandb.log_artifact, str(path), type="model")
+        """Hand a checkpoint to the tracking package where that was asked for."""
+        if self._keeper in self._records and Path(path).exists():
+            record = self._records[self._keeper]
+            self._outside(self._keeper, partial(record.log_artifact, str(path), type="model"))
 
     def close(self) -> None:
         """Close the bar and the writers; may be called twice."""
         self._close_bar()
-        if self._board is not None:
-            self._outside("tensorboardX", self._board.close)  # a full disk shows here
-        if self._wandb is not None:
-            self._outside("wandb", self._wandb.finish)
-        self._board = self._wandb = None
+        for name, record in self._records.items():
+            self._outside(name, record.finish)  # a full disk shows here
+        self._records = {}
         self._stack.close()
 
     def _close_bar(self) -> None:
@@ -161,17 +166,15 @@ class Tracker:
 
     def _scalars(self, values: Mapping[str, object], update: int) -> None:
         numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
-        if self._board is not None:
-            for name, value in numbers.items():
-                self._outside("tensorboardX", self._board.add_scalar, name, value, update)
-        if self._wandb is not None:
-            self._outside("wandb", self._wandb.log, numbers, step=update)
+        for name, record in self._records.items():
+            self._outside(name, partial(record.log, numbers, step=update))
 
     @staticmethod
-    def _outside(name: str, call: Callable[..., T], *arguments: object, **named: object) -> T | None:
+    def _outside(name: str, call: Callable[[], Any]) -> Any:
         """What `call` gives; nothing that a service outside this project raises ends a training."""
         try:
-            return call(*arguments, **named)
+            with redirect_stdout(sys.stderr):  # standard output is for results
+                return call()
         except ImportError:
             logger.warning("%s is not installed (pip install %s); the run continues without it.", name, name)
         except Exception as error:  # of any type: a missing login, a lost network, a full disk
@@ -190,12 +193,21 @@ class Tracker:
                              "continues.")
 
 
-def _open_board(folder: str | os.PathLike):
-    from tensorboardX import SummaryWriter
-    return SummaryWriter(str(folder))
+class _Board:
+    """TensorBoard's files, with the calls of the packages that track runs."""
+
+    def __init__(self, folder: str | os.PathLike):
+        from tensorboardX import SummaryWriter
+        self.writer = SummaryWriter(str(folder))
+        self.finish = self.writer.close
+
+    def log(self, numbers: Mapping[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
 
 
-def _open_wandb(options: Options, folder: Path | None):
-    import wandb
-    return wandb.init(project=options.project, name=options.exp_name, config=asdict(options), resume="allow",
-                      dir=folder)
+def _open_run(package: str, options: Options, folder: Path | None) -> Any:
+    """A run of `wandb` or `trackio`: their `log`, `log_artifact` and `finish` are the same."""
+    where = {"dir": folder} if package == "wandb" else {}  # trackio keeps all runs of a project together
+    return importlib.import_module(package).init(
+        project=options.project, name=options.exp_name, config=asdict(options), resume="allow", **where)

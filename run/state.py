@@ -219,14 +219,15 @@ def check_resumable(state: State, path: str | os.PathLike) -> None:
 
 
 def check_same_run(state: State, args: State, path: str | os.PathLike,
-                   explicit: bool = False) -> list[str]:
-    """Compare the run a checkpoint comes from with the one at hand, `args` being plain values by option name.
+                   explicit: bool = False, kind: type[Options] = Options) -> list[str]:
+    """Compare the run a checkpoint comes from with the one at hand, `args` being plain values by the names of
+    a `kind` of options.
 
     Returns sentences such as `lr 0.004 there, 0.001 here` for each option that makes a run what it is. Raises
     UserError instead for another model or number of classes, and for any of them unless the checkpoint was
     named with --resume (`explicit`).
     """
-    names = [f.name for f in fields(Options)
+    names = [f.name for f in fields(kind)
              if f.metadata["group"] in RECIPE_GROUPS and f.name not in _MAY_DIFFER]
     plain = lambda value: [*value] if isinstance(value, (list, tuple)) else None if value == "" else value
     old = state.get("args") or {}

@@ -42,12 +42,13 @@ def run(args: argparse.Namespace) -> int:
     side = max(trained.settings.input_size, export.SMALLEST_SIDE)
     out = Path(args.out or f"{trained.name}.{'onnx' if args.kind == 'onnx' else 'pt2'}")
     out.parent.mkdir(parents=True, exist_ok=True)
+    facts = about(trained, side, args.softmax)
     program = export.exported_program(trained.model, side, args.softmax)
     if args.kind == "onnx":
-        export.export_onnx(program, out, about(trained, side, args.softmax))
+        export.export_onnx(program, out, facts)
         exported = export.onnx_function(out)
     else:
-        torch.export.save(program, out, extra_files=about(trained, side, args.softmax))
+        torch.export.save(program, out, extra_files=facts)
         exported = torch.export.load(out).module()
     worst = export.check_exported(trained.model, exported, side, args.softmax)
     logger.info("wrote %s (%s): %s for images of %d pixels, input `images` float32 (batch, 3, height, width) "

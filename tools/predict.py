@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 import native
 from common.errors import UserError
-from common.files import write_text
 from common.log import logger
 from common.outcome import ExitCode
 from common.text import printable
@@ -40,7 +39,7 @@ def find_images(given: list[str]) -> list[str]:
     return found
 
 
-def answers(trained: Trained, paths: list[str], *, topk: int, batch_size: int, workers: int) -> list[dict]:
+def answers(trained: Trained, paths: list[str], *, topk: int, batch_size: int) -> list[dict]:
     """One record per file in order: path, error (None for a readable image), top (best class first)."""
     def read(path: str) -> torch.Tensor | str:
         try:
@@ -49,15 +48,14 @@ def answers(trained: Trained, paths: list[str], *, topk: int, batch_size: int, w
             return str(error)
 
     records = []
-    with ThreadPoolExecutor(workers or 1) as pool, tqdm(total=len(paths), unit="image", disable=None) as bar:
+    with ThreadPoolExecutor() as pool, tqdm(total=len(paths), unit="image", disable=None) as bar:
         for start in range(0, len(paths), batch_size):
             found = list(pool.map(read, paths[start:start + batch_size]))
             images = [image for image in found if isinstance(image, torch.Tensor)]
             predictions = iter(predict(trained.model, torch.stack(images), topk) if images else ())
             for path, image in zip(paths[start:], found):
                 top = [] if isinstance(image, str) else [
-                    {"index": p.index, "class": trained.classes[p.index], "name": p.name,
-                     "probability": p.probability} for p in next(predictions)]
+                    {**p._asdict(), "class": trained.classes[p.index]} for p in next(predictions)]
                 records.append({"path": path, "error": None if top else image, "top": top})
             bar.update(len(found))
     return records
@@ -86,39 +84,29 @@ def arguments() -> argparse.ArgumentParser:
     add("paths", nargs="+", metavar="PATH", help="image files, and folders to search for images")
     add_model_arguments(parser)
     add("--topk", type=int, default=5, help="classes per image (default 5)")
-    add("--out", default="text", metavar="FORMAT",
-        help="json on standard output, or a file name ending in .json (default: lines of text)")
+    add("--out", default="text", choices=["text", "json"], help="format of the answers (default text)")
     add("--heatmap", metavar="DIR", help="also write images of where the model looks (Grad-CAM) to DIR")
     add("--batch_size", type=int, default=32, help="images at a time (default 32)")
-    add("--num_workers", type=int, default=0, help="threads that read images (default 0: one)")
     add("--device", default="cpu", help="cpu (default), cuda, mps, xpu, a numbered one as cuda:1, or auto")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.out not in ("text", "json") and not args.out.endswith(".json"):
-        raise UserError(f"--out {args.out} is not accepted: json, or a file name ending in .json.",
-                        code="invalid_value")
-    if min(args.topk, args.batch_size, args.num_workers + 1) < 1:
-        raise UserError("--topk and --batch_size must be 1 or more, --num_workers 0 or more.",
-                        code="invalid_value")
+    if min(args.topk, args.batch_size) < 1:
+        raise UserError("--topk and --batch_size must be 1 or more.", code="invalid_value")
     paths = find_images(args.paths)
     trained = load_model(args, choose_device(args.device, 0, 1))
     native.attach(trained.model)
-    records = answers(trained, paths, topk=args.topk, batch_size=args.batch_size, workers=args.num_workers)
+    records = answers(trained, paths, topk=args.topk, batch_size=args.batch_size)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
     # JSON in ASCII, so that paths of any bytes come back as they were.
     text = "".join(map(as_text, records)) if args.out == "text" else json.dumps(records, indent=1) + "\n"
-    if args.out in ("text", "json"):
-        sys.stdout.write(text)
-    else:
-        write_text(args.out, text)
+    sys.stdout.write(text)
     if args.heatmap:
         write_heatmaps(trained, records, Path(args.heatmap))
     read = sum(not record["error"] for record in records)
-    logger.info("%d of %d images predicted with %s from %s", read, len(records),
-                trained.name, trained.source)
+    logger.info("%d of %d images predicted with %s from %s", read, len(records), trained.name, trained.source)
     return ExitCode.DONE if read else ExitCode.FAILED
 
 

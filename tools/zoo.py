@@ -1,11 +1,10 @@
-"""Published weights: python -m tools.zoo list | get MODEL | convert FILE --out FILE.
+"""Published weights: python -m tools.zoo list | get MODEL | convert FILE --out FILE | hub RUN --out DIR.
 
 Files are kept in ~/.cache/hornet, or the folder named by --folder or HORNET_CACHE; a file placed there by
 hand is used without a network.
 """
 import argparse
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,28 +13,26 @@ from common.errors import UserError
 from common.files import atomic_write
 from common.log import logger
 from common.safe_load import save_safetensors
-from models.download import cache_folder, fetch_published
+from models.download import HUB_WEIGHTS, cache_folder, fetch_published
+from models.hub import description, push, write_hub
 from models.trained import load
-from models.weights import to_openmmlab
 from models.zoo import VARIANTS
-from run.state import FORMAT
+from report.card import model_card
 from tools.command import add_weights_argument, new_parser, run_command
 
 
 def list_models(args: argparse.Namespace) -> int:
     """A table of all models, what is published of them, and which files are in the folder."""
-    folder = cache_folder(args.folder)
-    table: list[tuple[str, ...]] = []
-    table.append(("model", "parameters", "FLOPs", "size", "classes", "top-1", "top-5", "here", "file"))
+    folder, line = cache_folder(args.folder), "{:25}{:>12} {:>10} {:>5} {:>8} {:>6} {:>6} {:>5}  {}\n".format
+    write = sys.stdout.write
+    write(line("model", "parameters", "FLOPs", "size", "classes", "top-1", "top-5", "here", "file"))
     for name, row in VARIANTS.items():
         here = any((folder / file.name).exists() for file in row.files)
-        numbers = (f"{row.flops / 1e9:.4g} G", row.input_size, row.classes, row.top1 or "-", row.top5 or "-")
-        table.append((name, f"{row.params:,}", *map(str, numbers), "yes" if here else "-",
-                      row.files[0].name if row.files else "none published"))
-    for cells in table:
-        sys.stdout.write("{:25}{:>12} {:>10} {:>5} {:>8} {:>6} {:>6} {:>5}  {}\n".format(*cells))
-    sys.stdout.write("top-1 and top-5 in percent on ImageNet-1k, measured by OpenMMLab on the authors' "
-                     f"weights; parameters with 1000 classes; files in {folder}\n")
+        write(line(name, f"{row.params:,}", f"{row.flops / 1e9:.4g} G", row.input_size, row.classes,
+                   row.top1 or "-", row.top5 or "-", "yes" if here else "-",
+                   row.files[0].name if row.files else "none published"))
+    write("top-1 and top-5 in percent on ImageNet-1k, measured by OpenMMLab on the authors' weights; "
+          f"parameters with 1000 classes; files in {folder}\n")
     return 0
 
 
@@ -46,47 +43,57 @@ def get(args: argparse.Namespace) -> int:
     return 0
 
 
+def hub(args: argparse.Namespace) -> int:
+    """Write a trained model as a folder in the Hub's layout, and upload it if asked to."""
+    trained, out = load(args.source, weights=args.weights), Path(args.out)
+    write_hub(trained, out, model_card(trained, args.push or "USER/NAME", args.licence), args.licence)
+    logger.info("wrote %s: %s for timm, transformers and models.load, from %s, %s", out, HUB_WEIGHTS,
+                trained.source, trained.weights or "bare weights")
+    if args.push:
+        logger.info("pushed to %s", push(out, args.push))
+    return 0
+
+
 def convert(args: argparse.Namespace) -> int:
-    """Write the weights of a file under the published names, or OpenMMLab's, as .pth or .safetensors.
+    """Write the weights of a file, in any naming, under the published names, as .pth or .safetensors.
 
     Class names and image settings go along: without them a file would be evaluated with other images.
     """
-    out, openmmlab = Path(args.out), args.names == "openmmlab"
+    out = Path(args.out)
     if out.suffix not in (".pth", ".safetensors") or out.resolve() == Path(args.file).resolve():
         raise UserError(f"--out {out} is not accepted: it takes another file, in .pth or .safetensors.",
                         code="invalid_value")
     trained = load(args.file, weights=args.weights)
-    state = trained.model.state_dict()
-    about = {"format": FORMAT, "classes": trained.classes,
-             "args": {"model": trained.name, **asdict(trained.settings)}}
-    state = to_openmmlab(state) if openmmlab else state
+    state, about = trained.model.state_dict(), description(trained)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".safetensors":
         save_safetensors(out, state, about)
     else:
-        content = {"state_dict" if openmmlab else "model": state, **about}
-        atomic_write(out, lambda file: torch.save(content, file))
-    logger.info("wrote %s: %d tensors of %s under %s names", out, len(state), trained.source.name,
-                "OpenMMLab's" if openmmlab else "the authors'")
+        atomic_write(out, lambda file: torch.save({"model": state, **about}, file))
+    logger.info("wrote %s: %d tensors of %s", out, len(state), trained.source.name)
     return 0
 
 
 def arguments() -> argparse.ArgumentParser:
     parser = new_parser("zoo", "Published weights of HorNet.", "get hornet_tiny_7x7")
     parser.add_argument("--folder", help="where published files are (default: HORNET_CACHE, ~/.cache/hornet)")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="list|get|convert")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="list|get|convert|hub")
     one = commands.add_parser("list", help="all models, what is published and which files are here")
     one.set_defaults(work=list_models)
     one = commands.add_parser("get", help="download files, check them, print their paths")
     one.set_defaults(work=get)
     one.add_argument("models", nargs="+", metavar="MODEL", help="such as hornet_tiny_7x7")
-    one = commands.add_parser("convert",
-                              help="between the authors' and OpenMMLab's names, .pth and .safetensors")
+    one = commands.add_parser("convert", help="from any naming to the authors', .pth or .safetensors")
     one.set_defaults(work=convert)
     one.add_argument("file", metavar="FILE", help="checkpoint to read, in either naming")
     one.add_argument("--out", required=True, help="file to write, ending in .pth or .safetensors")
-    one.add_argument("--names", default="authors", choices=["authors", "openmmlab"],
-                     help="names of the tensors to write (default authors)")
+    add_weights_argument(one)
+    one = commands.add_parser("hub", help="a folder for the Hugging Face Hub: weights, config.json and card")
+    one.set_defaults(work=hub)
+    one.add_argument("source", metavar="RUN|CHECKPOINT", help="run folder (its best checkpoint) or file")
+    one.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    one.add_argument("--push", metavar="USER/NAME", help="also upload it (after `hf auth login`)")
+    one.add_argument("--licence", default="mit", help="of the weights, by the Hub's name (default mit)")
     add_weights_argument(one)
     return parser
 

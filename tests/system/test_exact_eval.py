@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine import Evaluation, Observer, evaluate, true_float32
+from engine import Evaluation, Observer, evaluate
 from tests.kits.toy import CLASSES, Alone, Toy, batch, in_processes
 
 COUNT = 23
@@ -85,16 +85,6 @@ def test_a_subset_of_the_classes():
     images, targets = evaluation.prepare(batch(range(COUNT), [-1] * COUNT))
     assert result.hits1 == int((Toy().eval()(images)[:, [2, 4]].argmax(1) == targets).sum())
     assert result.hits5 == COUNT  # top-2 of two classes
-
-
-def test_modes_and_precision_settings_are_put_back():
-    places = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul
-    before = [place.fp32_precision for place in places]
-    model = Toy().train()
-    evaluate([("a", model)], batches(Alone()), Evaluation(prepare, torch.device("cpu")))
-    with true_float32():
-        assert [place.fp32_precision for place in places] == ["ieee"] * 3
-    assert [place.fp32_precision for place in places] == before
 
 
 def test_reduced_precision_is_asked_for():

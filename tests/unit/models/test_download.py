@@ -3,20 +3,34 @@ import hashlib
 import http.server
 import io
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from models import download
 from models.download import cache_folder, fetch, fetch_published, local_file
-from models.zoo import PUBLISHED, PublishedFile
+from models.weights import to_openmmlab
+from models.zoo import PUBLISHED, VARIANTS, PublishedFile
 from tests.kits.errors import refused
+from tests.kits.trained import lively
 
-_BUFFER = io.BytesIO()
-torch.save({"model": {"w": torch.arange(30000.0)}}, _BUFFER)
-DATA = _BUFFER.getvalue()
-PREFIX = hashlib.sha256(DATA).hexdigest()[:8]
+MODEL = lively()
+
+
+def packed(content) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+ANSWERS = {"good": packed({"model": MODEL.state_dict()}),
+           "openmmlab": packed({"state_dict": to_openmmlab(MODEL.state_dict()), "meta": {"epoch": 300}}),
+           "page": b"<!DOCTYPE html><title>Log in</title>", "text": b"{\"error\": \"link expired\"}"}
+DATA = ANSWERS["good"]
+PREFIX = {kind: hashlib.sha256(data).hexdigest()[:8] for kind, data in ANSWERS.items()}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -32,7 +46,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         if kind == "silent" and bad:
             threading.Event().wait(1.5)
-        body = b"<!DOCTYPE html><title>Log in</title>" if kind == "page" else DATA
+        body = ANSWERS.get(kind, DATA)
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -56,8 +70,8 @@ def server(monkeypatch):
     thread.join()
 
 
-def published(server, kind, prefix=PREFIX):
-    return PublishedFile("model.pth", f"{server.url}/{kind}.pth", prefix)
+def published(server, kind, prefix=PREFIX["good"]):
+    return [PublishedFile("model.pth", f"{server.url}/{kind}.pth", prefix)]
 
 
 def test_a_whole_file_is_downloaded_once(server, tmp_path):
@@ -66,47 +80,53 @@ def test_a_whole_file_is_downloaded_once(server, tmp_path):
     assert server.asked == ["good"] and [p.name for p in path.parent.iterdir()] == ["model.pth"]
 
 
-@pytest.mark.parametrize("kind", ["busy", "half", "silent"])
-@pytest.mark.parametrize("prefix", [PREFIX, ""])
-def test_a_failed_download_is_retried(server, tmp_path, kind, prefix):
-    server.failures = 2 if kind != "silent" else 1
+@pytest.mark.parametrize("kind, failures", [("busy", 2), ("half", 2), ("silent", 1)])
+@pytest.mark.parametrize("prefix", [PREFIX["good"], ""])
+def test_a_failed_download_is_retried(server, tmp_path, kind, failures, prefix):
+    server.failures = failures
     assert fetch(published(server, kind, prefix), tmp_path).read_bytes() == DATA
-    assert len(server.asked) == (3 if kind != "silent" else 2)
+    assert len(server.asked) == failures + 1
 
 
-@pytest.mark.parametrize("kind, prefix", [
-    ("missing", PREFIX), ("page", ""), ("page", PREFIX), ("good", "00000000")])
+@pytest.mark.parametrize("kind, prefix", [("missing", PREFIX["good"]), ("page", ""), ("page", PREFIX["good"]),
+                                          ("text", ""), ("good", "00000000")])
 def test_another_answer_is_one_sentence_with_name_address_and_place(server, tmp_path, kind, prefix):
-    with refused("download_failed", "model.pth", f"{server.url}/{kind}.pth", tmp_path / "model.pth", "HORNET_CACHE"):
+    with refused("download_failed", "model.pth", f"{server.url}/{kind}.pth", tmp_path, "HORNET_CACHE"):
         fetch(published(server, kind, prefix), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("prefix", [PREFIX, ""])
+@pytest.mark.parametrize("kinds", [("openmmlab", "good"), ("good", "openmmlab"), ("missing", "good"),
+                                   ("page", "openmmlab")])
+def test_each_source_in_either_naming_gives_the_same_model(server, tmp_path, monkeypatch, kinds):
+    """`pretrained=True` takes the first source whose answer is the file, whatever its tensors are called."""
+    files = tuple(PublishedFile(f"{kind}.pth", f"{server.url}/{kind}.pth", PREFIX["openmmlab"] if kind == "openmmlab" else "")
+                  for kind in kinds)
+    monkeypatch.setitem(VARIANTS, "hornet_pico_gf", replace(VARIANTS["hornet_pico_gf"], files=files))
+    model = timm.create_model("hornet_pico_gf", pretrained=True, num_classes=4, cache_dir=tmp_path)
+    assert all(torch.equal(value, MODEL.state_dict()[name]) for name, value in model.state_dict().items())
+    assert server.asked[-1] == next(kind for kind in kinds if kind in ("good", "openmmlab"))
+
+
+@pytest.mark.parametrize("prefix", [PREFIX["good"], ""])
 def test_a_file_placed_by_hand_is_checked_and_needs_no_server(tmp_path, prefix):
     file = PublishedFile("model.pth", "https://127.0.0.1:9/x.pth", prefix)  # nothing listens there
     (tmp_path / "model.pth").write_bytes(DATA)
-    assert fetch(file, tmp_path) == tmp_path / "model.pth"
+    assert fetch([file], tmp_path) == tmp_path / "model.pth"
     (tmp_path / "model.pth").write_bytes(b"<html>please log in</html>")
     with refused("download_failed", "https://127.0.0.1:9/x.pth"):
-        fetch(file, tmp_path)
+        fetch([file], tmp_path)
     assert (tmp_path / "model.pth").exists()
-
-
-def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with refused("download_failed", "HORNET_CACHE"):
-        fetch(PublishedFile("model.pth", "https://127.0.0.1:9/x.pth"), tmp_path / "file" / "below")
+        fetch([file], tmp_path / "file" / "below")
 
 
-def test_only_https_except_from_this_machine(tmp_path):
+def test_addresses_are_https_and_each_gets_a_name_of_its_own(server, tmp_path, monkeypatch):
     for url in ("http://example.org/a.pth", "http://127.0.0.1.evil/a"):
         with refused("not_https", url):
             local_file(url)
     assert local_file(tmp_path / "a.pth") == str(tmp_path / "a.pth")
-
-
-def test_any_address_gets_a_name_of_its_own(server, tmp_path, monkeypatch):
     monkeypatch.setenv("HORNET_CACHE", str(tmp_path))
     a, b = (Path(local_file(server.url + end)) for end in ("/x/../..%2f..%2fbest.pth?dl=1", "/y/best.pth"))
     assert a != b and a.parent == b.parent == tmp_path == cache_folder() and a.read_bytes() == DATA

@@ -21,6 +21,10 @@ from tests.kits.trained import checkpoint, lively
 CLASSES = ["ant", "bee", "猫", "dog"]
 
 
+def drawn(width, height):
+    return Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
 def same(model, other):
     return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
 
@@ -63,7 +67,7 @@ def test_a_file_gives_what_it_says_scored(run, two, name, weights, index):
 
 def test_the_model_names_its_classes_for_people(run):
     trained = models.load(run)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
+    image = drawn(90, 70)
     image.save(run / "a.png")
     answers = predict(trained.model, [run / "a.png", str(run / "a.png")], batch_size=1)
     assert answers[0] == answers[1] == predict(trained.model, image)[0]
@@ -76,7 +80,7 @@ def test_the_model_names_its_classes_for_people(run):
 def test_the_transform_gives_the_values_of_the_evaluation(tmp_path, two, size, crop_pct, imagenet, width, height):
     path = checkpoint(tmp_path / "c.pth", two[0], model="hornet_pico_gf", input_size=size, crop_pct=crop_pct,
                       imagenet_default_mean_and_std=imagenet)
-    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    image = drawn(width, height)
     pixels = torch.tensor(eval_transform(size, crop_pct)(image))
     settings = ImageSettings(imagenet_default_mean_and_std=imagenet)
     wanted = Normalise(settings, "cpu")(pixels[None])[0].permute(2, 0, 1)
@@ -85,7 +89,7 @@ def test_the_transform_gives_the_values_of_the_evaluation(tmp_path, two, size, c
 
 
 def test_a_run_with_exif_orientation_turns_images_here_too(tmp_path, two):
-    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (60, 90, 3), dtype=np.uint8))
+    image = drawn(90, 60)
     exif = image.getexif()
     exif[0x0112] = 6
     image.save(tmp_path / "turned.jpg", exif=exif)
@@ -108,20 +112,12 @@ def test_files_of_others(tmp_path, two):
     assert same(models.load(path).model, without)
 
 
-def test_a_published_name_gives_the_published_weights(tmp_path, monkeypatch):
-    model = lively("hornet_tiny_7x7", classes=1000)
-    torch.save({"model": model.state_dict()}, tmp_path / "hornet_tiny_7x7.pth")
-    monkeypatch.setenv("HORNET_CACHE", str(tmp_path))
-    trained = models.load("hornet_tiny_7x7")
-    assert same(trained.model, model) and trained.settings == ImageSettings() and trained.classes[0] == "n01440764"
-
-
 def test_mistakes_are_one_sentence(tmp_path, run):
     file = run / "checkpoint-best.pth"
     (tmp_path / "empty").mkdir()
     with refused("missing_checkpoint", tmp_path / "empty"):
         models.load(tmp_path / "empty")
-    with refused("unknown_model", "hornet_tine", "hornet_tiny_7x7"):
+    with refused("unknown_model", "hornet_tine"):
         models.load(file, model="hornet_tine")
     with refused("other_model", "hornet_pico_gf"):
         models.load(file, model="hornet_nano_7x7")

@@ -1,5 +1,6 @@
 """The rows of models/zoo.py agree with the registry, the recipes, the option's help, README and the class
 lists."""
+import hashlib
 import re
 from pathlib import Path
 
@@ -33,21 +34,20 @@ def test_parameters_flops_and_input_size_are_those_of_the_model(name):
     assert config.url == (variant.files[0].url if variant.files else "")
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if PUBLISHED[name].recipe])
-def test_the_recipe_trains_this_model(name):
-    recipe = yaml.safe_load((ROOT / "recipes" / f"{PUBLISHED[name].recipe}.yaml").read_text())
-    assert recipe["model"] == name
+def test_recipes_are_named_after_the_model_that_they_train():
+    for path in (ROOT / "recipes").glob("hornet_*.yaml"):
+        assert yaml.safe_load(path.read_text())["model"] == re.sub("_(in22k|ft1k_384)$", "", path.stem) + (
+            "_img384" if path.stem == "hornet_large_gf_ft1k_384" else "")
 
 
 def test_published_files():
     assert [len(row.files) for row in PUBLISHED.values()] == [2] * 6 + [0, 1, 1, 1]
     files = [file for row in PUBLISHED.values() for file in row.files]
-    assert len({file.name for file in files}) == len({file.url for file in files}) == 15
-    for row in PUBLISHED.values():
-        for file in row.files:
-            assert file.url.startswith("https://") and file.name.endswith(f"{file.sha256_prefix}.pth")
-            assert re.search(r"/f/[0-9a-f]{20}/", file.url) or len(file.sha256_prefix) == 8
-        assert not row.top1 or "openmmlab" in row.files[0].url
+    assert len({file.name for file in files}) == 15 and all(file.url.startswith("https://") for file in files)
+    assert all("openmmlab" in row.files[0].url for row in PUBLISHED.values() if row.top1)
+    # As checked against the published lists: a letter that changes here is a dead link or another model.
+    lines = "".join(f"{file.name} {file.url} {file.sha256_prefix}\n" for file in files)
+    assert hashlib.sha256(lines.encode()).hexdigest()[:16] == "d57918501dbf7a0a"
 
 
 def test_class_lists():

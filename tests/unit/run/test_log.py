@@ -7,6 +7,7 @@ import math
 import os
 import pty
 import select
+import sqlite3
 import struct
 import sys
 import termios
@@ -205,10 +206,10 @@ class Wandb(types.ModuleType):
         raise RuntimeError("the network is gone")  # which ends no training
 
 
-def test_wandb_gets_figures_and_at_the_end_the_best_and_the_last_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("flag", [{"enable_wandb": "true"}, {"track": "wandb"}])
+def test_wandb_gets_figures_and_at_the_end_the_best_and_the_last_checkpoint(flag, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
-    argv = arguments(write_images(tmp_path / "images"), tmp_path / "run", epochs=1, enable_wandb="true",
-                     wandb_ckpt="true", exp_name="first")
+    argv = arguments(write_images(tmp_path / "images"), tmp_path / "run", epochs=1, wandb_ckpt="true", exp_name="first", **flag)
     assert main.main(argv) == 0
     calls = wandb.calls
     assert calls[0] == ("init", "hornet", "first", tmp_path / "run") and calls[-1] == ("finish",)
@@ -217,7 +218,22 @@ def test_wandb_gets_figures_and_at_the_end_the_best_and_the_last_checkpoint(tmp_
         "checkpoint-best.pth", "checkpoint-best-ema.pth", "checkpoint-0.pth"]
 
 
-def test_missing_wandb_is_one_line(logged, monkeypatch):
+def test_trackio_keeps_the_figures_offline_and_standard_output_stays_for_results(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    pytest.importorskip("trackio")
+    t = tracker(None, track="trackio", exp_name="first", wandb_ckpt=True)
+    t.end_epoch(at(0), {"test_acc1": 81.25}, 1.0)
+    (tmp_path / "checkpoint-0.pth").write_bytes(b"weights")
+    t.log_checkpoint(tmp_path / "checkpoint-0.pth")
+    t.close()
+    assert capfd.readouterr().out == ""
+    with sqlite3.connect(tmp_path / "hornet.db") as database:
+        ((run, step, figures),) = database.execute("select run_name, step, metrics from metrics").fetchall()
+    assert (run, step, json.loads(figures)["epoch/test_acc1"]) == ("first", 10, 81.25)
+    assert any(path.read_bytes() == b"weights" for path in (tmp_path / "artifacts").rglob("*") if path.is_file())
+
+
+def test_a_missing_package_is_one_line(logged, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     t = tracker(None, enable_wandb=True)
     t.end_epoch(at(0), {}, 1.0)

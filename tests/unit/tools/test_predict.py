@@ -34,11 +34,9 @@ def images(tmp_path):
 
 
 def test_json_has_the_checkpoints_names_and_transform_and_unreadable_files(file, images, capsys):
-    argv = [str(images), "--resume", str(file), "--topk", "9", "--batch_size", "2", "--out"]
-    assert main([*argv, "json"]) == 0 and main([*argv, str(images / "a.json")]) == 0
-    text = capsys.readouterr().out
-    rows, trained = {row["path"]: row for row in json.loads(text)}, load(file)
-    assert len(rows) == 5 and (images / "a.json").read_text() == text
+    assert main([str(images), "--resume", str(file), "--topk", "9", "--batch_size", "2", "--out", "json"]) == 0
+    rows, trained = {row["path"]: row for row in json.loads(capsys.readouterr().out)}, load(file)
+    assert len(rows) == 5
     bad = rows[str(images / "broken.jpg")]
     assert bad["top"] == [] and bad["error"]
     for name in ("a.png", "déjà vu/猫 \n.jpg", "grey.png"):
@@ -50,16 +48,12 @@ def test_json_has_the_checkpoints_names_and_transform_and_unreadable_files(file,
         assert [t["class"] for t in row["top"]] == [CLASSES[t["index"]] for t in row["top"]]
 
 
-def test_batches_and_threads_change_nothing(file, images, capsys):
+def test_batches_change_nothing_and_heat_maps_are_written(file, images, tmp_path, capsys):
     texts = []
-    for extra in (["--batch_size", "1"], ["--batch_size", "4"], ["--num_workers", "2", "--batch_size", "2"]):
-        assert main([str(images), "--resume", str(file.parent), *extra]) == 0
+    for size in "14":
+        assert main([str(images), "--resume", str(file.parent), "--batch_size", size, "--heatmap", str(tmp_path / "maps")]) == 0
         texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1] == texts[2] and "not readable" in texts[0] and "猫" in texts[0]
-
-
-def test_heat_maps(file, images, tmp_path):
-    assert main([str(images), "--resume", str(file), "--weights", "ema", "--heatmap", str(tmp_path / "maps")]) == 0
+    assert texts[0] == texts[1] and "not readable" in texts[0] and "猫" in texts[0]
     made = sorted((tmp_path / "maps").iterdir())
     assert len(made) == 4 and Image.open(made[0]).size == (64, 64)
 
@@ -67,10 +61,7 @@ def test_heat_maps(file, images, tmp_path):
 @pytest.mark.parametrize("argv, named", [
     (["EMPTY", "--resume", "FILE"], "empty"),
     (["IMAGES"], "--resume"), (["IMAGES", "--model", "hornet_tine"], "hornet_tine"),
-    (["IMAGES", "--resume", "IMAGES"], "images"), (["IMAGES", "--resume", "FILE", "--out", "xml"], "--out xml"),
-    (["IMAGES", "--resume", "FILE", "--topk", "0"], "--topk"),
-    (["IMAGES", "--resume", "FILE", "--input_size", "16"], "--input_size 16"),
-    (["IMAGES", "--resume", "FILE", "--model", "hornet_nano_7x7"], "hornet_pico_gf"),
+    (["IMAGES", "--resume", "IMAGES"], "images"), (["IMAGES", "--resume", "FILE", "--topk", "0"], "--topk"),
     (["IMAGES", "--resume", "FILE", "--device", "gpu"], "--device gpu"),
 ])
 def test_mistakes_are_one_sentence_and_exit_2(argv, named, file, images, tmp_path, capfd):

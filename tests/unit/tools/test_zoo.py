@@ -15,17 +15,13 @@ from tools.zoo import main
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """One set of weights as the authors', OpenMMLab's and a training run's file."""
-    folder, model = tmp_path_factory.mktemp("files"), lively(classes=10)
-    state = model.state_dict()
-    torch.save({"model": state}, folder / "authors.pth")
-    torch.save({"state_dict": to_openmmlab(state), "meta": {"epoch": 300}}, folder / "openmmlab.pth")
-    checkpoint(folder / "run.pth", model, lively(classes=10, seed=1), scored="model_ema", classes=list("abcdefghij"))
-    return folder, state
-
-
-def same(found, wanted):
-    return set(found) == set(wanted) and all(torch.equal(found[k], wanted[k]) for k in wanted)
+    """One set of weights as OpenMMLab's file; a run's, whose moving average scored, with settings of its own."""
+    folder, model = tmp_path_factory.mktemp("files"), lively("hornet_pico_7x7", 2, layer_scale_init_value=0)
+    torch.save({"state_dict": to_openmmlab(lively(classes=10).state_dict()), "meta": {}}, folder / "openmmlab.pth")
+    checkpoint(folder / "run.pth", model, lively("hornet_pico_7x7", 2, 1, layer_scale_init_value=0), scored="model_ema",
+               classes=["a", "b"], model="hornet_pico_7x7", input_size=96, crop_pct=1.0,
+               imagenet_default_mean_and_std=False, layer_scale_init_value=0.0, lr=0.1)
+    return folder
 
 
 def test_list_shows_every_published_model_and_where_files_are(tmp_path, capsys):
@@ -37,60 +33,38 @@ def test_list_shows_every_published_model_and_where_files_are(tmp_path, capsys):
     assert "22,409,512" in lines[1] and "none published" in lines[7]
 
 
-@pytest.mark.parametrize("source", ["authors.pth", "openmmlab.pth"])
+@pytest.mark.parametrize("source", ["openmmlab.pth", "run.pth"])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_both_namings_convert_both_ways_bit_for_bit(files, source, suffix, tmp_path):
-    folder, state = files
+@pytest.mark.parametrize("weights", ["auto", "model"])
+def test_a_converted_file_is_the_same_model_on_the_same_images(files, source, suffix, weights, tmp_path):
+    """Weights that scored, classes, crop, size, normalisation and the lack of a layer scale go along."""
     there, back = tmp_path / f"there{suffix}", tmp_path / "back.pth"
-    assert main(["convert", str(folder / source), "--out", str(there), "--names", "openmmlab"]) == 0
-    names = safe_torch_load(there)
-    assert set(names.get("state_dict") or names["model"]) == set(to_openmmlab(state))
+    assert main(["convert", str(files / source), "--out", str(there), "--weights", weights]) == 0
     assert main(["convert", str(there), "--out", str(back)]) == 0
-    assert same(safe_torch_load(back)["model"], state) and same(load(there).model.state_dict(), state)
-
-
-def test_the_weights_that_scored_are_converted_with_their_class_names(files, tmp_path):
-    folder, state = files
-    for suffix in (".pth", ".safetensors"):
-        assert main(["convert", str(folder / "run.pth"), "--out", str(tmp_path / f"best{suffix}")]) == 0
-        found = load(tmp_path / f"best{suffix}")
-        assert found.classes == list("abcdefghij")
-        assert same(found.model.state_dict(), load(folder / "run.pth", weights="ema").model.state_dict())
-    assert main(["convert", str(folder / "run.pth"), "--out", str(tmp_path / "raw.pth"), "--weights", "model"]) == 0
-    assert same(safe_torch_load(tmp_path / "raw.pth")["model"], state)
-
-
-@pytest.mark.parametrize("names", ["authors", "openmmlab"])
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_converted_run_sees_the_same_images(names, suffix, tmp_path):
-    """The crop, the size, the normalisation and the lack of a layer scale are the run's, not the defaults."""
-    run = checkpoint(tmp_path / "run.pth", lively("hornet_pico_7x7", 2, layer_scale_init_value=0), classes=["a", "b"],
-                     model="hornet_pico_7x7", input_size=96, crop_pct=1.0, imagenet_default_mean_and_std=False,
-                     layer_scale_init_value=0.0, lr=0.1)
-    out = tmp_path / f"converted{suffix}"
-    assert main(["convert", str(run), "--out", str(out), "--names", names]) == 0
-    before, after = load(run), load(out)
-    assert (after.name, after.classes, after.settings) == (before.name, before.classes, before.settings)
-    assert after.settings.crop_pct == 1.0 and same(after.model.state_dict(), before.model.state_dict())
-    assert "lr" not in safe_torch_load(out)["args"]
+    before, content = load(files / source, weights=weights), safe_torch_load(back)
+    for after in (load(there), load(back)):
+        assert (after.name, after.classes, after.settings) == (before.name, before.classes, before.settings)
+        for name, value in before.model.state_dict().items():
+            assert torch.equal(after.model.state_dict()[name], value) and torch.equal(content["model"][name], value)
+    assert "lr" not in content["args"]
 
 
 def test_get_prints_the_path_of_a_checked_file_or_where_to_put_it(files, tmp_path, monkeypatch, capfd):
     """What a server does is in tests/unit/models/test_download.py; here none listens."""
     monkeypatch.setattr("models.download.time.sleep", lambda seconds: None)
     path, get = tmp_path / "openmmlab.pth", ["--folder", str(tmp_path), "get", "hornet_tiny_7x7"]
-    file = zoo.PublishedFile(path.name, "https://127.0.0.1:9/x.pth", sha256_file(files[0] / path.name)[:8])
+    file = zoo.PublishedFile(path.name, "https://127.0.0.1:9/x.pth", sha256_file(files / path.name)[:8])
     monkeypatch.setitem(zoo.VARIANTS, "hornet_tiny_7x7", replace(zoo.VARIANTS["hornet_tiny_7x7"], files=(file,)))
-    assert main(get) == 2 and str(path) in capfd.readouterr().err
-    shutil.copy(files[0] / path.name, path)
+    assert main(get) == 2 and path.name in (said := capfd.readouterr().err) and str(tmp_path) in said
+    shutil.copy(files / path.name, path)
     assert main(get) == 0 and capfd.readouterr().out.strip() == str(path)
 
 
 @pytest.mark.parametrize("argv, named", [
     (["get", "hornet_pico_gf"], "hornet_pico_gf"), (["convert", "FILE", "--out", "x.bin"], ".safetensors"),
-    (["convert", "FILE", "--out", "FILE"], "authors.pth"), (["convert", "missing.pth", "--out", "x.pth"], "missing.pth"),
+    (["convert", "FILE", "--out", "FILE"], "run.pth"), (["convert", "missing.pth", "--out", "x.pth"], "missing.pth"),
 ])
 def test_mistakes_are_one_sentence_and_exit_2(files, argv, named, capfd):
-    assert main([str(files[0] / "authors.pth") if word == "FILE" else word for word in argv]) == 2
+    assert main([str(files / "run.pth") if word == "FILE" else word for word in argv]) == 2
     err = capfd.readouterr().err
     assert named in err and len(err.splitlines()) == 1
