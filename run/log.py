@@ -58,7 +58,7 @@ class Tracker:
             opening[package] = partial(_open_run, package, options, own)
         opened = {name: self._outside(name, call) for name, call in opening.items()}
         self._records = {name: record for name, record in opened.items() if record is not None}
-        self._keeper = package if options.wandb_ckpt else None
+        self._keeper = package if options.wandb_ckpt and package else ""
         if self.terminal:
             self._stack.enter_context(logging_redirect_tqdm(loggers=[logger]))  # log lines go above the bar
             # A forked loader process has a copy of the bar as it was, and would draw that below its lines.
