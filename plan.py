@@ -24,8 +24,9 @@ from datasets.sampler import GlobalBatchSampler
 from evaluation import amp_dtype
 from launch.process import Process
 from models.compile import compile_model
-from models.download import fetch_published, local_file
+from models.download import fetch_published
 from models.hornet import HorNet
+from models.trained import locate
 from models.weights import load_for_model
 from optim.build import build_loss, build_optimizer
 from optim.schedule import build_schedule
@@ -49,10 +50,10 @@ def find_data(options: Options, process: Process, state: State) -> Data:
     if not state:  # what would otherwise be refused only when all images have been indexed, minutes later
         build_optimizer(nn.Linear(1, 1), replace(options, layer_decay=1.0))
         if options.finetune:
-            process.on_rank_zero(lambda: bool(safe_torch_load(local_file(options.finetune))))
+            process.on_rank_zero(lambda: bool(safe_torch_load(locate(options.finetune))))
     return process.local_first(lambda: build_data(
         options, train=True, evaluate=not options.disable_eval, rank_zero=process.local_rank == 0,
-        class_names=state.get("classes")))
+        class_names=state.get("classes"), order=(state.get("order") or "") if state else None))
 
 
 def plan_run(resolved: Resolved, process: Process, state: State | None, *,
@@ -87,7 +88,7 @@ def load_start_weights(model: HorNet, options: Options, data: Data, process: Pro
     if not options.pretrained and not options.finetune:
         return
     source = process.on_rank_zero(lambda: str(fetch_published(options.model)) if options.pretrained
-                                  else local_file(options.finetune))
+                                  else str(locate(options.finetune)))
     load_for_model(model, source, model_key=options.model_key, prefix=options.model_prefix,
                    weights=options.weights, allow_partial=options.allow_partial,
                    class_names=data.class_names, new_head=True)

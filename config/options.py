@@ -99,6 +99,8 @@ class Options:
     eval_data_path: str | None = _data(None, "folder of the evaluation images when it is not data_path/val")
     nb_classes: int | None = _data(None, "classes; none: ImageNet's 1000, else one per folder", at_least(1))
     val_labels: str | None = _data(None, "labels of a flat val folder: CSV of name, synset; or the devkit's")
+    val_fraction: float = _data(0.0, "part of the training images held back where there is no val", BELOW_ONE)
+    allow_slow_parquet: bool = _data(False, "train from parquet, which reads a group of rows for each image")
     allow_class_mismatch: bool = _data(False, "accept a val folder with classes missing or added")
     allow_bad_images: bool = _data(False, "evaluate unreadable images too, each counts as incorrect")
     reindex: bool = _data(False, "read the data folder again instead of using the saved index")

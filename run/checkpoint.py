@@ -354,8 +354,9 @@ class Checkpoints:
         else:
             loaded = Checkpoints(resume).newest_valid() if os.path.isdir(resume) else load(resume)
         if loaded is None and resume:
-            raise UserError(f"--resume {resume}: no such checkpoint (run folder: {self.folder}); name a file "
-                            "or leave the option out.", code="no_valid_checkpoint")
+            raise UserError(f"--resume {resume}: no such checkpoint (run folder: {self.folder}); name a "
+                            "file, leave the option out, or start from weights alone with --finetune.",
+                            code="no_valid_checkpoint")
         return loaded
 
     def set_aside_newer(self, loaded: Loaded) -> list[str]:
