@@ -228,7 +228,7 @@ def check_same_run(state: State, args: State, path: str | os.PathLike,
     named with --resume (`explicit`).
     """
     names = [f.name for f in fields(kind)
-             if f.metadata["group"] in RECIPE_GROUPS and f.name not in _MAY_DIFFER]
+             if f.metadata.get("group") in RECIPE_GROUPS and f.name not in _MAY_DIFFER]
     plain = lambda value: [*value] if isinstance(value, (list, tuple)) else None if value == "" else value
     old = state.get("args") or {}
     found = [f"{name} {old[name]} there, {args[name]} here" for name in (*names, *_ALSO)
