@@ -12,6 +12,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -46,7 +47,7 @@ _FOR_A_CPU = 5_000_000  # parameters; no update of a larger network is tried on 
 
 def check(resolved: Resolved, process: Process, watchdog: Watchdog) -> ExitCode:
     """Try what `resolved` asks for. Raises UserError for what is wrong, on every rank."""
-    run, folder = DryRun(process, Trial(process, watchdog)), resolved.options.output_dir
+    run, folder = DryRun(process, watchdog), resolved.options.output_dir
     if folder:
         process.on_rank_zero(lambda: check_writable("--output_dir", folder))
     run.row("processes", f"{process.world_size} on {process.device.type}, code {code_version()}")
@@ -56,12 +57,16 @@ def check(resolved: Resolved, process: Process, watchdog: Watchdog) -> ExitCode:
     return ExitCode.DONE
 
 
-class Trial(Heartbeats):
-    """Stops the engine after a few updates and keeps its figures; the watchdog gets its heartbeats."""
+class DryRun(Heartbeats):
+    """The parts of a dry run; each logs aligned rows as it goes: one where something hangs is seen.
+
+    As the engine's observer it ends a training after a few updates and keeps their figures.
+    """
 
     def __init__(self, process: Process, watchdog: Watchdog):
         super().__init__(watchdog)
-        self.process = process
+        self.process, self.on_cpu = process, process.device.type == "cpu"
+        self.found: list[str] = []
         self.start, self.updates = time.perf_counter(), 0
         self.seen: list[tuple[float, float, float]] = []  # seconds, those of them waiting for data, loss
         self.nonfinite: list[dict] = []
@@ -87,22 +92,13 @@ class Trial(Heartbeats):
         images *= max(len(self.seen) - 1, 1)
         return images / max(seconds - waited, 1e-9), waited / max(seconds, 1e-9)
 
-
-class DryRun:
-    """The parts of a dry run; each logs aligned rows as it goes: one where something hangs is seen."""
-
-    def __init__(self, process: Process, trial: Trial):
-        self.process, self.trial, self.found = process, trial, []
-        self.on_cpu = process.device.type == "cpu"
-
     def row(self, label: str, *sentences: str, mark: str = "  ") -> None:
         """What was found, each sentence on lines of its own."""
-        width = min(shutil.get_terminal_size((110, 24)).columns, 120)
+        width = max(60, min(shutil.get_terminal_size((110, 24)).columns, 120))
         for text in sentences:
-            for line in textwrap.wrap(text, max(width, 60), initial_indent=f"{mark}{label:16s}",
-                                      subsequent_indent=18 * " ", break_long_words=False,
-                                      break_on_hyphens=False):
-                logger.info("%s", line)
+            logger.info("%s", textwrap.fill(
+                text, width, initial_indent=f"{mark}{label:16s}", subsequent_indent=18 * " ",
+                break_long_words=False, break_on_hyphens=False))
 
     def problems(self, label: str, sentences: list[str]) -> None:
         """What would spoil the run; the dry run ends with exit code 2."""
@@ -112,8 +108,7 @@ class DryRun:
     def end(self) -> None:
         """Raise UserError with the first problem, or report that all is well."""
         if self.found:
-            more = len(self.found) - 1
-            more = f" ({more} more above, marked with !)" if more else ""
+            more = f" ({len(self.found) - 1} more above, marked with !)" if self.found[1:] else ""
             raise UserError(self.found[0] + more, code="dry_run")
         logger.info("All is well; the same command without --dry_run starts it.")
 
@@ -144,25 +139,25 @@ class DryRun:
             self._disk(options, self._updates(planned, state, loading))
 
     def evaluation(self, resolved: Resolved) -> None:
-        """Load the weights and score a sample of the images."""
-        prepared = prepare_evaluation(resolved, self.process, self.trial)
-        candidates, data, options = prepared.candidates, prepared.data, prepared.options
-        assert data.val is not None
-        self.row("data", *data.notes)
-        _, bad = self._images("val", data.val)
-        self.problems("val images", [
-            f"{sentence}, which ends an evaluation: fix it, or count unreadable images as incorrect with "
-            "--allow_bad_images true." for sentence in bad[:0 if options.allow_bad_images else 1]])
-        size = sum(p.numel() for p in candidates[0].network.parameters())
-        count = 2 * self.process.world_size if self.on_cpu and size > _FOR_A_CPU else _SAMPLED
-        found = self._score([(c.weights, c.network) for c in candidates], data, options,
-                            prepared.evaluation, count)
-        for candidate, each in zip(candidates, found):
-            self.row("weights", f"{candidate.path} ({candidate.weights}): {each.hits1} of {each.images} "
-                     f"sampled images correct, mean loss {each.loss:.3f}")
+        """Load the weights and score a sample of each set of images."""
+        for prepared in prepare_evaluation(resolved, self.process, self):
+            candidates, data, options = prepared.candidates, prepared.data, prepared.options
+            assert data.val is not None
+            self.row("data", *data.notes)
+            _, bad = self._images("val", data.val)
+            self.problems("val images", [
+                f"{sentence}, which ends an evaluation: fix it, or count unreadable images as incorrect with "
+                "--allow_bad_images true." for sentence in bad[:0 if options.allow_bad_images else 1]])
+            large = sum(p.numel() for p in candidates[0].network.parameters()) > _FOR_A_CPU
+            count = 2 * self.process.world_size if self.on_cpu and large else _SAMPLED
+            networks = [(candidate.weights, candidate.network) for candidate in candidates]
+            found = self._score(networks, data, options, prepared.evaluation, count)
+            for candidate, each in zip(candidates, found):
+                self.row("weights", f"{candidate.path} ({candidate.weights}): {each.hits1} of {each.images} "
+                         f"sampled images correct, mean loss {each.loss:.3f}")
+            whole = found[0].seconds * len(data.val) / found[0].images
+            self.row("whole set", f"{len(data.val)} images would take {duration(whole)}")
         self._memory()
-        whole = found[0].seconds * len(data.val) / found[0].images
-        self.row("whole set", f"{len(data.val)} images would take {duration(whole)}")
 
     # ----------------------------------------------------------------------------------------- single rows
 
@@ -179,47 +174,43 @@ class DryRun:
         assert data.val is not None
         chosen = np.unique(np.linspace(0, len(data.val) - 1, count).astype(int)).tolist()
         own, size = chosen[self.process.rank::self.process.world_size], max(1, int(1.5 * options.batch_size))
-        loader = make_loader(data.val, options, [own[i:i + size] for i in range(0, len(own), size)])
-        try:
+        batches = [own[i:i + size] for i in range(0, len(own), size)]
+        with closing(make_loader(data.val, options, batches)) as loader:
             return engine.evaluate(networks, loader, replace(evaluation, expected=None, outputs=False))
-        finally:
-            loader.close()
 
     def _updates(self, planned: Plan, state: State | None, loading: float) -> int:
         """Real updates, evaluation, save and reload; returns the bytes of a checkpoint."""
-        process, trial = self.process, self.trial
-        options = replace(planned.options, log_dir=None, enable_wandb=False, print_freq=1)
+        process, data = self.process, planned.data
+        options = replace(planned.options, log_dir=None, enable_wandb=False, track=None, print_freq=1)
         planned = replace(planned, options=options)
         task = Classification(planned, process, state)
-        trainer = Trainer(task, planned, process, stop=StopRequest(), watchdog=trial.watchdog, state=state)
-        try:
-            at, trial.start = trainer.position, time.perf_counter()
-            progress = engine.train_one_epoch(trainer.loop, trial, epoch=at.begun, sums=at.sums,
+        with closing(Trainer(task, planned, process, stop=StopRequest(), watchdog=self.watchdog,
+                             state=state)) as trainer:
+            at, self.start = trainer.position, time.perf_counter()
+            progress = engine.train_one_epoch(trainer.loop, self, epoch=at.begun, sums=at.sums,
                                               first_update=at.update_in_epoch)
-            at.update, at.sums = progress.next_update, None
-            at.epoch = progress.next_update // planned.updates_per_epoch - 1
-            self.row("updates", f"{plural(trial.updates, 'update')} of {planned.batch.global_batch} images: "
-                     f"loss {trial.seen[0][2]:.4g} to {trial.seen[-1][2]:.4g}, gradient norm "
+            at.update = progress.next_update
+            ended, within = divmod(at.update, planned.updates_per_epoch)
+            at.epoch, at.sums = ended - 1, progress.sums if within else None
+            self.row("updates", f"{plural(self.updates, 'update')} of {planned.batch.global_batch} images: "
+                     f"loss {self.seen[0][2]:.4g} to {self.seen[-1][2]:.4g}, gradient norm "
                      f"{progress.grad_norm:.3g}, lr {progress.lr:.3g}")
-            self.problems("updates", [
-                f"the loss or gradient of update {record['update']} is not finite: lower --lr, lengthen "
-                "--warmup_epochs, or train without --use_amp." for record in trial.nonfinite[:1]])
             digests = process.all_gather_object(digest(trainer.model.state_dict()))
             self.problems("updates", [
+                f"the loss or gradient of update {record['update']} is not finite: lower --lr, lengthen "
+                "--warmup_epochs, or train without --use_amp." for record in self.nonfinite[:1]] + [
                 f"the weights of rank {rank} differ from those of rank 0: the network or a device fails."
                 for rank, other in enumerate(digests) if other != digests[0]])
             evaluated = 0.0
             if not options.disable_eval:
                 count = max(1, int(1.5 * options.batch_size)) * process.world_size  # a batch of each
-                found, = self._score([("", trainer.model)], planned.data, options,
-                                     replace(task.evaluation, observer=trial), count)
+                found, = self._score([("", trainer.model)], data, options,
+                                     replace(task.evaluation, observer=self), count)
                 evaluated = found.images / found.seconds
             self._speed(planned, loading, evaluated)
-            trial.on_phase("saving", at.update)
+            self.on_phase("saving", at.update)
             process.on_rank_zero(lambda: self._save_and_reload(trainer))
             return state_bytes(trainer.state_dict())
-        finally:
-            trainer.close()
 
     def _save_and_reload(self, trainer: Trainer) -> None:
         """Save, read the file, spoil the weights and restore them: all must come back bit for bit.
@@ -258,7 +249,7 @@ class DryRun:
         """
         options, process, world = planned.options, self.process, self.process.world_size
         self._memory()
-        compute, waits = self.trial.pace(options.batch_size * options.update_freq)
+        compute, waits = self.pace(options.batch_size * options.update_freq)
         cpus = cpus_per_process(process.local_world_size)
         if options.num_workers:  # a short trial lives on what was loaded ahead
             waits = max(waits, 1 - min(options.num_workers, cpus) / loading / compute)

@@ -1,5 +1,7 @@
 """`--eval true`: find the weights, evaluate them in one pass over the images, compare with the published."""
+import re
 import sys
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -15,11 +17,11 @@ from common.log import logger
 from common.outcome import ExitCode
 from common.safe_load import safe_torch_load
 from common.synsets import imagenet_synsets
-from config.options import OPTIONS, ImageSettings, Options
+from config.options import ImageSettings, Options, from_checkpoint
 from config.parse import Resolved, check_model
-from datasets.build import Data, build_data, eval_loader
+from datasets.build import Data, build_data, eval_loader, val_subset
 from datasets.device import EvalPrepare
-from datasets.labels import Subset, real_labels, recognise
+from datasets.labels import Subset, real_labels
 from launch.process import Process
 from launch.watchdog import Watchdog
 from models import MODEL_NAMES
@@ -29,16 +31,19 @@ from models.inspect import class_titles
 from models.trained import best_checkpoint, locate
 from models.weights import load_for_model
 from models.zoo import PUBLISHED
+from report import results as reported
 from report.metrics import Predictions, multi_label_accuracy
 from report.page import write_report
-from report.results import Protocol, results_from, summary_line, write_eval_json, write_report_files
 from run.checkpoint import Checkpoints
 from run.start import check_writable
 
 # What a checkpoint of ours knows about its own network and data, taken unless a flag or recipe names it; the
 # data only together, and only from a run's own folder.
 _NETWORK = ("model", *(field.name for field in fields(ImageSettings)))
-_DATA = ("data_set", "data_path", "eval_data_path", "val_labels", "nb_classes", "allow_class_mismatch")
+SUITE = {"imagenet": "imagenet-val", "v2": "imagenet-v2", "a": "imagenet-a", "r": "imagenet-r",
+         "sketch": "imagenet-sketch"}
+_DATA = ("data_set", "data_path", "eval_data_path", "val_fraction", "val_labels", "nb_classes",
+         "allow_class_mismatch")
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An evaluation up to its images: `options` include the checkpoint's own settings, `subset` is the one of
-    ImageNet's validation sets that the images are, if any."""
+    """The evaluation of one set of images, up to reading them: `options` include the checkpoint's own
+    settings, `subset` is the one of ImageNet's validation sets that the images are, if any."""
     options: Options
     data: Data
     subset: Subset | None
@@ -72,56 +77,65 @@ class Heartbeats(engine.Observer):
 
 def evaluate_checkpoints(resolved: Resolved, process: Process, watchdog: Watchdog) -> ExitCode:
     """Evaluate each checkpoint of `--resume` (else `--pretrained`, else the run's best); the exit code."""
-    prepared = prepare_evaluation(resolved, process, Heartbeats(watchdog))
-    options, data, candidates = prepared.options, prepared.data, prepared.candidates
-    for note in data.notes:
-        logger.info(note)
-    loader = eval_loader(data, options, process.rank, process.world_size,
-                         refuse_bad=not options.allow_bad_images)
-    # None leaves the bar out where nobody watches a terminal.
-    watched = tqdm(loader, "evaluation", unit="batch", leave=False, disable=None if process.is_main else True)
-    try:
-        with native.packed(*(c.network for c in candidates), dtype=prepared.evaluation.autocast_dtype):
-            networks = [(candidate.weights, candidate.network) for candidate in candidates]
-            found = engine.evaluate(networks, watched, prepared.evaluation)
-    finally:
-        loader.close()
-    results = [_result(prepared, candidate, each) for candidate, each in zip(candidates, found)]
-    complete = True
-    if process.is_main:
-        complete = _write(prepared, results, found[0])
-        for result in results:
-            _log(result, options)
-        sys.stdout.flush()
-    passed = results[0].get("verdict") == "PASS" or not options.check
+    results, complete = [], True
+    for prepared in prepare_evaluation(resolved, process, Heartbeats(watchdog)):
+        for note in prepared.data.notes:
+            logger.info(note)
+        found = _evaluate(prepared, process)
+        own = [_result(prepared, *each) for each in zip(prepared.candidates, found)]
+        results += own
+        if process.is_main:
+            complete = _write(prepared, results, own, found[0]) and complete
+            for result in own:
+                _log(result, prepared.options)
+    if process.is_main and resolved.options.suite:
+        sys.stdout.write(reported.suite_table(results))
+    sys.stdout.flush()
+    passed = results[0].get("verdict") == "PASS" or not resolved.options.check
     return ExitCode.DONE if passed and complete else ExitCode.FAILED
 
 
-def prepare_evaluation(resolved: Resolved, process: Process, observer: engine.Observer) -> Prepared:
-    """Find checkpoints and images, and load the networks."""
+def _evaluate(prepared: Prepared, process: Process) -> list[engine.EvalResult]:
+    options, evaluation = prepared.options, prepared.evaluation
+    networks = [(candidate.weights, candidate.network) for candidate in prepared.candidates]
+    quiet = None if process.is_main else True  # None leaves the bar out where nobody watches a terminal
+    with closing(eval_loader(prepared.data, options, process.rank, process.world_size,
+                             refuse_bad=not options.allow_bad_images)) as loader:
+        with native.packed(*(network for _, network in networks), dtype=evaluation.autocast_dtype):
+            watched = tqdm(loader, "evaluation", unit="batch", leave=False, disable=quiet)
+            return engine.evaluate(networks, watched, evaluation)
+
+
+def prepare_evaluation(resolved: Resolved, process: Process, observer: engine.Observer) -> list[Prepared]:
+    """Find checkpoints and images, and load the networks: one entry, or one for each set of `--suite`."""
     sources = process.on_rank_zero(lambda: find_sources(resolved))
     first = safe_torch_load(sources[0])
     first = first if isinstance(first, dict) else {}
-    options = with_checkpoint_settings(resolved, first, sources[0])
+    all_options = with_checkpoint_settings(resolved, first, sources[0])
     for name in ("output_dir", "report"):  # before hours are spent on what could not be written
-        if folder := getattr(options, name):
+        if folder := getattr(all_options, name):
             process.on_rank_zero(lambda: check_writable(f"--{name}", folder))
     classes = first.get("classes")  # which the images' folders then must fit
     if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-            and options.nb_classes in (None, len(classes))):
+            and all_options.nb_classes in (None, len(classes))):
         classes = None
-    subset = companion(options, classes)
-    data = process.local_first(lambda: build_data(
-        options, train=False, evaluate=True, rank_zero=process.local_rank == 0,
-        class_names=list(subset.folders) if subset else classes))
-    names = list(imagenet_synsets()) if subset else data.class_names
-    candidates = [c for path in sources for c in load_candidates(path, options, names, process.device)]
-    assert data.val is not None
-    evaluation = engine.Evaluation(
-        EvalPrepare(options, process.device), process.device, amp_dtype(options), tf32=options.fast_math,
-        columns=subset.columns if subset else None, outputs=bool(options.report or subset),
-        expected=len(data.val), observer=observer, process=process)
-    return Prepared(options, data, subset, candidates, evaluation)
+    sets, candidates = [], []
+    for options, subset in process.on_rank_zero(lambda: find_sets(all_options, classes)):
+        data = process.local_first(lambda: build_data(
+            options, train=False, evaluate=True, rank_zero=process.local_rank == 0,
+            class_names=list(subset.folders) if subset else classes))
+        names = list(imagenet_synsets()) if subset else data.class_names
+        imagenet = tuple(names) == imagenet_synsets()
+        if options.suite and not imagenet:
+            raise UserError("--suite is for models with ImageNet's 1000 classes.", code="unexpected_classes")
+        candidates = candidates or [
+            c for path in sources for c in load_candidates(path, options, names, process.device)]
+        assert data.val is not None
+        sets.append(Prepared(options, data, subset, candidates, engine.Evaluation(
+            EvalPrepare(options, process.device), process.device, amp_dtype(options), tf32=options.fast_math,
+            columns=subset.columns if subset else None, outputs=bool(options.report or imagenet),
+            expected=len(data.val), observer=observer, process=process)))
+    return sets
 
 
 def find_sources(resolved: Resolved) -> list[str]:
@@ -130,7 +144,7 @@ def find_sources(resolved: Resolved) -> list[str]:
     The weights that a recipe begins with, as a run's config.yaml has them, count only where nothing else is.
     """
     options, folder = resolved.options, resolved.options.output_dir
-    found = []
+    found: list[Path | str] = []
     for name in options.resume:
         if name in ("best", "latest") and not folder:
             raise UserError(f"--resume {name} looks in the run folder: give --output_dir.",
@@ -157,9 +171,8 @@ def with_checkpoint_settings(resolved: Resolved, checkpoint: dict, path: str) ->
     names = [name for name in _NETWORK if origins[name] == "default"]
     if Path(path).with_name("config.yaml").is_file() and {origins[name] for name in _DATA} == {"default"}:
         names += _DATA
-    args = args if isinstance(args, dict) else {}
-    own = {name: OPTIONS[name].convert([str(args[name])], f"the checkpoint's {name}") for name in names
-           if name in args and args[name] != getattr(resolved.options, name)}
+    own = from_checkpoint(args if isinstance(args, dict) else {}, names)
+    own = {name: value for name, value in own.items() if value != getattr(resolved.options, name)}
     if own:
         logger.info("From the checkpoint: %s", ", ".join(f"{name} {value}" for name, value in own.items()))
     check_model(str(own.get("model", resolved.options.model)), MODEL_NAMES)
@@ -170,13 +183,39 @@ def with_checkpoint_settings(resolved: Resolved, checkpoint: dict, path: str) ->
     return options
 
 
+def find_sets(options: Options, classes: list[str] | None) -> list[tuple[Options, Subset | None]]:
+    """The options and, where it is one of ImageNet's, the kind of each set of images to evaluate.
+
+    A set of `--suite` lies where `name=FOLDER` says, `imagenet` where the options say, any other in or beside
+    `--data_path` in a folder such as imagenet-a, imagenetv2-matched-frequency-format-val or sketch.
+    """
+    if not options.suite:
+        return [(options, companion(options, classes))]
+    found = []
+    home = Path(options.data_path or options.eval_data_path or ".").absolute()
+    for name, _, folder in (entry.partition("=") for entry in options.suite.split(",")):
+        own = replace(options, report=options.report and str(Path(options.report, SUITE[name])))
+        if folder or name != "imagenet":
+            near = re.compile(rf"(imagenet)?{name}(matched.*)?")
+            near = [str(place) for place in (*home.glob("*/"), *home.parent.glob("*/"))
+                    if near.fullmatch(re.sub(r"[^a-z0-9]", "", place.name.lower()))]
+            own = replace(own, eval_data_path=folder or next(iter(near), str(home / name)), val_labels=None)
+        subset = companion(own, classes)
+        if (subset.name if subset else "imagenet-val") != SUITE[name]:
+            raise UserError(f"--suite {name}: {own.eval_data_path} is not {SUITE[name]}, or the model lacks "
+                            f"its classes; name the folder with {name}=FOLDER.", code="missing_data")
+        found.append((own, subset))
+    return found
+
+
 def companion(options: Options, classes: list[str] | None) -> Subset | None:
-    """ImageNet's validation set, V2, -A, -R or -Sketch, when the model has its 1000 classes; else None."""
+    """ImageNet's validation set, V2, -A, -R or -Sketch, when its 1000 classes are the model's or among them
+    (ImageNet-22k's); else None."""
     if options.data_set != "IMNET" or options.val_labels or options.nb_classes not in (None, 1000):
         return None
-    if classes and tuple(classes) != imagenet_synsets():
+    if classes and not {*classes} >= {*imagenet_synsets()}:
         return None
-    subset = recognise(options.eval_data_path or str(Path(options.data_path or "") / "val"))
+    subset = val_subset(options)
     if subset and subset.columns:
         logger.info("%s: evaluated among its %d classes alone", subset.name, len(subset.columns))
     return subset
@@ -208,15 +247,15 @@ def amp_dtype(options: Options) -> torch.dtype | None:
 def _result(prepared: Prepared, candidate: Candidate, found: engine.EvalResult) -> dict:
     options, data, subset = prepared.options, prepared.data, prepared.subset
     imagenet = tuple(data.class_names) == imagenet_synsets()
-    protocol = Protocol(
+    protocol = reported.Protocol(
         model=options.model, num_classes=data.num_classes, images=ImageSettings.of(options),
         weights=candidate.weights, checkpoint=candidate.path, tf32=options.fast_math,
         dtype=str(amp_dtype(options) or torch.float32).removeprefix("torch."),
         dataset=subset.name if subset else "imagenet-val" if imagenet else options.data_set)
     predictions = predictions_of(found, data) if found.outputs is not None else None
-    result = results_from(found, protocol, PUBLISHED.get(options.model), predictions)
+    result = reported.results_from(found, protocol, PUBLISHED.get(options.model), predictions)
     result["seconds"] = found.seconds
-    if predictions is not None and subset is not None and subset.name == "imagenet-val":
+    if predictions is not None and protocol.dataset == "imagenet-val":
         answers = real_labels(predictions.paths.tolist())
         result |= {} if answers is None else {"real": multi_label_accuracy(predictions.top5, answers)}
     return result
@@ -233,19 +272,21 @@ def predictions_of(found: engine.EvalResult, data: Data) -> Predictions:
         top5=np.where(unreadable[:, None], -1, out.top), classes=list(data.class_names))
 
 
-def _write(prepared: Prepared, results: list[dict], first: engine.EvalResult) -> bool:
-    """eval.json, the report's files and page; False when a folder that was asked for could not take them."""
+def _write(prepared: Prepared, results: list[dict], own: list[dict], first: engine.EvalResult) -> bool:
+    """eval.json (all `results` so far; `own`, of this set, in the report), the report's files and page; False
+    when a folder that was asked for could not take them."""
     options, beside = prepared.options, Path(prepared.candidates[0].path).parent
-    asked = [Path(folder) for folder in (options.output_dir, options.report) if folder]
+    asked = {options.output_dir: results, options.report: own}
+    asked = {folder: part for folder, part in asked.items() if folder}
     try:
         # Beside a downloaded file there is no folder of the user's.
-        for folder in asked or [beside] * (beside != cache_folder()):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_eval_json(folder / "eval.json", results)
+        for folder, part in (asked or ({} if beside == cache_folder() else {beside: results})).items():
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            reported.write_eval_json(Path(folder, "eval.json"), part)
         if options.report:
             predictions = predictions_of(first, prepared.data)
-            write_report_files(options.report, predictions, class_titles(predictions.classes))
-            logger.info("Report: %s", write_report([options.report]))
+            reported.write_report_files(options.report, predictions, class_titles(predictions.classes))
+            logger.info("Report: %s", write_report(options.report))
     except OSError as error:
         logger.warning("The results were not written: %s", error)
         return not asked
@@ -270,4 +311,4 @@ def _log(result: dict, options: Options) -> None:
     if options.check and "verdict" not in result:
         logger.warning("--check true has nothing to compare with: a verdict needs a published model with all "
                        "its classes at its own input size on ImageNet's validation set")
-    sys.stdout.write(summary_line(result) + "\n")
+    sys.stdout.write(reported.summary_line(result) + "\n")

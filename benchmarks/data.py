@@ -18,8 +18,8 @@ from benchmarks.timing import Row, interleave, rows
 from config.options import Options
 from datasets.dataset import ImageDataset
 from datasets.device import EvalPrepare, TrainPrepare
-from datasets.folders import read
-from datasets.readers import Index, IndexCache, Strings, save_index
+from datasets.index import IndexCache, Rows, Source, Strings
+from datasets.readers import open_reader
 from datasets.sampler import GlobalBatchSampler
 from datasets.transforms import Erasing, eval_transform, train_transform
 
@@ -54,7 +54,7 @@ def _cases(root: str, training: bool) -> dict[str, Callable[[], object]]:
     usual = ImageFolder(root, create_transform(
         224, is_training=training, color_jitter=0.4, auto_augment=options.aa, interpolation="bicubic",
         re_prob=0.25, re_mode="pixel", crop_pct=0.875))
-    reader = read(root, IndexCache(write=False))
+    reader = open_reader(Source.of(root), IndexCache(write=False))
     transform = train_transform(options) if training else eval_transform(224)
     prepare: Callable = TrainPrepare(options, 1, "cpu") if training else EvalPrepare(options, "cpu")
 
@@ -85,11 +85,13 @@ def start_up(repeats: int, clock: str, images: int = IMAGENET) -> list[Row]:
             os.makedirs(os.path.join(data, name))
         labels = np.sort(np.arange(images) % 1000).astype(np.int32)
         names = Strings.of(f"{classes[label]}_{number}.JPEG" for number, label in enumerate(labels.tolist()))
-        empty = Index.of(data, classes=classes, labels=[], names=[], seen=["", *classes], left_out={})
-        save_index(IndexCache(cache).path("folders", data), replace(empty, labels=labels, names=names))
+        source = Source.of(data)
+        empty = Rows().index(source, "class folders", ["", *classes])
+        os.makedirs(cache)
+        replace(empty, classes=classes, labels=labels, names=names).write(IndexCache(cache).path("folders", source))
 
         def start() -> None:
-            reader = read(data, IndexCache(cache, write=False))
+            reader = open_reader(Source.of(data), IndexCache(cache, write=False))
             for _, index, _ in next(iter(GlobalBatchSampler(len(reader), 4096, 128, 4, 0, 8))):
                 reader.name(index)
 

@@ -5,6 +5,7 @@
 attempt that was killed.
 `progress.json` has every ten seconds how far it is, and at the end how far it came.
 """
+import fcntl
 import os
 import socket
 import sys
@@ -58,7 +59,7 @@ class Ledger:
         """progress.json while rank 0's process `pid` works; once its attempt has ended, `end` wrote it."""
         newest = self.newest()
         if newest.get("pid") != pid or newest["state"] == RUNNING:
-            self._write_progress(RUNNING, job=job_id(), **more)
+            self._write_progress(RUNNING, **more)
 
     def fail(self, cause: str, *, pid: int, update: int, **where: object) -> None:
         """Record the first cause of the failure of the attempt of rank 0's process `pid`, begun or not.
@@ -104,10 +105,19 @@ class Ledger:
         found = self.read("status.json")
         return {**found, "state": known(found.get("state"))} if found else {}
 
-    def reached(self) -> Record:
-        """progress.json, where it is this job's; else {}."""
+    def reached(self, job: str | None) -> Record:
+        """progress.json, where it is that of the scheduler's `job`; else {}."""
         found = self.read("progress.json")
-        return found if found.get("job", "") == self.newest().get("job") else {}
+        return found if found.get("job") == job else {}
+
+    def is_owned(self) -> bool:
+        """Whether a training owns the folder, here or on another machine; one that was killed does not."""
+        try:
+            with open(self.path / "owner.json") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:  # there is none, or it is locked, or this disk has no locks
+            return not isinstance(error, FileNotFoundError)
+        return False
 
     def read(self, name: str) -> Record:
         """The record in the file `name`; {} when there is none, or none that can be read."""
@@ -128,7 +138,7 @@ class Ledger:
         self._guard("status.json", lambda path: write_json(path, status))
 
     def _write_progress(self, state: str, **more: object) -> None:
-        record = self.read("progress.json") | {"state": state, "time": time.time(), **more}
+        record = self.read("progress.json") | {"state": state, "time": time.time(), "job": job_id(), **more}
         with suppress(OSError):  # a full disk is the checkpoints' business to report
             write_json(self.own() / "progress.json", record)
 

@@ -1,7 +1,7 @@
 """Words for people: sizes, durations, counts, odd texts and paths in one line, the nearest known name."""
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 
 
@@ -26,6 +26,14 @@ def plural(count: int, word: str) -> str:
 def listed(words: Sequence[str], last: str = "or") -> str:
     """`a`, `a or b`, `a, b or c`."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
+
+
+def table(rows: Sequence[Mapping[str, object]]) -> str:
+    """An aligned Markdown table, for reading and pasting, with the keys of the first row as its head."""
+    cells = [[*rows[0]], *([str(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * width for width in widths])
+    return "".join(f"| {' | '.join(map(str.ljust, row, widths))} |\n" for row in cells)
 
 
 def quote(text: str) -> str:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 from common.errors import UserError
@@ -46,6 +47,8 @@ PAIR = Accepts("above 0 and at most 1, twice, the lower one first",
                lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1)
 BETAS = Accepts("from 0 to below 1, one to three times",
                 lambda v: 1 <= len(v) <= 3 and all(0 <= b < 1 for b in v))
+SUITE = Accepts("imagenet, v2, a, r and sketch, with commas and =FOLDER where not beside data_path",
+                lambda v: re.fullmatch(r"((imagenet|v2|a|r|sketch)(=[^,]+)?(,|$))*", v) is not None)
 DEVICE = Accepts("auto, cpu, mps, cuda, xpu, or one of them with a number such as cuda:1",
                  lambda v: re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d{1,3})?", v) is not None)
 AUGMENT = Accepts("none or a timm policy such as rand-m9-mstd0.5-inc1",
@@ -68,7 +71,21 @@ _start, _data, _batch, _eval, _speed, _run, _process, _log = map(_group, (
 
 @dataclass
 class Options:
-    """The resolved options of one run. `None` stands for `none`; several values are a tuple."""
+    """The resolved options of one run. `None` stands for `none`; several values are a tuple.
+
+    A subclass is the options of another command (see `dense.options`): `OMITTED` names those that it does not
+    take, and that keep its defaults.
+    """
+    USAGE: ClassVar[str] = """main.py [--config RECIPE] [--FLAG VALUE ...]
+
+  python main.py --config recipes/quickstart.yaml
+  python main.py --eval true --model hornet_tiny_7x7 --resume CHECKPOINT --data_path IMAGENET
+  torchrun --nproc_per_node 8 main.py --config recipes/hornet_tiny_7x7.yaml --output_dir RUN"""
+    LAYOUT: ClassVar[str] = "train/ and val/"  # what --data_path holds
+    QUICKSTART: ClassVar[str] = "quickstart"
+    SAMPLE: ClassVar[str] = "data/digits"
+    OMITTED: ClassVar[frozenset[str]] = frozenset()
+
     config: str | None = _start(None, "recipe (YAML) whose values replace the defaults; flags win")
     print_config: bool = _start(False, "print each value with its origin and the published one, then end")
     dry_run: bool = _start(False, "check options, data, model, memory and speed, then end")
@@ -82,6 +99,8 @@ class Options:
     eval_data_path: str | None = _data(None, "folder of the evaluation images when it is not data_path/val")
     nb_classes: int | None = _data(None, "classes; none: ImageNet's 1000, else one per folder", at_least(1))
     val_labels: str | None = _data(None, "labels of a flat val folder: CSV of name, synset; or the devkit's")
+    val_fraction: float = _data(0.0, "part of the training images held back where there is no val", BELOW_ONE)
+    allow_slow_parquet: bool = _data(False, "train from parquet, which reads a group of rows for each image")
     allow_class_mismatch: bool = _data(False, "accept a val folder with classes missing or added")
     allow_bad_images: bool = _data(False, "evaluate unreadable images too, each counts as incorrect")
     reindex: bool = _data(False, "read the data folder again instead of using the saved index")
@@ -145,6 +164,7 @@ class Options:
     mixup_switch_prob: float = _augment(0.5, "chance of CutMix where both are on", FRACTION)
     mixup_mode: str = _augment("batch", "one draw per group, pair or image", one_of("batch", "pair", "elem"))
 
+    suite: str = _eval("", "ImageNet's validation sets to evaluate, with ReaL's labels too", SUITE)
     crop_pct: float | None = _eval(None, "input_size / resized short side, below 384; none: 0.875", PART)
     check: bool = _eval(False, "end with 0 only if the (first) checkpoint has the published accuracy")
     explain_difference: bool = _eval(False, "list what departs from the published protocol")
@@ -175,10 +195,15 @@ class Options:
 
     print_freq: int = _log(10, "updates between lines of figures, TensorBoard too", at_least(1))
     log_dir: str | None = _log(None, "folder for TensorBoard; none: tensorboard/ in output_dir")
-    enable_wandb: bool = _log(False, "log to Weights & Biases (pip install wandb)")
-    project: str = _log("hornet", "project name at Weights & Biases")
+    track: str | None = _log(None, "log to this package too (pip install it)", one_of("wandb", "trackio"))
+    enable_wandb: bool = _log(False, "the same as --track wandb")
+    project: str = _log("hornet", "project of the tracked run")
     wandb_ckpt: bool = _log(False, "upload the best and the last checkpoint there at the end")
-    exp_name: str = _log("default", "name of this run at Weights & Biases")
+    exp_name: str = _log("default", "name of the tracked run")
+
+    def updates_per_epoch(self, images: int, global_batch: int) -> int:
+        """Updates between two evaluations: those of a pass over the images, without what is left over."""
+        return images // global_batch
 
 
 # What `--help` shows; `--help all` shows every option.
@@ -242,15 +267,22 @@ class Option:
                         code="invalid_value")
 
 
-def _row(name: str, hint: Any, metadata: Mapping) -> Option:
+def _row(name: str, default: Value, hint: Any, metadata: Mapping) -> Option:
     optional = type(None) in get_args(hint)
     inner = get_args(hint)[0] if optional else hint
     several = get_origin(inner) is tuple
-    return Option(name=name, default=getattr(Options, name), optional=optional, several=several,
+    return Option(name=name, default=default, optional=optional, several=several,
                   element=get_args(inner)[0] if several else inner, **metadata)
 
 
-OPTIONS = {f.name: _row(f.name, f.type, f.metadata) for f in fields(Options)}
+@cache
+def table(kind: type[Options]) -> dict[str, Option]:
+    """The options that a command takes, by name."""
+    return {f.name: _row(f.name, getattr(kind, f.name), f.type, f.metadata) for f in fields(kind)
+            if f.name not in kind.OMITTED}
+
+
+OPTIONS = table(Options)
 
 
 def from_checkpoint(args: Mapping[str, object], names: Iterable[str]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The form of CIFAR-10 and CIFAR-100 as distributed (python version), read without executing their
 pickles."""
+import hashlib
 import importlib
 import io
 import os
@@ -27,6 +28,9 @@ class Cifar:
     def __init__(self, pixels: np.ndarray, labels: np.ndarray, classes: list[str], root: str):
         self.pixels, self.labels, self.classes, self.root = pixels, labels.astype(np.int32), classes, root
         self.left_out: dict[str, int] = {}
+        self.form = "CIFAR's arrays"
+        self.storage: np.ndarray | None = None
+        self.order = hashlib.blake2b(self.labels.tobytes(), digest_size=16).hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -34,6 +38,10 @@ class Cifar:
     def name(self, index: int) -> str:
         """File and position of image `index`."""
         return f"{self.root}[{index}]"
+
+    def stem(self, index: int) -> str:
+        """Its position."""
+        return str(index)
 
     def encoded(self, index: int) -> bytes:
         """Image `index` as a PPM file, which is its pixels behind a short header."""

@@ -42,8 +42,8 @@ def _upernet(size: str, kind: str, params: int, miou: float, miou_ms: float, gfl
              ) -> PublishedSegmentor:
     crop = 640 if size == "large" else 512
     return PublishedSegmentor(
-        config=f"upernet_hornet_{size}_{kind}_{crop}_160k_ade20k", model=f"hornet_{size}_{kind}", params=params,
-        miou=miou, miou_ms=miou_ms, gflops=gflops, crop=crop, file=file)
+        config=f"upernet_hornet_{size}_{kind}_{crop}_160k_ade20k", model=f"hornet_{size}_{kind}",
+        params=params, miou=miou, miou_ms=miou_ms, gflops=gflops, crop=crop, file=file)
 
 
 def _horfpn(kind: str, params: int) -> PublishedSegmentor:

@@ -25,17 +25,27 @@ from submitit.core.core import PicklingExecutor
 from submitit.core.utils import FailedJobError
 
 from common.errors import UserError
-from common.files import read_json, write_json
+from common.files import write_json
 from common.ledger import RUNNING, Ledger, Record
 from common.log import logger, setup_logging
 from common.outcome import ExitCode, Outcome
-from launch.slurm import Job
-from launch.stop import alive, squeue
+from launch.slurm import Job, last_lines
+from launch.stop import alive, margin, squeue
 
 ROOT = Path(__file__).resolve().parent.parent
-# Seconds before the time limit at which Slurm sends submitit's signal, SIGUSR2: more than one update and
-# one save. A preemption sends it too where the cluster has preempt_send_user_signal, otherwise SIGTERM.
-SIGNAL_DELAY = 120
+KILLED = "killed without a word, or its node was lost"
+UNFINISHED = ("PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED")
+START_UP = 120  # seconds that a job may need before its first update
+SETUP = [
+    # From 22.05 on srun doesn't take this over from the job.
+    "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
+    # A signal to the batch script (scancel --batch or --full) would end it, and with it the job.
+    "srun() {",
+    '  command srun "$@" & local step=$! code',
+    '  for name in USR1 USR2 TERM; do trap "kill -$name $step" $name; done',
+    "  while wait $step; code=$?; kill -0 $step 2>/dev/null; do :; done",
+    "  return $code",
+    "}"]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -97,6 +107,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def submit(options: argparse.Namespace, argv: list[str]) -> int:
     """Check, take the snapshot, submit, and say where to look. `argv` is main.py's."""
+    seconds = options.timeout * 3600
+    if seconds < START_UP + margin(seconds):
+        raise UserError(f"--timeout {options.timeout:g} (hours) is less than the {START_UP} s in which a job "
+                        f"starts and the {margin(seconds):.0f} s in which it is saved; give 0.05 or more.",
+                        code="invalid_value")
     if options.use_volta32:
         logger.warning("--use_volta32 has no effect: use --slurm constraint=NAME for GPUs of one kind.")
     cluster = choose_cluster(options)
@@ -109,6 +124,7 @@ def submit(options: argparse.Namespace, argv: list[str]) -> int:
     if options.dry_run == "true":
         sys.stdout.write(script(cluster, build_executor(cluster, folder, options), argv))
         return ExitCode.DONE
+    refuse_second_job(Path(folder))
     code, before = snapshot_folder(folder), os.getcwd()
     try:
         snapshot(code)
@@ -133,6 +149,14 @@ def submit(options: argparse.Namespace, argv: list[str]) -> int:
     logger.info("Submitted job %s. Its logs: %s", submitted.job_id, submitted.paths.folder)
     logger.info("python -m launch.run_with_submitit status %s", shlex.quote(str(submitted.paths.folder)))
     return ExitCode.DONE
+
+
+def refuse_second_job(folder: Path) -> None:
+    """Raise UserError (code "folder_in_use") while an earlier job of this very folder is queued or runs."""
+    job = Ledger(folder).read("job.json")
+    if job and job_state(job, {})[0].startswith(UNFINISHED):
+        raise UserError(f"--job_dir {folder} is that of job {job['id']}, which has not ended: cancel it, or "
+                        "give each job a folder of its own with %j, as in runs/%j.", code="folder_in_use")
 
 
 def choose_cluster(options: argparse.Namespace) -> str:
@@ -191,9 +215,8 @@ def build_executor(cluster: str, folder: str, options: argparse.Namespace) -> Pi
         name=options.job_name, timeout_min=max(1, round(options.timeout * 60)), nodes=options.nodes,
         tasks_per_node=options.ngpus, cpus_per_task=options.cpus_per_task,
         gpus_per_node=None if no_gpus else options.ngpus, slurm_partition=options.partition,
-        slurm_comment=options.comment, slurm_signal_delay_s=SIGNAL_DELAY, slurm_additional_parameters=extra,
-        # From 22.05 on srun doesn't take this over from the job.
-        slurm_setup=["export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"])
+        slurm_comment=options.comment, slurm_additional_parameters=extra, slurm_setup=SETUP,
+        slurm_signal_delay_s=round(margin(options.timeout * 3600)))
     return cast(PicklingExecutor, executor._executor)
 
 
@@ -206,44 +229,55 @@ def script(cluster: str, executor: PicklingExecutor, argv: list[str]) -> str:
 
 
 def status(folder: Path) -> str:
-    """State, attempts, last update and first cause of a job, with the failed rank's last lines."""
-    try:
-        job = read_json(folder / "job.json")
-    except (OSError, UserError):
-        raise UserError(f"{folder} holds no job.json: give the folder of logs that was named when the job "
-                        "was submitted.", code="no_job") from None
-    ledgers = [Ledger(path) for path in dict.fromkeys((job["output_dir"], str(folder)))]
-    attempts = [a for ledger in ledgers for a in ledger.attempts() if a.get("job") == job["id"]]
-    last = attempts[-1] if attempts else {}
-    lines = [f"job      {job['id']} ({job['cluster']})", f"state    {job_state(job, last)}",
-             f"attempt  {last.get('restarts', 0) + 1} of at most {job['max_requeue'] + 1}"]
-    if last.get("state") == RUNNING and (now := ledgers[0].reached()):
-        lines.append(f"update   {now['update']} ({now['phase']}, {time.time() - now['time']:.0f} s ago, "
-                     f"{now.get('world_size', 1)} processes)")
-    for attempt in attempts[-6:]:
-        at = f" at update {attempt['update']}" if "update" in attempt else ""
-        then = ", requeued" if attempt.get("requeued") else ", not requeued" if "requeued" in attempt else ""
-        why = attempt.get("reason") or attempt.get("cause") or "no reason recorded"
-        lines.append(f"         attempt {attempt['restarts'] + 1}: {attempt['state']}{at}{then} ({why})")
-    if last.get("state") == Outcome.FAILED:
-        log = folder / f"{job['id']}_{last.get('rank', 0)}_log.err"
-        lines += [f"failure  {last['cause']}", *last_lines(log)]
+    """Where the job, or the run, in `folder` stands: state, update, attempts, first cause, last words."""
+    own = Ledger(folder.absolute())
+    job = own.read("job.json") or {"id": own.newest().get("job"), "cluster": "", "output_dir": str(own.path)}
+    ledgers = {path: Ledger(path) for path in (job["output_dir"], str(own.path))}
+    attempts = [a for ledger in ledgers.values() for a in ledger.attempts() if a.get("job") == job["id"]]
+    if not attempts and not job["cluster"]:
+        raise UserError(f"{folder} holds no job.json and no run: give the folder of logs that was named when "
+                        "the job was submitted, or a run's --output_dir.", code="no_job")
+    last = max(attempts, key=lambda a: a["restarts"], default={})
+    state, at_work = job_state(job, last)
+    name = f"job      {job['id']} ({job['cluster']})" if job["cluster"] else f"run      {own.path}"
+    lines = [name, f"state    {state}"]
+    now = Ledger(job["output_dir"]).reached(job["id"])
+    if at_work and now:
+        lines.append(f"update   {now['update']} ({now['phase']}, {time.time() - now['time']:.0f} s ago)")
+    if last and job["cluster"]:
+        lines.append(f"attempt  {last['restarts'] + 1} of at most {job['max_requeue'] + 1}")
+    lines += [f"         {_attempt(each, at_work and each is last)}" for each in attempts[-6:]]
+    failed = last.get("state") == Outcome.FAILED
+    lines += [f"failure  {last['cause']}"] if failed else []
+    log = own.path / f"{job['id']}_{last.get('rank', 0)}_log.err"
+    words = last_lines(log, 12 if failed else 1)
+    lines += [f"log      {log.name}", *(f"         | {line}" for line in words)] if words else []
     return "\n".join(lines) + "\n"
 
 
-def last_lines(log: Path) -> list[str]:
-    """The end of one rank's error log."""
-    tail = subprocess.run(["tail", "-n", "12", log], capture_output=True, text=True, errors="replace").stdout
-    return [f"         {log.name}:", *(f"         | {line}" for line in tail.splitlines())] if tail else []
+def _attempt(attempt: Record, at_work: bool) -> str:
+    state = attempt["state"] if attempt["state"] != RUNNING else "under way" if at_work else KILLED
+    at = f" at update {attempt['update']}" if "update" in attempt else ""
+    then = ", requeued" if attempt.get("requeued") else ", not requeued" if "requeued" in attempt else ""
+    why = attempt.get("reason") or attempt.get("cause")
+    return f"attempt {attempt['restarts'] + 1}: {state}{at}{then}" + (f" ({why})" if why else "")
 
 
-def job_state(job: Record, last: Record) -> str:
-    """What Slurm says; how the last attempt ended where it has forgotten the job, or never knew it."""
-    if job["cluster"] == "local" and alive(int(job["id"])):
-        return RUNNING
-    ended = last.get("state", "UNKNOWN")
-    asked = squeue(job["id"], "%T") if job["cluster"] == "slurm" else ""
-    return asked or ("ENDED" if ended == RUNNING else ended)
+def job_state(job: Record, last: Record) -> tuple[str, bool]:
+    """What Slurm says, or how the last attempt ended where it doesn't know; and whether tasks are at work."""
+    begun = last.get("state") == RUNNING
+    ended = KILLED if begun else last.get("state", "UNKNOWN")
+    if job["cluster"] == "slurm" and (asked := squeue(job["id"], "%T|%r|%S|%N|%M")):
+        state, reason, first, nodes, elapsed = asked.split("|")
+        if state == "PENDING":
+            return f"{state} ({reason}" + (f", not before {first})" if first != "N/A" else ")"), False
+        if state in UNFINISHED:
+            return f"{state} on {nodes} for {elapsed}" + ("" if begun else ", starting"), begun
+        return state + (f"; the run: {ended}" if ended not in (Outcome.DONE, state) else ""), False
+    local, alone = job["cluster"] == "local", not job["cluster"]
+    if local and alive(int(job["id"])) or alone and Ledger(job["output_dir"]).is_owned():
+        return RUNNING + ("" if begun else ", starting"), begun
+    return ended, False
 
 
 if __name__ == "__main__":

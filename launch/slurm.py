@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
@@ -19,7 +20,7 @@ import submitit
 from common.ledger import Ledger, Record, job_id, restarts
 from common.log import logger, setup_logging
 from common.outcome import ExitCode, Outcome
-from launch.stop import end_now, squeue
+from launch.stop import end_now, job_end_time, squeue
 
 # Seconds a requeued task waits for Slurm to end it; an exit would make the job "failed" or "completed".
 # Longer than the task that decides may need to reach a busy controller.
@@ -46,8 +47,8 @@ class Job:
         task = Task(self, environment)
         code = task.run_main()
         if code == ExitCode.PAUSED:
-            task.after_stop()
-        elif code not in (ExitCode.DONE, ExitCode.USAGE):
+            code = task.after_stop()
+        elif code != ExitCode.DONE:
             task.after_failure(code)
         if code != ExitCode.DONE:
             raise SystemExit(code if code > 0 else 128 - code)
@@ -62,14 +63,16 @@ class Task:
         self.slurm, self.id = environment.cluster == "slurm", environment.job_id
         self.folder = Path(job.folder.replace("%j", self.id))
         self.output_dir = Path(job.output_dir.replace("%j", self.id))
-        self.signalled = 0
+        self.signals: list[int] = []
+        self.began = time.time()
         if not self.slurm:  # which counts the attempts itself
             os.environ["SLURM_RESTART_COUNT"] = str(len(list(self.folder.glob(f"decision-{self.id}-*"))))
 
     def run_main(self) -> int:
         """Exit code of main.py; a stop before it could handle signals counts as one that lost nothing."""
         if self.slurm and self.rank == 0 and shutil.which("scontrol") is None:
-            logger.warning("No scontrol on this node's PATH: when preempted, the job is saved, not requeued.")
+            logger.warning("No scontrol on this node's PATH: at its time limit the job is not requeued; "
+                           "after a preemption Slurm itself must requeue it.")
         parent = os.getppid()
         command = [sys.executable, "-u", os.path.join(self.job.code, "main.py"), *self.job.argv]
         self.child = subprocess.Popen([argument.replace("%j", self.id) for argument in command],
@@ -82,24 +85,49 @@ class Task:
                 self.child.wait()
                 end_now(ExitCode.FAILED)
             time.sleep(0.2)
-        return ExitCode.PAUSED if self.signalled and code == -self.signalled else code
+        return ExitCode.PAUSED if -code in self.signals else code
 
-    def after_stop(self) -> None:
+    def after_stop(self) -> int:
         """All ranks have stopped at one update and rank 0 has saved: rank 0 requeues it, the others hold.
 
-        Where Slurm is set up with KillOnBadExit, a task that ended now would take rank 0 with it.
+        Where Slurm is set up with KillOnBadExit, a task that ended now would take rank 0 with it. Returns the
+        exit code of this task, for a job that is not requeued.
         """
         if self.rank == 0 and self._decides():
-            self._requeue(self._ledger(), self._recorded().get("cause") or "asked to stop")
+            ledger = self._ledger()
+            if self._churns(ledger):
+                cause = ("twice in a row the time limit left fewer updates than starting again costs: submit "
+                         "with a longer --timeout")
+                ledger.end(Outcome.FAILED, update=ledger.newest().get("update", -1), cause=cause)
+                self._refuse(ledger, cause)
+            else:
+                self._requeue(ledger, self._recorded().get("cause") or "asked to stop")
         else:
             self._hold()
+        return ExitCode.FAILED if self._recorded().get("state") == Outcome.FAILED else ExitCode.PAUSED
+
+    def _churns(self, ledger: Ledger) -> bool:
+        """Whether this attempt and the one before trained for less time than they lost to start and stop.
+
+        Only at a time limit: who is preempted early may have more luck next time.
+        """
+        left, attempt = job_end_time(os.environ) - time.time(), self._recorded()
+        if left > 4 * 60:
+            return False
+        started, ended = (datetime.fromisoformat(attempt.get(name, attempt["started"])).timestamp()
+                          for name in ("started", "ended"))
+        ledger.note(short=ended - started < started - self.began + max(left, 0))
+        own = [a for a in ledger.attempts() if a.get("job") == job_id()]
+        return len(own) > 1 and all(a.get("short") for a in own[-2:])
 
     def after_failure(self, code: int) -> None:
-        """Once more, unless the job failed at the same update before."""
+        """Once more, unless it is the user's mistake or the job failed at the same update before."""
         if not self._decides():
-            return self._hold()
+            return None if code == ExitCode.USAGE else self._hold()
         ledger = self._ledger()
         self._complete(ledger, code)
+        if code == ExitCode.USAGE:
+            return None
         ended = [a for a in ledger.attempts() if a.get("job") == job_id() and a["state"] == Outcome.FAILED]
         reason = f"at update {ended[-1]['update']}: {ended[-1]['cause']}"
         if len(ended) > 1 and ended[-2]["update"] == ended[-1]["update"]:
@@ -112,11 +140,13 @@ class Task:
         A killed rank leaves no words; its peers need some seconds to miss it and to record the exact update.
         """
         end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        if code > 0 and (words := last_lines(self.folder / f"{self.id}_{self.rank}_log.err", 1)):
+            end += f": {words[0]}"
         deadline = time.monotonic() + (12 if code < 0 and self.environment.num_tasks > 1 else 3)
         while "rank" not in (found := self._recorded()) and time.monotonic() < deadline:
             time.sleep(0.2)
         if "rank" not in found:
-            update = ledger.reached().get("update", found.get("update", -1))
+            update = ledger.reached(job_id()).get("update", found.get("update", -1))
             ledger.fail(f"rank {self.rank} {end}", pid=found.get("pid", 0), update=update, rank=self.rank)
         if code == -signal.SIGKILL:  # the cause, at which its peers can only guess
             ledger.note(cause=f"rank {self.rank} {end} (out of memory?)", rank=self.rank)
@@ -150,6 +180,8 @@ class Task:
             except (OSError, subprocess.SubprocessError) as error:
                 if self._ending():
                     break  # it was heard all the same
+                if isinstance(error, OSError) and signal.SIGTERM in self.signals:
+                    break  # preempted: Slurm requeues the job, if its task does not end before that
                 if trial == 3 or isinstance(error, OSError):
                     return self._refuse(ledger, f"scontrol requeue failed: {error}")
                 time.sleep(PAUSE)
@@ -185,5 +217,11 @@ class Task:
         return self.slurm and squeue(self.id, "%T") not in ("RUNNING", "PREEMPTED", "")
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        self.signalled = number
+        self.signals.append(number)
         self.child.send_signal(number)
+
+
+def last_lines(log: Path, count: int) -> list[str]:
+    """The end of a log; [] where there is none."""
+    answer = subprocess.run(["tail", "-n", str(count), log], capture_output=True, text=True, errors="replace")
+    return answer.stdout.splitlines()

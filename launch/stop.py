@@ -40,7 +40,9 @@ class StopRequest:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._on_signal)
         if self.stop_before_end:
-            self._stop_at = job_end_time(os.environ) - self.stop_before_end
+            end = job_end_time(os.environ)
+            self.stop_before_end = margin(end - time.time(), self.stop_before_end)
+            self._stop_at = end - self.stop_before_end
         if self._stop_at < float("inf"):
             logger.info("Training stops in %.0f min, %.0f s before the job's time limit, and can be resumed.",
                         (self._stop_at - time.time()) / 60, self.stop_before_end)
@@ -99,6 +101,15 @@ class StopRequest:
                 raise KeyboardInterrupt
             self._interrupted = min(self._interrupted, time.monotonic())
         self.request(signal.Signals(number).name)
+
+
+def margin(seconds: float, most: float = 120.0) -> float:
+    """Seconds before its end at which a job that still has `seconds` stops: more than an update and a save.
+
+    Slurm sends its signal then. A preemption sends it too where the cluster has preempt_send_user_signal,
+    otherwise SIGTERM.
+    """
+    return min(most, max(30.0, seconds / 4))
 
 
 def job_end_time(env: Mapping[str, str]) -> float:

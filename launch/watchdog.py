@@ -99,7 +99,8 @@ class Watchdog:
     and ends the process, as do its peers, with the exit code of the first cause.
     """
 
-    def __init__(self, process: Process, folder: Ledger | str | Path | None = None, hang_timeout: float = 180.0):
+    def __init__(self, process: Process, folder: Ledger | str | Path | None = None,
+                 hang_timeout: float = 180.0):
         self.process, self.hang_timeout = process, float(hang_timeout)
         self.beat = Beat(process.rank, process.node_name, os.getpid())
         self.record_in(folder)

@@ -300,7 +300,9 @@ def _entrypoint(name: str):
                 raise ValueError(f"{key} {value!r}: HorNet has no such form, only {accepted} is accepted")
         changes = {f.name: kwargs.pop(f.name) for f in fields(HorNetConfig) if f.name in kwargs}
         overlay, cache_dir = dict(kwargs.get("pretrained_cfg_overlay") or {}), kwargs.pop("cache_dir", None)
-        if pretrained:
+        # timm reads what it has found in a folder or at the Hub (local-dir:, hf-hub:) itself.
+        elsewhere = isinstance(cfg := kwargs.get("pretrained_cfg"), dict) and cfg.get("source")
+        if pretrained and not elsewhere:
             from models.download import fetch_published
             # Without `custom_load` timm reads a named file itself: without OpenMMLab's names, and the average
             # instead of what scored.

@@ -1,4 +1,5 @@
-"""What a person sees of a run: the console, log.txt, events.jsonl, TensorBoard and Weights & Biases."""
+"""What a person sees of a run: the console, log.txt, events.jsonl, TensorBoard, and W&B or trackio."""
+import importlib
 import json
 import math
 import os
@@ -6,28 +7,24 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common.files import append_json_line, read_json_lines, write_json, write_text
+from common.ledger import Ledger
 from common.log import logger
 from common.text import duration
+from config.options import Options
 from engine import Progress
 from run.folder import environment
 
-T = TypeVar("T")
 _TRAIN = ("loss", "lr", "min_lr", "weight_decay", "grad_norm", "class_acc", "images_per_second", "data_wait")
-
-
-@dataclass(frozen=True)
-class WandbRun:
-    """What Weights & Biases is asked to keep: `config` (plain values), and the last checkpoints or not."""
-    project: str
-    name: str
-    config: Mapping[str, object]
-    checkpoints: bool = False
 
 
 class Tracker:
@@ -37,36 +34,46 @@ class Tracker:
     has room again. People see epochs from 1; log.txt counts them from 0.
 
     Args:
-        epochs, updates_per_epoch: of the whole run.
+        folder: the run's; of an owner it is asked before each write where that is now.
+        options: `epochs`; where TensorBoard's files go, and whether Weights & Biases is used.
+        updates_per_epoch: of the whole run.
         n_parameters: written into each line of log.txt.
-        log_dir: TensorBoard's folder, None: `tensorboard` in the run's folder.
+        main: false on other ranks, which write nothing.
         terminal: show a progress bar; None: where standard error is a terminal.
     """
 
-    def __init__(self, folder: str | os.PathLike | None, *, epochs: int, updates_per_epoch: int,
-                 n_parameters: int = 0, log_dir: str | os.PathLike | None = None,
-                 wandb: WandbRun | None = None, terminal: bool | None = None):
-        self.folder = None if folder is None else Path(folder)
-        self.epochs, self.updates_per_epoch, self.n_parameters = epochs, updates_per_epoch, n_parameters
-        self.terminal = sys.stderr.isatty() if terminal is None else terminal
+    def __init__(self, folder: str | os.PathLike | Ledger | None, options: Options, *, updates_per_epoch: int,
+                 n_parameters: int = 0, main: bool = True, terminal: bool | None = None):
+        self._owner = folder if folder is None or isinstance(folder, Ledger) else Ledger(folder)
+        self.epochs, self.updates_per_epoch = options.epochs, updates_per_epoch
+        self.n_parameters = n_parameters
+        self.terminal = main and (sys.stderr.isatty() if terminal is None else terminal)
+        own = self._owner and self._owner.path
         self._lines: list[dict] = []
         self._bar, self._stack = None, ExitStack()
-        log_dir = log_dir or (self.folder and self.folder / "tensorboard")
-        self._board = self._outside("tensorboardX", _open_board, log_dir) if log_dir else None
-        self._wandb = self._outside("wandb", _open_wandb, wandb, self.folder) if wandb else None
-        self._keeps_checkpoints = wandb is not None and wandb.checkpoints
+        opening, package = {}, options.track or ("wandb" if options.enable_wandb else None)
+        if main and (log_dir := options.log_dir or (own and own / "tensorboard")):
+            opening["tensorboardX"] = partial(_Board, log_dir)
+        if main and package:
+            opening[package] = partial(_open_run, package, options, own)
+        opened = {name: self._outside(name, call) for name, call in opening.items()}
+        self._records = {name: record for name, record in opened.items() if record is not None}
+        self._keeper = package if options.wandb_ckpt and package else ""
         if self.terminal:
-            from tqdm.contrib.logging import logging_redirect_tqdm
             self._stack.enter_context(logging_redirect_tqdm(loggers=[logger]))  # log lines go above the bar
             # A forked loader process has a copy of the bar as it was, and would draw that below its lines.
             os.register_at_fork(after_in_child=self._stack.close)
 
     # --------------------------------------------------------------------------------------- the run's start
 
+    def events(self) -> list[dict]:
+        """The incidents of the run so far."""
+        return read_json_lines(self._owner.path / "events.jsonl") if self._owner else []
+
     def resume(self, first_epoch: int) -> None:
         """Keep the lines of log.txt before `first_epoch` (from 0); those after it will be made again."""
-        if self.folder is not None:
-            earlier = {line["epoch"]: line for line in read_json_lines(self.folder / "log.txt")
+        if self._owner is not None:
+            earlier = {line["epoch"]: line for line in read_json_lines(self._owner.path / "log.txt")
                        if isinstance(line.get("epoch"), int) and line["epoch"] < first_epoch}
             self._lines = [earlier[epoch] for epoch in sorted(earlier)]
             self._write("log.txt", self._write_log)
@@ -82,7 +89,6 @@ class Tracker:
     def start_epoch(self, epoch: int, first_update: int = 0) -> None:
         """`first_update` is the first update within the epoch, above 0 after resuming in its middle."""
         if self.terminal:
-            from tqdm import tqdm
             # Not dynamic_ncols, which draws nothing where a terminal does not know its width (containers).
             self._bar = tqdm(total=self.updates_per_epoch, initial=first_update, leave=False, miniters=1,
                              ncols=min(shutil.get_terminal_size().columns, 140),
@@ -140,18 +146,17 @@ class Tracker:
         self._write("events.jsonl", lambda path: append_json_line(path, record))
 
     def log_checkpoint(self, path: str | os.PathLike) -> None:
-        """Store a checkpoint at Weights & Biases when that was asked for."""
-        if self._wandb is not None and self._keeps_checkpoints and Path(path).exists():
-            self._outside("wandb", self._wandb.log_artifact, str(path), type="model")
+        """Hand a checkpoint to the tracking package where that was asked for."""
+        if self._keeper in self._records and Path(path).exists():
+            record = self._records[self._keeper]
+            self._outside(self._keeper, partial(record.log_artifact, str(path), type="model"))
 
     def close(self) -> None:
         """Close the bar and the writers; may be called twice."""
         self._close_bar()
-        if self._board is not None:
-            self._outside("tensorboardX", self._board.close)  # a full disk shows here
-        if self._wandb is not None:
-            self._outside("wandb", self._wandb.finish)
-        self._board = self._wandb = None
+        for name, record in self._records.items():
+            self._outside(name, record.finish)  # a full disk shows here
+        self._records = {}
         self._stack.close()
 
     def _close_bar(self) -> None:
@@ -161,17 +166,15 @@ class Tracker:
 
     def _scalars(self, values: Mapping[str, object], update: int) -> None:
         numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
-        if self._board is not None:
-            for name, value in numbers.items():
-                self._outside("tensorboardX", self._board.add_scalar, name, value, update)
-        if self._wandb is not None:
-            self._outside("wandb", self._wandb.log, numbers, step=update)
+        for name, record in self._records.items():
+            self._outside(name, partial(record.log, numbers, step=update))
 
     @staticmethod
-    def _outside(name: str, call: Callable[..., T], *arguments: object, **named: object) -> T | None:
+    def _outside(name: str, call: Callable[[], Any]) -> Any:
         """What `call` gives; nothing that a service outside this project raises ends a training."""
         try:
-            return call(*arguments, **named)
+            with redirect_stdout(sys.stderr):  # standard output is for results
+                return call()
         except ImportError:
             logger.warning("%s is not installed (pip install %s); the run continues without it.", name, name)
         except Exception as error:  # of any type: a missing login, a lost network, a full disk
@@ -182,18 +185,29 @@ class Tracker:
         write_text(path, "".join(json.dumps(line) + "\n" for line in self._lines))
 
     def _write(self, name: str, write: Callable[[Path], None]) -> None:
-        if self.folder is not None:
+        if self._owner is not None:
             try:
-                write(self.folder / name)
+                write(self._owner.own() / name)
             except OSError as error:
-                logger.error(f"{name} was not written in {self.folder}: {error.strerror}; the run continues.")
+                logger.error(f"{name} was not written in {self._owner.path}: {error.strerror}; the run "
+                             "continues.")
 
 
-def _open_board(folder: str | os.PathLike):
-    from tensorboardX import SummaryWriter
-    return SummaryWriter(str(folder))
+class _Board:
+    """TensorBoard's files, with the calls of the packages that track runs."""
+
+    def __init__(self, folder: str | os.PathLike):
+        from tensorboardX import SummaryWriter
+        self.writer = SummaryWriter(str(folder))
+        self.finish = self.writer.close
+
+    def log(self, numbers: Mapping[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
 
 
-def _open_wandb(run: WandbRun, folder: Path | None):
-    import wandb
-    return wandb.init(project=run.project, name=run.name, config=dict(run.config), resume="allow", dir=folder)
+def _open_run(package: str, options: Options, folder: Path | None) -> Any:
+    """A run of `wandb` or `trackio`: their `log`, `log_artifact` and `finish` are the same."""
+    where = {"dir": folder} if package == "wandb" else {}  # trackio keeps all runs of a project together
+    return importlib.import_module(package).init(
+        project=options.project, name=options.exp_name, config=asdict(options), resume="allow", **where)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from dryrun import DryRun, Trial, digest
+from dryrun import DryRun, digest
 from main import main
 from tests.kits.docs import ROOT
 from tests.kits.images import fill_folder
@@ -16,6 +16,7 @@ from tests.kits.processes import environment
 from training import Trainer
 
 QUICK = ["--model", "hornet_pico_7x7", "--input_size", "32", "--num_workers", "0", "--device", "cpu"]
+PROCESS = SimpleNamespace(device=torch.device("cpu"))
 TRAIN = ("--batch_size", "2", "--epochs", "3", "--warmup_epochs", "0")
 
 
@@ -46,10 +47,11 @@ def test_a_training_is_tried_and_leaves_no_trace(two_classes, tmp_path, run, mon
     above.mkdir()
     monkeypatch.setattr(Trainer, "load_state_dict", lambda trainer, state: (
         seen.extend(above.iterdir()), load(trainer, state)))
-    code, text = run(two_classes, *TRAIN, "--update_freq", "2", "--model_ema", "true", "--model_ema_eval", "true",
+    part_of_an_epoch = ("--batch_size", "1", "--mixup", "0", "--cutmix", "0")
+    code, text = run(two_classes, *TRAIN, *part_of_an_epoch, "--model_ema", "true", "--model_ema_eval", "true",
                      "--output_dir", str(above / "mine"), "--dry_run", "true")
     assert code == 0 and list(above.iterdir()) == seen == [], text
-    for words in ("train: 10 images in 2 of 2 classes", "2 updates of 4 images", "read and restored", "img/s",
+    for words in ("train: 10 images in 2 classes, class folders", "8 updates of 1 images", "read and restored", "img/s",
                   "% of the time", "3 epochs would take", "checkpoints take", "All is well"):
         assert words in text
 
@@ -127,7 +129,7 @@ def test_a_disk_that_is_too_small_is_a_problem(two_classes, tmp_path, run, monke
 
 
 def test_the_pace_leaves_out_the_first_update_and_the_waiting():
-    trial = Trial(None, None)
+    trial = DryRun(PROCESS, None)
     trial.seen = [(5.0, 4.0, 1.0)]
     assert trial.pace(10) == (10.0, 0.8)  # alone it counts
     trial.seen += [(6.0, 4.5, 1.0), (7.0, 5.0, 1.0)]
@@ -142,7 +144,7 @@ def test_a_digest_sees_every_bit():
 
 
 def test_the_table_ends_with_the_first_problem():
-    run = DryRun(SimpleNamespace(device=torch.device("cpu")), None)
+    run = DryRun(PROCESS, None)
     run.end()
     run.problems("a", ["first is wrong."])
     run.problems("b", ["second is wrong."])

@@ -14,7 +14,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import engine
 import models  # noqa: F401  (registers the models with timm)
-from common.synsets import imagenet_synsets
+from common.synsets import imagenet_synsets, published_22k_synsets
 from config.parse import parse
 from datasets.labels import real_labels
 from datasets.sample import ensure_sample
@@ -79,23 +79,23 @@ def test_evaluation_predictions_and_report_agree_exactly(world, tmp_path, capfd)
     assert p.nll.sum(dtype=float) / 60 == pytest.approx(result["loss"], rel=1e-12)
     html = (tmp_path / "report.html").read_text("utf-8")
     assert f'<td class="n">{result["hits1"]}</td>' in html and "two different evaluations" not in html
-    out = tmp_path / "answers.json"
-    assert predict([str(world / "data" / "val"), "--resume", str(world / "ours.pth"), "--out", str(out)]) == 0
-    rows = json.loads(out.read_text("utf-8"))
+    assert predict([str(world / "data" / "val"), "--resume", str(world / "ours.pth"), "--out", "json"]) == 0
+    rows = json.loads(capfd.readouterr().out)
     assert sum(row["top"][0]["class"] == row["path"].split("/")[-2] for row in rows) == result["hits1"]
     assert sum(row["path"].split("/")[-2] in [t["class"] for t in row["top"]] for row in rows) == result["hits5"]
 
 
-def test_the_report_folders_of_two_evaluations_are_compared(world, tmp_path):
-    hits = []
+def test_the_report_folders_of_two_evaluations_are_compared(world, tmp_path, capfd):
+    scores = []
     for weights in ("model", "ema"):
         result = run(world, tmp_path / "out", "--resume", str(world / "ours.pth"), "--weights", weights, "--report",
                      str(tmp_path / weights))
-        hits.append(result["hits1"])
+        scores.append(f"{result['acc1']:.2f}")
+    capfd.readouterr()
     assert report([str(tmp_path / "model"), str(tmp_path / "ema"), "--out", str(tmp_path / "two.html")]) == 0
+    assert {row.split("|")[2].strip() for row in capfd.readouterr().out.splitlines()[2:]} == {*scores}
     html = (tmp_path / "two.html").read_text("utf-8")
-    assert all(f'<td class="n">{n}</td>' in html for n in hits)
-    assert "The two cannot be distinguished" in html or "is better" in html
+    assert "cannot be distinguished" in html or "is better than" in html
 
 
 def test_outputs_of_the_engine_become_predictions_with_the_same_sums():
@@ -253,6 +253,34 @@ def test_imagenet_a_is_judged_among_its_200_classes(imagenet_model, tmp_path):
             best = imagenet_model[1]((pixels - mean) / std)[0, columns].topk(5).indices.tolist()
         hits += path.split("/")[-2] in [folders[i] for i in best]
     assert result["hits5"] == hits == p.hit5.sum() and hits > 0
+
+
+def test_a_suite_is_one_table_and_a_22k_head_answers_with_its_rows_of_the_1000_classes(tmp_path, capfd):
+    model, path, home = lively("hornet_pico_7x7", 10459), tmp_path / "22k.pth", tmp_path / "sets" / "imagenet"
+    torch.save({"model": model.state_dict()}, path)
+    write_set(home / "val", SYNSETS[:20], "ILSVRC2012_val_{}.JPEG", 3)
+    write_set(home.parent / "ImageNetV2-matched-frequency-format-val", [str(i) for i in range(1000)])
+    write_set(tmp_path / "drawn", SYNSETS[:30], "sketch_{}.JPEG")
+    argv = ["--eval", "true", "--model", "hornet_pico_7x7", "--input_size", "64", "--resume", str(path), "--data_path",
+            str(home), "--batch_size", "100", "--output_dir", str(tmp_path / "out"), "--report", str(tmp_path / "out"), *DEVICE]
+    assert main([*argv, "--suite", f"imagenet,v2,sketch={tmp_path / 'drawn'}"]) == 0
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capfd.readouterr().out.splitlines()[-6:]]
+    results = json.loads((tmp_path / "out" / "eval.json").read_text())["results"]
+    assert [r["dataset"] for r in results] == ["imagenet-val", "imagenet-v2", "imagenet-sketch"]
+    assert [row[0] for row in table[2:]] == ["imagenet-val", "imagenet-real", "imagenet-v2", "imagenet-sketch"]
+    assert [row[3:5] for row in table[2:]] == [[str(r["images"]), f"{r['acc1']:.2f}"] for r in (
+        results[0], results[0]["real"], *results[1:])]
+    columns, hits = [published_22k_synsets().index(synset) for synset in SYNSETS], 0
+    p = read_predictions(tmp_path / "out" / "imagenet-sketch" / "predictions.npz")
+    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    for image in p.paths:
+        pixels = torch.tensor(eval_transform(64)(Image.open(image).convert("RGB"))).permute(2, 0, 1)[None] / 255
+        with torch.no_grad():
+            best = model((pixels - mean) / std)[0, columns].topk(5).indices.tolist()
+        hits += image.split("/")[-2] in [SYNSETS[i] for i in best]
+    assert results[2]["hits5"] == hits == p.hit5.sum()
+    assert main([*argv, "--suite", "imagenet,a"]) == 2
+    assert "--suite a" in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_v2_and_real_count_by_their_own_labels(imagenet_model, tmp_path, capfd):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from common.ledger import Ledger
+from common.outcome import Outcome
 from launch import run_with_submitit
 from launch.run_with_submitit import (
     main,
@@ -58,6 +59,11 @@ def test_dry_run_prints_the_script_and_submits_nothing(program, fake_slurm, caps
     assert not (program / "runs").exists() or not list((program / "runs").rglob("*.pkl"))
 
 
+def test_a_short_job_stops_nearer_to_its_limit(program, fake_slurm, capsys):
+    assert main(["--timeout", "0.05", "--dry_run"]) == 0
+    assert "#SBATCH --signal=USR2@45\n" in capsys.readouterr().out
+
+
 def test_nothing_of_a_site_is_assumed(program, fake_slurm, capsys):
     assert main(["--dry_run", "true"]) == 0
     out, err = capsys.readouterr()
@@ -73,12 +79,13 @@ def test_nothing_of_a_site_is_assumed(program, fake_slurm, capsys):
     (["--cluster", "local", "--nodes", "2"], "--nodes 2"),
     (["--cluster", "slurm"], "torchrun"),
     (["--cluster", "local", "--slurm", "=x"], "--slurm =x"),
-    (["status", "nowhere"], "nowhere holds no job.json"),
+    (["status", "nowhere"], "nowhere holds no job.json and no run"),
     (["status"], "status takes one folder"),
     (["--cluster", "local", "--no_such_flag", "1"], "no_such_flag"),
     (["--nodes", "two"], "--nodes: "),
     (["--nodes", "0"], "--nodes 0"),
     (["--timeout", "nan"], "--timeout nan"),
+    (["--timeout", "0.04"], "--timeout 0.04 (hours) is less than the 120 s in which a job starts and the 36 s"),
     (["--dry_run", "maybe"], "'maybe'"),
     (["--cluster", "somewhere"], "choose from"),
 ])
@@ -135,6 +142,136 @@ def test_what_sbatch_refuses_is_one_sentence(program, fake_slurm, capsys):
     assert main(["--nodes", "1", "--ngpus", "1", "--partition", "moon"]) == 2
     text = capsys.readouterr().err
     assert "invalid partition specified: moon" in text and "Traceback" not in text
+
+
+PENDING, RUNS = "PENDING|{}|{}|(null)|0:00", "RUNNING|None|2026-11-26T10:00:00|gpu[1-2]|1:23"
+AT_42 = {"update": 42, "time": 1000.0, "job": "7"}
+
+
+def begun(ledger: Ledger) -> None:
+    ledger.begin(update=0)
+
+
+def paused(ledger: Ledger) -> None:
+    begun(ledger)
+    ledger.end(Outcome.PAUSED, update=42, cause="SIGUSR2")
+    ledger.note(requeued=True, reason="SIGUSR2")
+
+
+def failed(ledger: Ledger) -> None:
+    begun(ledger)
+    ledger.end(Outcome.FAILED, update=41, cause="rank 1 (gpu2) is gone", rank=1)
+    (ledger.path / "7_1_log.err").write_text("one\nrank 1 has no memory\n")
+    ledger.note(requeued=False, reason="it failed twice at update 41: rank 1 (gpu2) is gone")
+
+
+def done(ledger: Ledger) -> None:
+    begun(ledger)
+    ledger.end(Outcome.DONE, update=90)
+
+
+@pytest.mark.parametrize("prepare, phase, answer, expected", [
+    (None, "", PENDING.format("Resources", "N/A"), """
+state    PENDING (Resources)
+"""), (None, "", RUNS, """
+state    RUNNING on gpu[1-2] for 1:23, starting
+log      7_0_log.err
+         | train: 1281167 images in 1000 classes
+"""), (begun, "backward", RUNS, """
+state    RUNNING on gpu[1-2] for 1:23
+update   42 (backward, 8 s ago)
+attempt  1 of at most 101
+         attempt 1: under way
+log      7_0_log.err
+         | train: 1281167 images in 1000 classes
+"""), (begun, "saving", RUNS, """
+state    RUNNING on gpu[1-2] for 1:23
+update   42 (saving, 8 s ago)
+attempt  1 of at most 101
+         attempt 1: under way
+log      7_0_log.err
+         | train: 1281167 images in 1000 classes
+"""), (paused, "ended", PENDING.format("BeginTime", "2026-11-26T10:02:00"), """
+state    PENDING (BeginTime, not before 2026-11-26T10:02:00)
+attempt  1 of at most 101
+         attempt 1: PAUSED at update 42, requeued (SIGUSR2)
+log      7_0_log.err
+         | train: 1281167 images in 1000 classes
+"""), (failed, "ended", "FAILED|NonZeroExitCode|2026-11-26T10:00:00|gpu[1-2]|1:23", """
+state    FAILED
+attempt  1 of at most 101
+         attempt 1: FAILED at update 41, not requeued (it failed twice at update 41: rank 1 (gpu2) is gone)
+failure  rank 1 (gpu2) is gone
+log      7_1_log.err
+         | one
+         | rank 1 has no memory
+"""), (begun, "backward", "NODE_FAIL|None|2026-11-26T10:00:00|gpu[1-2]|1:23", """
+state    NODE_FAIL; the run: killed without a word, or its node was lost
+attempt  1 of at most 101
+         attempt 1: killed without a word, or its node was lost
+log      7_0_log.err
+         | train: 1281167 images in 1000 classes
+"""), (done, "ended", "COMPLETED|None|2026-11-26T10:00:00|gpu[1-2]|1:23", """
+state    COMPLETED
+attempt  1 of at most 101
+         attempt 1: DONE at update 90
+log      7_0_log.err
+         | train: 1281167 images in 1000 classes
+"""), (done, "ended", "", """
+state    DONE
+attempt  1 of at most 101
+         attempt 1: DONE at update 90
+log      7_0_log.err
+         | train: 1281167 images in 1000 classes
+"""),
+], ids=["queued", "starting", "running", "saving", "requeued", "failed", "lost", "finished", "forgotten by Slurm"])
+def test_the_words_of_status(tmp_path, monkeypatch, prepare, phase, answer, expected):
+    """What an operator reads; another job that uses the same run folder changes nothing."""
+    monkeypatch.setattr(run_with_submitit, "squeue", lambda job, what: answer)
+    monkeypatch.setattr(run_with_submitit.time, "time", lambda: 1008.0)
+    run, folder = Ledger(tmp_path / "run"), tmp_path / "logs"
+    for path in (run.path, folder):
+        path.mkdir()
+    monkeypatch.setenv("SLURM_JOB_ID", "6")
+    done(run)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    job = {"id": "7", "cluster": "slurm", "output_dir": str(run.path), "max_requeue": 100}
+    (folder / "job.json").write_text(json.dumps(job))
+    if not answer.startswith("PENDING|Resources"):
+        (folder / "7_0_log.err").write_text("train: 1281167 images in 1000 classes\n")
+    if prepare:
+        prepare(run)
+        if prepare is failed:
+            (run.path / "7_1_log.err").rename(folder / "7_1_log.err")
+        (run.path / "progress.json").write_text(json.dumps(AT_42 | {"phase": phase}))
+    assert status(folder) == "job      7 (slurm)" + expected
+
+
+def test_a_lone_run_that_was_killed_is_known_by_its_lock(tmp_path):
+    """Its status.json still says RUNNING; so does a shell: `flock -n RUN/owner.json true`."""
+    code = ("import time\nfrom run.folder import RunFolder\n"
+            f"folder = RunFolder({str(tmp_path)!r})\nfolder.lock()\nfolder.begin(update=3)\ntime.sleep(60)")
+    run = subprocess.Popen([sys.executable, "-c", code], env=environment())
+    wait_for((tmp_path / "status.json").exists)
+    shell = ["flock", "-n", str(tmp_path / "owner.json"), "true"]
+    assert "state    RUNNING\n" in status(tmp_path) and subprocess.run(shell).returncode == 1
+    run.kill()
+    run.wait()
+    assert "state    killed without a word" in status(tmp_path) and subprocess.run(shell).returncode == 0
+    assert Ledger(tmp_path).status()["state"] == "RUNNING"
+
+
+def test_a_folder_has_one_unfinished_job(program, fake_slurm, monkeypatch, capsys):
+    """Of Slurm's that is; of a local one the process."""
+    (program / "one").mkdir()
+    for cluster, number, state in (("slurm", "9", "PENDING|Priority|N/A|(null)|0:00"), ("local", str(os.getpid()), "")):
+        monkeypatch.setattr(run_with_submitit, "squeue", lambda job, what, state=state: state)
+        (program / "one" / "job.json").write_text(json.dumps({"id": number, "cluster": cluster}))
+        assert main(["--job_dir", "one"]) == 2
+        assert f"job {number}" in capsys.readouterr().err
+        monkeypatch.setattr(run_with_submitit, "squeue", lambda job, what: "COMPLETED|None|N/A|a|1:00")
+    (program / "one" / "job.json").write_text(json.dumps({"id": "9", "cluster": "slurm"}))
+    assert main(["--job_dir", "one"]) == 2 and "sbatch refuses" in capsys.readouterr().err
 
 
 def local(program: Path, *more: str) -> Path:

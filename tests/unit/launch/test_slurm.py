@@ -2,6 +2,9 @@
 import os
 import signal
 import threading
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -110,7 +113,13 @@ def test_without_scontrol_the_saved_job_ends_at_once(tmp_path, monkeypatch):
     assert newest["requeued"] is False and "scontrol" in newest["reason"]
 
 
-def stop_under_slurm(tmp_path: Path, monkeypatch, squeue: str | None, scontrol: str | None) -> dict:
+def test_without_scontrol_a_preempted_job_waits_for_slurm_to_requeue_it(tmp_path, monkeypatch):
+    newest = stop_under_slurm(tmp_path, monkeypatch, None, None, [signal.SIGUSR2, signal.SIGTERM])
+    assert newest["requeued"] is True
+
+
+def stop_under_slurm(tmp_path: Path, monkeypatch, squeue: str | None, scontrol: str | None,
+                     signals: Sequence[int] = ()) -> dict:
     """A preempted task on a Slurm whose programs do as these shell lines say (None: there is none); requests
     are kept in `asked`. Returns what the ledger holds."""
     for name, line in (("squeue", squeue), ("scontrol", f"echo $* >> {tmp_path}/asked\n{scontrol}")):
@@ -123,8 +132,25 @@ def stop_under_slurm(tmp_path: Path, monkeypatch, squeue: str | None, scontrol: 
     monkeypatch.setattr(slurm, "PAUSE", 0)
     monkeypatch.setattr(slurm, "HOLD", 0)
     ledger = run_of(tmp_path, Outcome.PAUSED, cause="SIGUSR2")
-    Task(job(tmp_path), SlurmJobEnvironment()).after_stop()
+    task = Task(job(tmp_path), SlurmJobEnvironment())
+    task.signals += signals
+    task.after_stop()
     return ledger.newest()
+
+
+@pytest.mark.parametrize("left, worked, end", [(20, (1, 1), "FAILED"), (20, (9000, 1), "PAUSED"), (3600, (1, 1), "PAUSED")])
+def test_a_time_limit_that_leaves_no_time_to_train_ends_the_job(tmp_path, monkeypatch, left, worked, end):
+    """Not a preemption, which may come early twice; and not where one of two attempts was worth its start."""
+    monkeypatch.setattr(slurm, "job_end_time", lambda env: time.time() + left)
+    for update, seconds in enumerate(worked):
+        task = Task(job(tmp_path), _Environment(0, []))
+        task.began -= 5  # seconds of start-up
+        ledger = run_of(tmp_path, Outcome.PAUSED, update=update, cause="SIGUSR2")
+        ledger.note(ended=str(datetime.now(UTC) + timedelta(seconds=seconds)))
+        code = task.after_stop()
+    newest = ledger.newest()
+    assert (newest["state"], newest["requeued"], code) == (end, end == "PAUSED", 1 if end == "FAILED" else 75)
+    assert ledger.status()["state"] == end and ("--timeout" in newest["cause"]) == (end == "FAILED")
 
 
 @pytest.mark.parametrize("code, cause", [(-signal.SIGKILL, "rank 1 was killed by SIGKILL (out of memory?)"),
@@ -135,6 +161,15 @@ def test_a_killed_rank_is_named_with_the_update_that_its_peers_recorded(tmp_path
     task.after_failure(code)
     newest = Ledger(tmp_path).newest()
     assert (newest["state"], newest["update"], newest["cause"]) == ("FAILED", 41, cause)
+
+
+def test_a_users_mistake_at_the_start_is_recorded_with_its_sentence(tmp_path):
+    """Before main.py has begun an attempt: nothing but its log has the sentence."""
+    (tmp_path / "7_0_log.err").write_text("train: 8 images\nerror: --data_path /nowhere has no train folder\n")
+    requeues: list[int] = []
+    Task(job(tmp_path), _Environment(0, requeues)).after_failure(ExitCode.USAGE)
+    status = Ledger(tmp_path).status()
+    assert (status["state"], status["rank"], requeues) == ("FAILED", 0, []) and "--data_path" in status["cause"]
 
 
 def test_a_killed_job_that_left_no_words_is_recorded_with_its_last_progress(tmp_path):

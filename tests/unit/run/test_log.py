@@ -7,6 +7,7 @@ import math
 import os
 import pty
 import select
+import sqlite3
 import struct
 import sys
 import termios
@@ -18,16 +19,19 @@ import pytest
 import main
 from common.errors import UserError
 from common.log import logger, setup_logging
+from common.outcome import Outcome
+from config.options import Options
 from engine import Progress
-from run.log import Tracker, WandbRun
+from run.log import Tracker
 from tests.kits.images import write_images
 from tests.kits.runs import arguments, start
 
 
 def at(epoch=0, done=10, updates=10, **more):
     values = dict(loss=2.5, recent_loss=2.0, grad_norm=1.0, lr=4e-3, min_lr=1e-3, weight_decay=0.05,
-                  images_per_second=123.4, data_wait=0.02, seconds=float(done))
-    return Progress(epoch, epoch * updates, epoch * updates + done, **values | more)
+                  images_per_second=123.4, data_wait=0.02, seconds=float(done), class_acc=None, nonfinite=0,
+                  outcome=Outcome.DONE, sums=[], epoch=epoch, first_update=epoch * updates)
+    return Progress(next_update=epoch * updates + done, **values | more)
 
 
 @pytest.fixture
@@ -44,7 +48,9 @@ def logged():
 
 
 def tracker(folder, updates_per_epoch=10, **more):
-    return Tracker(folder, epochs=4, updates_per_epoch=updates_per_epoch, n_parameters=99, **{"terminal": False, **more})
+    terminal = more.pop("terminal", False)
+    return Tracker(folder, Options(epochs=4, **more), updates_per_epoch=updates_per_epoch, n_parameters=99,
+                   terminal=terminal)
 
 
 def log(folder):
@@ -165,7 +171,7 @@ def test_a_training_on_a_terminal_shows_each_epoch_from_its_start_to_its_end_onc
     for epoch in ("epoch 1/2", "epoch 2/2"):
         bars = [int(line.split("%")[0].split()[-1]) for line in lines if line.startswith(epoch) and "%|" in line]
         assert bars == sorted(bars) and bars[0] == 0 and bars[-1] == 100
-    assert any("unreadable" in line or "could not be read" in line for line in lines)
+    assert any("cannot be read" in line for line in lines)
 
 
 def test_the_setup_is_written(tmp_path):
@@ -200,10 +206,10 @@ class Wandb(types.ModuleType):
         raise RuntimeError("the network is gone")  # which ends no training
 
 
-def test_wandb_gets_figures_and_at_the_end_the_best_and_the_last_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("flag", [{"enable_wandb": "true"}, {"track": "wandb"}])
+def test_wandb_gets_figures_and_at_the_end_the_best_and_the_last_checkpoint(flag, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
-    argv = arguments(write_images(tmp_path / "images"), tmp_path / "run", epochs=1, enable_wandb="true",
-                     wandb_ckpt="true", exp_name="first")
+    argv = arguments(write_images(tmp_path / "images"), tmp_path / "run", epochs=1, wandb_ckpt="true", exp_name="first", **flag)
     assert main.main(argv) == 0
     calls = wandb.calls
     assert calls[0] == ("init", "hornet", "first", tmp_path / "run") and calls[-1] == ("finish",)
@@ -212,9 +218,24 @@ def test_wandb_gets_figures_and_at_the_end_the_best_and_the_last_checkpoint(tmp_
         "checkpoint-best.pth", "checkpoint-best-ema.pth", "checkpoint-0.pth"]
 
 
-def test_missing_wandb_is_one_line(logged, monkeypatch):
+def test_trackio_keeps_the_figures_offline_and_standard_output_stays_for_results(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    pytest.importorskip("trackio")
+    t = tracker(None, track="trackio", exp_name="first", wandb_ckpt=True)
+    t.end_epoch(at(0), {"test_acc1": 81.25}, 1.0)
+    (tmp_path / "checkpoint-0.pth").write_bytes(b"weights")
+    t.log_checkpoint(tmp_path / "checkpoint-0.pth")
+    t.close()
+    assert capfd.readouterr().out == ""
+    with sqlite3.connect(tmp_path / "hornet.db") as database:
+        ((run, step, figures),) = database.execute("select run_name, step, metrics from metrics").fetchall()
+    assert (run, step, json.loads(figures)["epoch/test_acc1"]) == ("first", 10, 81.25)
+    assert any(path.read_bytes() == b"weights" for path in (tmp_path / "artifacts").rglob("*") if path.is_file())
+
+
+def test_a_missing_package_is_one_line(logged, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    t = tracker(None, wandb=WandbRun("hornet", "default", {}))
+    t = tracker(None, enable_wandb=True)
     t.end_epoch(at(0), {}, 1.0)
     assert len([line for line in logged if "pip install wandb" in line]) == 1
     t.close()
