@@ -25,7 +25,15 @@ from optim.ema import Ema
 from optim.finite import FiniteWatch
 from optim.update import Update, UpdateStats
 from plan import (
-    Classification, Plan, compiled, find_data, plan_run, rate_at_peak, resumed_schedule_notice, set_numerics)
+    Classification,
+    Plan,
+    compiled,
+    find_data,
+    plan_run,
+    rate_at_peak,
+    resumed_schedule_notice,
+    set_numerics,
+)
 from report.page import write_report
 from run.checkpoint import Checkpoints, Loaded, open_folder, state_bytes
 from run.folder import RunFolder
