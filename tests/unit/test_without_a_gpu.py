@@ -23,7 +23,7 @@ from models.dft import use_matrix_filter
 from models.zoo import MODEL_NAMES
 from optim.build import build_loss, build_optimizer
 from optim.ema import Ema
-from optim.schedule import build_schedule
+from optim.schedule import Schedule
 from optim.update import Update
 from tests.kits.devices import HostWaits, Launches, NoHostReads, fake_cuda, to_cuda
 from tests.kits.options import data_options
@@ -60,7 +60,7 @@ def parts(model: nn.Module, device: torch.device, **changes):
         logits = model(images, **engine.drop_draws(model.num_drop_draws, 0, update, batch, images.device))
         return criterion(engine.full_precision(logits), targets), None
 
-    update = Update(model, build_optimizer(model, options), build_schedule(options, 4), options, ema=Ema(model, 0.99))
+    update = Update(model, build_optimizer(model, options), Schedule(options, 4), options, ema=Ema(model, 0.99))
     return SimpleNamespace(model=model, losses=losses, batches=lambda epoch, first: BATCHES), update
 
 

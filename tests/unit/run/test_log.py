@@ -48,9 +48,9 @@ def logged():
 
 
 def tracker(folder, updates_per_epoch=10, **more):
-    terminal = more.pop("terminal", False)
+    terminal, peak_rate = more.pop("terminal", False), more.pop("peak_rate", None)
     return Tracker(folder, Options(epochs=4, **more), updates_per_epoch=updates_per_epoch, n_parameters=99,
-                   terminal=terminal)
+                   terminal=terminal, peak_rate=peak_rate)
 
 
 def log(folder):
@@ -81,6 +81,16 @@ def test_an_epoch_has_the_published_keys(tmp_path, logged):
     assert None not in line.values() and (line["epoch"], line["update"]) == (0, 10)
     assert logged[-1] == "epoch 1/4 done in 0:01:01  train loss 2.5000  top-1 81.25  top-5 95.00"
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_shares_of_the_time_and_of_the_peak_where_it_is_known(tmp_path, logged):
+    t = tracker(tmp_path, peak_rate=246.8)
+    t.end_epoch(at(0, shares={"forward": 0.25, "other": 0.5}), {}, seconds=61.0)
+    t.progress(at(1, done=5))
+    t.close()
+    line, = log(tmp_path)
+    assert (line["train_mfu"], line["train_forward_share"], line["train_other_share"]) == (0.5, 0.25, 0.5)
+    assert "123.4 img/s  MFU 50 %  data wait" in logged[-1]
 
 
 def test_each_epoch_stands_once_after_a_crash_and_a_resume(tmp_path):
