@@ -1,6 +1,5 @@
 """The optimizer and the training loss of the options."""
-from collections.abc import Callable
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
