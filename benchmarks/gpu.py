@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.reference import PlainHorNet
 from benchmarks.timing import machine, markdown
@@ -23,8 +23,8 @@ from config.options import Options
 from datasets.dataset import Batch
 from datasets.device import TrainPrepare
 from engine import drop_draws
+from launch.process import choose_device
 from models.compile import compile_blocks
-from models.hornet import HorNet
 from models.inspect import complexity
 from optim.build import build_loss, build_optimizer
 from optim.ema import Ema
@@ -32,9 +32,9 @@ from optim.schedule import Schedule
 from optim.update import Update
 from tools.command import run_command
 
-GOALS = {"hornet_tiny_7x7": 6200, "hornet_base_7x7": 2100, "hornet_large_7x7": 1190}  # img/s, one H200
-_TITLES = ("model, path, work, batch, img/s, MFU, prepare, forward, backward, update, GiB, goal on an H200")
+Step = Callable[[PhaseClock], None]
 OTHERS = ("reference", "convnext", "convnext compiled")
+PHASES = ("prepare", "forward", "backward", "update")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,125 +54,112 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def network(name: str, path: str, args: argparse.Namespace) -> tuple[nn.Module, str]:
-    """The network of a row, and what of it is compiled."""
+    """The network of a row, and the stages of it that are compiled."""
     if path.startswith("convnext"):
         model = timm.create_model("convnext_tiny", drop_path_rate=0.1).to(args.device).train()
-        return (torch.compile(model), "all") if "compiled" in path else (model, "")  # type: ignore
+        return (torch.compile(model) if "compiled" in path else model), ""  # type: ignore
     model = timm.create_model(name, drop_path_rate=0.2).to(args.device).train()
     if path == "compiled":
-        chosen = compile_blocks(model, (args.batch, 3, args.size, args.size), torch.bfloat16, agree=bool, from_first=str)
-        return model, f"stages {chosen}" if chosen else "nothing"
+        shape = (args.batch, 3, args.size, args.size)
+        return model, compile_blocks(model, shape, torch.bfloat16, agree=bool, from_first=str) or "nothing"
     return (PlainHorNet(model) if path == "reference" else model), ""
 
 
-def updates(model: nn.Module, args: argparse.Namespace) -> tuple[Callable[[PhaseClock], None], Callable[[], Tensor]]:
-    """One training update that marks its phases, and one evaluation pass, of `model` in bf16."""
-    device, count = torch.device(args.device), args.batch
-    options = Options(batch_size=count, update_freq=1, clip_grad=1.0, opt="adamw", lr=1e-5, warmup_epochs=0, epochs=1,
-                      input_size=args.size)
-    erased = torch.arange(0, count * args.size ** 2, 24), torch.randn(-(count * args.size ** 2 // -24), 3)
-    batch = Batch(torch.randint(0, 256, (count, args.size, args.size, 3), dtype=torch.uint8), torch.arange(count),
-                  torch.arange(count), torch.arange(count), torch.zeros(count, 1, 4, dtype=torch.int32), 0, erased=erased)
+def steps(model: nn.Module, args: argparse.Namespace) -> tuple[Step, Step]:
+    """A training update that marks its phases, and an evaluation pass, of `model` in bf16."""
+    device, count, side = torch.device(args.device), args.batch, args.size
+    options = Options(batch_size=count, update_freq=1, clip_grad=1.0, lr=1e-5, warmup_epochs=0, epochs=1, input_size=side)
+    places = torch.arange(0, count * side ** 2, 24)  # as many as are erased on average
+    batch = Batch(torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8), *[torch.arange(count)] * 3,
+                  torch.zeros(count, 1, 4, dtype=torch.int32), 0, erased=(places, torch.randn(len(places), 3)))
     prepare, criterion = TrainPrepare(options, 1000, device), build_loss(options)
-    update = Update(model, build_optimizer(model, options), Schedule(options, 100), options,
+    update = Update(model, build_optimizer(model, options, lambda name: 1.0), Schedule(options, 100), options,
                     ema=Ema(getattr(model, "_orig_mod", model), 0.9999))
     draws = getattr(getattr(model, "model", model), "num_drop_draws", 0)
+    pixels, _ = prepare(batch)
 
     def train(clock: PhaseClock) -> None:
         clock.begins("prepare")
         images, targets = prepare(batch)
         clock.begins("forward")
         with autocast(device, torch.bfloat16):
-            logits = model(images, *drop_draws(draws, 0, 0, batch, device).values())
+            logits = model.train()(images, *drop_draws(draws, 0, 0, batch, device).values())
         loss = criterion(logits.float(), targets)
         clock.begins("backward")
         update.backward(loss)
         clock.begins("update")
         update.step(0)
-        clock.begins("end")
 
-    def evaluate() -> Tensor:
+    def evaluate(clock: PhaseClock) -> None:
+        clock.begins("forward")
         with torch.no_grad(), autocast(device, torch.bfloat16):
-            return model(images)
-
-    images = prepare(batch)[0]
+            model.eval()(pixels)
     return train, evaluate
 
 
-def measure(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Seconds per call, of `repeats` after three that are not counted, on the device's clock."""
-    for _ in range(3):
-        call()
-    clock = PhaseClock(device)
-    clock.begins("work")
-    for _ in range(repeats):
-        call()
-    clock.begins("end")
-    return clock.read()["work"] / repeats
+def timed(step: Step, device: torch.device, repeats: int) -> dict[str, float]:
+    """Seconds of each phase of a step: of `repeats`, after three that are not counted."""
+    for count in (3, repeats):
+        clock = PhaseClock(device)
+        for _ in range(count):
+            step(clock)
+        clock.begins("end")
+    return {phase: seconds / repeats for phase, seconds in clock.read().items()}
 
 
-def peak(device: torch.device, size: int) -> float:
+def peak(device: torch.device, side: int) -> float:
     """bf16 operations per second of the best of five large matrix products."""
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    return 2 * size ** 3 / min(measure(lambda: a @ a, device, 5) for _ in range(5))
+    a = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+
+    def product(clock: PhaseClock) -> None:
+        clock.begins("product")
+        torch.mm(a, a)
+    return 2 * side ** 3 / min(timed(product, device, 5)["product"] for _ in range(5))
 
 
-def row(name: str, path: str, args: argparse.Namespace, best: float) -> list[dict]:
-    """Training and evaluation of one network."""
+def rows(name: str, path: str, args: argparse.Namespace, best: float) -> list[dict]:
+    """Training and evaluation of one network, whose peak of memory is that of both."""
     device = torch.device(args.device)
     module = torch.get_device_module(device) if asynchronous(device) else None
     if module:
         module.empty_cache()
         module.reset_peak_memory_stats(device)
-    model, compiled = network(name, path, args)
-    flops = complexity(model, args.size).flops if isinstance(model, HorNet) else None
-    train, evaluate = updates(model, args)
-    clock = PhaseClock(device)
-    seconds = measure(lambda: train(PhaseClock(device)), device, args.repeats)
-    for _ in range(args.repeats):
-        train(clock)
-    phases = clock.read()
-    spent = sum(phases[phase] for phase in ("prepare", "forward", "backward", "update"))
-    memory = module.max_memory_allocated(device) / 2 ** 30 if module else None
-    model.eval()
+    model, note = network(name, path, args)
+    flops = 0 if "convnext" in path else complexity(timm.create_model(name), args.size).flops
     found = []
-    for work, each, times in (("train", seconds, 3), ("evaluate", measure(evaluate, device, args.repeats), 1)):
+    for work, step, passes in zip(("train", "evaluate"), steps(model, args), (3, 1)):
+        phases = timed(step, device, args.repeats)
+        seconds = sum(phases.values())
         found.append({
-            "model": "convnext_tiny" if path.startswith("convnext") else name, "path": path, "work": work,
-            "compiled": compiled, "batch": args.batch, "images_per_second": args.batch / each,
-            "mfu": None if flops is None else times * 2 * flops * args.batch / each / best, "gib": memory,
-            "shares": {phase: phases[phase] / spent for phase in phases if phase != "end"} if times == 3 else {}})
+            "model": "convnext_tiny" if "convnext" in path else name, "path": f"{path} {note}".strip(), "work": work,
+            "batch": args.batch, "images_per_second": args.batch / seconds,
+            "mfu": 2 * passes * flops * args.batch / seconds / best or None,
+            **{phase: phases[phase] / seconds if phase in phases else None for phase in PHASES},
+            "gib": module.max_memory_allocated(device) / 2 ** 30 if module else None})
     logger.info("%s", found)
     return found
 
 
-def table(rows: list[dict]) -> str:
+def table(found: list[dict]) -> str:
     """The rows as a Markdown table."""
-    def text(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-    return markdown(_TITLES, [[
-        each["model"], f"{each['path']} {each['compiled']}".strip(), each["work"], str(each["batch"]),
-        text(each["images_per_second"], ",.1f"), text(each["mfu"], ".1%"),
-        *(text(each["shares"].get(phase), ".1%") for phase in ("prepare", "forward", "backward", "update")),
-        text(each["gib"], ".1f"),
-        text(GOALS.get(each["model"]) if each["work"] == "train" and each["path"] == "compiled" else None, ",")]
-        for each in rows])
+    forms = {"images_per_second": ",.1f", "gib": ".1f"} | dict.fromkeys(("mfu", *PHASES), ".1%")
+    return markdown(", ".join(found[0]), [
+        ["" if value is None else format(value, forms.get(key, "")) for key, value in row.items()] for row in found])
 
 
 def _work(args: argparse.Namespace) -> int:
     set_float32(False)
-    device = torch.device(args.device)
-    best = peak(device, 8192 if asynchronous(device) else 256)
-    rows = []
+    device = choose_device(args.device, 0, 1)
+    best, found = peak(device, 8192 if asynchronous(device) else 256), []
     for name in args.models:
         for path in args.paths:
             if path not in OTHERS or name == args.models[0]:
                 torch.compiler.reset()
-                rows += row(name, path, args, best)
-    about = machine() | {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else args.device,
+                found += rows(name, path, args, best)
+    about = machine() | {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
                          "peak_tflops": best / 1e12}
-    write_json(args.out, {"machine": about, "rows": rows})
-    print("\n\n".join([str(about), table(rows)]))
+    write_json(args.out, {"machine": about, "rows": found})
+    print("\n\n".join([str(about), table(found)]))
     return 0
 
 
