@@ -7,7 +7,7 @@ import torch
 import engine
 from common import devices
 from common.devices import PhaseClock, dense_peak, float32_products, float32_settings, set_float32
-from config.options import Options
+from config.options import ImageSettings, Options
 from datasets import device as device_room
 from dryrun import largest
 from launch.process import BACKENDS
@@ -97,6 +97,7 @@ def test_peaks_of_known_devices(name, dtype, tf32, peak):
 
 def test_copies_go_through_a_stream_of_their_own_where_there_is_a_queue(monkeypatch):
     """In this order: copied on the side stream, awaited by the current one, which also keeps the memory."""
+    normalise = device_room.Normalise(ImageSettings(), "cpu")
     done = []
 
     class Stream:
@@ -113,13 +114,13 @@ def test_copies_go_through_a_stream_of_their_own_where_there_is_a_queue(monkeypa
             done.append(f"{self.name} waits for {other.name}")
 
     monkeypatch.setattr(device_room, "asynchronous", lambda device: True)
-    monkeypatch.setattr(device_room, "to_device", lambda tensor, device: done.append("copy") or tensor.clone())
     monkeypatch.setattr(torch, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **_: done.append("copy") or tensor)
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: Stream("main"))
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: done.append(f"kept for {stream.name}"))
-    first, second = device_room.Upload("cuda")(torch.ones(1), torch.ones(2))
-    assert len(second) == 2 and done == ["on side", "copy", "copy", "back", "main waits for side", "kept for main",
-                                         "kept for main"]
+    pixels = torch.full((1, 2, 2, 3), 7, dtype=torch.uint8)
+    assert torch.equal(device_room.Normalise(ImageSettings(), "cpu")(pixels), normalise(pixels))
+    assert done == ["on side", "copy", "back", "main waits for side", "kept for main", "copy"]
 
 
 @pytest.mark.parametrize("device, backend", [("cuda", "nccl"), ("xpu", "xccl"), ("cpu", "gloo"), ("mps", "gloo")])
