@@ -9,6 +9,7 @@ import torch
 
 import main
 import models  # noqa: F401 - registers the models with timm
+from common.devices import float32_products
 from models import compile as compiling
 from models import dft
 from models.gnconv import GlobalLocalFilter
@@ -57,7 +58,7 @@ def test_each_kind_of_block_is_one_graph_in_training_and_one_in_evaluation(backe
             found, wanted = model(x, draws), plain(x, draws)
         torch.testing.assert_close(found, wanted, rtol=1e-4 if dtype is None else 0.1, atol=1e-5 if dtype is None else 0.01)
         found.square().mean().backward()
-        with torch.no_grad():
+        with torch.no_grad(), float32_products():  # as the engine evaluates
             for images in (x, x[:3], x[:2]):
                 for network_ in (model, average):
                     torch.testing.assert_close(network_.eval()(images), plain.eval()(images), rtol=1e-4, atol=1e-5)
