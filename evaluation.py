@@ -286,7 +286,7 @@ def _write(prepared: Prepared, results: list[dict], own: list[dict], first: engi
         if options.report:
             predictions = predictions_of(first, prepared.data)
             reported.write_report_files(options.report, predictions, class_titles(predictions.classes))
-            logger.info("Report: %s", write_report([options.report]))
+            logger.info("Report: %s", write_report(options.report))
     except OSError as error:
         logger.warning("The results were not written: %s", error)
         return not asked

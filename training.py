@@ -387,7 +387,7 @@ def _fit(trainer: Trainer, folder: RunFolder | None) -> ExitCode:
             trainer.tracker.log_checkpoint(path)
     if folder is not None:
         try:
-            logger.info("Report: %s", write_report([folder.path]))
+            logger.info("Report: %s", write_report(folder.path))
         except (UserError, OSError) as error:  # a finished training must not fail for the lack of a page
             logger.warning("No report page was written: %s", error)
     return ExitCode.DONE

@@ -31,7 +31,7 @@ from datasets.sampler import Item
 from datasets.transforms import Erasing, Transform
 
 UNREADABLE_TARGET = -100  # torch's cross entropy passes over it, and no prediction equals it
-_ATTEMPTS = 20
+ATTEMPTS = 20  # at an image that can be read, in training
 _PATIENCE = 300  # seconds for one batch
 
 class Batch(NamedTuple):
@@ -137,7 +137,7 @@ class ImageDataset(Dataset[Batch]):
         """Fill a row of a batch with image `index`, or in training, where that cannot be read, with another;
         the target of what is there. A black row when none could be read."""
         used = index
-        for attempt in range(_ATTEMPTS if epoch >= 0 else 1):
+        for attempt in range(ATTEMPTS if epoch >= 0 else 1):
             try:
                 pixels[:] = self.pixels(used, key(self.seed, "augment", epoch, index) if epoch >= 0 else None)
             except BadImage as error:
@@ -227,7 +227,7 @@ class ImageLoader(DataLoader[Batch]):
             raise UserError(f"Image {last}; fix or remove it, or count unreadable images as incorrect with "
                             "--allow_bad_images true.", code="unreadable_image")
         if batch.epoch >= 0 and (batch.targets == UNREADABLE_TARGET).any():
-            raise Failure(f"None of {_ATTEMPTS} images in a row can be read: {last}; check the disk and "
+            raise Failure(f"None of {ATTEMPTS} images in a row can be read: {last}; check the disk and "
                           "the data path.", code="unreadable_image")
         self.bad_images |= dict(batch.unreadable)
 
@@ -260,8 +260,13 @@ def make_loader(dataset: ImageDataset, options: Options, batches: Iterable, *,
                  "multiprocessing_context": "fork" if sys.platform == "linux" else "spawn",
                  "worker_init_fn": partial(_start_worker, os.getpid())}
     return ImageLoader(dataset, refuse_bad=refuse_bad, batch_sampler=batches, num_workers=workers,
-                       collate_fn=Batch._make, pin_memory=options.pin_mem and torch.cuda.is_available(),
+                       collate_fn=_whole, pin_memory=options.pin_mem and torch.cuda.is_available(),
                        generator=torch.Generator(), **extra)
+
+
+def _whole(batch: Batch) -> Batch:
+    """What the data set gives is a batch already."""
+    return batch
 
 
 def _start_worker(parent: int, worker: int) -> None:

@@ -124,8 +124,9 @@ def suite_table(results: list[dict]) -> str:
         for name, found in ((result["dataset"], result), ("imagenet-real", result.get("real"))):
             if found:
                 acc1, acc5, images = (found[key] for key in ("acc1", "acc5", "images"))
-                rows.append({"set": name, "file": Path(result["checkpoint"]).name, "weights": result["weights"],
-                             "images": images, "top-1": f"{acc1:.2f}", "top-5": f"{acc5:.2f}",
+                file = Path(result["checkpoint"]).name
+                rows.append({"set": name, "file": file, "weights": result["weights"], "images": images,
+                             "top-1": f"{acc1:.2f}", "top-5": f"{acc5:.2f}",
                              "±": f"{sampling_interval(acc1, images):.2f}"})
     return table(rows)
 
