@@ -145,15 +145,3 @@ def small_data_notice(options: Options, plan: BatchPlan, num_images: int) -> str
     return (f"An epoch uses {num_images - unused} of the {num_images} training images in "
             f"{plural(updates, 'update')}, and the run has {plural(updates * options.epochs, 'update')}; for "
             f"more of both, {_fitting(options, plan.world_size, num_images // _FEW_PER_EPOCH)}.")
-
-
-def resumed_schedule_notice(*, epochs: int, earlier_epochs: int, lr: float, earlier_lr: float) -> str | None:
-    """A sentence when `--epochs` other than the checkpoint's moves the learning rate of a resumed run.
-
-    Args: lr: learning rate of the next update in a run of `epochs`; earlier_lr: in one of `earlier_epochs`.
-    """
-    if epochs == earlier_epochs or abs(lr - earlier_lr) <= 0.01 * earlier_lr:
-        return None
-    return (f"--epochs {epochs} instead of {earlier_epochs} stretches the schedule: the learning rate "
-            f"continues at {lr:.3g}, not at {earlier_lr:.3g}; a new run with --finetune would begin with a "
-            "warm-up.")

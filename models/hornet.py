@@ -55,6 +55,10 @@ class Block(nn.Module):
             out = self.runner(self, x, keep)
             if out is not NotImplemented:
                 return out
+        return self.compute(x, keep)
+
+    def compute(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        """What `forward` gives, in plain PyTorch."""
         first, second = (None, None) if keep is None else (keep[:, 0], keep[:, 1])
         x = residual(x, self.gnconv(self.norm1(x)), self.gamma1, first)
         y = self.norm2(x.permute(0, 2, 3, 1))
