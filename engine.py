@@ -2,7 +2,6 @@
 passed in."""
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.devices import float32_products
+from common.devices import autocast, float32_products, to_device
 from common.outcome import Outcome
 from common.random import uniforms
 from datasets.dataset import Batch, ImageLoader
@@ -273,13 +272,7 @@ def drop_draws(count: int, seed: int, update: int, batch: Batch, device: torch.d
     Keyed by update and global position, so that no split over processes and no recomputation changes them.
     """
     draws = uniforms(seed, "drop", update, np.asarray(batch.positions), count)
-    # Without `non_blocking` the host would wait here for all that the device still has to do.
-    return {"drop_draws": torch.from_numpy(draws).to(device, non_blocking=True)} if count else {}
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None):
-    """Mixed precision with `dtype`, or nothing for None."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+    return {"drop_draws": to_device(torch.from_numpy(draws), device)} if count else {}
 
 
 def full_precision(logits: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from datasets.device import EvalPrepare, TrainPrepare
 from datasets.sampler import GlobalBatchSampler
 from evaluation import amp_dtype
 from launch.process import Process
-from models.compile import compile_model
+from models.compile import compile_blocks
 from models.download import fetch_published
 from models.hornet import HorNet
 from models.trained import locate
@@ -119,14 +119,16 @@ def load_start_weights(model: HorNet, options: Options, data: Data, process: Pro
                    class_names=data.class_names, new_head=True)
 
 
-def compiled(model: nn.Module, options: Options, process: Process) -> nn.Module:
-    """The model for `--compile true`, compiled on all ranks or on none; otherwise as it is."""
-    if not options.compile:
-        return model
+def compiled(model: nn.Module, options: Options, process: Process, paths: dict[str, str]) -> dict[str, str]:
+    """The code paths of a run, those of `--compile true` included, which are the same on all ranks; `paths`
+    has those of a run to resume."""
+    if not options.compile or not isinstance(model, HorNet):
+        return {}
     logger.info("Compiling the model, which takes minutes ...")
     shape = (options.batch_size, 3, options.input_size, options.input_size)
-    return compile_model(model.train(), shape, amp_dtype(options),
-                         lambda mine: bool(process.all_reduce_(torch.tensor([int(mine)]), "min").item()))
+    return {"compiled": compile_blocks(
+        model.train(), shape, amp_dtype(options), saved=paths.get("compiled"),
+        agree=lambda mine: not process.any(not mine), from_first=process.broadcast_object)}
 
 
 class Classification:
@@ -146,6 +148,8 @@ class Classification:
         self.drop_draws = model.num_drop_draws
         if state is None:
             load_start_weights(model, options, data, process)
+        if options.freeze:
+            model.freeze(options.freeze)
         self.model: nn.Module = model.to(process.device)
         self.optimizer = build_optimizer(model, options)
         self.schedule = Schedule(options, plan.updates_per_epoch)

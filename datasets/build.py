@@ -217,7 +217,8 @@ def _dataset(options: Options, split: _Split, names: list[str], notes: list[str]
         notes.append(f"{part}: {len(mine) - known} images of {split.noun}s without a class are skipped")
     size, training = options.input_size, part == "train"
     transform = train_transform(options) if training else eval_transform(size, options.crop_pct)
-    erasing = Erasing(options.reprob, options.recount) if training and options.reprob > 0 else None
+    erases = training and options.reprob > 0
+    erasing = Erasing(options.reprob, options.recount, options.remode) if erases else None
     dataset = ImageDataset(reader, targets, transform, size, seed=options.seed, erasing=erasing,
                            exif_orientation=options.exif_orientation)
     classes = f"{found:,} classes" if found == len(names) else f"{found:,} of {len(names):,} classes"
