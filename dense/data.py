@@ -191,7 +191,7 @@ def read_labels(path: str, classes: int, zero_ignored: bool) -> np.ndarray:
 def sample(image: np.ndarray, labels: np.ndarray, draws: Draws, options: SegmentationOptions
            ) -> tuple[np.ndarray, np.ndarray]:
     """A training sample: scaled, cropped to at most `crop_size`, flipped, distorted; uint8 and int16."""
-    ratio = draws.uniform(0.5, 2.0)
+    ratio = draws.uniform(*options.jitter)
     size = fitted(labels.shape, scaled_boxes(options.image_scale, [ratio])[0])
     labels = resize_labels(labels, size)
     top, left = crop_place(labels, draws, options.crop_size)
