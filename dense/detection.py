@@ -1,0 +1,22 @@
+"""Train and evaluate detectors: `python -m dense.detection --help`."""
+import sys
+from functools import partial
+
+from config.options import Options
+from dense.detection_options import DetectionOptions
+from main import Work, main
+
+
+def detection(options: Options) -> Work:
+    """What `options` ask for."""
+    from dense.detection_evaluation import evaluate_detectors
+    from dense.detection_task import Detection, find_scenes
+    from training import train
+
+    if options.eval:
+        return evaluate_detectors
+    return partial(train, data=find_scenes, task=Detection, evaluate=evaluate_detectors)
+
+
+if __name__ == "__main__":
+    sys.exit(main(None, DetectionOptions, detection))
