@@ -128,7 +128,7 @@ def test_a_killed_run_resumes_with_equal_bits_and_any_ranks_evaluate_alike(folde
     assert (tmp_path / "run" / "samples").is_dir() and (tmp_path / "run" / "report.html").is_file()
     found = []
     for world in (1, 2, 3):
-        code, children = ends(f"eval{world}", world, eval="true", ms_flip="true", check_every=4)
+        code, children = ends(f"eval{world}", world, eval="true", ms_flip="true", image_scale="128 96")
         assert code == [0] * world, children[0].text()
         found.append(json.loads((tmp_path / "run" / "eval.json").read_text()))
     assert found[0] == found[1] == found[2] and found[0]["images"] == 7 and found[0]["ms_flip"]
