@@ -38,6 +38,8 @@ def check(options: Options, origins: dict[str, str]) -> None:
          f"--global_batch {o.global_batch} and --update_freq {o.update_freq} are both given; give one."),
         (o.pretrained and o.finetune,
          f"--pretrained true and --finetune {o.finetune} both name the weights to start from; give one."),
+        (o.freeze and not (o.pretrained or o.finetune or o.resume), f"--freeze {o.freeze} would keep random "
+         "weights; give --finetune CHECKPOINT or --pretrained true to start from."),
         (len(o.resume) > 1, f"--resume takes one checkpoint in training, {len(o.resume)} were given; add "
          "--eval true to evaluate several."),
         (o.weights == "both" or o.suite, "--weights both and --suite are for --eval true; add it."),
@@ -143,15 +145,3 @@ def small_data_notice(options: Options, plan: BatchPlan, num_images: int) -> str
     return (f"An epoch uses {num_images - unused} of the {num_images} training images in "
             f"{plural(updates, 'update')}, and the run has {plural(updates * options.epochs, 'update')}; for "
             f"more of both, {_fitting(options, plan.world_size, num_images // _FEW_PER_EPOCH)}.")
-
-
-def resumed_schedule_notice(*, epochs: int, earlier_epochs: int, lr: float, earlier_lr: float) -> str | None:
-    """A sentence when `--epochs` other than the checkpoint's moves the learning rate of a resumed run.
-
-    Args: lr: learning rate of the next update in a run of `epochs`; earlier_lr: in one of `earlier_epochs`.
-    """
-    if epochs == earlier_epochs or abs(lr - earlier_lr) <= 0.01 * earlier_lr:
-        return None
-    return (f"--epochs {epochs} instead of {earlier_epochs} stretches the schedule: the learning rate "
-            f"continues at {lr:.3g}, not at {earlier_lr:.3g}; a new run with --finetune would begin with a "
-            "warm-up.")

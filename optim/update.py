@@ -123,7 +123,7 @@ class Update:
         self.host_reads = device.type == "cpu" or not self._fused
         self._clips_after, self._limit = _clips_after(options), options.clip_grad or 0.0
         self._loss = torch.zeros((), device=device)
-        # Statistics of BatchNorm change in the forward pass; those before an update are kept until it applies.
+        # Statistics of BatchNorm change in the forward pass; those before are kept until an update applies.
         self._buffers, self._before = list(model.buffers()), []
 
     @contextmanager

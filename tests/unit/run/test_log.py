@@ -18,8 +18,10 @@ import pytest
 
 import main
 from common.log import logger, setup_logging
+from common.outcome import Outcome
+from config.options import Options
 from engine import Progress
-from run.log import Tracked, Tracker
+from run.log import Tracker
 from tests.kits.errors import refused
 from tests.kits.images import write_images
 from tests.kits.runs import arguments, start
@@ -27,8 +29,9 @@ from tests.kits.runs import arguments, start
 
 def at(epoch=0, done=10, updates=10, **more):
     values = dict(loss=2.5, recent_loss=2.0, grad_norm=1.0, lr=4e-3, min_lr=1e-3, weight_decay=0.05,
-                  images_per_second=123.4, data_wait=0.02, seconds=float(done))
-    return Progress(epoch, epoch * updates, epoch * updates + done, **values | more)
+                  images_per_second=123.4, data_wait=0.02, seconds=float(done), class_acc=None, nonfinite=0,
+                  outcome=Outcome.DONE, sums=[], epoch=epoch, first_update=epoch * updates)
+    return Progress(next_update=epoch * updates + done, **values | more)
 
 
 @pytest.fixture
@@ -40,7 +43,9 @@ def logged(monkeypatch, caplog):
 
 
 def tracker(folder, updates_per_epoch=10, **more):
-    return Tracker(folder, epochs=4, updates_per_epoch=updates_per_epoch, n_parameters=99, **{"terminal": False, **more})
+    terminal = more.pop("terminal", False)
+    return Tracker(folder, Options(epochs=4, **more), updates_per_epoch=updates_per_epoch, n_parameters=99,
+                   terminal=terminal)
 
 
 def log(folder):
@@ -185,7 +190,7 @@ def test_wandb_gets_figures_and_at_the_end_the_best_and_the_last_checkpoint(flag
 def test_trackio_keeps_the_figures_offline_and_standard_output_stays_for_results(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
     pytest.importorskip("trackio")
-    t = tracker(None, tracked=Tracked("trackio", "hornet", "first", {"lr": 0.004}, checkpoints=True))
+    t = tracker(None, track="trackio", exp_name="first", wandb_ckpt=True)
     t.end_epoch(at(0), {"test_acc1": 81.25}, 1.0)
     (tmp_path / "checkpoint-0.pth").write_bytes(b"weights")
     t.log_checkpoint(tmp_path / "checkpoint-0.pth")
@@ -199,7 +204,7 @@ def test_trackio_keeps_the_figures_offline_and_standard_output_stays_for_results
 
 def test_a_missing_package_is_one_line(logged, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    t = tracker(None, tracked=Tracked("wandb", "hornet", "default", {}))
+    t = tracker(None, enable_wandb=True)
     t.end_epoch(at(0), {}, 1.0)
     assert len([line for line in logged.messages if "pip install wandb" in line]) == 1
     t.close()
