@@ -1,9 +1,9 @@
-# make quickstart | lint | test | test-all | test-oldest | gpu | soak | bench      (each prepares .venv by itself)
+# make quickstart | lint | test | test-all | test-oldest | gpu | soak | bench | verify-published      (each prepares .venv by itself)
 PYTHON ?= python3
 PY := .venv/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q
 JOBS ?= 2
-.PHONY: quickstart lint test test-all test-oldest gpu soak bench clean
+.PHONY: quickstart lint test test-all test-oldest gpu soak bench verify-published clean
 .DEFAULT_GOAL := quickstart
 
 # A stamp newer than both requirement files: installing again costs a minute, checking costs nothing.
@@ -42,13 +42,17 @@ test-oldest:
 # On a machine with a GPU: what no other can show, then speed; ends in two tables (docs/GPU.md).
 gpu: .venv/installed
 	$(PY) -m pytest -q tests/gpu
-	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "No GPU: nothing was measured."; exit 0; } && $(PY) -m benchmarks.gpu
+	$(PY) -m benchmarks.gpu
 
 soak: .venv/installed
 	HORNET_SOAK=1 $(PYTEST) -m slow tests/soak
 
 bench: .venv/installed
 	$(PY) -m benchmarks all
+
+# The published accuracies on your ImageNet; ARGS are options of main.py, or --dry_run true without any data.
+verify-published: .venv/installed
+	$(PY) -m tools.verify $(if $(DATA),--data_path $(DATA)) $(ARGS)
 
 clean:
 	rm -rf build .pytest_cache .hypothesis

@@ -160,6 +160,8 @@ class Classification:
         self.drop_draws = model.num_drop_draws
         if state is None:
             load_start_weights(model, options, data, process)
+        if options.freeze:
+            model.freeze(options.freeze)
         self.model: nn.Module = model.to(process.device)
         self.optimizer = build_optimizer(model, options)
         self.schedule = Schedule(options, plan.updates_per_epoch)

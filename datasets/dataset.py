@@ -80,12 +80,12 @@ class ImageDataset(Dataset[Batch]):
     def share(self, rank: int, world_size: int) -> Sequence[int]:
         """The images of one rank in evaluation: every world_size-th, or a contiguous part where only the
         order in which images are stored is read fast."""
-        stored = self.reader.storage
-        if stored is None:
+        if not self.reader.sequential:
             return range(rank, len(self), world_size)
-        place = np.empty(len(stored), dtype=np.int64)
-        place[stored] = np.arange(len(stored))
-        return np.array_split(np.argsort(place[self._kept]), world_size)[rank].tolist()
+        own = np.full(len(self.reader), -1)
+        own[self._kept] = np.arange(len(self))
+        stored = own[self.reader.stored_order()]
+        return np.array_split(stored[stored >= 0], world_size)[rank].tolist()
 
     def path(self, index: int) -> str:
         """Where image `index` comes from, for reports."""

@@ -6,6 +6,7 @@
 pass. "now": FOLDER keeps the last "phase update pid" of each rank in FOLDER/now-RANK; "states": FOLDER keeps
 the weights and their average after each update in FOLDER/RANK-UPDATE.pth.
 """
+import importlib
 import json
 import os
 import signal
@@ -74,12 +75,13 @@ def _poison(disturbed, what: str) -> None:
 
 
 def run(argv: list[str], hook: dict) -> int:
-    """main.main(argv) under `hook`; the exit code."""
+    """main.main(argv), or "program": a module's run(argv), under `hook`; the exit code."""
     import main
     import training
 
     training.Trainer = hooked(training.Trainer, hook)
-    return main.main(argv)
+    program = hook.get("program")
+    return importlib.import_module(program).run(argv) if program else main.main(argv)
 
 
 if __name__ == "__main__":
