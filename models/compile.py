@@ -29,8 +29,8 @@ def compile_blocks(model: HorNet, shape: tuple[int, int, int, int], dtype: torch
     `dtype` (None: none) in training, in float32 in evaluation.
 
     One batch of noise goes through both, in evaluation and in training, which also does the compiling. The
-    model is left as it was, with one warning, when it cannot be compiled here, when its logits or gradients are
-    further from eager float32 than rounding in `dtype` explains, or when `agree` says so: it gets this
+    model is left as it was, with one warning, when it cannot be compiled here, when its logits or gradients
+    are further from eager float32 than rounding in `dtype` explains, or when `agree` says so: it gets this
     process' own success and answers that of all. Blocks are timed on copies, on the first process, whose
     choice `from_first` brings; no weight, gradient or random draw is touched. Returns the numbers of the
     compiled stages, from 1, such as "1 3 4"; given as `saved`, they are taken without timing.
