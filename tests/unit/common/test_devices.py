@@ -1,5 +1,6 @@
 """float32's precision, for each way a run can ask for it; clocks, copies and choices of devices that are not here."""
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from dryrun import largest
 from launch.process import BACKENDS
 from models import compile as compiling
 from optim.build import fused
-from plan import set_numerics
+from plan import rate_at_peak, set_numerics
 from tests.kits.toy import Alone, Toy, batch
 from tests.kits.trained import lively
 
@@ -136,3 +137,12 @@ def test_the_largest_batch_is_found_by_bisection_and_the_smallest_is_one():
         tried = []
         most = largest(lambda count: tried.append(count) or count <= limit)
         assert 0.9 * limit <= most <= limit and len(tried) <= 16
+
+
+def test_the_rate_at_the_peak_of_known_devices_alone(monkeypatch):
+    """hornet_tiny_7x7 has 3.98 G multiply-adds per image; two operations each, three passes in training."""
+    model, two = lively("hornet_tiny_7x7"), SimpleNamespace(device=torch.device("cuda"), world_size=2)
+    for name, rate in (("NVIDIA H200", 2 * 989e12 / (6 * 3.98e9)), ("a GPU of tomorrow", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        assert rate_at_peak(model, Options(use_amp=True), two) == (rate and pytest.approx(rate, rel=0.005))
+    assert rate_at_peak(model, Options(use_amp=True), Alone()) is None
