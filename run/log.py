@@ -50,7 +50,7 @@ class Tracker:
         self.terminal = main and (sys.stderr.isatty() if terminal is None else terminal)
         own = self._owner and self._owner.path
         self._lines: list[dict] = []
-        self._bar, self._stack = None, ExitStack()
+        self._bar, self._stack = tqdm(disable=True), ExitStack()
         opening, package = {}, options.track or ("wandb" if options.enable_wandb else None)
         if main and (log_dir := options.log_dir or (own and own / "tensorboard")):
             opening["tensorboardX"] = partial(_Board, log_dir)
@@ -88,24 +88,22 @@ class Tracker:
 
     def start_epoch(self, epoch: int, first_update: int = 0) -> None:
         """`first_update` is the first update within the epoch, above 0 after resuming in its middle."""
-        if self.terminal:
-            # Not dynamic_ncols, which draws nothing where a terminal does not know its width (containers).
-            self._bar = tqdm(total=self.updates_per_epoch, initial=first_update, leave=False, miniters=1,
-                             ncols=min(shutil.get_terminal_size().columns, 140),
-                             desc=f"epoch {epoch + 1}/{self.epochs}",
-                             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}")
+        # Not dynamic_ncols, which draws nothing where a terminal does not know its width (containers).
+        self._bar = tqdm(total=self.updates_per_epoch, initial=first_update, leave=False, miniters=1,
+                         ncols=min(shutil.get_terminal_size().columns, 140), disable=not self.terminal,
+                         desc=f"epoch {epoch + 1}/{self.epochs}",
+                         bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}")
 
     def tick(self) -> None:
         """One update is done; moves the bar only."""
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
 
     def progress(self, p: Progress) -> None:
         """Show the figures so far: every print_freq updates and at the end of an epoch."""
         done, left = p.next_update - p.first_update, self.epochs * self.updates_per_epoch - p.next_update
         values = (f"loss {p.recent_loss:.4f}  lr {p.lr:.3g}  {p.images_per_second:.1f} img/s  data wait "
                   f"{100 * p.data_wait:.0f} %  ETA {duration(left * p.seconds / max(done, 1))}")
-        if self._bar is not None:
+        if self.terminal:
             self._bar.set_postfix_str(values)
         else:
             logger.info("epoch %d/%d  update %d/%d  %s", p.epoch + 1, self.epochs,
@@ -121,7 +119,7 @@ class Tracker:
             results: test_loss, test_acc1, test_acc5, the same with `_ema`, and whatever else belongs there.
             seconds: of the epoch with its evaluation.
         """
-        self._close_bar()
+        self._bar.close()
         line = {f"train_{name}": getattr(p, name) for name in _TRAIN} | dict(results) | {
             "epoch": p.epoch, "update": p.next_update, "n_parameters": self.n_parameters,
             "nonfinite_updates": p.nonfinite, "seconds": seconds}
@@ -130,9 +128,8 @@ class Tracker:
         self._lines = [old for old in self._lines if old["epoch"] < p.epoch] + [line]
         self._write("log.txt", self._write_log)
         self._scalars({f"epoch/{k}": line[k] for k in line if k not in ("epoch", "update")}, p.next_update)
-        scores = (("test_acc1", "top-1"), ("test_acc5", "top-5"), ("test_acc1_ema", "EMA top-1"),
-                  ("test_acc5_ema", "EMA top-5"))
-        shown = [f"{words} {line[name]:.2f}" for name, words in scores if line.get(name) is not None]
+        shown = [f"{whose}top-{k} {line[key]:.2f}" for whose, end in (("", ""), ("EMA ", "_ema"))
+                 for k in (1, 5) if line.get(key := f"test_acc{k}{end}") is not None]
         logger.info("epoch %d/%d done in %s  %s", p.epoch + 1, self.epochs, duration(seconds),
                     "  ".join([f"train loss {p.loss:.4f}", *shown]))
 
@@ -153,16 +150,11 @@ class Tracker:
 
     def close(self) -> None:
         """Close the bar and the writers; may be called twice."""
-        self._close_bar()
+        self._bar.close()
         for name, record in self._records.items():
             self._outside(name, record.finish)  # a full disk shows here
         self._records = {}
         self._stack.close()
-
-    def _close_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        self._bar = None
 
     def _scalars(self, values: Mapping[str, object], update: int) -> None:
         numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
