@@ -1,14 +1,19 @@
 """Train and evaluate detectors: `python -m dense.detection --help`."""
 import sys
-from functools import partial
 
 from config.options import Options
 from dense.detection_options import DetectionOptions
 from main import Work, main
 
 
-def detection(options: Options) -> Work:
-    """What `options` ask for."""
+def run(argv: list[str] | None = None) -> int:
+    """Run a command line; returns an ExitCode."""
+    return main(argv, DetectionOptions, _work)
+
+
+def _work(options: Options) -> Work:
+    from functools import partial
+
     from dense.detection_evaluation import evaluate_detectors
     from dense.detection_task import Detection, find_scenes
     from training import train
@@ -19,4 +24,4 @@ def detection(options: Options) -> Work:
 
 
 if __name__ == "__main__":
-    sys.exit(main(None, DetectionOptions, detection))
+    sys.exit(run())
