@@ -131,7 +131,8 @@ class Tracker:
         self._write("log.txt", self._write_log)
         self._scalars({f"epoch/{k}": line[k] for k in line if k not in ("epoch", "update")}, p.next_update)
         scores = (("test_acc1", "top-1"), ("test_acc5", "top-5"), ("test_acc1_ema", "EMA top-1"),
-                  ("test_acc5_ema", "EMA top-5"))
+                  ("test_acc5_ema", "EMA top-5"), ("test_miou", "mIoU"), ("test_miou_ema", "EMA mIoU"),
+                  ("test_box_ap", "box AP"), ("test_mask_ap", "mask AP"))
         shown = [f"{words} {line[name]:.2f}" for name, words in scores if line.get(name) is not None]
         logger.info("epoch %d/%d done in %s  %s", p.epoch + 1, self.epochs, duration(seconds),
                     "  ".join([f"train loss {p.loss:.4f}", *shown]))
