@@ -13,8 +13,8 @@ from common.log import logger, setup_logging
 from common.outcome import ExitCode
 from config.parse import check_model, parse
 
-# Of torchrun, submitit's local executor, srun and mpirun.
-RANK_VARIABLES = ("RANK", "SUBMITIT_LOCAL_GLOBALID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+# Of torchrun, srun and mpirun.
+RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 
 
 def main(argv: list[str] | None = None) -> int:
