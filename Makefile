@@ -1,9 +1,9 @@
-# make quickstart | lint | test | test-all | soak | bench      (each prepares .venv by itself)
+# make quickstart | lint | test | test-all | soak | bench | verify-published      (each prepares .venv by itself)
 PYTHON ?= python3
 PY := .venv/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q
 JOBS ?= 2
-.PHONY: quickstart lint test test-all soak bench clean
+.PHONY: quickstart lint test test-all soak bench verify-published clean
 .DEFAULT_GOAL := quickstart
 
 # A stamp newer than both requirement files: installing again costs a minute, checking costs nothing.
@@ -37,6 +37,10 @@ soak: .venv/installed
 
 bench: .venv/installed
 	$(PY) -m benchmarks all
+
+# The published accuracies on your ImageNet; ARGS are options of main.py, or --dry_run true without any data.
+verify-published: .venv/installed
+	$(PY) -m tools.verify $(if $(DATA),--data_path $(DATA)) $(ARGS)
 
 clean:
 	rm -rf build .pytest_cache .hypothesis

@@ -189,8 +189,9 @@ class DryRun(Heartbeats):
             at, self.start = trainer.position, time.perf_counter()
             progress = engine.train_one_epoch(trainer.loop, self, epoch=at.begun, sums=at.sums,
                                               first_update=at.update_in_epoch)
-            at.update, at.sums = progress.next_update, None
-            at.epoch = progress.next_update // planned.updates_per_epoch - 1
+            at.update = progress.next_update
+            ended, within = divmod(at.update, planned.updates_per_epoch)
+            at.epoch, at.sums = ended - 1, progress.sums if within else None
             self.row("updates", f"{plural(self.updates, 'update')} of {planned.batch.global_batch} images: "
                      f"loss {self.seen[0][2]:.4g} to {self.seen[-1][2]:.4g}, gradient norm "
                      f"{progress.grad_norm:.3g}, lr {progress.lr:.3g}")

@@ -2,7 +2,6 @@
 passed in."""
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.devices import float32_products
+from common.devices import autocast, float32_products, to_device
 from common.outcome import Outcome
 from common.random import uniforms
 from datasets.dataset import Batch, ImageLoader
 from launch.process import Process
-from optim.finite import FiniteWatch, Incident, diagnose
+from optim.finite import FiniteWatch, Readback, diagnose
 from optim.schedule import Schedule
 from optim.update import Update, UpdateStats
 
@@ -113,7 +112,7 @@ class Loop:
     path_of: Callable[[int], str] = str
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Progress:
     """Host values of an epoch so far: means over its applied updates, of this rank, at the end over all
     ranks.
@@ -121,76 +120,92 @@ class Progress:
     `recent_loss` is the mean since the last report, `class_acc` top-1 in percent where labels are hard,
     `data_wait` the share of the time spent waiting for the loader. `next_update` is the first global update
     not done. `outcome`: DONE when the epoch is complete, PAUSED when the observer asked to stop before,
-    ROLLED_BACK or FAILED when the non-finite updates demand it. `sums` are those over all ranks at the end,
-    to continue from.
+    ROLLED_BACK or FAILED when the non-finite updates demand it. `sums` are those to continue from, of this
+    rank, at the end of all ranks.
     """
     epoch: int
     first_update: int
     next_update: int
-    loss: float = float("nan")
-    recent_loss: float = float("nan")
-    grad_norm: float = float("nan")
-    lr: float = 0.0
-    min_lr: float = 0.0
-    weight_decay: float = 0.0
-    class_acc: float | None = None
-    images_per_second: float = 0.0
-    data_wait: float = 0.0
-    seconds: float = 0.0
-    nonfinite: int = 0
-    outcome: Outcome = Outcome.DONE
-    sums: Sums = field(default_factory=list)
+    loss: float
+    recent_loss: float
+    grad_norm: float
+    lr: float
+    min_lr: float
+    weight_decay: float
+    class_acc: float | None
+    images_per_second: float
+    data_wait: float
+    seconds: float
+    nonfinite: int
+    outcome: Outcome
+    sums: Sums
 
 
 class _Meter:
-    """Sums of an epoch, kept on the device until they are read."""
+    """What the updates of an epoch came to, on the host as soon as that costs no wait."""
 
-    def __init__(self, loop: Loop, epoch: int, first_update: int, sums: Sums | None):
-        self.loop, self.progress = loop, Progress(epoch, first_update, first_update)
-        self.start, self.waited, self.images = time.perf_counter(), 0.0, 0
+    def __init__(self, loop: Loop, observer: Observer, epoch: int, first_update: int, sums: Sums | None):
+        self.loop, self.observer, self.epoch = loop, observer, epoch
+        self.first_update = self.next_update = first_update
+        self.start, self.waited, self.images, self.outcome = time.perf_counter(), 0.0, 0, Outcome.DONE
         # Loss and gradient norm per image, images in applied updates, hits, hard-labelled images. By images,
-        # so that an epoch begun on two processes and ended on one weighs its updates alike.
+        # so that an epoch begun on two processes and ended on one weighs its updates alike. Then the number
+        # of updates that were not applied, which is that of the run and not of a rank.
         before = sums or [0.0] * 6
-        self.sums, self.progress.nonfinite = np.array(before[:5]), int(before[5])
-        self.window: list[tuple[Tensor, int, int]] = []
+        self.sums, self.nonfinite = np.array(before[:5]), int(before[5])
+        self.reported = self.sums
+        self.readback = Readback()
 
-    def add(self, stats: UpdateStats, hits: Tensor | None, images: int) -> None:
-        seen = torch.zeros_like(stats.loss) if hits is None else hits
-        values = torch.stack([stats.loss, stats.grad_norm, stats.finite, seen])
-        self.window.append((values, images, 0 if hits is None else images))
-        self.images += images
-        self.progress.next_update += 1
+    def add(self, stats: UpdateStats, hits: Tensor | None, held: list[Batch]) -> None:
+        """File an update that was made of the micro-batches `held`."""
+        lr, count = max(_each(self.loop.update.optimizer, "lr")), sum(len(batch.images) for batch in held)
+        labelled = 0 if hits is None else count
+        seen = torch.zeros_like(stats.loss) if hits is None else hits.float()
+        values = torch.cat([stats.values, seen[None]])
+        self.readback.add(values, (self.next_update, lr, count, labelled, held))
+        self.images += count
+        self.next_update += 1
+        self.read(wait=False)
 
-    def read(self) -> Progress:
-        """Bring the sums to the host."""
-        if self.window:
-            values, images, labelled = zip(*self.window)
-            loss, norm, finite, hits = torch.stack(values).cpu().double().numpy().T
-            applied = finite * images
-            window = np.array([np.where(finite, loss, 0) @ applied, np.where(finite, norm, 0) @ applied,
-                               applied.sum(), hits.sum(), sum(labelled)])
-            self.window, self.sums = [], self.sums + window
-            self.progress.recent_loss = float(window[0] / window[2]) if window[2] else float("nan")
-        return self._means(self.sums.tolist())
+    def read(self, wait: bool = True) -> None:
+        """Count the updates whose values have arrived, or wait for all that were filed; report those that
+        were not applied, and note what follows for the epoch."""
+        for values, (update, lr, count, labelled, held) in self.readback.arrived(wait):
+            loss, norm, finite, loss_finite, scale, hits = values
+            applied = [loss * count, norm * count, count] if finite else [0.0, 0.0, 0]
+            self.sums = self.sums + [*applied, hits, labelled]
+            action = self.loop.watch.decide(finite > 0, overflow=loss_finite > 0 and scale > 1.0)
+            if action != "go":
+                self.nonfinite += 1
+                self.outcome = _AFTER.get(action, self.outcome)
+                self.observer.on_nonfinite({
+                    "update": update, "action": action, "loss": loss, "grad_norm": norm, "loss_scale": scale,
+                    "epoch": self.epoch, "learning_rate": lr, **_replay(self.loop, update, held)})
 
-    def read_over_ranks(self) -> Progress:
-        """The same with the sums of all ranks; every rank must call it."""
+    def sums_over_ranks(self) -> Sums:
+        """To continue from; every rank must call it."""
         self.read()
-        total = self.loop.process.all_reduce_(torch.from_numpy(self.sums.copy()), "sum").tolist()
-        self.progress.sums = [*total, self.progress.nonfinite]
-        return self._means(total)
+        total = self.loop.process.all_reduce_(torch.from_numpy(self.sums.copy()), "sum")
+        return [*total.tolist(), float(self.nonfinite)]
 
-    def _means(self, sums: Sums) -> Progress:
-        progress, groups = self.progress, self.loop.update.optimizer.param_groups
-        loss, norm, applied, hits, labelled = sums
-        progress.loss, progress.grad_norm = (loss / applied, norm / applied) if applied else (np.nan, np.nan)
-        progress.class_acc = 100 * hits / labelled if labelled else None
-        progress.lr, progress.min_lr = max(g["lr"] for g in groups), min(g["lr"] for g in groups)
-        progress.weight_decay = max(g["weight_decay"] for g in groups)
-        progress.seconds = time.perf_counter() - self.start
-        progress.images_per_second = self.images * self.loop.process.world_size / progress.seconds
-        progress.data_wait = self.waited / progress.seconds
-        return progress
+    def progress(self, sums: Sums) -> Progress:
+        """The means of `sums`, and those since the last call."""
+        recent, self.reported = self.sums - self.reported, self.sums
+        loss, norm, applied, hits, labelled, _ = sums
+        optimizer, seconds = self.loop.update.optimizer, time.perf_counter() - self.start
+        lrs = _each(optimizer, "lr")
+        return Progress(
+            epoch=self.epoch, first_update=self.first_update, next_update=self.next_update,
+            loss=loss / applied if applied else np.nan, grad_norm=norm / applied if applied else np.nan,
+            recent_loss=float(recent[0] / recent[2]) if recent[2] else np.nan,
+            class_acc=100 * hits / labelled if labelled else None, lr=max(lrs), min_lr=min(lrs),
+            weight_decay=max(_each(optimizer, "weight_decay")), seconds=seconds,
+            images_per_second=self.images * self.loop.process.world_size / seconds,
+            data_wait=self.waited / seconds, nonfinite=self.nonfinite, outcome=self.outcome, sums=sums)
+
+
+def _each(optimizer: torch.optim.Optimizer, name: str) -> list[float]:
+    return [group[name] for group in optimizer.param_groups]
 
 
 def train_one_epoch(loop: Loop, observer: Observer, *, epoch: int, first_update: int = 0,
@@ -199,38 +214,36 @@ def train_one_epoch(loop: Loop, observer: Observer, *, epoch: int, first_update:
 
     `sums` are `Progress.sums` of the updates before (on one rank only, which carries them on).
 
-    Losses, hits and finiteness stay on the device; the host reads them every `print_freq` updates, and an
-    update's flags when the next one has been started (on the CPU at once).
+    Losses, hits and finiteness stay on the device; the host reads an update's when the next one has been
+    started (on the CPU at once).
     """
     loop.model.train()
     base = epoch * loop.updates_per_epoch
     end = base + loop.updates_per_epoch
-    meter = _Meter(loop, epoch, base + first_update, sums)
-    progress, batches = meter.progress, iter(loop.task.batches(epoch, first_update))
+    meter = _Meter(loop, observer, epoch, base + first_update, sums)
+    batches = iter(loop.task.batches(epoch, first_update))
     if first_update == loop.updates_per_epoch:
         # Stopped between the last update and the evaluation: the epoch's line still has that update's
         # settings.
         loop.update.schedule.apply(loop.update.optimizer, end - 1)
     for number in range(base + first_update, end):
-        held, stats = _train_one_update(loop, observer, batches, meter, number)
-        lr = max(group["lr"] for group in loop.update.optimizer.param_groups)
-        _report(loop, observer, progress, loop.watch.add(number, stats, (held, lr)))
-        stops = observer.after_update(number, stats, lambda: meter.read_over_ranks().sums)
-        if stops or progress.outcome is not Outcome.DONE:
+        stats = _train_one_update(loop, observer, batches, meter, number)
+        if observer.after_update(number, stats, meter.sums_over_ranks) or meter.outcome is not Outcome.DONE:
             break
         if (number + 1 - base) % loop.print_freq == 0 and number + 1 < end:
-            observer.on_progress(meter.read())
-    _report(loop, observer, progress, loop.watch.flush())
-    if progress.outcome is Outcome.DONE and progress.next_update < end:
-        progress.outcome = Outcome.PAUSED
-    meter.read_over_ranks()
+            meter.read()
+            observer.on_progress(meter.progress([*meter.sums, 0]))
+    total = meter.sums_over_ranks()
+    if meter.outcome is Outcome.DONE and meter.next_update < end:
+        meter.outcome = Outcome.PAUSED
+    progress = meter.progress(total)
     if progress.next_update > progress.first_update:  # nothing to report where only the evaluation was left
         observer.on_progress(progress)
     return progress
 
 
 def _train_one_update(loop: Loop, observer: Observer, batches: Iterator[Batch], meter: _Meter,
-                      number: int) -> tuple[list[Batch], UpdateStats]:
+                      number: int) -> UpdateStats:
     """The training step: forward and backward of each micro-batch, then one update of the weights."""
     held: list[Batch] = []
     hits: Tensor | None = None
@@ -249,8 +262,8 @@ def _train_one_update(loop: Loop, observer: Observer, batches: Iterator[Batch], 
         hits = correct if hits is None or correct is None else hits + correct
     observer.on_phase("step", number)
     stats = loop.update.step(number)
-    meter.add(stats, hits, sum(len(batch.images) for batch in held))
-    return held, stats
+    meter.add(stats, hits, held)
+    return stats
 
 
 def drop_draws(count: int, seed: int, update: int, batch: Batch, device: torch.device) -> dict[str, Tensor]:
@@ -259,27 +272,12 @@ def drop_draws(count: int, seed: int, update: int, batch: Batch, device: torch.d
     Keyed by update and global position, so that no split over processes and no recomputation changes them.
     """
     draws = uniforms(seed, "drop", update, np.asarray(batch.positions), count)
-    # Without `non_blocking` the host would wait here for all that the device still has to do.
-    return {"drop_draws": torch.from_numpy(draws).to(device, non_blocking=True)} if count else {}
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None):
-    """Mixed precision with `dtype`, or nothing for None."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+    return {"drop_draws": to_device(torch.from_numpy(draws), device)} if count else {}
 
 
 def full_precision(logits: Tensor) -> Tensor:
     """Half-precision logits as float32, others as they are: losses and probabilities need the range."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-
-
-def _report(loop: Loop, observer: Observer, progress: Progress, incidents: Iterable[Incident]) -> None:
-    """Inform the observer of updates that were not applied, and note what follows for the epoch."""
-    for record, (held, lr) in incidents:
-        progress.nonfinite += 1
-        progress.outcome = _AFTER.get(record["action"], progress.outcome)
-        observer.on_nonfinite({**record, "epoch": progress.epoch, "learning_rate": lr,
-                               **_replay(loop, record["update"], held)})
 
 
 def _replay(loop: Loop, number: int, held: list[Batch]) -> dict:

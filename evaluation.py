@@ -19,9 +19,9 @@ from common.safe_load import safe_torch_load
 from common.synsets import imagenet_synsets
 from config.options import ImageSettings, Options, from_checkpoint
 from config.parse import Resolved, check_model
-from datasets.build import Data, build_data, eval_loader
+from datasets.build import Data, build_data, eval_loader, val_subset
 from datasets.device import EvalPrepare
-from datasets.labels import Subset, real_labels, recognise
+from datasets.labels import Subset, real_labels
 from launch.process import Process
 from launch.watchdog import Watchdog
 from models import MODEL_NAMES
@@ -42,7 +42,8 @@ from run.start import check_writable
 _NETWORK = ("model", *(field.name for field in fields(ImageSettings)))
 SUITE = {"imagenet": "imagenet-val", "v2": "imagenet-v2", "a": "imagenet-a", "r": "imagenet-r",
          "sketch": "imagenet-sketch"}
-_DATA = ("data_set", "data_path", "eval_data_path", "val_labels", "nb_classes", "allow_class_mismatch")
+_DATA = ("data_set", "data_path", "eval_data_path", "val_fraction", "val_labels", "nb_classes",
+         "allow_class_mismatch")
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ def companion(options: Options, classes: list[str] | None) -> Subset | None:
         return None
     if classes and not {*classes} >= {*imagenet_synsets()}:
         return None
-    subset = recognise(options.eval_data_path or str(Path(options.data_path or "") / "val"))
+    subset = val_subset(options)
     if subset and subset.columns:
         logger.info("%s: evaluated among its %d classes alone", subset.name, len(subset.columns))
     return subset
@@ -285,7 +286,7 @@ def _write(prepared: Prepared, results: list[dict], own: list[dict], first: engi
         if options.report:
             predictions = predictions_of(first, prepared.data)
             reported.write_report_files(options.report, predictions, class_titles(predictions.classes))
-            logger.info("Report: %s", write_report([options.report]))
+            logger.info("Report: %s", write_report(options.report))
     except OSError as error:
         logger.warning("The results were not written: %s", error)
         return not asked

@@ -7,18 +7,29 @@
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from common.errors import UserError, lacks_in_words
 from common.log import logger, setup_logging
 from common.outcome import ExitCode
-from config.parse import check_model, parse
+from config.options import Options
+from config.parse import Resolved, check_model, parse
+
+if TYPE_CHECKING:  # it imports PyTorch
+    from launch.process import Process
+    from launch.watchdog import Watchdog
+Work = Callable[[Resolved, "Process", "Watchdog"], ExitCode]
 
 # Of torchrun, srun and mpirun.
 RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, kind: type[Options] = Options,
+         work_of: Callable[[Options], Work] | None = None) -> int:
     """Run the command line `argv` (without the program's name); returns an ExitCode.
+
+    Other commands have another `kind` of options, and say by these what is to be done (`work_of`).
 
     Launchers turn all codes but 0 into 1; status.json in the run folder then tells which it was.
     """
@@ -31,21 +42,18 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", "This DataLoader will create")  # training logs it in one line
     try:
         with lacks_in_words():
-            resolved = parse(sys.argv[1:] if argv is None else argv)
+            resolved = parse(sys.argv[1:] if argv is None else argv, kind)
             # Only now PyTorch, so that --help and a typing error answer at once.
-            from dryrun import check
-            from evaluation import evaluate_checkpoints
             from launch.process import start
             from launch.watchdog import Watchdog
             from models import MODEL_NAMES
-            from training import train
 
             options = resolved.options
             check_model(options.model, MODEL_NAMES)
             if options.print_config:
                 sys.stdout.write(resolved.to_yaml())
                 return ExitCode.DONE
-            work = check if options.dry_run else evaluate_checkpoints if options.eval else train
+            work = (work_of or classification)(options)
             with start(options.device, options.rendezvous_timeout) as process:
                 setup_logging(process.rank)
                 for notice in resolved.notices:
@@ -61,6 +69,15 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         logger.error("interrupted")
         return ExitCode.INTERRUPTED
+
+
+def classification(options: Options) -> Work:
+    """What `options` ask for."""
+    from dryrun import check
+    from evaluation import evaluate_checkpoints
+    from training import train
+
+    return check if options.dry_run else evaluate_checkpoints if options.eval else train
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from common.devices import set_float32
 from common.log import logger
 from common.random import key
 from common.safe_load import safe_torch_load
+from common.text import plural
 from config.options import Options
 from config.parse import Resolved
 from config.rules import BatchPlan, plan_batch, small_data_notice, validate_after_index
@@ -23,12 +24,15 @@ from datasets.device import EvalPrepare, TrainPrepare
 from datasets.sampler import GlobalBatchSampler
 from evaluation import amp_dtype
 from launch.process import Process
-from models.compile import compile_model
-from models.download import fetch_published, local_file
+from models.compile import compile_blocks
+from models.download import fetch_published
 from models.hornet import HorNet
+from models.trained import locate
 from models.weights import load_for_model
 from optim.build import build_loss, build_optimizer
-from optim.schedule import build_schedule
+from optim.ema import half_life_notice
+from optim.schedule import Schedule
+from run.start import cpus_per_process
 from run.state import State
 
 
@@ -49,10 +53,10 @@ def find_data(options: Options, process: Process, state: State) -> Data:
     if not state:  # what would otherwise be refused only when all images have been indexed, minutes later
         build_optimizer(nn.Linear(1, 1), replace(options, layer_decay=1.0))
         if options.finetune:
-            process.on_rank_zero(lambda: bool(safe_torch_load(local_file(options.finetune))))
+            process.on_rank_zero(lambda: bool(safe_torch_load(locate(options.finetune))))
     return process.local_first(lambda: build_data(
         options, train=True, evaluate=not options.disable_eval, rank_zero=process.local_rank == 0,
-        class_names=state.get("classes")))
+        class_names=state.get("classes"), order=(state.get("order") or "") if state else None))
 
 
 def plan_run(resolved: Resolved, process: Process, state: State | None, *,
@@ -64,11 +68,33 @@ def plan_run(resolved: Resolved, process: Process, state: State | None, *,
     batch = plan_batch(resolved, process.world_size, state.get("global_batch"))
     updates = validate_after_index(options, batch, len(found.train))
     small = None if state else small_data_notice(options, batch, len(found.train))
-    batch = replace(batch, notices=(*batch.notices, small)) if small else batch
     options = replace(options, batch_size=batch.batch_size, update_freq=batch.update_freq,
                       global_batch=batch.global_batch, lr=batch.lr)
-    return Plan(resolved=resolved, options=options, data=found, train=found.train, batch=batch,
-                updates_per_epoch=updates)
+    notices = [*batch.notices, small, too_many_workers(options, process.local_world_size),
+               half_life_notice(options, updates)]
+    return Plan(resolved=resolved, options=options, data=found, train=found.train, updates_per_epoch=updates,
+                batch=replace(batch, notices=tuple(filter(None, notices))))
+
+
+def resumed_schedule_notice(schedule: Schedule, state: State) -> str | None:
+    """A sentence when `--epochs` other than the checkpoint's moves the learning rate of a resumed run."""
+    options, update = schedule.options, state["update"] or 0
+    epochs = (state["args"] or {}).get("epochs", options.epochs)
+    now, then = schedule.lr(update), replace(schedule, options=replace(options, epochs=epochs)).lr(update)
+    if options.epochs == epochs or abs(now - then) <= 0.01 * then:
+        return None
+    return (f"--epochs {options.epochs} instead of {epochs} stretches the schedule: the learning rate "
+            f"continues at {now:.3g}, not at {then:.3g}; a new run with --finetune would begin with a "
+            "warm-up.")
+
+
+def too_many_workers(options: Options, local_world_size: int) -> str | None:
+    """A sentence when a process has more loader workers than CPUs."""
+    cpus = cpus_per_process(local_world_size)
+    if options.num_workers <= cpus:
+        return None
+    return (f"--num_workers {options.num_workers} is more than the {plural(cpus, 'CPU')} of this process; "
+            "more load nothing faster.")
 
 
 def set_numerics(options: Options) -> None:
@@ -87,20 +113,22 @@ def load_start_weights(model: HorNet, options: Options, data: Data, process: Pro
     if not options.pretrained and not options.finetune:
         return
     source = process.on_rank_zero(lambda: str(fetch_published(options.model)) if options.pretrained
-                                  else local_file(options.finetune))
+                                  else str(locate(options.finetune)))
     load_for_model(model, source, model_key=options.model_key, prefix=options.model_prefix,
                    weights=options.weights, allow_partial=options.allow_partial,
                    class_names=data.class_names, new_head=True)
 
 
-def compiled(model: nn.Module, options: Options, process: Process) -> nn.Module:
-    """The model for `--compile true`, compiled on all ranks or on none; otherwise as it is."""
-    if not options.compile:
-        return model
+def compiled(model: nn.Module, options: Options, process: Process, paths: dict[str, str]) -> dict[str, str]:
+    """The code paths of a run, those of `--compile true` included, which are the same on all ranks; `paths`
+    has those of a run to resume."""
+    if not options.compile or not isinstance(model, HorNet):
+        return {}
     logger.info("Compiling the model, which takes minutes ...")
     shape = (options.batch_size, 3, options.input_size, options.input_size)
-    return compile_model(model.train(), shape, amp_dtype(options),
-                         lambda mine: bool(process.all_reduce_(torch.tensor([int(mine)]), "min").item()))
+    return {"compiled": compile_blocks(
+        model.train(), shape, amp_dtype(options), saved=paths.get("compiled"),
+        agree=lambda mine: not process.any(not mine), from_first=process.broadcast_object)}
 
 
 class Classification:
@@ -120,9 +148,11 @@ class Classification:
         self.drop_draws = model.num_drop_draws
         if state is None:
             load_start_weights(model, options, data, process)
+        if options.freeze:
+            model.freeze(options.freeze)
         self.model: nn.Module = model.to(process.device)
         self.optimizer = build_optimizer(model, options)
-        self.schedule = build_schedule(options, plan.updates_per_epoch)
+        self.schedule = Schedule(options, plan.updates_per_epoch)
         self.prepare = TrainPrepare(options, data.num_classes, process.device)
         self.criterion = build_loss(options)
         self.sampler = GlobalBatchSampler(len(plan.train), batch.global_batch, batch.batch_size,

@@ -9,30 +9,28 @@ import torch
 
 import engine
 import native
-from common.errors import UserError
-from common.files import read_json_lines
+from common.errors import Failure, UserError
+from common.ledger import Ledger
 from common.log import logger
 from common.outcome import ExitCode, Outcome
 from common.text import plural
 from config.options import Options
 from config.parse import Resolved
-from config.rules import resumed_schedule_notice
 from datasets.build import Data
 from evaluation import evaluate_checkpoints
 from launch.process import Process
 from launch.stop import OTHERS, StopRequest
 from launch.watchdog import Watchdog
-from optim.ema import Ema, half_life_warning
+from optim.ema import Ema
 from optim.finite import FiniteWatch
-from optim.schedule import build_schedule
 from optim.update import Update, UpdateStats
-from plan import Classification, Plan, compiled, find_data, plan_run, set_numerics
+from plan import Classification, Plan, compiled, find_data, plan_run, resumed_schedule_notice, set_numerics
 from report.page import write_report
 from run.checkpoint import Checkpoints, Loaded, open_folder, state_bytes
 from run.folder import RunFolder
-from run.log import Tracked, Tracker
-from run.start import code_version, cpus_per_process, process_problems
-from run.state import BEST, BEST_EMA, Best, Parts, Position, Setup, State, collect, finished, restore
+from run.log import Tracker
+from run.start import code_version, kernels, process_problems
+from run.state import BEST, BEST_EMA, Parts, Position, Setup, State, collect, finished, restore
 
 
 class Trainer(engine.Observer):
@@ -43,39 +41,47 @@ class Trainer(engine.Observer):
     Args:
         task: what is learned (see `engine.Task`), made for the same `plan`, `process` and `state`.
         state: of the checkpoint that is resumed (see `run.state`); None for a new run.
-        folder: the run folder, on rank 0; "" where nothing is kept.
+        folder: the run folder, on rank 0; None where nothing is kept.
         checkpoints: None where nothing is saved.
     """
 
     def __init__(self, task: engine.Task, plan: Plan, process: Process, *, stop: StopRequest,
-                 watchdog: Watchdog, state: State | None = None, folder: str = "",
+                 watchdog: Watchdog, state: State | None = None, folder: Ledger | None = None,
                  checkpoints: Checkpoints | None = None):
-        options, data, batch, updates = plan.options, plan.data, plan.batch, plan.updates_per_epoch
-        self.task, self.options, self.process = task, options, process
+        options, data, updates = plan.options, plan.data, plan.updates_per_epoch
+        self.task, self.model, self.options, self.process = task, task.model, options, process
         self.stop, self.watchdog, self.checkpoints = stop, watchdog, checkpoints
         set_numerics(options)
-        self.model = task.model
-        self.code_paths = native.attach(self.model, (state or {}).get("code_paths"))
+        # All ranks compute as rank 0 does, and a resumed run as the one that was saved.
+        saved_paths = (state or {}).get("code_paths") or {}
+        paths = process.on_rank_zero(lambda: native.attach(self.model, saved_paths))
+        self.code_paths = paths if process.is_main else native.attach(self.model, paths)
+        torch.set_num_threads(process.broadcast_object(torch.get_num_threads()))
+        # Before it is copied for the average, which then computes on the same.
+        self.code_paths |= compiled(self.model, options, process, saved_paths)
         average_on = "cpu" if options.model_ema_force_cpu else None
         self.ema = Ema(self.model, options.model_ema_decay, average_on) if options.model_ema else None
-        self.tracker = _tracker(plan, process, folder, self.model)
-        wrapped = process.wrap(compiled(self.model, options, process))
+        self.tracker = Tracker(
+            folder, options, updates_per_epoch=updates, main=process.is_main,
+            n_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad))
+        wrapped = process.wrap(self.model)
         update = Update(wrapped, task.optimizer, task.schedule, options, ema=self.ema,
                         agree=lambda flags: process.all_reduce_(flags, "min"))
         self.loop = engine.Loop(
             model=wrapped, task=task, update=update, watch=FiniteWatch(options.on_nonfinite), process=process,
             updates_per_epoch=updates, print_freq=options.print_freq, path_of=plan.train.path)
-        self.position = Position(updates, options.start_epoch - 1, options.start_epoch * updates)
-        self.best = Best()
-        self.setup = Setup(batch.global_batch, len(plan.train), data.class_names, plan.resolved.to_dict(),
-                           self.code_paths, torch.get_num_threads(), code_version())
+        self.position = Position(updates_per_epoch=updates, epoch=options.start_epoch - 1,
+                                 update=options.start_epoch * updates)
+        self.setup = Setup(
+            global_batch=plan.batch.global_batch, images=len(plan.train), classes=data.class_names,
+            order=getattr(plan.train, "order", ""), args=plan.resolved.to_dict(), version=code_version(),
+            code_paths=self.code_paths, threads=torch.get_num_threads(), kernels=kernels(process.device))
         self.parts: Parts = {
             "position": self.position, "model": self.model, "model_ema": self.ema,
             "optimizer": update.optimizer, "scaler": update.scaler, "policy": self.loop.watch,
-            "best": self.best, "setup": self.setup}
-        events = read_json_lines(Path(folder, "events.jsonl")) if folder else ()
-        self._unreadable = {path for event in events
-                            for path in event.get("images", ()) if event.get("kind") == "unreadable_image"}
+            "setup": self.setup}
+        self._unreadable = {path for event in self.tracker.events() if event.get("kind") == "unreadable_image"
+                            for path in event.get("images", ())}
         if state is not None:
             self.load_state_dict(state)
 
@@ -87,7 +93,8 @@ class Trainer(engine.Observer):
         Raises UserError when non-finite numbers end the run.
         """
         at, epochs = self.position, self.options.epochs
-        self._compare_images()
+        if self.setup.other_images:
+            self.on_incident("images_changed", self.setup.other_images, update=at.update)
         while at.begun < epochs:
             started = time.time()
             self.tracker.start_epoch(at.begun, at.update_in_epoch)
@@ -113,6 +120,7 @@ class Trainer(engine.Observer):
                 return self._pause()
             if self._finish_epoch(progress, figures, time.time() - started) and at.begun < epochs:
                 return Outcome.PAUSED
+        self.process.on_rank_zero(self._insist_on_a_checkpoint)
         return Outcome.DONE
 
     def evaluate(self) -> engine.Figures | None:
@@ -150,7 +158,7 @@ class Trainer(engine.Observer):
         if self.checkpoints is not None:
             self.checkpoints.save(self.state_dict(), epoch=at.begun if begun else at.epoch,
                                   update=at.update if begun else None, best=best, wait=wait)
-            self.report_failures(self.checkpoints.failures())
+            self._report_failures(self.checkpoints.failures())
 
     def roll_back(self) -> None:
         """Take the weights of the last good checkpoint and continue with the next data, not with the same."""
@@ -166,8 +174,9 @@ class Trainer(engine.Observer):
                          f"with the data of update {update}.", update=update, weights_of_update=earlier)
 
     def close(self) -> None:
-        """End the loader workers and the records. Left to the garbage collector, the workers' queues close
-        before they are asked to end, and the program waits 5 s for each of them."""
+        """End the save under way, the loader workers and the records. Left to the garbage collector, the
+        workers' queues close before they are asked to end, and the program waits 5 s for each of them."""
+        self._report_failures(self.checkpoints.close() if self.checkpoints is not None else ())
         for loader in self.task.loaders:
             loader.close()
         self.tracker.close()
@@ -216,7 +225,7 @@ class Trainer(engine.Observer):
 
     # Details
 
-    def report_failures(self, sentences: Sequence[str]) -> None:
+    def _report_failures(self, sentences: Sequence[str]) -> None:
         """Keep what was logged when a save failed."""
         for sentence in sentences:
             self.on_incident("save_failed", sentence, log=False, update=self.position.update)
@@ -235,9 +244,8 @@ class Trainer(engine.Observer):
         self._report_unreadable()
         at = self.position
         at.epoch, at.sums = at.begun, None
-        if self.checkpoints is not None:
-            self.best.correct(self.checkpoints.failed_best())
-        files = self.best.take(at.epoch, figures.get(self.task.score), figures.get(f"{self.task.score}_ema"))
+        scores = {BEST: figures.get(self.task.score), BEST_EMA: figures.get(f"{self.task.score}_ema")}
+        files = self.checkpoints.better(scores) if self.checkpoints is not None else {}
         # Asked once: a signal that comes after this is seen at the next update, when it can be saved again.
         stops = self.stop.agreed(self.process)
         if self.process.is_main:
@@ -246,15 +254,11 @@ class Trainer(engine.Observer):
             self.save(files, wait=stops or at.begun == self.options.epochs)
         return stops
 
-    def _compare_images(self) -> None:
-        """Report that images came or went since the checkpoint: too few to change the updates of an epoch, so
-        that the run can be resumed, but every epoch's order is another one."""
-        now, before = self.setup.images, self.setup.images_before
-        if before not in (None, now):
-            self.on_incident("images_changed", f"The training set has {now} images and had {before} when "
-                             "the checkpoint was saved: the run is resumed with them, but not as an "
-                             "undisturbed one would continue; restore the data set to have that.",
-                             update=self.position.update, images=now, before=before)
+    def _insist_on_a_checkpoint(self) -> None:
+        if self.checkpoints is not None and self.checkpoints.unsaved:
+            raise Failure("The run was trained to the end, but its last checkpoint could not be saved: make "
+                          f"room in {self.options.output_dir} and start the same command again, which "
+                          "resumes the newest one there.", code="unsaved")
 
     def _report_unreadable(self) -> None:
         """Report each image that could not be read once per run."""
@@ -263,17 +267,6 @@ class Trainer(engine.Observer):
         for path in sorted(found.keys() - self._unreadable):
             self._unreadable.add(path)
             self.on_incident("unreadable_image", found[path], epoch=self.position.begun, images=[path])
-
-
-def _tracker(plan: Plan, process: Process, folder: str, model: torch.nn.Module) -> Tracker:
-    options, main = plan.options, process.is_main
-    package = options.track or ("wandb" if options.enable_wandb else None)
-    tracked = Tracked(package, options.project, options.exp_name, plan.resolved.to_dict(),
-                      options.wandb_ckpt) if package and main else None
-    return Tracker(folder or None, epochs=options.epochs, updates_per_epoch=plan.updates_per_epoch,
-                   n_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-                   log_dir=options.log_dir if main else None, terminal=None if main else False,
-                   tracked=tracked)
 
 
 # ----------------------------------------------------------------------------------------- the command
@@ -289,9 +282,7 @@ def train(resolved: Resolved, process: Process, watchdog: Watchdog, *,
     """
     options = resolved.options
     folder = RunFolder(options.output_dir) if options.output_dir and process.is_main else None
-    checkpoints = None
-    if folder is not None and options.save_ckpt:
-        checkpoints = Checkpoints(folder.path, keep=options.save_ckpt_num)
+    checkpoints = Checkpoints(folder, keep=options.save_ckpt_num) if folder and options.save_ckpt else None
     try:
         loaded = process.on_rank_zero(lambda: open_folder(resolved, folder))
         state = loaded.state if loaded else None
@@ -304,14 +295,11 @@ def train(resolved: Resolved, process: Process, watchdog: Watchdog, *,
             plan = plan_run(resolved, process, state, data=data)
             # Not before: a start that is refused leaves nothing there.
             watchdog.record_in(folder or options.output_dir)
-            for note in (*plan.data.notes, plan.batch.equation, *plan.batch.notices):
+            for note in (*plan.data.notes, plan.batch.equation, *plan.batch.notices,
+                         *process_problems(process)):
                 logger.info(note)
-            for warning in process_problems(process):
-                if process.is_main:
-                    logger.warning(warning)
             with closing(Trainer(task(plan, process, state), plan, process, stop=stop, watchdog=watchdog,
-                                 state=state, checkpoints=checkpoints,
-                                 folder=options.output_dir if folder else "")) as trainer:
+                                 state=state, folder=folder, checkpoints=checkpoints)) as trainer:
                 if process.is_main:
                     _introduce(trainer, plan, loaded)
                 return _fit(trainer, folder)
@@ -329,27 +317,16 @@ def _introduce(trainer: Trainer, plan: Plan, loaded: Loaded | None) -> None:
         version=code_version(), global_batch=plan.batch.global_batch)
     if loaded is not None:
         logger.info("Resuming at epoch %d, update %d from %s", at.begun + 1, at.update, loaded.path)
-        earlier = (loaded.state["args"] or {}).get("epochs", options.epochs)
-        now, then = (build_schedule(replace(options, epochs=epochs), at.updates_per_epoch).lr(at.update)
-                     for epochs in (options.epochs, earlier))
-        if notice := resumed_schedule_notice(epochs=options.epochs, earlier_epochs=earlier, lr=now,
-                                             earlier_lr=then):
+        if notice := resumed_schedule_notice(trainer.task.schedule, loaded.state):
             logger.info(notice)
-    cpus = cpus_per_process(process.local_world_size)
-    if options.num_workers > cpus:
-        logger.info("--num_workers %d is more than the %s of this process; more load nothing faster.",
-                    options.num_workers, plural(cpus, "CPU"))
-    lags = half_life_warning(options.model_ema_decay, options.epochs * plan.updates_per_epoch)
-    if options.model_ema and lags:
-        logger.warning(lags)
     if trainer.checkpoints is not None:
         state = trainer.state_dict()  # AdamW's two moments come with the first update
         size = state_bytes(state) + (0 if state["optimizer"]["state"] else 2 * state_bytes(state["model"]))
         text, enough = trainer.checkpoints.disk_estimate(size, options.epochs)
         logger.info("The %s%s", text, "" if enough else ": that is not enough, free some or keep fewer")
     else:
-        logger.warning("Nothing of this run is saved: give --output_dir (and leave --save_ckpt true) to keep "
-                       "checkpoints.")
+        logger.info("Nothing of this run is saved: give --output_dir (and leave --save_ckpt true) to keep "
+                    "checkpoints.")
 
 
 def _fit(trainer: Trainer, folder: RunFolder | None) -> ExitCode:
@@ -358,19 +335,14 @@ def _fit(trainer: Trainer, folder: RunFolder | None) -> ExitCode:
     if folder is not None:
         trainer.tracker.resume(at.begun)
         folder.begin(update=at.update, epoch=at.begun, resume=options.resume[0] if options.resume else "")
-    if checkpoints is not None:
-        trainer.best.correct(checkpoints.scores())
     outcome, cause = Outcome.FAILED, ""
     try:
         outcome = trainer.fit()
         cause = trainer.stop.reason if outcome is Outcome.PAUSED else ""
-        if outcome is Outcome.DONE and checkpoints is not None and checkpoints.unsaved:
-            outcome, cause = Outcome.FAILED, "the last checkpoint could not be saved"
     except BaseException as error:
         cause = f"{type(error).__name__}: {error}"
         raise
     finally:
-        trainer.report_failures(checkpoints.close() if checkpoints is not None else ())
         if folder is not None:
             folder.end(outcome, update=at.update, epoch=at.begun, cause=cause)
     if outcome is Outcome.PAUSED:
@@ -378,17 +350,12 @@ def _fit(trainer: Trainer, folder: RunFolder | None) -> ExitCode:
         logger.info("Stopped at update %d (%s); the same command resumes it from %s.", at.update, cause,
                     "the newest that was saved" if checkpoints and checkpoints.unsaved else "there")
         return ExitCode.PAUSED
-    if outcome is Outcome.FAILED:
-        logger.error("The run was trained to the end, but its last checkpoint could not be saved: make room "
-                     "in %s and start the same command again, which resumes the newest one there.",
-                     options.output_dir)
-        return ExitCode.FAILED
     if checkpoints is not None:
         for path in (checkpoints.folder / BEST, checkpoints.folder / BEST_EMA, *checkpoints.numbered()[-1:]):
             trainer.tracker.log_checkpoint(path)
     if folder is not None:
         try:
-            logger.info("Report: %s", write_report([folder.path]))
+            logger.info("Report: %s", write_report(folder.own()))
         except (UserError, OSError) as error:  # a finished training must not fail for the lack of a page
             logger.warning("No report page was written: %s", error)
     return ExitCode.DONE

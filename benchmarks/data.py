@@ -3,7 +3,6 @@ import os
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from unittest import mock
@@ -18,8 +17,8 @@ from benchmarks.timing import Row, interleave, rows
 from config.options import Options
 from datasets.dataset import ImageDataset
 from datasets.device import EvalPrepare, TrainPrepare
-from datasets.folders import read
-from datasets.readers import Index, IndexCache, Strings, save_index
+from datasets.index import IndexCache, Rows, Source
+from datasets.readers import open_reader
 from datasets.sampler import GlobalBatchSampler
 from datasets.transforms import Erasing, eval_transform, train_transform
 
@@ -54,7 +53,7 @@ def _cases(root: str, training: bool) -> dict[str, Callable[[], object]]:
     usual = ImageFolder(root, create_transform(
         224, is_training=training, color_jitter=0.4, auto_augment=options.aa, interpolation="bicubic",
         re_prob=0.25, re_mode="pixel", crop_pct=0.875))
-    reader = read(root, IndexCache(write=False))
+    reader = open_reader(Source.of(root), IndexCache(write=False))
     transform = train_transform(options) if training else eval_transform(224)
     prepare: Callable = TrainPrepare(options, 1, "cpu") if training else EvalPrepare(options, "cpu")
 
@@ -83,13 +82,15 @@ def start_up(repeats: int, clock: str, images: int = IMAGENET) -> list[Row]:
         classes = [f"n{number:08d}" for number in range(1000)]
         for name in classes:
             os.makedirs(os.path.join(data, name))
-        labels = np.sort(np.arange(images) % 1000).astype(np.int32)
-        names = Strings.of(f"{classes[label]}_{number}.JPEG" for number, label in enumerate(labels.tolist()))
-        empty = Index.of(data, classes=classes, labels=[], names=[], seen=["", *classes], left_out={})
-        save_index(IndexCache(cache).path("folders", data), replace(empty, labels=labels, names=names))
+        rows_found = Rows()
+        for number in range(images):
+            rows_found.add(classes[number % 1000], f"{classes[number % 1000]}_{number}.JPEG")
+        source = Source.of(data)
+        os.makedirs(cache)
+        rows_found.index(source, "class folders", ["", *classes]).write(IndexCache(cache).path("folders", source))
 
         def start() -> None:
-            reader = read(data, IndexCache(cache, write=False))
+            reader = open_reader(Source.of(data), IndexCache(cache, write=False))
             for _, index, _ in next(iter(GlobalBatchSampler(len(reader), 4096, 128, 4, 0, 8))):
                 reader.name(index)
 

@@ -139,6 +139,8 @@ def save_safetensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor],
     from safetensors.torch import save
 
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = None if metadata is None else {_METADATA_KEY: json.dumps(metadata)}
+    header = {"format": "pt"}  # without which transformers refuses the file
+    if metadata is not None:
+        header[_METADATA_KEY] = json.dumps(metadata)
     data = save(own, metadata=header)
     atomic_write(path, lambda file: file.write(data), reserve=len(data))

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 from common.errors import UserError
@@ -50,6 +51,9 @@ SUITE = Accepts("imagenet, v2, a, r and sketch, with commas and =FOLDER where no
                 lambda v: re.fullmatch(r"((imagenet|v2|a|r|sketch)(=[^,]+)?(,|$))*", v) is not None)
 DEVICE = Accepts("auto, cpu, mps, cuda, xpu, or one of them with a number such as cuda:1",
                  lambda v: re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d{1,3})?", v) is not None)
+_PART = r"(backbone|stem|stages\.[0-3](-[0-3])?)"
+PARTS = Accepts("backbone (all but the head), or stem and stages such as stem,stages.0-2",
+                lambda v: re.fullmatch(f"{_PART}(,{_PART})*", v) is not None)
 AUGMENT = Accepts("none or a timm policy such as rand-m9-mstd0.5-inc1",
                   lambda v: bool(_AUGMENT.fullmatch(v)))
 
@@ -70,7 +74,21 @@ _start, _data, _batch, _eval, _speed, _run, _process, _log = map(_group, (
 
 @dataclass
 class Options:
-    """The resolved options of one run. `None` stands for `none`; several values are a tuple."""
+    """The resolved options of one run. `None` stands for `none`; several values are a tuple.
+
+    A subclass is the options of another command (see `dense.options`): `OMITTED` names those that it does not
+    take, and that keep its defaults.
+    """
+    USAGE: ClassVar[str] = """main.py [--config RECIPE] [--FLAG VALUE ...]
+
+  python main.py --config recipes/quickstart.yaml
+  python main.py --eval true --model hornet_tiny_7x7 --resume CHECKPOINT --data_path IMAGENET
+  torchrun --nproc_per_node 8 main.py --config recipes/hornet_tiny_7x7.yaml --output_dir RUN"""
+    LAYOUT: ClassVar[str] = "train/ and val/"  # what --data_path holds
+    QUICKSTART: ClassVar[str] = "quickstart"
+    SAMPLE: ClassVar[str] = "data/digits"
+    OMITTED: ClassVar[frozenset[str]] = frozenset()
+
     config: str | None = _start(None, "recipe (YAML) whose values replace the defaults; flags win")
     print_config: bool = _start(False, "print each value with its origin and the published one, then end")
     dry_run: bool = _start(False, "check options, data, model, memory and speed, then end")
@@ -84,6 +102,8 @@ class Options:
     eval_data_path: str | None = _data(None, "folder of the evaluation images when it is not data_path/val")
     nb_classes: int | None = _data(None, "classes; none: ImageNet's 1000, else one per folder", at_least(1))
     val_labels: str | None = _data(None, "labels of a flat val folder: CSV of name, synset; or the devkit's")
+    val_fraction: float = _data(0.0, "part of the training images held back where there is no val", BELOW_ONE)
+    allow_slow_parquet: bool = _data(False, "train from parquet, which reads a group of rows for each image")
     allow_class_mismatch: bool = _data(False, "accept a val folder with classes missing or added")
     allow_bad_images: bool = _data(False, "evaluate unreadable images too, each counts as incorrect")
     reindex: bool = _data(False, "read the data folder again instead of using the saved index")
@@ -130,6 +150,7 @@ class Options:
     model_ema_decay: float = _train(0.9999, "decay of the moving average per update", BELOW_ONE)
     model_ema_eval: bool = _train(False, "evaluate the moving average after each epoch too")
     smoothing: float = _train(0.1, "label smoothing", BELOW_ONE)
+    freeze: str | None = _train(None, "parts that keep the weights they start from", PARTS)
     start_epoch: int = _train(0, "first epoch when nothing is resumed", at_least(0))
 
     aa: str | None = _augment("rand-m9-mstd0.5-inc1", "automatic augmentation, by timm's name", AUGMENT)
@@ -183,6 +204,10 @@ class Options:
     project: str = _log("hornet", "project of the tracked run")
     wandb_ckpt: bool = _log(False, "upload the best and the last checkpoint there at the end")
     exp_name: str = _log("default", "name of the tracked run")
+
+    def updates_per_epoch(self, images: int, global_batch: int) -> int:
+        """Updates between two evaluations: those of a pass over the images, without what is left over."""
+        return images // global_batch
 
 
 # What `--help` shows; `--help all` shows every option.
@@ -246,15 +271,22 @@ class Option:
                         code="invalid_value")
 
 
-def _row(name: str, hint: Any, metadata: Mapping) -> Option:
+def _row(name: str, default: Value, hint: Any, metadata: Mapping) -> Option:
     optional = type(None) in get_args(hint)
     inner = get_args(hint)[0] if optional else hint
     several = get_origin(inner) is tuple
-    return Option(name=name, default=getattr(Options, name), optional=optional, several=several,
+    return Option(name=name, default=default, optional=optional, several=several,
                   element=get_args(inner)[0] if several else inner, **metadata)
 
 
-OPTIONS = {f.name: _row(f.name, f.type, f.metadata) for f in fields(Options)}
+@cache
+def table(kind: type[Options]) -> dict[str, Option]:
+    """The options that a command takes, by name."""
+    return {f.name: _row(f.name, getattr(kind, f.name), f.type, f.metadata) for f in fields(kind)
+            if f.name not in kind.OMITTED}
+
+
+OPTIONS = table(Options)
 
 
 def from_checkpoint(args: Mapping[str, object], names: Iterable[str]) -> dict[str, Any]:

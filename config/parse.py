@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.files import read_text
 from common.text import did_you_mean, plain, quote
 from config import rules
-from config.options import COMMON, KINDS, NO_EFFECT, OPTIONS, RECIPE_GROUPS, Options, Value
+from config.options import COMMON, KINDS, NO_EFFECT, RECIPE_GROUPS, Options, Value, table
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 _LARGEST_RECIPE = 2 ** 20  # bytes
@@ -27,11 +27,6 @@ _SOURCES = ("model", "finetune", "pretrained", "weights")
 _PER_LAUNCH = ("config", "print_config", "dry_run")
 _DASHES = ("-", "\u2013", "\u2014", "\u2212")
 _JOINED = re.compile(r".+?\\?\s*--([a-z_]+)(=.*)?", re.DOTALL)
-_USAGE = """main.py [--config RECIPE] [--FLAG VALUE ...]
-
-  python main.py --config recipes/quickstart.yaml
-  python main.py --eval true --model hornet_tiny_7x7 --resume CHECKPOINT --data_path IMAGENET
-  torchrun --nproc_per_node 8 main.py --config recipes/hornet_tiny_7x7.yaml --output_dir RUN"""
 
 
 @dataclass(frozen=True)
@@ -57,32 +52,33 @@ class Resolved:
         skipped = (*_PER_LAUNCH, "resume", "eval", implied)
         lines = [f"{name}: {_yaml(value)}  # {self.origins[name]}"
                  + (f", published: {_yaml(different[name][1])}" if name in different else "")
-                 for name, value in self.to_dict().items() if name not in skipped]
+                 for name, value in self.to_dict().items() if name in self.origins and name not in skipped]
         return "\n".join([*lines, ""])
 
 
-def parse(argv: Sequence[str]) -> Resolved:
-    """Resolve `argv` (without the program's name): defaults, then `--config`, then flags.
+def parse(argv: Sequence[str], kind: type[Options] = Options) -> Resolved:
+    """Resolve `argv` (without the program's name): defaults of `kind`, then `--config`, then flags.
 
     Raises: UserError for every mistake; SystemExit(0) after `--help` or `--help all` has been written.
     """
+    known = table(kind)
     try:
-        found, others = _parser().parse_known_args(argv)
+        found, others = _parser(kind).parse_known_args(argv)
     except argparse.ArgumentError as error:
         name = (error.argument_name or "").removeprefix("--")
-        raise UserError(f"--{name} needs a value; {OPTIONS[name].help}.", code="missing_value") from None
+        raise UserError(f"--{name} needs a value; {known[name].help}.", code="missing_value") from None
     flags = vars(found)
     if "help" in flags:
-        sys.stdout.write(help_text(flags["help"] == "all"))
+        sys.stdout.write(help_text(flags["help"] == "all", kind))
         raise SystemExit(0)
     if others:
-        raise _unexpected(others[0], argv)
-    given = {name: OPTIONS[name].convert([texts] if isinstance(texts, str) else texts, f"--{name}")
-             for name, texts in flags.items() if name in OPTIONS}
-    recipe = {} if given.get("config") is None else read_recipe(str(given["config"]))
-    from_recipe = {name: v for name, v in recipe.items() if name in OPTIONS and name not in _PER_LAUNCH}
-    options = replace(Options(), **(from_recipe | given))
-    origins = dict.fromkeys(OPTIONS, "default")
+        raise _unexpected(others[0], argv, kind)
+    given = {name: known[name].convert([texts] if isinstance(texts, str) else texts, f"--{name}")
+             for name, texts in flags.items() if name in known}
+    recipe = {} if given.get("config") is None else read_recipe(str(given["config"]), kind)
+    from_recipe = {name: v for name, v in recipe.items() if name in known and name not in _PER_LAUNCH}
+    options = replace(kind(), **(from_recipe | given))
+    origins = dict.fromkeys(known, "default")
     origins |= dict.fromkeys(from_recipe, "recipe") | dict.fromkeys(given, "flag")
     rules.check(options, origins)
     # Some launchers add --local_rank to every command.
@@ -102,14 +98,14 @@ def check_model(name: str, known: Sequence[str]) -> None:
 
 # Flags
 
-def _parser(shown: Collection[str] = (), end: str = "") -> argparse.ArgumentParser:
+def _parser(kind: type[Options], shown: Collection[str] = (), end: str = "") -> argparse.ArgumentParser:
     """argparse for the table; values stay text. Help lists the options in `shown`."""
     parser = argparse.ArgumentParser(
-        usage=_USAGE, add_help=False, allow_abbrev=False, exit_on_error=False, epilog=end,
+        usage=kind.USAGE, add_help=False, allow_abbrev=False, exit_on_error=False, epilog=end,
         argument_default=argparse.SUPPRESS,
         formatter_class=partial(argparse.HelpFormatter, max_help_position=30))
     groups: dict[str, argparse._ArgumentGroup] = {}
-    for name, option in OPTIONS.items():
+    for name, option in table(kind).items():
         group = groups[option.group] = groups.get(option.group) or parser.add_argument_group(option.group)
         words = f": {option.accepts.words}" if option.accepts and option.element is str else ""
         about = f"{option.help}{words} [{'none' if option.default is None else _yaml(option.default)}]"
@@ -124,24 +120,27 @@ def _parser(shown: Collection[str] = (), end: str = "") -> argparse.ArgumentPars
     return parser
 
 
-def help_text(everything: bool = False) -> str:
-    """The options people use most, or all of them, by group."""
-    more = "" if everything else f" `--help all` lists all {len(OPTIONS)} options."
-    return _parser(OPTIONS if everything else COMMON,
+def help_text(everything: bool = False, kind: type[Options] = Options) -> str:
+    """The options people use most (a command's own among them), or all, by group."""
+    known = table(kind)
+    more = "" if everything else f" `--help all` lists all {len(known)} options."
+    common = {*COMMON, *known} - {f.name for f in fields(Options) if f.name not in COMMON}
+    return _parser(kind, known if everything else common,
                    f"Switches take true or false; the flag alone means true.{more}").format_help()
 
 
-def _unexpected(token: str, argv: Sequence[str]) -> UserError:
+def _unexpected(token: str, argv: Sequence[str], kind: type[Options]) -> UserError:
     """The sentence for a word that is no known flag nor the value of one."""
+    known = table(kind)
     # A line ending in `5\` makes the shell join the next flag to the value: `5--batch_size 128`.
     for word in [*(word for word, after in zip(argv, argv[1:]) if after == token), token]:
         match = _JOINED.fullmatch(word)
-        if match and match[1] in OPTIONS:
+        if match and match[1] in known:
             return UserError(f"{quote(word)} joins a value and --{match[1]} by a stray backslash: put a "
                              "space before the backslash that ends the line.", code="stray_backslash")
     if token.startswith(_DASHES):
         name = token.lstrip("".join(_DASHES)).partition("=")[0]
-        hint = did_you_mean(name.replace("-", "_"), OPTIONS, "--{}") or "; `--help all` lists every flag."
+        hint = did_you_mean(name.replace("-", "_"), known, "--{}") or "; `--help all` lists every flag."
         return UserError(f"unknown flag {plain(token)}{hint}", code="unknown_flag")
     return UserError(f"{quote(token)} belongs to no flag; write --name value, such as --lr 4e-3, and nothing "
                      "after a backslash that ends a line.", code="stray_value")
@@ -149,13 +148,14 @@ def _unexpected(token: str, argv: Sequence[str]) -> UserError:
 
 # Recipes
 
-def read_recipe(path: str) -> dict[str, Value]:
-    """Read a recipe: a flat mapping of option names to values or lists of values.
+def read_recipe(path: str, kind: type[Options] | None = Options) -> dict[str, Value]:
+    """Read a recipe: a flat mapping of option names to values or lists of values; without a `kind` of options
+    those that main.py does not know stay texts.
 
     YAML's nodes leave every scalar a string, so that flags and recipes share one conversion, YAML 1.1's traps
     (4e-3 is a string, 0123 octal, 1:30 a number, `on` a boolean) do not arise, and a key given twice is seen.
     """
-    name, values = plain(path, 300), {}
+    name, values, known = plain(path, 300), {}, table(kind or Options)
     try:
         node = yaml.compose(read_text(path, _LARGEST_RECIPE), Loader=yaml.BaseLoader)
     except FileNotFoundError:
@@ -172,11 +172,11 @@ def read_recipe(path: str) -> dict[str, Value]:
         texts = [node.value for node in nodes] or [""]
         if not all(isinstance(text, str) for text in (key.value, *texts)) or key.value in values:
             raise _invalid(name, "expected is each option once, with plain values", key.start_mark)
-        if key.value not in OPTIONS and key.value not in NO_EFFECT:
-            hint = did_you_mean(key.value.replace("-", "_"), OPTIONS) or "; `--help all` lists all options."
+        if kind and key.value not in known and key.value not in NO_EFFECT:
+            hint = did_you_mean(key.value.replace("-", "_"), known) or "; `--help all` lists all options."
             raise UserError(f"recipe {name} has an unknown key {quote(key.value)}{hint}", code="unknown_key")
-        values[key.value] = (OPTIONS[key.value].convert(texts, f"recipe {name}: {key.value}")
-                             if key.value in OPTIONS else texts[0])
+        values[key.value] = (known[key.value].convert(texts, f"recipe {name}: {key.value}")
+                             if key.value in known else texts[0])
     return values
 
 
@@ -201,6 +201,8 @@ def published_recipe(options: Options) -> dict[str, Value]:
     The large models have two, ImageNet-22k pre-training and 384-pixel fine-tuning: the start and the input
     size decide.
     """
+    if type(options) is not Options:
+        return {}
     endings = ["_ft1k_384"] if options.finetune else ["", "_in22k", "_ft1k_384"]
     if options.input_size >= 384:
         endings.reverse()
@@ -213,6 +215,6 @@ def differences(options: Options) -> dict[str, tuple[Value, Value]]:
     """name -> (value here, published value) where they differ; empty without a published recipe."""
     published = published_recipe(options)
     standard, here = asdict(Options()) | published, asdict(options)
-    names = [name for name, option in OPTIONS.items()
+    names = [name for name, option in table(Options).items()
              if published and option.group in RECIPE_GROUPS and name not in _SOURCES]
     return {name: (here[name], standard[name]) for name in names if here[name] != standard[name]}

@@ -27,17 +27,19 @@ def check(options: Options, origins: dict[str, str]) -> None:
     if (origins["update_freq"], origins["global_batch"]) == ("flag", "recipe"):
         o.global_batch, origins["global_batch"] = None, "flag"
     if o.data_set == "SAMPLE" and not o.data_path:
-        o.data_path = "data/digits"
+        o.data_path = o.SAMPLE
     # A run's folder names its own data.
     known = o.eval and (o.eval_data_path or o.output_dir or o.resume or o.report)
     if not o.print_config and not o.data_path and not known:
-        raise UserError("--data_path is missing; give the folder that holds train/ and val/, or try --config "
-                        "recipes/quickstart.yaml without any data.", code="missing_data")
+        raise UserError(f"--data_path is missing; give the folder that holds {o.LAYOUT}, or try --config "
+                        f"recipes/{o.QUICKSTART}.yaml without any data.", code="missing_data")
     rules = (
         (o.global_batch and origins["global_batch"] == origins["update_freq"],
          f"--global_batch {o.global_batch} and --update_freq {o.update_freq} are both given; give one."),
         (o.pretrained and o.finetune,
          f"--pretrained true and --finetune {o.finetune} both name the weights to start from; give one."),
+        (o.freeze and not (o.pretrained or o.finetune or o.resume), f"--freeze {o.freeze} would keep random "
+         "weights; give --finetune CHECKPOINT or --pretrained true to start from."),
         (len(o.resume) > 1, f"--resume takes one checkpoint in training, {len(o.resume)} were given; add "
          "--eval true to evaluate several."),
         (o.weights == "both" or o.suite, "--weights both and --suite are for --eval true; add it."),
@@ -123,7 +125,7 @@ def _fitting(options: Options, world_size: int, most: int) -> str:
 
 def validate_after_index(options: Options, plan: BatchPlan, num_images: int) -> int:
     """When the training images are indexed: return updates per epoch, or raise `UserError`."""
-    updates = num_images // plan.global_batch
+    updates = options.updates_per_epoch(num_images, plan.global_batch)
     if updates == 0:
         raise UserError(f"An update takes more images than the {num_images} of {options.data_path}: "
                         f"{plan.equation}; {_fitting(options, plan.world_size, num_images)}.", code="batch")
@@ -135,22 +137,11 @@ def validate_after_index(options: Options, plan: BatchPlan, num_images: int) -> 
 
 def small_data_notice(options: Options, plan: BatchPlan, num_images: int) -> str | None:
     """A sentence when the global batch is large for the data: many images unused, or few updates in all."""
-    updates, unused = divmod(num_images, plan.global_batch)
+    updates = options.updates_per_epoch(num_images, plan.global_batch)
+    unused = num_images - updates * plan.global_batch
     few = updates < _FEW_PER_EPOCH and updates * options.epochs < _FEW_UPDATES
     if unused < num_images // _FEW_PER_EPOCH and not few:
         return None
     return (f"An epoch uses {num_images - unused} of the {num_images} training images in "
             f"{plural(updates, 'update')}, and the run has {plural(updates * options.epochs, 'update')}; for "
             f"more of both, {_fitting(options, plan.world_size, num_images // _FEW_PER_EPOCH)}.")
-
-
-def resumed_schedule_notice(*, epochs: int, earlier_epochs: int, lr: float, earlier_lr: float) -> str | None:
-    """A sentence when `--epochs` other than the checkpoint's moves the learning rate of a resumed run.
-
-    Args: lr: learning rate of the next update in a run of `epochs`; earlier_lr: in one of `earlier_epochs`.
-    """
-    if epochs == earlier_epochs or abs(lr - earlier_lr) <= 0.01 * earlier_lr:
-        return None
-    return (f"--epochs {epochs} instead of {earlier_epochs} stretches the schedule: the learning rate "
-            f"continues at {lr:.3g}, not at {earlier_lr:.3g}; a new run with --finetune would begin with a "
-            "warm-up.")

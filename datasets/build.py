@@ -1,8 +1,10 @@
 """The data of a run from its options: what is where, which classes and labels; a look at a sample of it."""
+import errno
+import hashlib
 import os
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch.utils.data import BatchSampler
@@ -14,10 +16,10 @@ from common.text import plural, printable
 from config.options import Options
 from datasets.cifar import read_cifar
 from datasets.dataset import ImageDataset, ImageLoader, make_loader
-from datasets.folders import class_folders
-from datasets.images import unreadable
-from datasets.labels import classes_of, map_folders, read_val_labels
-from datasets.readers import IndexCache, Reader, open_reader
+from datasets.images import retried, unreadable
+from datasets.index import IndexCache, Source
+from datasets.labels import Subset, classes_of, map_folders, read_val_labels, recognise
+from datasets.readers import SPLITS, Reader, find_split, no_images, open_reader, source_of, too_slow
 from datasets.sample import ensure_sample
 from datasets.transforms import Erasing, eval_transform, train_transform
 
@@ -37,21 +39,27 @@ class Data:
         """Number of logits the data wants."""
         return len(self.class_names)
 
+    @property
+    def order(self) -> str:
+        """Digest of the training images in their order, "" without them: equal for equal batches."""
+        return self.train.order if self.train else ""
+
     def describe(self) -> dict[str, object]:
-        """Plain values for data.json in a run folder: classes, images per class, files left out, and
-        notes."""
+        """Plain values for data.json in a run folder: classes, form, order, images per class, files left
+        out, and notes."""
         found: dict[str, object] = {"classes": self.class_names, "notes": self.notes}
         for part, dataset in (("train", self.train), ("val", self.val)):
             if dataset is not None:
                 counts = np.bincount(dataset.targets, minlength=self.num_classes).tolist()
-                found[part] = {"images": len(dataset), "per_class": counts,
-                               "left_out": dataset.reader.left_out}
+                found[part] = {"images": len(dataset), "form": dataset.reader.form, "order": dataset.order,
+                               "per_class": counts, "left_out": dataset.reader.left_out}
         return found
 
 
 @dataclass(frozen=True)
 class _Split:
-    """A reader, and the labels and classes that count: its own, or those of a label file (`noun` synset)."""
+    """A reader, and the labels and classes that count: its own, or those of a label file (`noun` synset);
+    label -1 for images that belong to the other split."""
 
     part: str
     reader: Reader
@@ -61,37 +69,63 @@ class _Split:
 
 
 def build_data(options: Options, *, train: bool, evaluate: bool, class_names: list[str] | None = None,
-               rank_zero: bool = True) -> Data:
+               rank_zero: bool = True, order: str | None = None) -> Data:
     """Find the images and their classes.
 
-    class_names: the checkpoint's list in logit order, which then decides; the data must fit it.
-    rank_zero: only this process of a node writes the index cache.
-    Raises UserError for everything the user can fix.
+    class_names: the checkpoint's list in logit order, which then decides; the data must fit it. rank_zero:
+    only this process of a node writes the index cache. order: of a run to resume, its `Data.order`, "" when
+    its checkpoint has none; None for a new run.
+    Raises UserError for everything the user can fix; Failure for data of a resumed run that are not there.
     """
     if options.data_set == "SAMPLE":
         ensure_sample(options.data_path)
     cache = IndexCache(options.index_cache, options.reindex, rank_zero)
-    splits = [_split(options, part, cache) for part in ["train"] * train + ["val"] * evaluate]
-    names, notes = class_names, []
+    notes: list[str] = []
+    splits = [_split(options, part, cache, order, notes) for part in ["train"] * train + ["val"] * evaluate]
+    names = class_names
     if names is None:
-        names, notes = classes_of(
+        names, found = classes_of(
             _deciding_classes(options, splits[0]), options.nb_classes, evaluating=not train,
             imagenet_layout=options.data_set in ("IMNET", "SAMPLE"),
             allow_mismatch=options.allow_class_mismatch)
+        notes += found
     built = {split.part: _dataset(options, split, names, notes) for split in splits}
     return Data(built.get("train"), built.get("val"), list(names), notes)
 
 
-def _split(options: Options, part: str, cache: IndexCache) -> _Split:
-    root, training = _root(options, part), part == "train"
+def val_subset(options: Options) -> Subset | None:
+    """Which of ImageNet's validation sets the evaluation images are; None for any other or missing data."""
+    try:
+        source = _source(options, "val", False)
+        cache = IndexCache(options.index_cache, options.reindex)
+        return recognise(open_reader(source, cache)) if source else None
+    except UserError:
+        return None
+
+
+def _split(options: Options, part: str, cache: IndexCache, order: str | None, notes: list[str]) -> _Split:
+    held_back = options.val_fraction if options.data_set != "CIFAR" and _no_val(options) else 0.0
+    source = _source(options, "train" if held_back else part, order is not None)
     if options.data_set == "CIFAR":
-        reader: Reader = read_cifar(root, options.nb_classes or 100, training)
-    elif root:
-        reader = open_reader(root, cache)
+        reader: Reader = read_cifar(options.data_path, options.nb_classes or 100, part == "train")
+    elif source is not None:
+        reader = open_reader(source, cache, order if part == "train" else None)
+        if part == "train" and reader.sequential and not options.allow_slow_parquet:
+            raise too_slow(source, len(reader))
     else:
-        raise UserError("The evaluation images are missing; give --eval_data_path FOLDER, or --disable_eval "
-                        "true.", code="missing_data")
-    shown = printable(reader.root)
+        raise UserError("The evaluation images are missing; give --eval_data_path FOLDER, --val_fraction 0.1 "
+                        "or --disable_eval true.", code="missing_data")
+    split = _labelled(options, part, reader)
+    if not held_back:
+        return split
+    if part == "val":
+        notes.append(f"val: {100 * held_back:g} % of each class of the training images, held back")
+    mine = _held_back(reader, held_back) == (part == "val")
+    return replace(split, labels=np.where(mine, split.labels, -1).astype(np.int32))
+
+
+def _labelled(options: Options, part: str, reader: Reader) -> _Split:
+    shown, training = printable(reader.root), part == "train"
     if reader.classes != [""]:
         if options.data_set == "image_folder" and {"train", "val"} <= set(reader.classes):
             raise UserError(f"{shown} holds train/ and val/, which are no classes; give --data_set IMNET, or "
@@ -110,52 +144,94 @@ def _split(options: Options, part: str, cache: IndexCache) -> _Split:
     return _Split(part, reader, labels.astype(np.int32), classes.tolist(), "synset")
 
 
-def _root(options: Options, part: str) -> str:
-    """The folder of a split; '' for one that the options do not name."""
-    if part == "val" and (options.eval_data_path or options.data_set == "image_folder"):
-        return options.eval_data_path or ""
-    if not options.data_path or options.data_set in ("CIFAR", "image_folder"):
-        return options.data_path
-    return os.path.join(options.data_path, part)
+def _source(options: Options, part: str, resumed: bool) -> Source | None:
+    """Where a split lies; None for evaluation images that are nowhere. Those of a resumed run are waited for,
+    because they were there."""
+    own = options.data_set in ("CIFAR", "image_folder")
+    given = options.eval_data_path if part == "val" else options.data_path if own else None
+    if options.data_set == "CIFAR" or (part == "val" and own and not given):
+        return None
+    path = given or os.path.join(options.data_path, part)
+
+    def look() -> Source:
+        found = source_of(given, part) if given else find_split(options.data_path, part)
+        if found is None or not os.path.isdir(found.root):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return found
+
+    try:
+        return retried(look, path) if resumed else look()
+    except FileNotFoundError:
+        if part == "val" and options.val_fraction and not given:
+            return None
+        raise no_images(os.path.abspath(path), "does not exist; --data_path must hold train/ and val/ with "
+                        "one folder per class, or the tar or parquet files of both") from None
+
+
+def _no_val(options: Options) -> bool:
+    """Whether --val_fraction is needed: there are no evaluation images."""
+    source = _source(options, "val", False) if options.val_fraction else None
+    return source is None or not source.files + source.folders
+
+
+def _held_back(reader: Reader, fraction: float) -> np.ndarray:
+    """bool (N,): the images of each class whose names have the lowest hashes, so that neither the form nor
+    the seed nor new images move others from one part to the other."""
+    names = (f"{reader.classes[label]}/{reader.stem(i)}" for i, label in enumerate(reader.labels.tolist()))
+    draws = np.array([int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"),
+                                                     digest_size=7).digest()) for name in names])
+    counts = np.bincount(reader.labels, minlength=len(reader.classes))
+    rank = np.empty(len(draws), dtype=np.int64)
+    rank[np.lexsort((draws, reader.labels))] = np.arange(len(draws))
+    held = np.minimum(np.maximum(1, np.round(counts * fraction)), counts - 1)
+    return rank - (np.cumsum(counts) - counts)[reader.labels] < held[reader.labels]
 
 
 def _deciding_classes(options: Options, split: _Split) -> list[str]:
     """The class folders that decide: those of the train folder when there is one, trained on or not."""
-    root = _root(options, "train")
-    here = split.part == "val" and options.data_set != "CIFAR" and os.path.isdir(root)
-    return (class_folders(root) if here else []) or split.classes
+    if split.part == "train" or options.data_set == "CIFAR":
+        return split.classes
+    below = "" if options.data_set == "image_folder" else "train"
+    folders = Source.of(os.path.join(options.data_path, below)).folders if options.data_path else ()
+    return list(folders) or split.classes
 
 
 def _dataset(options: Options, split: _Split, names: list[str], notes: list[str]) -> ImageDataset:
     """The data set of a split with its logit positions; what a person should know is added to `notes`."""
     part, reader, shown = split.part, split.reader, printable(split.reader.root)
-    empty = np.flatnonzero(np.bincount(split.labels, minlength=len(split.classes)) == 0)
+    mine = split.labels[split.labels >= 0]
+    empty = np.flatnonzero(np.bincount(mine, minlength=len(split.classes)) == 0)
     if len(empty) and part == "train" and not options.allow_class_mismatch and options.data_set != "CIFAR":
         raise UserError(f"{plural(len(empty), 'class folder')} in {shown} without an image, such as "
                         f"{printable(split.classes[empty[0]])}; remove them, or train anyway with "
                         "--allow_class_mismatch true.", code="unexpected_classes")
     mapped = map_folders(split.classes, names, partial=set(names) >= set(imagenet_synsets()), noun=split.noun,
                          allow_mismatch=options.allow_class_mismatch, what=f"the {part} data ({shown})")
-    targets = mapped[split.labels]
+    targets = np.where(split.labels >= 0, mapped[split.labels], -1)
     known, found = int((targets >= 0).sum()), len(np.unique(targets[targets >= 0]))
     if len(names) < 2 or (part == "train" and found < 2):
         raise UserError(f"{shown} has images of one class only ({printable(split.classes[0])}), so any "
                         "network is correct without learning; give at least two class folders.",
                         code="one_class")
-    if known < len(targets):
-        notes.append(f"{part}: {len(targets) - known} images of {split.noun}s without a class are skipped")
-    notes.append(f"{part}: {known} images in {found} of {len(names)} classes")
+    if known < len(mine):
+        notes.append(f"{part}: {len(mine) - known} images of {split.noun}s without a class are skipped")
+    size, training = options.input_size, part == "train"
+    transform = train_transform(options) if training else eval_transform(size, options.crop_pct)
+    erases = training and options.reprob > 0
+    erasing = Erasing(options.reprob, options.recount, options.remode) if erases else None
+    dataset = ImageDataset(reader, targets, transform, size, seed=options.seed, erasing=erasing,
+                           exif_orientation=options.exif_orientation)
+    classes = f"{found:,} classes" if found == len(names) else f"{found:,} of {len(names):,} classes"
+    folder = os.path.basename(reader.root)
+    alias = f" in {folder}/, as there is no {part}/" if folder in SPLITS[part][1:] else ""
+    notes.append(f"{part}: {known:,} images in {classes}, {reader.form}{alias}, order {dataset.order[:8]}")
     if reader.left_out:
         types = Counter(reader.left_out).most_common()
         words = ", ".join(f"{count} {printable(kind)}" for kind, count in types)
         notes.append(f"{part}: skipped, not images: {words[:300]}")
-    if part == "val" and tuple(names) == imagenet_synsets() and len(targets) != 50_000:
-        notes.append(f"val: {len(targets)} images, the ImageNet validation set has 50000")
-    size, training = options.input_size, part == "train"
-    transform = train_transform(options) if training else eval_transform(size, options.crop_pct)
-    erasing = Erasing(options.reprob, options.recount) if training and options.reprob > 0 else None
-    return ImageDataset(reader, targets, transform, size, seed=options.seed, erasing=erasing,
-                        exif_orientation=options.exif_orientation)
+    if part == "val" and tuple(names) == imagenet_synsets() and len(mine) != 50_000:
+        notes.append(f"val: {known} images, the ImageNet validation set has 50000")
+    return dataset
 
 
 def eval_loader(data: Data, options: Options, rank: int = 0, world_size: int = 1, *,
@@ -166,7 +242,7 @@ def eval_loader(data: Data, options: Options, rank: int = 0, world_size: int = 1
     `bad_images`.
     """
     assert data.val is not None
-    images = range(rank, len(data.val), world_size)
+    images = data.val.share(rank, world_size)
     batches = BatchSampler(images, max(1, int(1.5 * options.batch_size)), drop_last=False)
     return make_loader(data.val, options, batches, refuse_bad=refuse_bad)
 

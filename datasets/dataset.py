@@ -3,6 +3,7 @@ draws."""
 import atexit
 import ctypes
 import gc
+import hashlib
 import os
 import resource
 import signal
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from common.errors import UserError
+from common.errors import Failure, UserError
 from common.random import key, reseed, seeded
 from common.text import printable
 from config.options import Options
@@ -30,14 +31,16 @@ from datasets.sampler import Item
 from datasets.transforms import Erasing, Transform
 
 UNREADABLE_TARGET = -100  # torch's cross entropy passes over it, and no prediction equals it
-_ATTEMPTS = 20
+ATTEMPTS = 20  # at an image that can be read, in training
 _PATIENCE = 300  # seconds for one batch
 
 class Batch(NamedTuple):
     """images uint8 (B, H, W, 3); targets, indices (in the data set) and positions (global, within the epoch;
     -1 in evaluation) int64 (B,); boxes to erase int32 (B, recount, 4) as top, left, height, width (0 = none);
     epoch (-1 in evaluation); unreadable: (index, reason) of each image that could not be read, replacements
-    included: in training another image stands there, in evaluation a black one with target -100."""
+    included: in training another image stands there, in evaluation a black one with target -100; lost: the
+    sentence of a Failure in a worker, "" without one; erased: nothing, or places int64 (n,) among the
+    B * H * W pixels and what fills them, float32 (n, 3), normalised."""
 
     images: torch.Tensor
     targets: torch.Tensor
@@ -46,6 +49,8 @@ class Batch(NamedTuple):
     boxes: torch.Tensor
     epoch: int
     unreadable: tuple[tuple[int, str], ...] = ()
+    lost: str = ""
+    erased: tuple[torch.Tensor, ...] = ()
 
 
 class ImageDataset(Dataset[Batch]):
@@ -64,6 +69,23 @@ class ImageDataset(Dataset[Batch]):
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    @property
+    def order(self) -> str:
+        """Digest of the images in their order: the reader's, unless some of its images are left out."""
+        if len(self) == len(self.reader):
+            return self.reader.order
+        return hashlib.blake2b(self.reader.order.encode() + self._kept.tobytes(), digest_size=16).hexdigest()
+
+    def share(self, rank: int, world_size: int) -> Sequence[int]:
+        """The images of one rank in evaluation: every world_size-th, or a contiguous part where only the
+        order in which images are stored is read fast."""
+        if not self.reader.sequential:
+            return range(rank, len(self), world_size)
+        own = np.full(len(self.reader), -1)
+        own[self._kept] = np.arange(len(self))
+        stored = own[self.reader.stored_order()]
+        return np.array_split(stored[stored >= 0], world_size)[rank].tolist()
 
     def path(self, index: int) -> str:
         """Where image `index` comes from, for reports."""
@@ -99,19 +121,27 @@ class ImageDataset(Dataset[Batch]):
         boxes = np.zeros((count, self.erasing.count if self.erasing else 1, 4), dtype=np.int32)
         targets, unreadable = np.empty(count, dtype=np.int64), []
         rows = [item if isinstance(item, tuple) else (-1, item, -1) for item in items]
-        with seeded(0) if rows[0][0] >= 0 else nullcontext():
-            for row, (epoch, index, _) in enumerate(rows):
-                targets[row] = self._fill(epoch, index, images.numpy()[row], boxes[row], unreadable)
+        lost = ""
+        try:
+            with seeded(0) if rows[0][0] >= 0 else nullcontext():
+                for row, (epoch, index, _) in enumerate(rows):
+                    targets[row] = self._fill(epoch, index, images.numpy()[row], boxes[row], unreadable)
+        except Failure as error:
+            if get_worker_info() is None:
+                raise
+            lost = str(error)  # PyTorch would wrap the sentence in a worker's traceback
         indices, positions = torch.tensor([row[1:] for row in rows], dtype=torch.int64).T.contiguous()
+        erased = () if self.erasing is None else self.erasing.fill(
+            boxes, [key(self.seed, "erase", epoch, index) for epoch, index, _ in rows], size, size)
         return Batch(images, torch.from_numpy(targets), indices, positions, torch.from_numpy(boxes),
-                     rows[0][0], tuple(unreadable))
+                     rows[0][0], tuple(unreadable), lost, erased)
 
     def _fill(self, epoch: int, index: int, pixels: np.ndarray, boxes: np.ndarray,
               unreadable: list[tuple[int, str]]) -> int:
         """Fill a row of a batch with image `index`, or in training, where that cannot be read, with another;
         the target of what is there. A black row when none could be read."""
         used = index
-        for attempt in range(_ATTEMPTS if epoch >= 0 else 1):
+        for attempt in range(ATTEMPTS if epoch >= 0 else 1):
             try:
                 pixels[:] = self.pixels(used, key(self.seed, "augment", epoch, index) if epoch >= 0 else None)
             except BadImage as error:
@@ -185,6 +215,8 @@ class ImageLoader(DataLoader[Batch]):
                     batch = next(batches, None)
                 if batch is None:
                     return
+                if batch.lost:
+                    raise Failure(batch.lost, code="data_lost")
                 if batch.unreadable:
                     self._keep(batch)
                 yield batch
@@ -199,8 +231,8 @@ class ImageLoader(DataLoader[Batch]):
             raise UserError(f"Image {last}; fix or remove it, or count unreadable images as incorrect with "
                             "--allow_bad_images true.", code="unreadable_image")
         if batch.epoch >= 0 and (batch.targets == UNREADABLE_TARGET).any():
-            raise UserError(f"None of {_ATTEMPTS} images in a row can be read: {last}; check the disk and "
-                            "the data path.", code="unreadable_image")
+            raise Failure(f"None of {ATTEMPTS} images in a row can be read: {last}; check the disk and "
+                          "the data path.", code="unreadable_image")
         self.bad_images |= dict(batch.unreadable)
 
     def take_unreadable(self) -> dict[str, str]:
@@ -219,9 +251,9 @@ def make_loader(dataset: ImageDataset, options: Options, batches: Iterable, *,
     """
     extra, workers = {}, options.num_workers
     if workers:
-        # Six files per batch on its way and some per worker: one that runs out of them ends in tracebacks.
+        # Eight files per batch on its way and some per worker: one that runs out of them ends in tracebacks.
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # -1 is no limit
-        needed = len(os.listdir("/dev/fd")) + 16 * workers + 32
+        needed = len(os.listdir("/dev/fd")) + 20 * workers + 32
         if 0 <= hard < needed:
             raise UserError(f"--num_workers {workers} needs {needed} open files, and this process may open "
                             f"{hard}: raise the limit (ulimit -n 4096), or use --num_workers 0.",
@@ -232,8 +264,13 @@ def make_loader(dataset: ImageDataset, options: Options, batches: Iterable, *,
                  "multiprocessing_context": "fork" if sys.platform == "linux" else "spawn",
                  "worker_init_fn": partial(_start_worker, os.getpid())}
     return ImageLoader(dataset, refuse_bad=refuse_bad, batch_sampler=batches, num_workers=workers,
-                       collate_fn=Batch._make, pin_memory=options.pin_mem and torch.cuda.is_available(),
+                       collate_fn=_whole, pin_memory=options.pin_mem and torch.cuda.is_available(),
                        generator=torch.Generator(), **extra)
+
+
+def _whole(batch: Batch) -> Batch:
+    """What the data set gives is a batch already."""
+    return batch
 
 
 def _start_worker(parent: int, worker: int) -> None:

@@ -7,9 +7,11 @@ transparent parts show. Only 16-bit grey differs: its values are scaled by 1/257
 off at 255 and show white.
 """
 import errno
+import gzip
 import io
 import os
 import stat
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,14 +22,18 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from common.errors import Failure
 from common.text import file_size, printable
 
 # Named formats keep Pillow's other plug-ins (EPS starts Ghostscript) out of reach of a data folder.
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF", "JPEG2000", "AVIF")
-LARGEST_FILE = 1 << 30  # bytes
+LARGEST_FILE, _LARGEST_UNZIPPED = 1 << 30, 1 << 26  # bytes
 
 # The process ran out of something: not the image's fault, so it must not count as a bad image.
 _PROCESS_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+# A file system that does not answer may answer again.
+MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENODEV)
+PATIENCE = 30.0  # seconds
 _16_BITS = ("PNG", "PPM")  # what these give as mode I has 16 bits
 _T = TypeVar("_T")
 
@@ -53,10 +59,10 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(extensions()) and not name.startswith(".")
 
 
-def read_file(path: str, limit: int = LARGEST_FILE) -> bytes:
+def read_file(path: str, limit: int = LARGEST_FILE, there: str | None = None) -> bytes:
     """The bytes of a regular file of at most `limit` bytes; BadImage for any other, which is not even
-    opened."""
-    with _failures_are_the_images():
+    opened. `there` is the folder whose absence is waited for as in `retried`."""
+    def read() -> bytes:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise BadImage("not a regular file")
@@ -64,6 +70,39 @@ def read_file(path: str, limit: int = LARGEST_FILE) -> bytes:
             raise BadImage(f"larger than {file_size(limit)}")
         with open(path, "rb", buffering=0) as file:
             return file.read()
+
+    with _failures_are_the_images():
+        return read() if there is None else retried(read, there)
+
+
+def retried(read: Callable[[], _T], there: str) -> _T:
+    """`read()`, repeated for PATIENCE seconds while a file system fails in a way that may pass, or while the
+    path `there`, without which nothing can be read, is missing; then Failure when it is still missing.
+
+    After a wait in vain, nothing waits again until something was read.
+    """
+    global _patience
+    started = time.monotonic()
+    while True:
+        try:
+            found = read()
+            _patience = PATIENCE
+            return found
+        except OSError as error:
+            lost = not os.path.exists(there)
+            if error.errno not in MAY_PASS and not lost:
+                raise
+            if time.monotonic() - started >= _patience:
+                _patience = 0.0
+                if not lost:
+                    raise
+                raise Failure(f"{printable(there)} cannot be reached ({error.strerror or error}): the file "
+                              "system or the folder has gone; the same command resumes when it is back.",
+                              code="data_lost") from error
+        time.sleep(0.25)
+
+
+_patience = PATIENCE
 
 
 def decode(data: bytes, exif_orientation: bool = False) -> Image.Image:
@@ -74,7 +113,7 @@ def decode(data: bytes, exif_orientation: bool = False) -> Image.Image:
     """
     with _failures_are_the_images(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(unzipped(data)), formats=FORMATS)
         kind = image.format
         if exif_orientation:
             image = ImageOps.exif_transpose(image)
@@ -85,11 +124,22 @@ def decode(data: bytes, exif_orientation: bool = False) -> Image.Image:
         return image.convert("RGB")
 
 
+def unzipped(data: bytes) -> bytes:
+    """The bytes inside of gzip, as some images of ImageNet-22k are stored; other bytes as they are."""
+    if data[:2] != b"\x1f\x8b":
+        return data
+    with gzip.open(io.BytesIO(data)) as file:
+        plain = file.read(_LARGEST_UNZIPPED + 1)
+    if len(plain) > _LARGEST_UNZIPPED:
+        raise BadImage(f"larger than {file_size(_LARGEST_UNZIPPED)}")
+    return plain
+
+
 @contextmanager
 def _failures_are_the_images() -> Iterator[None]:
     try:
         yield
-    except BadImage:
+    except (BadImage, Failure):
         raise
     except Exception as error:  # Damaged files make Pillow's plug-ins raise nearly anything.
         text = " ".join(str(error).split())

@@ -16,10 +16,10 @@ import numpy as np
 from common.errors import UserError
 from common.synsets import imagenet_synsets, published_22k_synsets
 from common.text import printable
-from datasets.folders import class_folders, is_folder, visible
 from datasets.images import BadImage, read_file
+from datasets.readers import Reader
 
-_LARGEST_LABELS = 256 << 20  # bytes; 1.28 million lines have 40 MB
+LARGEST_LABELS = 256 << 20  # bytes; 1.28 million lines have 40 MB
 _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.", re.IGNORECASE)
 _INFO = importlib.resources.files("timm.data") / "_info"
 
@@ -127,7 +127,7 @@ def read_val_labels(path: str, file_names: list[str]) -> list[str]:
 
 def _rows(path: str) -> list[list[str]]:
     try:
-        text = read_file(path, _LARGEST_LABELS).decode()
+        text = read_file(path, LARGEST_LABELS).decode()
         return [row for row in csv.reader(text.splitlines()) if row]
     except (BadImage, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--val_labels {printable(path)} cannot be read ({error}); give a CSV of file "
@@ -144,14 +144,19 @@ def _devkit_labels(path: Path, ids: list[int], file_names: list[str]) -> list[st
     if not os.path.exists(meta):
         raise UserError(f"{path.name} needs the devkit's meta.mat in {path.parent}, which says what its "
                         "numbers mean; copy it there.", code="invalid_labels")
-    from scipy.io import loadmat
     try:
-        entries = loadmat(io.BytesIO(read_file(str(meta), _LARGEST_LABELS)), squeeze_me=True)["synsets"]
-        synsets = {int(entry["ILSVRC2012_ID"]): str(entry["WNID"]) for entry in np.atleast_1d(entries)}
-        return [synsets[number] for number in ids]
+        return devkit_synsets(ids, read_file(str(meta), LARGEST_LABELS))
     except Exception as error:  # loadmat raises many types for a damaged file; all mean the same here.
         raise UserError(f"{meta} does not explain the numbers in {path.name} ({error!r}); take both files "
                         "from one devkit.", code="invalid_labels") from error
+
+
+def devkit_synsets(ids: list[int], meta: bytes) -> list[str]:
+    """The synset of each ILSVRC2012_ID, from the devkit's meta.mat; raises anything for a damaged one."""
+    from scipy.io import loadmat
+    entries = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+    synsets = {int(entry["ILSVRC2012_ID"]): str(entry["WNID"]) for entry in np.atleast_1d(entries)}
+    return [synsets[number] for number in ids]
 
 
 @dataclass(frozen=True)
@@ -166,26 +171,22 @@ class Subset:
     columns: tuple[int, ...] | None = None
 
 
-def recognise(root: str) -> Subset | None:
-    """The set in `root`, by its class folders and the names of a few images; None for any other data.
+def recognise(reader: Reader) -> Subset | None:
+    """The set that a reader's images are, by their classes and the names of a few; None for any other data.
 
     -A and -R have 200 of the 1000 synsets each and are judged among these alone, as their authors do. V2's
     folders are the class indices 0 to 999 (sorted as text they would be other classes).
     """
-    try:
-        folders, synsets = class_folders(root), imagenet_synsets()
-        names = [next(entry.name for entry in visible(os.path.join(root, folder)) if not is_folder(entry))
-                 for folder in folders[:3]]
-    except (OSError, StopIteration):
-        return None
-    found = set(folders)
+    found, synsets = set(reader.classes), imagenet_synsets()
+    firsts = np.searchsorted(reader.labels, np.arange(min(3, len(found)))).tolist()
+    names = [os.path.basename(reader.name(min(i, len(reader) - 1))) for i in firsts]
     if found == {str(i) for i in range(1000)}:
         return Subset("imagenet-v2", tuple(str(i) for i in range(1000)))
     for name in ("imagenet-a", "imagenet-r"):
         columns = _columns(name)
         if found == {synsets[i] for i in columns}:
             return Subset(name, tuple(synsets[i] for i in columns), columns)
-    if not found or not found <= set(synsets):
+    if not found <= set(synsets):
         return None
     if all(name.startswith("sketch_") for name in names):
         return Subset("imagenet-sketch", synsets)

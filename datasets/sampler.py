@@ -33,12 +33,16 @@ class GlobalBatchSampler(Sampler[list[Item]]):
         """The next iteration yields `epoch` from its update `first_update_in_epoch` on."""
         self.epoch, self.first_update = epoch, first_update_in_epoch
 
+    def order(self, epoch: int) -> np.ndarray:
+        """The images of an epoch in their order, int64 (num_images,)."""
+        return epoch_order(self.num_images, self.seed, epoch)
+
     def __len__(self) -> int:
         return (self.updates_per_epoch - self.first_update) * self.update_freq
 
     def __iter__(self) -> Iterator[list[Item]]:
         epoch = self.epoch
-        order = epoch_order(self.num_images, self.seed, epoch)
+        order = self.order(epoch)
         for update in range(self.first_update, self.updates_per_epoch):
             start = update * self.global_batch + self.rank * self.batch_size * self.update_freq
             for micro in range(self.update_freq):

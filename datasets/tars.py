@@ -1,115 +1,110 @@
 """The form of tar files, read where they lie: an index of offsets, nothing is ever extracted.
 
-`train/` and `val/` hold `*.tar`. An image's class is the folder before its name inside the tar, or the tar's
-own name where there is no folder (one tar per class). Order and labels are those of the unpacked folder.
+An image's class is the folder before its name inside the tar, or the tar's own name where there is no folder
+(one tar per class, also one inside another tar, as ILSVRC2012_img_train.tar has them).
 """
 import io
 import os
 import stat
 import tarfile
-from collections import Counter
 from collections.abc import Iterator
-from functools import lru_cache
-from pathlib import PurePosixPath
-
-import numpy as np
+from contextlib import contextmanager
 
 from common.errors import UserError
-from common.text import printable
-from datasets.folders import file_type, is_folder, visible
-from datasets.images import LARGEST_FILE, BadImage, extensions, is_image
-from datasets.readers import Index, IndexCache, Indexed, no_images
+from common.text import plural, printable
+from datasets.images import is_image
+from datasets.index import Index, Rows, Source, file_type
 
 _LARGEST_HEADER = 1 << 20  # bytes of a long name or of PAX records
 
 
-def tars_in(root: str) -> list[str]:
-    """The names of the tar files directly in `root`, sorted; [] when there are none."""
-    return [entry.name for entry in visible(root) if entry.name.endswith(".tar") and not is_folder(entry)]
-
-
-def recognise(root: str) -> bool:
+def recognise(source: Source) -> bool:
     """A folder with tar files directly in it."""
-    return os.path.isdir(root) and bool(tars_in(root))
+    return bool(source.ending(".tar"))
 
 
-def read(root: str, cache: IndexCache) -> "Tars":
-    """The images in the tar files of `root`; raises UserError for a damaged tar and when there is no
-    image."""
-    return Tars(cache.index("tars", root, _scan))
+def scan(source: Source) -> Index:
+    """All images of all tars; raises UserError for a damaged tar."""
+    tars, rows, own_folder = source.ending(".tar"), Rows(), False
+    count_beside(source, rows)
+    for number, tar in enumerate(tars):
+        for inner, member in members(os.path.join(source.root, tar)):
+            parts = image_path(member, rows)
+            if parts:
+                own_folder |= len(parts) > 1
+                folder = parts[-2] if len(parts) > 1 else (inner or tar).rpartition("/")[2][:-len(".tar")]
+                rows.add(folder, member.name, number, member.offset_data, member.size)
+    if rows.left_out[".cls"]:
+        raise UserError(f"{printable(source.root)} mixes WebDataset tars with others; keep one form in a "
+                        "folder.", code="mixed_forms")
+    kind = "tar files" if own_folder else "a tar per class"
+    return rows.index(source, f"{kind} ({plural(len(tars), 'file')})", [*tars, ""], members=True)
 
 
-class Tars(Indexed):
-    """Images inside tar files; a Reader."""
-
-    def name(self, index: int) -> str:
-        """The tar's path, a slash, and the path inside it."""
-        return os.path.join(self.root, self.index.seen[self.index.places[index, 0]], self.index.names[index])
-
-    def encoded(self, index: int) -> bytes:
-        """The bytes of image `index`; BadImage when the tar has become shorter."""
-        tar, start, size = self.index.places[index].tolist()
-        file = _opened(os.path.join(self.root, self.index.seen[tar]), int(self.index.stamps[tar, 0]))
-        # pread needs no position, so that forked workers can share the file.
-        data = b"" if size > LARGEST_FILE else os.pread(file.fileno(), size, start)
-        if len(data) != size:
-            raise BadImage("the tar ends before the image does, or it is larger than any image")
-        return data
+def count_beside(source: Source, rows: Rows, kind: str = "tar") -> None:
+    """Count what lies beside the tar or parquet files of a folder that is one split."""
+    others = [file_type(name) for name in source.files if not name.endswith(f".{kind}")]
+    rows.left_out.update(f"{other} beside the {kind} files" for other in (
+        () if source.split else ["folders" for _ in source.folders] + others))
 
 
-@lru_cache(maxsize=64)
-def _opened(path: str, changed: int) -> io.FileIO:
-    """The file, which closes itself when it is the one of 64 that was not used for longest."""
-    return io.FileIO(path)
+def image_path(member: tarfile.TarInfo, rows: Rows) -> list[str]:
+    """The parts of an image's path; [] for any other member, counted unless it is a folder or hidden."""
+    parts = [part for part in member.name.split("/") if part not in ("", ".")]
+    if member.isdir() or not parts or any(part.startswith(".") and part != ".." for part in parts):
+        return []
+    if not member.isreg() or member.issparse():
+        rows.left_out["links and other special members"] += 1
+    elif is_image(parts[-1]):
+        return parts
+    else:
+        rows.left_out[file_type(parts[-1])] += 1
+    return []
 
 
-def _scan(root: str) -> Index:
-    tars, found = tars_in(root), []
-    left_out = Counter(f"{'folders' if is_folder(entry) else file_type(entry.name)} beside the tar files"
-                       for entry in visible(root) if entry.name not in tars)
-    for number, tar in enumerate(tars, start=1):
-        try:
-            for member in members(os.path.join(root, tar)):
-                path = PurePosixPath(member.name)
-                if member.isdir() or any(part.startswith(".") and part != ".." for part in path.parts):
-                    continue
-                if not member.isreg() or member.issparse():
-                    left_out["links and other special members"] += 1
-                elif is_image(path.name):
-                    folder = path.parent.name or tar.removesuffix(".tar")
-                    found.append((folder, member.name, number, member.offset_data, member.size))
-                else:
-                    left_out[file_type(path.name)] += 1
-        except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
-            path = printable(os.path.join(root, tar))
-            raise UserError(f"{path} cannot be read as an uncompressed tar ({error}); copy or make it again.",
-                            code="unreadable_data") from error
-    if not found:
-        raise no_images(root, f"holds no images ({', '.join(extensions())}) in its tar files; check the path")
-    found.sort()
-    classes, labels = np.unique(np.array([entry[0] for entry in found], dtype=object), return_inverse=True)
-    return Index.of(root, classes=classes.tolist(), labels=labels.tolist(), seen=["", *tars],
-                    left_out=left_out, names=[entry[1] for entry in found],
-                    places=[entry[2:] for entry in found])
-
-
-def members(path: str) -> Iterator[tarfile.TarInfo]:
-    """What a tar holds, in order; raises ValueError, OSError, RecursionError or TarError for a damaged one.
+def members(path: str) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """What a tar holds, in order, each with "" or the name of the inner tar it is in. UserError for a damaged
+    one.
 
     Python's reader alone takes a header of any claimed size into memory, follows negative sizes backwards,
     and ends in silence where a header is damaged.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("not a regular file")
-    with _Bounded(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+    with readable(path, "an uncompressed tar"):
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
+        with _Bounded(path) as file:
+            yield from _members(file, 0, status.st_size, "")
+
+
+def _members(file: "_Bounded", start: int, end: int, inner: str) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    file.seek(start)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
-            if member.size < 0:
-                raise ValueError("a negative size")
-            yield member
+            last = member.offset_data + (0 if member.issparse() else member.size)
+            if member.size < 0 or last > end:
+                raise ValueError(f"a size of {member.size} bytes at byte {member.offset}")
+            if member.isreg() and member.name.endswith(".tar") and not inner:
+                yield from _members(file, member.offset_data, last, member.name)
+            else:
+                yield inner, member
             vars(tar)["members"] = []  # Otherwise it keeps every header it has met.
         block = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
-        if len(block) < tarfile.BLOCKSIZE or any(block):
+        if len(block) < tarfile.BLOCKSIZE or any(block) or tar.offset + tarfile.BLOCKSIZE > end:
             raise ValueError(f"damaged or cut short at byte {tar.offset}")
+
+
+@contextmanager
+def readable(path: str, kind: str) -> Iterator[None]:
+    """UserError for what a damaged container raises while it is read."""
+    try:
+        yield
+    except (tarfile.TarError, EOFError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
+            FileNotFoundError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{printable(path)} cannot be read as {kind} ({error}); copy or make it again.",
+                        code="unreadable_data") from error
 
 
 class _Bounded(io.FileIO):

@@ -65,13 +65,16 @@ def load_backbone(backbone: Backbone, path: str | os.PathLike) -> None:
     logger.info("%s: %d tensors of the backbone are taken", path, len(wanted))
 
 
-def load_published(model: nn.Module, path: str | os.PathLike, checkpoint: Any = None) -> None:
-    """Load a whole segmentor or detector: a published file (`state_dict`) or a checkpoint of this project.
+def load_published(model: nn.Module, path: str | os.PathLike, checkpoint: Any = None,
+                   weights: str = "auto") -> str:
+    """Load a whole segmentor or detector: a published file (`state_dict`) or a checkpoint of this project, of
+    which `weights` says what ("auto": what scored). Returns the name of the file's entry.
 
     Strict: raises UserError (`other_model`) unless every tensor is there with its shape and none is left,
     but for `num_batches_tracked`, which older files lack, and filters of another grid, which are resized.
     """
-    state, _ = select_weights(safe_torch_load(path) if checkpoint is None else checkpoint, str(path))
+    checkpoint = safe_torch_load(path) if checkpoint is None else checkpoint
+    state, entry = select_weights(checkpoint, str(path), weights=weights)
     state = {name.removeprefix("module."): value for name, value in state.items()}
     target = model.state_dict()
     state = {name: value for name, value in target.items() if name.endswith("num_batches_tracked")} | state
@@ -87,6 +90,7 @@ def load_published(model: nn.Module, path: str | os.PathLike, checkpoint: Any = 
         raise UserError(f"{path} holds infinite or undefined values in {broken}; take an earlier checkpoint.",
                         code="nonfinite_weights")
     model.load_state_dict(state)
+    return entry
 
 
 def fitted_filters(state: StateDict, target: StateDict) -> StateDict:

@@ -114,8 +114,8 @@ def _assigned_anchors(rules: Rules, anchor: Tensor, truth: Truth) -> Tensor:
 
 def roi_losses(rules: Rules, stages: Sequence[tuple[nn.Module, nn.Module]], maps: Sequence[Tensor],
                proposals: Sequence[Tensor], truths: Sequence[Truth]) -> dict[str, Tensor]:
-    """Losses of all stages, each a box head and a mask head, on the proposals (n, 4) of each image; those of a
-    cascade are named s0.…, s1.…, s2.…"""
+    """Losses of all stages, each a box head and a mask head, on the proposals (n, 4) of each image; those of
+    a cascade are named s0.…, s1.…, s2.…"""
     losses, found = {}, list(proposals)
     for stage, (box_head, mask_head) in enumerate(stages):
         picked = [_pick(rules, stage, box, truth) for box, truth in zip(found, truths)]

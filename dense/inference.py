@@ -18,16 +18,15 @@ def windows(side: int, crop: int, stride: int) -> list[tuple[int, int]]:
 def slide(model: nn.Module, images: Tensor, crop: int, stride: int) -> Tensor:
     """Logits (B, classes, H, W) of images (B, 3, H, W): the mean of those of all windows over a pixel."""
     height, width = images.shape[2:]
-    total: Tensor | None = None
+    total = torch.zeros(0)
     count = torch.zeros(1, 1, height, width, device=images.device)
     for top, bottom in windows(height, crop, stride):
         for left, right in windows(width, crop, stride):
             logits = model(images[:, :, top:bottom, left:right])
-            if total is None:
+            if not len(total):
                 total = logits.new_zeros(*logits.shape[:2], height, width)
             total[:, :, top:bottom, left:right] += logits
             count[:, :, top:bottom, left:right] += 1
-    assert total is not None
     return total / count
 
 

@@ -28,7 +28,7 @@ def scale_by_depth(rate: float, layers: int, by: str) -> Callable[[str], float]:
     return scale
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class DenseSchedule(Schedule):
     """A learning rate that falls in a line to `min_lr` ("poly", power 1) or by a factor of ten after each of
     the epochs `milestones` ("step"); the warm-up is a factor on top of that, from `WARMUP_RATIO` to 1."""
@@ -39,10 +39,10 @@ class DenseSchedule(Schedule):
         """Learning rate of global update `update`, before a group's scale."""
         if self.shape == "poly":
             share = 1 - min(update, self.total - 1) / self.total
-            value = (self.base_lr - self.min_lr) * share + self.min_lr
+            value = (self.options.lr - self.options.min_lr) * share + self.options.min_lr
         else:
             passed = sum(update >= epoch * self.updates_per_epoch for epoch in self.milestones)
-            value = self.base_lr * GAMMA ** passed
+            value = self.options.lr * GAMMA ** passed
         if update < self.warmup:
             value *= 1 - (1 - update / self.warmup) * (1 - WARMUP_RATIO[self.shape])
         return value

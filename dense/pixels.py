@@ -96,7 +96,8 @@ def distort(image: np.ndarray, draws: Draws) -> np.ndarray:
 
 
 def _linear(image: np.ndarray, factor: float, offset: float) -> np.ndarray:
-    return np.clip(image.astype(np.float32) * np.float32(factor) + np.float32(offset), 0, 255).astype(np.uint8)
+    changed = image.astype(np.float32) * np.float32(factor) + np.float32(offset)
+    return np.clip(changed, 0, 255).astype(np.uint8)
 
 
 def to_hsv(image: np.ndarray) -> np.ndarray:
@@ -120,7 +121,8 @@ def from_hsv(hsv: np.ndarray) -> np.ndarray:
     cv2 = opencv()
     if cv2:
         return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-    hue, saturation, value = hsv.astype(np.float32).transpose(2, 0, 1) / np.float32([[[30]], [[255]], [[255]]])
+    scale = np.array([30, 255, 255], np.float32)[:, None, None]
+    hue, saturation, value = hsv.astype(np.float32).transpose(2, 0, 1) / scale
     sector = np.floor(hue).astype(int) % 6
     part = hue - np.floor(hue)
     low, down, up = value * (1 - saturation), value * (1 - saturation * part), value * (

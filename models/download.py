@@ -18,7 +18,7 @@ from common.log import logger
 from common.safe_load import safe_torch_load
 from models.zoo import VARIANTS, PublishedFile
 
-FOLDER_VARIABLE = "HORNET_CACHE"
+FOLDER_VARIABLE, HUB_WEIGHTS = "HORNET_CACHE", "model.safetensors"
 _TRIES, _TIMEOUT = 3, 30  # seconds without a byte
 
 
@@ -41,11 +41,13 @@ def fetch_published(name: str, folder: str | os.PathLike | None = None) -> Path:
 
 
 def local_file(path_or_url: str | os.PathLike) -> str:
-    """The path itself, or that of the downloaded file of an https address.
+    """The path itself, or that of the downloaded file of an https address or a model `hf-hub:USER/NAME`.
 
     The file's name begins with a digest of the whole address, so that two addresses never share a file.
     """
     url = os.fspath(path_or_url)
+    if url.startswith("hf-hub:"):
+        return _from_hub(url)
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https"):
         return url
@@ -54,6 +56,18 @@ def local_file(path_or_url: str | os.PathLike) -> str:
     last = re.sub(r"[^\w.-]", "_", urllib.parse.unquote(parts.path).rstrip("/").rsplit("/", 1)[-1])
     name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{last or 'file.pth'}"
     return str(fetch([PublishedFile(name, url)], cache_folder()))
+
+
+def _from_hub(model: str) -> str:
+    """The weights of `hf-hub:USER/NAME` or `hf-hub:USER/NAME@REVISION` in the Hub's own cache."""
+    from huggingface_hub import hf_hub_download
+
+    name, _, revision = model.removeprefix("hf-hub:").partition("@")
+    try:
+        return hf_hub_download(name, HUB_WEIGHTS, revision=revision or None)
+    except (OSError, ValueError) as error:  # no network, no such model, not public
+        raise UserError(f"{HUB_WEIGHTS} of {model} is not available ({' '.join(str(error).split())[:200]}); "
+                        "check the name, or log in with `hf auth login`.", code="download_failed") from error
 
 
 def fetch(files: Sequence[PublishedFile], folder: Path) -> Path:

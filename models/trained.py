@@ -18,7 +18,7 @@ from common.files import read_json
 from common.safe_load import safe_torch_load
 from config.options import OPTIONS, ImageSettings
 from config.parse import check_model
-from models.download import fetch_published, local_file
+from models.download import HUB_WEIGHTS, fetch_published, local_file
 from models.hornet import HorNet
 from models.inspect import Transform, image_transform
 from models.weights import identify, load_for_model, published_names, select_weights
@@ -89,7 +89,7 @@ def load(source: str | os.PathLike, *, model: str | None = None, weights: str = 
 
 
 def locate(source: str | os.PathLike) -> Path:
-    """The file of a published model's name, an https address, a run's folder (its best) or a path."""
+    """The file of a published model's name, an address, a run's folder (its best), a Hub folder, a path."""
     if str(source) in MODEL_NAMES and not os.path.exists(source):
         return fetch_published(str(source))
     path = Path(local_file(source))
@@ -103,7 +103,7 @@ def locate(source: str | os.PathLike) -> Path:
 def best_checkpoint(run: Path) -> Path | None:
     """The checkpoint in a run's folder that scored best by the manifests (the moving average wins a tie).
 
-    It is the newest where none was evaluated, and None where there is none.
+    It is the newest where none was evaluated, the weights of a folder in the Hub's layout, or None.
     """
     def score(path: Path) -> float:
         try:
@@ -112,4 +112,5 @@ def best_checkpoint(run: Path) -> Path | None:
             return -math.inf
     names = ("checkpoint-best-ema.pth", "checkpoint-best.pth")
     found = max((run / name for name in names if (run / name).is_file()), key=score, default=None)
-    return found or max(run.glob("checkpoint-*.pth"), key=os.path.getmtime, default=None)
+    others = (*run.glob("checkpoint-*.pth"), *run.glob(HUB_WEIGHTS))
+    return found or max(others, key=os.path.getmtime, default=None)

@@ -4,6 +4,8 @@ import copy
 import torch
 from torch import nn
 
+from config.options import Options
+
 
 class Ema:
     """A model whose entries follow those of another: `ema += (1 - decay) * (weights - ema)` after each
@@ -61,10 +63,11 @@ def masked_lerp_(own: list[torch.Tensor], new: list[torch.Tensor], weight: torch
     torch._foreach_add_(own, change)
 
 
-def half_life_warning(decay: float, total_updates: int) -> str | None:
+def half_life_notice(options: Options, updates_per_epoch: int) -> str | None:
     """A sentence when the average could not follow within this run: the half-life of a weight's share in it
     is above a fifth of the run. None if it can. A decay that fits has one of a twentieth."""
-    if decay <= 0.5 ** (5 / total_updates):
+    decay, updates = options.model_ema_decay, options.epochs * updates_per_epoch
+    if not options.model_ema or decay <= 0.5 ** (5 / updates):
         return None
-    return (f"--model_ema_decay {decay:g} lets the averaged weights lag behind in a run of {total_updates:,} "
-            f"updates: --model_ema_decay {0.5 ** (20 / total_updates):.5g} fits.")
+    return (f"--model_ema_decay {decay:g} lets the averaged weights lag behind in a run of {updates:,} "
+            f"updates: --model_ema_decay {0.5 ** (20 / updates):.5g} fits.")

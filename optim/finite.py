@@ -1,24 +1,19 @@
 """What follows a non-finite update, and where the first non-finite number came from."""
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from optim.update import UpdateStats
-
-Incident = tuple[dict, tuple]  # the numbers of an update that was not applied, and its context
+from common.devices import asynchronous
 
 
 @dataclass
 class FiniteWatch:
-    """Brings each update's flags to the host when that costs no wait, and decides what follows.
-
-    On an accelerator the copy is asynchronous and read when the next update has been queued, so that the
-    device always has work; on the CPU it is read at once. One watch serves the whole run, and it decides the
-    same on every rank, since the flags it is fed are agreed.
+    """Decides what follows a non-finite update. One watch serves the whole run, and it decides the same on
+    every rank, since the flags it is fed are agreed.
 
     `mode`: "stop" ends the run at the first non-finite update; "skip" goes on without it, and asks for a
     rollback to the last good checkpoint after `in_a_row` of them; "rollback" asks for one each time. After
@@ -30,7 +25,6 @@ class FiniteWatch:
     row: int = 0
     skipped: int = 0
     rollbacks: int = 0
-    _pending: deque = field(default_factory=deque)
 
     def state_dict(self) -> dict[str, int]:
         """The counts so far."""
@@ -57,31 +51,34 @@ class FiniteWatch:
         self.row, self.rollbacks = 0, self.rollbacks + 1
         return "stop" if self.rollbacks > self.give_up_after else "rollback"
 
-    def add(self, update: int, stats: UpdateStats, context: tuple = ()) -> Iterator[Incident]:
-        """File an update; gives the incidents known by now, each with the context it was filed with."""
-        values, event = stats.values, None
-        if values.device.type in ("cuda", "xpu"):
+
+class Readback:
+    """Brings small tensors to the host when that costs no wait.
+
+    On an accelerator the copy is asynchronous and taken when the next one has been queued, so that the device
+    always has work; on the CPU it is read at once.
+    """
+
+    def __init__(self):
+        self._pending: deque = deque()
+
+    def add(self, values: torch.Tensor, context: tuple) -> None:
+        """Queue the copy of `values` (1-dim), to arrive with `context`."""
+        event = None
+        if asynchronous(values.device):
             event = torch.Event(values.device)
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             values = host.copy_(values, non_blocking=True)
             event.record()
-        self._pending.append((update, values, event, context))
-        return self._read(keep=0 if event is None else 1)
+        self._pending.append((values, event, context))
 
-    def flush(self) -> Iterator[Incident]:
-        """The incidents among all updates filed, waiting for the last."""
-        return self._read(keep=0)
-
-    def _read(self, keep: int) -> Iterator[Incident]:
-        while len(self._pending) > keep:
-            update, values, event, context = self._pending.popleft()
+    def arrived(self, wait: bool) -> Iterator[tuple[list[float], tuple]]:
+        """What has been queued and not been given yet, but without `wait` not the last on an accelerator."""
+        while self._pending and (wait or len(self._pending) > 1 or self._pending[0][1] is None):
+            values, event, context = self._pending.popleft()
             if event is not None:
                 event.synchronize()
-            loss, norm, finite, loss_finite, scale = values.tolist()
-            action = self.decide(finite > 0, overflow=loss_finite > 0 and scale > 1.0)
-            if action != "go":
-                yield {"update": update, "action": action, "loss": loss, "grad_norm": norm,
-                       "loss_scale": scale}, context
+            yield values.tolist(), context
 
 
 def diagnose(model: nn.Module, forward: Callable[[], torch.Tensor]) -> dict:
@@ -102,6 +99,7 @@ def diagnose(model: nn.Module, forward: Callable[[], torch.Tensor]) -> dict:
 
     # Modules end after those inside them, so the first to end with a bad output is the innermost cause.
     handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         loss = forward()
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -112,6 +110,8 @@ def diagnose(model: nn.Module, forward: Callable[[], torch.Tensor]) -> dict:
     finally:
         for handle in handles:
             handle.remove()
+        for buffer, before in buffers:
+            buffer.copy_(before)
     reproduced = bool(found or bad or not _finite(loss))
     return {"reproduced": reproduced, "first_module": "", "module_type": "", "parameters": bad[:10], **found}
 

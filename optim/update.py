@@ -123,10 +123,13 @@ class Update:
         self.host_reads = device.type == "cpu" or not self._fused
         self._clips_after, self._limit = _clips_after(options), options.clip_grad or 0.0
         self._loss = torch.zeros((), device=device)
+        # Statistics of BatchNorm change in the forward pass; those before are kept until an update applies.
+        self._buffers, self._before = list(model.buffers()), []
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
         """Forward and backward of a micro-batch belong inside; ranks reduce gradients at the `last`."""
+        self._before = self._before or [buffer.clone() for buffer in self._buffers]
         # What no_sync() sets, so that one code path serves both cases. Clipping the accumulated gradient
         # after every micro-batch means the reduced one, so that mode reduces each time, as the authors do.
         if isinstance(self.model, DistributedDataParallel):
@@ -151,6 +154,9 @@ class Update:
         flags = self.agree(torch.stack([torch.isfinite(self._loss), torch.isfinite(norm)]).float())
         finite = flags.min() > 0
         self._step(grads, scale, norm, finite)
+        for buffer, before in zip(self._buffers, self._before):
+            buffer.copy_(torch.where(finite, buffer, before))
+        self._before = []
         if self.ema is not None:
             self.ema.update(finite)
         self.scaler.update(finite)

@@ -107,24 +107,28 @@ class Comparison:
     p_value: float
 
     @property
-    def sentence(self) -> str:
-        better = "second" if self.difference > 0 else "first"
-        found = (f"The {better} is better, by more than chance explains" if self.p_value < 0.05
-                 else "The two cannot be distinguished on these images")
-        p = "< 0.001" if self.p_value < 0.001 else f"= {self.p_value:.3f}"
-        return (f"{found} (second minus first {self.difference:+.2f} ± {self.margin:.2f} points of top-1 on "
-                f"{self.images} images, McNemar p {p}).")
+    def p(self) -> str:
+        return "< 0.001" if self.p_value < 0.001 else f"= {self.p_value:.3f}"
+
+    def sentence(self, first: str, second: str) -> str:
+        """The result in words, with the names of the two."""
+        better, other = (second, first) if self.difference > 0 else (first, second)
+        found = (f"{better} is better than {other}, by more than chance explains" if self.p_value < 0.05
+                 else f"{first} and {second} cannot be distinguished on these images")
+        return (f"{found} ({second} minus {first}: {self.difference:+.2f} ± {self.margin:.2f} points on "
+                f"{self.images} images, p {self.p}).")
 
 
-def compare(first: Predictions, second: Predictions) -> Comparison | None:
-    """McNemar's exact test of two evaluations, None when they have no image in common.
+def compare(first: Predictions, second: Predictions, tests: int = 1) -> Comparison | None:
+    """McNemar's exact test of two evaluations, None when they have no image in common; the p value is
+    multiplied by the number of `tests` that are made (Bonferroni).
 
     Images are matched by the last two parts of their paths (class folder and file name), so that the same
     data may lie elsewhere.
     """
     from scipy.stats import binomtest  # takes a second to import
 
-    keys = [np.array([_image_key(path) for path in each.paths]) for each in (first, second)]
+    keys = [np.array([image_key(path) for path in each.paths]) for each in (first, second)]
     common, a, b = np.intersect1d(keys[0], keys[1], return_indices=True)
     n, hit_a, hit_b = len(common), first.hit1[a], second.hit1[b]
     if not n:
@@ -134,8 +138,9 @@ def compare(first: Predictions, second: Predictions) -> Comparison | None:
     difference = (only_b - only_a) / n
     margin = 1.96 * math.sqrt(((only_a + only_b) / n - difference ** 2) / n)
     p_value = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
-    return Comparison(n, 100 * difference, 100 * margin, float(p_value))
+    return Comparison(n, 100 * difference, 100 * margin, min(1.0, tests * float(p_value)))
 
 
-def _image_key(path: str) -> str:
+def image_key(path: str) -> str:
+    """What an image is matched by wherever the data lies: its class folder and file name."""
     return "/".join(str(path).replace("\\", "/").split("/")[-2:])

@@ -1,7 +1,7 @@
-"""One HTML page about a run, or about two side by side: all that its folder holds, without script or network.
+"""One HTML page about a run, all that its folder holds, or about several compared; without script or network.
 
-`read_run` collects a folder; the functions after it turn a Run into plain values; page.html, a jinja2
-template with autoescape, holds their looks. Curves are SVG drawn by matplotlib.
+`read_run` collects a folder; the functions after it turn a Run into plain values; page.html and compare.html,
+jinja2 templates with autoescape, hold their looks. Curves are SVG drawn by matplotlib.
 """
 import io
 import json
@@ -20,16 +20,17 @@ from common.errors import UserError
 from common.files import read_json, read_json_lines, write_text
 from common.ledger import Ledger
 from common.log import logger
-from common.text import duration, printable
+from common.text import duration, printable, table
 from config.options import OPTIONS, Options
 from config.parse import differences, read_recipe
 from models.inspect import class_titles
 from models.trained import best_checkpoint
-from report.metrics import Predictions, compare, confusion_pairs
+from report.metrics import Predictions, compare, confusion_pairs, sampling_interval
 from report.results import per_class, read_predictions, summary_line
 
 T = TypeVar("T")
-COLORS, LINES = ("#2457c5", "#d6540c", "#16803c"), ("-", "--", ":")
+COLORS = ("#2457c5", "#d6540c", "#16803c", "#8a3ab9", "#b07d00", "#0c8599", "#c2255c", "#5c6675")
+LINES = ("-", "--", ":")
 MOST = {"events": 60, "classes": 1000, "files": 500, "confusions": 14, "mistakes": 24}  # rows of a table
 _IN_MATRIX = 24  # classes
 _UNREADABLE = ("unreadable_image", "bad_pictures")  # the kind of event, and what earlier versions called it
@@ -63,6 +64,11 @@ class Run:
         return [v for v in self.values(key) if math.isfinite(v)]
 
     @property
+    def accuracy(self) -> list[float]:
+        """Top-1 after each epoch of the model or of its moving average, whichever came higher."""
+        return max(map(self.values, ("test_acc1", "test_acc1_ema")), key=lambda v: np.nanmax([*v, -1.0]))
+
+    @property
     def recipe_difference(self) -> dict:
         """The published values of the options in which the run departs from its model's recipe."""
         options = Options(**{name: value for name, value in self.config.items() if name in OPTIONS})
@@ -83,7 +89,9 @@ def read_run(path: str | Path) -> Run:
     config, origins = _read(folder / "config.yaml", _config) or ({}, {})
     return Run(name=folder.resolve().name, folder=folder, log=[epochs[epoch] for epoch in sorted(epochs)],
                events=read_json_lines(folder / "events.jsonl"), attempts=Ledger(folder).attempts(),
-               status=records["status"], environment=records["environment"], data=records["data"],
+               status=records["status"], data=records["data"], environment={
+                   name: value for key, entry in records["environment"].items() for name, value in
+                   (entry if isinstance(entry, dict) else {key: entry}).items()},
                evaluation=records["eval"], config=config, origins=origins,
                predictions=_read(folder / "predictions.npz", read_predictions))
 
@@ -105,7 +113,7 @@ def _object(path: Path) -> dict:
 def _config(path: Path) -> tuple[dict, dict]:
     """Values of the options and where each came from, which config.yaml has in comments."""
     text = path.read_text("utf-8", "replace")
-    return read_recipe(str(path)), dict(re.findall(r"(?m)^(\w+):.*  # (\w+)$", text))
+    return read_recipe(str(path), None), dict(re.findall(r"(?m)^(\w+):.*  # (\w+)$", text))
 
 
 # --------------------------------------------------------------------------------------------------- figures
@@ -156,42 +164,49 @@ def charts(runs: list[Run]) -> list[tuple[str, str]]:
     for title, y_label, from_zero, keys in _CHARTS:
         lines = []
         for r, run in enumerate(runs):
-            whose = f"{printable(run.name[:18])}: " if len(runs) > 1 else ""
             for k, (key, label) in enumerate(keys):
                 if run.finite(key) and (key != "train_min_lr" or run.values(key) != run.values("train_lr")):
-                    looks = {"label": f"{whose}{label}".replace("$", r"\$"),  # which would begin a formula
-                             "linestyle": LINES[k], "color": COLORS[r if whose else k]}
+                    looks = {"label": label, "color": COLORS[k]} if len(runs) == 1 else _looks(
+                        r, run, label if len(keys) > 1 else "")
+                    looks["linestyle"] = LINES[k]
                     lines.append(([row["epoch"] + 1 for row in run.log], run.values(key), looks))
         if lines:
-            drawn.append((title, _draw(title, y_label, from_zero, lines, columns=4 - len(runs))))
+            drawn.append((title, _draw(title, {"epoch": lines}, y_label, from_zero, 4 - min(len(runs), 2))))
     return drawn
 
 
-def _draw(title: str, y_label: str, from_zero: bool, lines: list[tuple[list[int], list[float], dict]],
-          columns: int) -> str:
+def _looks(number: int, run: Run, label: str = "") -> dict[str, str]:
+    """Of a line in a chart of several runs. A dollar would begin a formula."""
+    return {"label": f"{printable(run.name[:18])}{label and ': '}{label}".replace("$", r"\$"),
+            "color": COLORS[number % len(COLORS)]}
+
+
+def _draw(title: str, panels: dict[str, list[tuple[list[float], list[float], dict]]], y_label: str,
+          from_zero: bool, columns: int) -> str:
+    """SVG text of panels side by side with one y axis: label of the x axis -> lines (x, y, looks)."""
     import matplotlib
     from matplotlib.figure import Figure  # not pyplot, which keeps all figures and wants a screen
     from matplotlib.ticker import MaxNLocator
 
-    epochs = sorted({epoch for x, _, _ in lines for epoch in x})
+    epochs = sorted({number for lines in panels.values() for x, _, _ in lines for number in x})
     with matplotlib.rc_context({
             # The salt makes names inside the SVG the same each time, and different between charts of a page.
             "svg.hashsalt": title, "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 9,
             "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e9ef",
             "axes.edgecolor": "#9aa3b1", "axes.formatter.useoffset": False, "legend.frameon": False,
             "lines.markersize": 3.5, "lines.marker": "o" if len(epochs) <= 40 else "None"}):
-        canvas = Figure(figsize=(5.6, 3.2), layout="constrained")
-        axes = canvas.subplots()
-        for x, y, looks in lines:
-            axes.plot(x, y, **looks)
-        axes.set(xlabel="epoch", ylabel=y_label)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-        if len(epochs) == 1:
-            axes.set(xlim=(epochs[0] - 1, epochs[0] + 1), xticks=epochs)
-        if from_zero or len(epochs) == 1:
-            axes.margins(y=0.1)
-            axes.set_ylim(bottom=0)
-        canvas.legend(loc="outside upper left", ncols=columns)
+        canvas = Figure(figsize=(5.6 if len(panels) == 1 else 11, 3.2), layout="constrained")
+        for axes, (x_label, lines) in zip(canvas.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+            for x, y, looks in lines:
+                axes.plot(x, y, **looks)
+            axes.set(xlabel=x_label, ylabel=y_label)
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=x_label == "epoch"))
+            if len(epochs) == 1:
+                axes.set(xlim=(epochs[0] - 1, epochs[0] + 1), xticks=epochs)
+            if from_zero or len(epochs) == 1:
+                axes.margins(y=0.1)
+                axes.set_ylim(bottom=0)
+        canvas.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=columns)
         svg = io.StringIO()
         canvas.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
     text = re.sub(r".*?(<svg.*?)<metadata>.*?</metadata>", r"\1", svg.getvalue(), count=1, flags=re.DOTALL)
@@ -274,25 +289,86 @@ def text(value: object) -> str:
 
 # -------------------------------------------------------------------------------------------------- the page
 
-def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Write the page about one or two run folders and return its path.
+def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
+    """Write the page about a run folder and return its path; `out` defaults to report.html in the folder.
 
-    `out` defaults to report.html in the first run's folder. Raises UserError for a folder without a run.
+    Raises UserError for a folder without a run.
     """
+    run = read_run(folder)
+    functions = {f.__name__: f for f in (headline, best, incidents, class_rows, mistakes, summary_line)}
+    return _write("page.html", Path(out or run.folder), "report.html", functions, run=run, most=MOST,
+                  charts=charts([run]))
+
+
+def _write(template: str, out: Path, name: str, *values: dict, **more: object) -> Path:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    runs = [read_run(folder) for folder in folders]
-    out = Path(out) if out is not None else runs[0].folder
-    out = out / "report.html" if out.is_dir() else out
-    predictions = [run.predictions for run in runs if run.predictions]
+    out = out / name if out.is_dir() else out
     world = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
                         lstrip_blocks=True, undefined=StrictUndefined, extensions=["jinja2.ext.do"])
     world.filters["text"] = text
-    html = world.get_template("page.html").render(
-        {f.__name__: f for f in (headline, best, incidents, class_rows, mistakes, summary_line)},
-        runs=runs, charts=charts(runs), most=MOST,
-        paired=compare(*predictions) if len(predictions) == 2 else None)
+    html = world.get_template(template).render(*values, **more)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Names with bytes that are not text are shown with a question mark: the page has to be valid UTF-8.
     write_text(out, html.encode("utf-8", "replace").decode("utf-8"))
     return out
+
+
+# --------------------------------------------------------------------------------------------- several runs
+
+def write_comparison(folders: Sequence[str | Path], out: str | Path | None = None,
+                     price_per_hour: float | None = None) -> tuple[Path, str]:
+    """Write the page that compares runs, and return its path and its table of results as text.
+
+    `out` defaults to comparison.html in the first folder; `price_per_hour` is that of one process (GPU).
+    """
+    runs = [read_run(folder) for folder in folders]
+    rows, sentences = comparison(runs, price_per_hour)
+    taken = [effort(run, price_per_hour) for run in runs]
+    panels = {label: [(taken[r][label], run.accuracy, _looks(r, run)) for r, run in enumerate(runs)]
+              for label in taken[0]}
+    path = _write("compare.html", Path(out or runs[0].folder), "comparison.html", runs=runs, head=[*rows[0]],
+                  rows=[[*row.values()] for row in rows], sentences=sentences, price=price_per_hour,
+                  charts=charts(runs), differing=differing,
+                  progress=_draw("effort", panels, "top-1 (%)", False, 4))
+    return path, table(rows)
+
+
+def effort(run: Run, price_per_hour: float | None = None) -> dict[str, list[float]]:
+    """What a run had taken at the end of each of its epochs, by what it is."""
+    about = run.config | run.environment
+    seen = np.array(run.values("update")) * (about.get("global_batch") or math.nan) / 1e6
+    hours = np.nancumsum(run.values("seconds")) / 3600
+    cost = {} if price_per_hour is None else {"cost": hours * about.get("world_size", 1) * price_per_hour}
+    return {name: part.tolist() for name, part in ({"images seen (M)": seen, "hours": hours} | cost).items()}
+
+
+def comparison(runs: list[Run], price_per_hour: float | None = None
+               ) -> tuple[list[dict[str, str]], list[str]]:
+    """A row of figures for each run, best first, and a sentence for each paired test against the best."""
+    def score(run: Run) -> float:
+        return run.evaluation.get("acc1", np.nanmax([*run.accuracy, -1.0]))
+
+    rows, sentences, leader = [], [], max(runs, key=score)
+    for run in sorted(runs, key=score, reverse=True):
+        taken = {name: values[-1:] for name, values in effort(run, price_per_hour).items()}
+        images = run.evaluation.get("images") or run.data.get("val", {}).get("images")
+        known, speed = images and score(run) >= 0, run.finite("train_images_per_second")
+        found = (compare(leader.predictions, run.predictions, len(runs) - 1)
+                 if run is not leader and leader.predictions and run.predictions else None)
+        rows.append({
+            "run": printable(run.name), "top-1 %": f"{score(run):.2f}" if score(run) >= 0 else "–",
+            "±": f"{sampling_interval(score(run), images):.2f}" if known else "", "epochs": str(len(run.log)),
+            **{name: f"{value[0]:,.4g}" if value else "" for name, value in taken.items()},
+            "img/s": f"{median(speed):,.0f}" if speed else "",
+            "to the best": f"{found.difference:+.2f} ± {found.margin:.2f}" if found else "",
+            "p": found.p.removeprefix("= ") if found else ""})
+        sentences += [found.sentence(leader.name, run.name)] if found else []
+    return rows, sentences
+
+
+def differing(parts: list[dict]) -> list[list[str]]:
+    """A row for each name whose values are not the same in all `parts`."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return [[name, *(text(part[name]) if name in part else "–" for part in parts)] for name in names
+            if any(part.get(name) != parts[0].get(name) for part in parts)]

@@ -88,20 +88,25 @@ def results_from(counts: EvalResult, protocol: Protocol, published: Variant | No
                  predictions: Predictions | None = None) -> dict:
     """The dictionary written as eval.json; `published`: the model's entry of `models.zoo.PUBLISHED`."""
     images = protocol.images
-    size, crop_pct = images.input_size, images.eval_crop_pct
-    crop = (f"resize short side to {int(size / crop_pct)}, bicubic, centre crop {size}" if crop_pct
-            else f"warp to {size}, bicubic, no crop")
     return {
         "acc1": counts.acc1, "acc5": counts.acc5, "loss": counts.loss, "hits1": counts.hits1,
         "hits5": counts.hits5, "images": counts.images, "bad_images": counts.bad,
         "nonfinite_images": counts.nonfinite, "model": protocol.model, "num_classes": protocol.num_classes,
-        "input_size": size, "weights": protocol.weights, "checkpoint": protocol.checkpoint,
-        "crop_pct": crop_pct, "interpolation": "bicubic", "mean": images.mean, "std": images.std,
+        "input_size": images.input_size, "weights": protocol.weights, "checkpoint": protocol.checkpoint,
+        "crop_pct": images.eval_crop_pct, "interpolation": "bicubic", "mean": images.mean, "std": images.std,
         "dtype": protocol.dtype, "tf32": protocol.tf32, "dataset": protocol.dataset,
-        "pillow": PIL.__version__, "crop": crop, "interval": sampling_interval(counts.acc1, counts.images),
+        "pillow": PIL.__version__, "crop": crop_in_words(images),
+        "interval": sampling_interval(counts.acc1, counts.images),
         "departures": explain_difference(protocol, counts, published.input_size if published else None),
         **(metrics(predictions, protocol.num_classes) if predictions else {}),
         **verdict(counts, protocol, published)}
+
+
+def crop_in_words(images: ImageSettings) -> str:
+    """How evaluation makes an image as large as the network's input."""
+    size, crop_pct = images.input_size, images.eval_crop_pct
+    return (f"resize short side to {int(size / crop_pct)}, bicubic, centre crop {size}" if crop_pct
+            else f"warp to {size}, bicubic, no crop")
 
 
 def summary_line(result: dict) -> str:
@@ -119,8 +124,9 @@ def suite_table(results: list[dict]) -> str:
         for name, found in ((result["dataset"], result), ("imagenet-real", result.get("real"))):
             if found:
                 acc1, acc5, images = (found[key] for key in ("acc1", "acc5", "images"))
-                rows.append({"set": name, "file": Path(result["checkpoint"]).name, "weights": result["weights"],
-                             "images": images, "top-1": f"{acc1:.2f}", "top-5": f"{acc5:.2f}",
+                file = Path(result["checkpoint"]).name
+                rows.append({"set": name, "file": file, "weights": result["weights"], "images": images,
+                             "top-1": f"{acc1:.2f}", "top-5": f"{acc5:.2f}",
                              "±": f"{sampling_interval(acc1, images):.2f}"})
     return table(rows)
 

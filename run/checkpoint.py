@@ -1,8 +1,10 @@
 """A run's checkpoints: written so that a crash at any moment leaves a whole one, read so that damage is seen.
 
 Beside each `NAME.pth` stands its manifest `NAME.pth.json` with sha256 and size. Order of a save: reserve the
-disk, write a temporary file, fsync, manifest, rename, fsync the folder, and only then remove older files.
+disk, write a temporary file, fsync, manifest, rename, fsync the folder, and only then remove older files. All
+of it only while the folder is the one that the run has locked.
 """
+import errno
 import math
 import os
 import re
@@ -20,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from common.errors import UserError
 from common.files import TEMPORARY_SUFFIX, atomic_write, read_json, sha256_file, write_json
+from common.ledger import Ledger
 from common.log import logger
 from common.safe_load import safe_torch_load
 from common.text import file_size
@@ -31,7 +34,6 @@ from run.state import BEST, BEST_EMA, State, check_resumable, check_same_run, up
 
 _NUMBERED = re.compile(r"checkpoint-(?:e([0-9]{1,9})u([0-9]{1,15})|([0-9]{1,9}))\.pth")
 _SCORED = {BEST: "model", BEST_EMA: "model_ema"}
-Score = tuple[float | None, int | None]  # top-1 in percent and epoch of a best file, None where unknown
 # A manifest may hold anything, or be a folder.
 _UNREADABLE = (OSError, KeyError, TypeError, AttributeError, UserError)
 _RECORDS = ("checkpoint-", "log.txt", "status.json", "config.yaml", "environment.json")
@@ -90,6 +92,15 @@ def _entries(path: Path) -> list[State]:
     return [{k: v for k, v in e.items() if k != "previous"} for e in (entry, *entry.get("previous", []))]
 
 
+def _noted(path: Path, what: str) -> float:
+    """A number in a checkpoint's manifest, such as its score; -inf where the file is damaged or has none."""
+    try:
+        found = (manifest(path) or {}).get(what)
+    except UserError:
+        found = None
+    return found if isinstance(found, (int, float)) else -math.inf
+
+
 def load(path: str | os.PathLike, needs_manifest: bool = False) -> Loaded:
     """Read one checkpoint after checking its manifest, or without one the CRCs inside. Raises UserError."""
     path = Path(path)
@@ -133,19 +144,26 @@ class Checkpoints:
     """The checkpoints of one run folder. Rank 0 saves; any number of others may read.
 
     Args:
-        folder: the run folder (made by its owner).
+        folder: the run folder: its path to read there, its `RunFolder` to save there.
         keep: how many epoch ends to keep; at least two files always stay, and every `every`-th epoch, and the
         best. background: write in a thread; training waits only while the state is copied to main memory.
 
     `unsaved` says that the last save failed.
     """
 
-    def __init__(self, folder: str | os.PathLike, keep: int = 3, every: int = 50, background: bool = True):
-        self.folder, self.keep, self.every, self.background = Path(folder), max(keep, 1), every, background
+    def __init__(self, folder: str | os.PathLike | Ledger, keep: int = 3, every: int = 50,
+                 background: bool = True):
+        self._owner = folder if isinstance(folder, Ledger) else Ledger(folder)
+        self.keep, self.every, self.background = max(keep, 1), every, background
         self.last_saved, self.unsaved = time.monotonic(), False
         self._thread: threading.Thread | None = None
         self._failures: list[str] = []
-        self._failed_best: set[str] = set()
+        self._scores: dict[str, float] | None = None  # of the best files on the disk, once they were read
+
+    @property
+    def folder(self) -> Path:
+        """Where they are, and where this run may write now (see `RunFolder.own`)."""
+        return self._owner.own()
 
     # Saving
 
@@ -204,43 +222,46 @@ class Checkpoints:
             try:
                 check_finite(state)
                 self._write(self.folder / target, state | scored, about)
-            except Exception as error:  # whatever went wrong, hours of training must not end because of it
-                self._fail(target, error, state_bytes(state))
-            else:
+                if target in best and self._scores is not None:
+                    self._scores[target] = best[target]
                 if target == name:
                     self.unsaved = False
                     self._prune()
+            except Exception as error:  # whatever went wrong, hours of training must not end because of it
+                self._fail(target, error, state_bytes(state))
 
     def _write(self, path: Path, state: State, about: State) -> None:
-        def write_manifest(digest: str, size: int, previous: list[dict]) -> None:
+        def write_manifest(digest: str, size: int, *previous: State) -> None:
+            if self.folder != path.parent:
+                raise OSError(errno.ESTALE, "the folder was moved or replaced meanwhile")
             entry = {"file": path.name, "sha256": digest, "size": size, "format": state.get("format")}
             write_json(manifest_path(path), entry | about | {"previous": previous})
 
         try:
-            previous = _entries(path) if path.exists() else []
+            before = _entries(path) if path.exists() else []
         except _UNREADABLE:
-            previous = []
+            before = []
         # timm.create_model(checkpoint_path=...) takes `state_dict_ema` before `model_ema`: here it finds what
         # scored, the same tensors, which are written once.
         content = state | {"state_dict_ema": state.get(state.get("scored") or "model")}
         # torch.save needs the table of names and up to 64 bytes per tensor beside the values.
         digest, size = atomic_write(
             path, lambda file: torch.save(content, file), reserve=state_bytes(state) + (64 << 10),
-            before_rename=lambda digest, size: write_manifest(digest, size, previous))
-        if previous:
-            write_manifest(digest, size, [])
+            before_rename=lambda digest, size: write_manifest(digest, size, *before))
+        if before:
+            write_manifest(digest, size)
 
     def _fail(self, name: str, error: Exception, size: int) -> None:
+        there: list[str] = []
         try:
             free = f"{size / 1e9:.2f} GB needed, {shutil.disk_usage(self.folder).free / 1e9:.2f} GB free"
+            there = [path.name for path in (*self.numbered()[-1:], *self._best_files())]
         except OSError:
             free = "the folder is gone"
         cause = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        there = [path.name for path in (*self.numbered()[-1:], *self._best_files())]
-        sentence = (f"{name} was not saved in {self.folder}: {cause} ({free}); training continues, saved so "
-                    f"far: {', '.join(there) or 'nothing'}.")
+        sentence = (f"{name} was not saved in {self._owner.path}: {cause} ({free}); training continues, "
+                    f"saved so far: {', '.join(there) or 'nothing'}.")
         self._failures.append(sentence)
-        self._failed_best |= {name} & _SCORED.keys()
         self.unsaved |= name not in _SCORED
         logger.error(sentence)
 
@@ -254,7 +275,7 @@ class Checkpoints:
         keep = {*by_use[-2:], *whole[-2:], *ends[-self.keep:]}
         keep |= {path for path in ends if (_at(path)[0] + 1) % self.every == 0}
         for path in numbered:
-            if path not in keep:
+            if path not in keep and path.parent == self.folder:
                 try:
                     path.unlink(missing_ok=True)
                     manifest_path(path).unlink(missing_ok=True)
@@ -306,7 +327,7 @@ class Checkpoints:
         silence.
         """
         passed: list[str] = []
-        by_epoch = sorted(self._best_files(), key=lambda path: self._scored(path.name)[1] or 0)
+        by_epoch = sorted(self._best_files(), key=lambda path: _noted(path, "epoch"))
         for path in reversed(self.numbered() or by_epoch):
             try:
                 loaded = load(path, needs_manifest=True)
@@ -323,25 +344,20 @@ class Checkpoints:
 
     def best(self) -> Path | None:
         """The best checkpoint by the scores in the manifests (the average wins a tie); None without one."""
-        rank = lambda path: (self._scored(path.name)[0] or -math.inf, path.name == BEST_EMA)
+        rank = lambda path: (_noted(path, "score"), path.name == BEST_EMA)
         return max(self._best_files(), key=rank, default=None)
 
-    def _scored(self, name: str) -> Score:
-        try:
-            entry = manifest(self.folder / name) or {}
-            return float(entry["score"]), int(entry["epoch"])
-        except (*_UNREADABLE, ValueError):
-            return None, None
+    def better(self, scores: Mapping[str, float | None]) -> dict[str, float]:
+        """Those of an epoch's `scores` (best file → top-1 in percent) that are to be saved, for `save`.
 
-    def scores(self) -> dict[str, Score]:
-        """Those of the best files that are there, for `Best.correct`."""
-        return {name: found for name in _SCORED if (found := self._scored(name))[0] is not None}
-
-    def failed_best(self) -> dict[str, Score]:
-        """Those of the best files whose last save failed, so that a later epoch makes it good."""
+        What they must exceed is that of the file on the disk, which a crash may have left newer than the last
+        numbered checkpoint, and a full disk older: its failed save is made good by the next that is better.
+        """
         self._join()
-        names, self._failed_best = self._failed_best, set()
-        return {name: self._scored(name) for name in names}
+        if self._scores is None:
+            self._scores = {name: _noted(self.folder / name, "score") for name in _SCORED}
+        return {name: score for name, score in scores.items()
+                if score is not None and score > self._scores[name]}
 
     def resolve(self, resume: str) -> Loaded | None:
         """What `--resume` names: `latest`, `best`, a file, another run's folder (its newest valid one), or ''
@@ -354,8 +370,9 @@ class Checkpoints:
         else:
             loaded = Checkpoints(resume).newest_valid() if os.path.isdir(resume) else load(resume)
         if loaded is None and resume:
-            raise UserError(f"--resume {resume}: no such checkpoint (run folder: {self.folder}); name a file "
-                            "or leave the option out.", code="no_valid_checkpoint")
+            raise UserError(f"--resume {resume}: no such checkpoint (run folder: {self.folder}); name a "
+                            "file, leave the option out, or start from weights alone with --finetune.",
+                            code="no_valid_checkpoint")
         return loaded
 
     def set_aside_newer(self, loaded: Loaded) -> list[str]:
@@ -387,7 +404,7 @@ def open_folder(resolved: Resolved, folder: RunFolder | None) -> Loaded | None:
         return find_checkpoint(resolved, None)
     if sentence := folder.lock():
         logger.info(sentence)
-    checkpoints = Checkpoints(folder.path)
+    checkpoints = Checkpoints(folder)
     checkpoints.sweep()
     loaded = find_checkpoint(resolved, folder)
     for name in checkpoints.set_aside_newer(loaded) if loaded else ():
@@ -402,7 +419,7 @@ def find_checkpoint(resolved: Resolved, folder: RunFolder | None) -> Loaded | No
     by_word = asked in ("", "latest", "best")
     if folder is None and not asked:
         return None
-    checkpoints = Checkpoints(folder.path if folder else ".")
+    checkpoints = Checkpoints(folder or ".")
     if not asked and not options.auto_resume:
         if checkpoints.numbered() or checkpoints.best():
             raise UserError(f"--auto_resume false, but {checkpoints.folder} holds the checkpoints of an "
@@ -415,6 +432,7 @@ def find_checkpoint(resolved: Resolved, folder: RunFolder | None) -> Loaded | No
         loaded = checkpoints.resolve(local_file(asked))
     if loaded is not None:
         check_resumable(loaded.state, loaded.path)
-        for difference in check_same_run(loaded.state, resolved.to_dict(), loaded.path, explicit=not own):
+        for difference in check_same_run(loaded.state, resolved.to_dict(), loaded.path, explicit=not own,
+                                         kind=type(options)):
             logger.warning("Resuming with another option: %s", difference)
     return loaded

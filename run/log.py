@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,23 +17,14 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common.files import append_json_line, read_json_lines, write_json, write_text
+from common.ledger import Ledger
 from common.log import logger
 from common.text import duration
+from config.options import Options
 from engine import Progress
 from run.folder import environment
 
 _TRAIN = ("loss", "lr", "min_lr", "weight_decay", "grad_norm", "class_acc", "images_per_second", "data_wait")
-
-
-@dataclass(frozen=True)
-class Tracked:
-    """What the package `wandb` or `trackio` is asked to keep: `config` (plain values), and the last
-    checkpoints or not."""
-    package: str
-    project: str
-    name: str
-    config: Mapping[str, object]
-    checkpoints: bool = False
 
 
 class Tracker:
@@ -43,28 +34,31 @@ class Tracker:
     has room again. People see epochs from 1; log.txt counts them from 0.
 
     Args:
-        epochs, updates_per_epoch: of the whole run.
+        folder: the run's; of an owner it is asked before each write where that is now.
+        options: `epochs`; where TensorBoard's files go, and whether Weights & Biases is used.
+        updates_per_epoch: of the whole run.
         n_parameters: written into each line of log.txt.
-        log_dir: TensorBoard's folder, None: `tensorboard` in the run's folder.
-        tracked: by a package outside this project, None: by none.
+        main: false on other ranks, which write nothing.
         terminal: show a progress bar; None: where standard error is a terminal.
     """
 
-    def __init__(self, folder: str | os.PathLike | None, *, epochs: int, updates_per_epoch: int,
-                 n_parameters: int = 0, log_dir: str | os.PathLike | None = None,
-                 tracked: Tracked | None = None, terminal: bool | None = None):
-        self.folder = None if folder is None else Path(folder)
-        self.epochs, self.updates_per_epoch, self.n_parameters = epochs, updates_per_epoch, n_parameters
-        self.terminal = sys.stderr.isatty() if terminal is None else terminal
+    def __init__(self, folder: str | os.PathLike | Ledger | None, options: Options, *, updates_per_epoch: int,
+                 n_parameters: int = 0, main: bool = True, terminal: bool | None = None):
+        self._owner = folder if folder is None or isinstance(folder, Ledger) else Ledger(folder)
+        self.epochs, self.updates_per_epoch = options.epochs, updates_per_epoch
+        self.n_parameters = n_parameters
+        self.terminal = main and (sys.stderr.isatty() if terminal is None else terminal)
+        own = self._owner and self._owner.path
         self._lines: list[dict] = []
         self._bar, self._stack = None, ExitStack()
-        log_dir = log_dir or (self.folder and self.folder / "tensorboard")
-        opening = {"tensorboardX": partial(_Board, log_dir)} if log_dir else {}
-        if tracked is not None:
-            opening[tracked.package] = partial(_open_run, tracked, self.folder)
-        self._keeper = tracked.package if tracked is not None and tracked.checkpoints else None
+        opening, package = {}, options.track or ("wandb" if options.enable_wandb else None)
+        if main and (log_dir := options.log_dir or (own and own / "tensorboard")):
+            opening["tensorboardX"] = partial(_Board, log_dir)
+        if main and package:
+            opening[package] = partial(_open_run, package, options, own)
         opened = {name: self._outside(name, call) for name, call in opening.items()}
         self._records = {name: record for name, record in opened.items() if record is not None}
+        self._keeper = package if options.wandb_ckpt and package else ""
         if self.terminal:
             self._stack.enter_context(logging_redirect_tqdm(loggers=[logger]))  # log lines go above the bar
             # A forked loader process has a copy of the bar as it was, and would draw that below its lines.
@@ -72,10 +66,14 @@ class Tracker:
 
     # --------------------------------------------------------------------------------------- the run's start
 
+    def events(self) -> list[dict]:
+        """The incidents of the run so far."""
+        return read_json_lines(self._owner.path / "events.jsonl") if self._owner else []
+
     def resume(self, first_epoch: int) -> None:
         """Keep the lines of log.txt before `first_epoch` (from 0); those after it will be made again."""
-        if self.folder is not None:
-            earlier = {line["epoch"]: line for line in read_json_lines(self.folder / "log.txt")
+        if self._owner is not None:
+            earlier = {line["epoch"]: line for line in read_json_lines(self._owner.path / "log.txt")
                        if isinstance(line.get("epoch"), int) and line["epoch"] < first_epoch}
             self._lines = [earlier[epoch] for epoch in sorted(earlier)]
             self._write("log.txt", self._write_log)
@@ -187,11 +185,12 @@ class Tracker:
         write_text(path, "".join(json.dumps(line) + "\n" for line in self._lines))
 
     def _write(self, name: str, write: Callable[[Path], None]) -> None:
-        if self.folder is not None:
+        if self._owner is not None:
             try:
-                write(self.folder / name)
+                write(self._owner.own() / name)
             except OSError as error:
-                logger.error(f"{name} was not written in {self.folder}: {error.strerror}; the run continues.")
+                logger.error(f"{name} was not written in {self._owner.path}: {error.strerror}; the run "
+                             "continues.")
 
 
 class _Board:
@@ -207,8 +206,8 @@ class _Board:
             self.writer.add_scalar(name, value, step)
 
 
-def _open_run(run: Tracked, folder: Path | None) -> Any:
-    """A run of either package: their `log`, `log_artifact` and `finish` are the same."""
-    where = {"dir": folder} if run.package == "wandb" else {}  # trackio keeps all runs of a project together
-    return importlib.import_module(run.package).init(
-        project=run.project, name=run.name, config=dict(run.config), resume="allow", **where)
+def _open_run(package: str, options: Options, folder: Path | None) -> Any:
+    """A run of `wandb` or `trackio`: their `log`, `log_artifact` and `finish` are the same."""
+    where = {"dir": folder} if package == "wandb" else {}  # trackio keeps all runs of a project together
+    return importlib.import_module(package).init(
+        project=options.project, name=options.exp_name, config=asdict(options), resume="allow", **where)

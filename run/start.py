@@ -1,9 +1,12 @@
 """What is looked at before a start: whether processes agree, and whether a folder can be written."""
 import os
+import platform
 import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+
+import torch
 
 from common.errors import UserError
 from launch.process import Process
@@ -21,10 +24,18 @@ def code_version() -> str:
     return found.stdout.strip() or "unknown"
 
 
+def kernels(device: torch.device) -> str:
+    """What decides the last bits of results on `device` beside versions: its kind, or a CPU's features."""
+    if device.type in ("cuda", "xpu"):
+        return str(torch.get_device_module(device).get_device_name(device))
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
 def process_problems(process: Process) -> list[str]:
     """Sentences naming versions and code in which a rank differs from rank 0; every rank must call it."""
     found = environment()
-    mine = {"code": code_version(), "python": found["python"], "cuda": found["cuda"], **found["packages"]}
+    mine = {"code": code_version(), "python": found["python"], "cuda": found["cuda"],
+            "kernels": kernels(process.device), **found["packages"]}
     nodes, versions = zip(*process.all_gather_object((process.node_name, mine)))
     return [f"{name} is {versions[0][name]} on rank 0 ({nodes[0]}) and {other.get(name)} on rank {rank} "
             f"({nodes[rank]}): use one environment on all nodes."

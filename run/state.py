@@ -15,6 +15,7 @@ import torch
 
 from common.errors import UserError
 from common.log import logger
+from common.text import plural
 from config.options import RECIPE_GROUPS, Options
 
 State = dict[str, Any]
@@ -120,55 +121,42 @@ class Position(Values):
 
 
 @dataclass
-class Best(Values):
-    """The best top-1 (percent) so far of the weights and of their moving average, and the epochs that gave
-    it."""
-    acc1: float | None = saved(_number)
-    epoch: int | None = saved(_number)
-    ema_acc1: float | None = saved(_number)
-    ema_epoch: int | None = saved(_number)
-
-    def take(self, epoch: int, score: float | None, ema_score: float | None = None) -> dict[str, float]:
-        """Take in an epoch's results; returns {file name: score} of the best files to save, for
-        `save(best=…)`."""
-        files = {}
-        if score is not None and (self.acc1 is None or score > self.acc1):
-            self.acc1, self.epoch, files[BEST] = score, epoch, score
-        if ema_score is not None and (self.ema_acc1 is None or ema_score > self.ema_acc1):
-            self.ema_acc1, self.ema_epoch, files[BEST_EMA] = ema_score, epoch, ema_score
-        return files
-
-    def correct(self, on_disk: Mapping[str, tuple[float | None, int | None]]) -> None:
-        """Believe the best files, {name: (score, epoch)}: a crash left them newer, or a full disk older."""
-        self.acc1, self.epoch = on_disk.get(BEST, (self.acc1, self.epoch))
-        self.ema_acc1, self.ema_epoch = on_disk.get(BEST_EMA, (self.ema_acc1, self.ema_epoch))
-
-
-@dataclass
 class Setup(Values):
-    """What a run is made on and with: its images and classes, options, fast paths, CPU threads, version of
-    the code. `images_before` is the number of images when the checkpoint was saved."""
+    """What a run is made on and with: its images, their order (a digest) and classes, options, fast paths,
+    CPU threads, kernels, version of the code. `other_images`: how the images differ from the checkpoint's."""
     global_batch: int = saved(_count(1))
     images: int = saved(_count(1))
+    order: str = saved(_is(str))
     classes: list[str] = saved(_each(list, _is(str)))
     args: State = saved(_is(dict))
     code_paths: dict[str, str] = saved(_each(dict, _is(str)))
     threads: int = saved(_count(1))
+    kernels: str = saved(_is(str))
     version: str = saved(_is(str))
-    images_before: int | None = None
+    other_images: str = ""
 
     def load_state_dict(self, state: State) -> None:
-        """Use the run's own number of threads, and report another version. All else was taken over before
-        the data and the model were built."""
-        self.images_before = state.get("images")
-        threads, version = state.get("threads") or self.threads, state.get("version") or self.version
-        if threads != self.threads:
+        """Use the run's own number of threads, and report what is different now. All else was taken over
+        before the data and the model were built."""
+        then = self.state_dict() | {name: value for name, value in state.items() if value}
+        here, there = (plural(each["images"], "image")
+                       + (f" in order {each['order'][:8]}" if each["order"] else "")
+                       for each in (self.state_dict(), then))
+        if here != there:
+            # Too few came or went to change the updates of an epoch, but every epoch's order is another one.
+            self.other_images = (
+                f"The training set has {here} and had {there} when the checkpoint was saved: the run is "
+                "resumed, but not as an undisturbed one would continue; restore the data set to have that.")
+        if then["threads"] != self.threads:
             # Sums are split by thread, so another number of threads gives other last bits.
-            logger.info("Using %d threads as the run did so far (this start had %d)", threads, self.threads)
-            torch.set_num_threads(threads)
-            self.threads = threads
-        if version != self.version:
-            logger.info("The checkpoint was saved by version %s of this code, this is %s", version,
+            logger.info("Using %d threads as the run did (this start had %d)", then["threads"], self.threads)
+            torch.set_num_threads(then["threads"])
+            self.threads = then["threads"]
+        if then["kernels"] != self.kernels:  # of any rank
+            logger.warning("The run was computed by kernels for %s so far, here by those for %s: equal up to "
+                           "rounding, but not bit for bit.", then["kernels"], self.kernels)
+        if then["version"] != self.version:
+            logger.info("The checkpoint was saved by version %s of this code, this is %s", then["version"],
                         self.version)
 
 
@@ -178,7 +166,6 @@ TABLE: dict[str, Row] = {
     "optimizer": Row("optimizer", _optimizer, needed=True),
     "scaler": Row("scaler", _each(dict, _number)),
     "policy": Row("policy", _each(dict, _count(0))),
-    "best": Row("best", _each(dict, _number)),
     **Position.rows("position"),
     **Setup.rows("setup"),
 }
@@ -232,15 +219,16 @@ def check_resumable(state: State, path: str | os.PathLike) -> None:
 
 
 def check_same_run(state: State, args: State, path: str | os.PathLike,
-                   explicit: bool = False) -> list[str]:
-    """Compare the run a checkpoint comes from with the one at hand, `args` being plain values by option name.
+                   explicit: bool = False, kind: type[Options] = Options) -> list[str]:
+    """Compare the run a checkpoint comes from with the one at hand, `args` being plain values by the names of
+    a `kind` of options.
 
     Returns sentences such as `lr 0.004 there, 0.001 here` for each option that makes a run what it is. Raises
     UserError instead for another model or number of classes, and for any of them unless the checkpoint was
     named with --resume (`explicit`).
     """
-    names = [f.name for f in fields(Options)
-             if f.metadata["group"] in RECIPE_GROUPS and f.name not in _MAY_DIFFER]
+    names = [f.name for f in fields(kind)
+             if f.metadata.get("group") in RECIPE_GROUPS and f.name not in _MAY_DIFFER]
     plain = lambda value: [*value] if isinstance(value, (list, tuple)) else None if value == "" else value
     old = state.get("args") or {}
     found = [f"{name} {old[name]} there, {args[name]} here" for name in (*names, *_ALSO)

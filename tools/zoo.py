@@ -1,11 +1,10 @@
-"""Published weights: python -m tools.zoo list | get MODEL | convert FILE --out FILE.
+"""Published weights: python -m tools.zoo list | get MODEL | convert FILE --out FILE | hub RUN --out DIR.
 
 Files are kept in ~/.cache/hornet, or the folder named by --folder or HORNET_CACHE; a file placed there by
 hand is used without a network.
 """
 import argparse
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,10 +13,11 @@ from common.errors import UserError
 from common.files import atomic_write
 from common.log import logger
 from common.safe_load import save_safetensors
-from models.download import cache_folder, fetch_published
+from models.download import HUB_WEIGHTS, cache_folder, fetch_published
+from models.hub import description, push, write_hub
 from models.trained import load
 from models.zoo import VARIANTS
-from run.state import FORMAT
+from report.card import model_card
 from tools.command import add_weights_argument, new_parser, run_command
 
 
@@ -43,6 +43,17 @@ def get(args: argparse.Namespace) -> int:
     return 0
 
 
+def hub(args: argparse.Namespace) -> int:
+    """Write a trained model as a folder in the Hub's layout, and upload it if asked to."""
+    trained, out = load(args.source, weights=args.weights), Path(args.out)
+    write_hub(trained, out, model_card(trained, args.push or "USER/NAME", args.licence), args.licence)
+    logger.info("wrote %s: %s for timm, transformers and models.load, from %s, %s", out, HUB_WEIGHTS,
+                trained.source, trained.weights or "bare weights")
+    if args.push:
+        logger.info("pushed to %s", push(out, args.push))
+    return 0
+
+
 def convert(args: argparse.Namespace) -> int:
     """Write the weights of a file, in any naming, under the published names, as .pth or .safetensors.
 
@@ -53,9 +64,7 @@ def convert(args: argparse.Namespace) -> int:
         raise UserError(f"--out {out} is not accepted: it takes another file, in .pth or .safetensors.",
                         code="invalid_value")
     trained = load(args.file, weights=args.weights)
-    state = trained.model.state_dict()
-    about = {"format": FORMAT, "classes": trained.classes,
-             "args": {"model": trained.name, **asdict(trained.settings)}}
+    state, about = trained.model.state_dict(), description(trained)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".safetensors":
         save_safetensors(out, state, about)
@@ -68,7 +77,7 @@ def convert(args: argparse.Namespace) -> int:
 def arguments() -> argparse.ArgumentParser:
     parser = new_parser("zoo", "Published weights of HorNet.", "get hornet_tiny_7x7")
     parser.add_argument("--folder", help="where published files are (default: HORNET_CACHE, ~/.cache/hornet)")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="list|get|convert")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="list|get|convert|hub")
     one = commands.add_parser("list", help="all models, what is published and which files are here")
     one.set_defaults(work=list_models)
     one = commands.add_parser("get", help="download files, check them, print their paths")
@@ -78,6 +87,13 @@ def arguments() -> argparse.ArgumentParser:
     one.set_defaults(work=convert)
     one.add_argument("file", metavar="FILE", help="checkpoint to read, in either naming")
     one.add_argument("--out", required=True, help="file to write, ending in .pth or .safetensors")
+    add_weights_argument(one)
+    one = commands.add_parser("hub", help="a folder for the Hugging Face Hub: weights, config.json and card")
+    one.set_defaults(work=hub)
+    one.add_argument("source", metavar="RUN|CHECKPOINT", help="run folder (its best checkpoint) or file")
+    one.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    one.add_argument("--push", metavar="USER/NAME", help="also upload it (after `hf auth login`)")
+    one.add_argument("--licence", default="mit", help="of the weights, by the Hub's name (default mit)")
     add_weights_argument(one)
     return parser
 

@@ -1,6 +1,7 @@
 """Parameter groups and schedules of every published configuration."""
 import pytest
 
+from config.options import Options
 from dense.optim import DenseSchedule, scale_by_depth
 from optim.groups import param_groups
 from tests.kits.dense import stored
@@ -40,8 +41,8 @@ def test_schedules(stored_schedule):
     kind, warmup = stored_schedule["kind"], stored_schedule["warmup_iters"]
     poly = kind == "poly"
     schedule = DenseSchedule(
-        base_lr=stored_schedule["lr"], min_lr=0.0, base_weight_decay=0.05, weight_decay_end=None, warmup_steps=warmup,
-        epochs=10 if poly else stored_schedule["epochs"], shape=kind,
+        Options(lr=stored_schedule["lr"], min_lr=0.0, warmup_steps=warmup,
+                epochs=10 if poly else stored_schedule["epochs"]), shape=kind,
         updates_per_epoch=stored_schedule["max_iters"] // 10 if poly else stored_schedule["updates_per_epoch"],
         milestones=tuple(stored_schedule.get("milestones", ())))
     for update, value in stored_schedule["values"].items():

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from config.options import Options
 from dense.backbone import load_published
 from dense.inference import probabilities, scaled_boxes, slide
 from dense.optim import DenseSchedule, scale_by_depth
@@ -110,9 +111,8 @@ def test_trajectories(case):
     groups = param_groups(model.named_parameters(), case["weight_decay"],
                           scale_of=scale_by_depth(rule["decay_rate"], rule["num_layers"], rule["decay_type"][:5]))
     optimizer = torch.optim.AdamW(groups, lr=case["lr"])
-    schedule = DenseSchedule(base_lr=case["lr"], min_lr=0.0, base_weight_decay=case["weight_decay"],
-                             weight_decay_end=None, epochs=1, updates_per_epoch=case["max_iters"],
-                             warmup_steps=case["warmup_iters"])
+    schedule = DenseSchedule(Options(lr=case["lr"], min_lr=0.0, weight_decay=case["weight_decay"], epochs=1,
+                                     warmup_steps=case["warmup_iters"]), case["max_iters"])
     for i, expected in enumerate(case["log"]):
         schedule.apply(optimizer, i)
         images = given(case["inputs"].replace("1000+i", str(1000 + i)))

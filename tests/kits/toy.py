@@ -14,7 +14,7 @@ from config.options import Options
 from optim.build import build_optimizer
 from optim.ema import Ema
 from optim.finite import FiniteWatch
-from optim.schedule import build_schedule
+from optim.schedule import Schedule
 from optim.update import Update
 
 CLASSES, SIZE, IMAGES = 7, 6, 64
@@ -119,7 +119,7 @@ class ToyTask:
     def __init__(self, model, values, sampler, dtype, seed=0):
         self.model, self.sampler, self.seed = model, sampler, seed
         self.optimizer = build_optimizer(model, values)
-        self.schedule = build_schedule(values, IMAGES // sampler.global_batch)
+        self.schedule = Schedule(values, IMAGES // sampler.global_batch)
         self.prepare = lambda b: (b.images.to(dtype), b.targets)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
 

@@ -10,12 +10,12 @@ import torch
 from timm.loss import LabelSmoothingCrossEntropy
 
 import models  # noqa: F401  (registers the networks)
+from config.options import Options
 from optim.build import build_optimizer
 from optim.ema import Ema
 from optim.schedule import Schedule
 from optim.update import Update
 from tests.kits.fill import PARITY, parity_input, parity_tensor
-from tests.kits.toy import options
 
 CASES = json.loads((PARITY / "trajectories.json").read_text())
 
@@ -27,11 +27,10 @@ def train(case, clip_mode):
                            for name, value in model.state_dict().items()})
     ema = Ema(model, case["ema_decay"])
     updates = case["micro_steps"] // case["update_freq"]
-    schedule = Schedule(base_lr=case["lr"], min_lr=case["min_lr"], base_weight_decay=case["weight_decay"],
-                        weight_decay_end=case["weight_decay_end"], epochs=1, updates_per_epoch=updates)
-    values = options(clip_mode=clip_mode, **{name: case[name] for name in (
-        "lr", "weight_decay", "layer_decay", "update_freq", "clip_grad")})
-    update, losses = Update(model.train(), build_optimizer(model, values), schedule, values, ema=ema), []
+    values = Options(clip_mode=clip_mode, epochs=1, warmup_epochs=0, **{name: case[name] for name in (
+        "lr", "min_lr", "weight_decay", "weight_decay_end", "layer_decay", "update_freq", "clip_grad")})
+    schedule, losses = Schedule(values, updates), []
+    update = Update(model.train(), build_optimizer(model, values), schedule, values, ema=ema)
     criterion = LabelSmoothingCrossEntropy(case["smoothing"])
     for i in range(case["micro_steps"]):
         images = torch.from_numpy(parity_input(case["batch"], case["size"], case["size"], seed=1000 + i))

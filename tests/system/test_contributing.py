@@ -1,14 +1,16 @@
-"""CONTRIBUTING.md's worked example: its diff applies, and what it promises happens."""
+"""CONTRIBUTING.md's worked diffs apply, and what they promise happens."""
 import re
 import shutil
 import subprocess
 import sys
 
+import pytest
+
 from tests.kits.docs import ROOT
 from tests.kits.processes import environment
 
 DIFF = re.compile(r"```diff\n(.*?)```", re.DOTALL)
-ROOMS = ("common", "config", "models")
+ROOMS = ("common", "config", "models", "optim", "recipes")
 
 
 def apply(diff: str, folder) -> None:
@@ -23,18 +25,28 @@ def apply(diff: str, folder) -> None:
         (folder / name).write_text(text)
 
 
-def test_the_diff_for_a_model_variant_is_all_it_takes(tmp_path):
-    diff = DIFF.findall((ROOT / "CONTRIBUTING.md").read_text())[0]
+VARIANT = """
+import models, timm
+from models.inspect import complexity
+from models.zoo import VARIANTS
+row = VARIANTS["hornet_micro_7x7"]
+model = timm.create_model("hornet_micro_7x7")
+params = sum(p.numel() for p in model.parameters())
+assert (params, round(complexity(model, row.input_size).flops, -3)) == (row.params, row.flops)"""
+SCHEDULE = """
+from config.parse import parse
+from optim.schedule import Schedule
+for name in ("cosine", "linear"):
+    words = f"--data_path . --lr 1 --min_lr 0 --warmup_epochs 0 --epochs 1 --schedule {name}".split()
+    values = [Schedule(parse(words).options, 4).lr(update) for update in range(4)]
+    assert (values == [1, 0.75, 0.5, 0.25]) is (name == "linear")"""
+
+
+@pytest.mark.parametrize("number, program", [(0, VARIANT), (1, SCHEDULE)], ids=["variant", "schedule"])
+def test_a_worked_diff_is_all_it_takes(number, program, tmp_path):
     for room in ROOMS:
         shutil.copytree(ROOT / room, tmp_path / room)
-    apply(diff, tmp_path)
-    program = ("import models, timm\n"
-               "from models.inspect import complexity\n"
-               "from models.zoo import VARIANTS\n"
-               "row = VARIANTS['hornet_micro_7x7']\n"
-               "model = timm.create_model('hornet_micro_7x7')\n"
-               "params = sum(p.numel() for p in model.parameters())\n"
-               "assert (params, round(complexity(model, row.input_size).flops, -3)) == (row.params, row.flops)")
+    apply(DIFF.findall((ROOT / "CONTRIBUTING.md").read_text())[number], tmp_path)
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, text=True, capture_output=True,
                           env=environment() | {"PYTHONPATH": str(tmp_path)}, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -7,7 +7,11 @@ pass. "now": FOLDER keeps the last "phase update pid" of each rank in FOLDER/now
 the weights and their average after each update in FOLDER/RANK-UPDATE.pth; "batches": FOLDER appends a line
 "update position hash" for each image as the network gets it. "brake": FILE makes updates slow while it exists.
 """
+<<<<<<< HEAD
 import hashlib
+=======
+import importlib
+>>>>>>> main
 import json
 import os
 import signal
@@ -97,12 +101,13 @@ def _poison(disturbed, what: str) -> None:
 
 
 def run(argv: list[str], hook: dict) -> int:
-    """main.main(argv) under `hook`; the exit code."""
+    """main.main(argv), or "program": a module's run(argv), under `hook`; the exit code."""
     import main
     import training
 
     training.Trainer = hooked(training.Trainer, hook)
-    return main.main(argv)
+    program = hook.get("program")
+    return importlib.import_module(program).run(argv) if program else main.main(argv)
 
 
 if __name__ == "__main__":

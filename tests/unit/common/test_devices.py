@@ -45,13 +45,12 @@ def test_training_and_evaluation_each_have_their_own(fast_math, tf32):
 
 @pytest.mark.parametrize("fast_math", [False, True])
 def test_what_is_compiled_computes_as_the_training_does(monkeypatch, fast_math):
-    """Eager float32, with which it is compared, is true float32; the compiler sees the run's own settings."""
+    """The compiler sees the run's own settings in training, and true float32 in evaluation."""
     set_float32(fast_math)
-    seen, lists = [], compiling._logits_and_gradients
-    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
-    monkeypatch.setattr(compiling, "_logits_and_gradients",
-                        lambda *given: seen.append(float32_settings()) or lists(*given))
-    compiling.compile_model(lively("hornet_pico_7x7").train(), (2, 3, 32, 32), None, lambda mine: mine)
+    seen, exact = [], compiling._logits_and_gradients
+    monkeypatch.setattr(torch, "compile", lambda call, **_: lambda *given: seen.append(float32_settings()) or call(*given))
+    monkeypatch.setattr(compiling, "_logits_and_gradients", lambda *given: seen.append("pass") or exact(*given))
+    compiling.compile_blocks(lively("hornet_pico_7x7").train(), (2, 3, 32, 32), None, agree=bool, from_first=str, saved="1")
     own = FAST if fast_math else EXACT
-    assert seen == [EXACT, own, own] and float32_settings() == own
+    assert seen == ["pass", "pass", "pass", own, EXACT] and float32_settings() == own  # the last is of an evaluation
     assert torch.get_float32_matmul_precision() == ("high" if fast_math else "highest")

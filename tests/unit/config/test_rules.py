@@ -2,7 +2,7 @@
 import pytest
 
 from config.parse import RECIPES, parse
-from config.rules import plan_batch, resumed_schedule_notice, small_data_notice, validate_after_index
+from config.rules import plan_batch, small_data_notice, validate_after_index
 from tests.kits.errors import refused
 
 
@@ -116,10 +116,3 @@ def test_the_batch_that_is_suggested_for_small_data_is_accepted(images):
         better = plan(f"--epochs 30 {sentence[sentence.index('--global_batch'):].split(' without')[0]}", 1)
         assert validate_after_index(o, better, images) >= 10 and images % better.global_batch <= 0.1 * images
         assert small_data_notice(o, better, images) is None
-
-
-def test_a_resumed_schedule_that_moves_the_learning_rate_is_named():
-    sentence = resumed_schedule_notice(epochs=300, earlier_epochs=30, lr=4e-4, earlier_lr=2e-5)
-    assert all(word in sentence for word in ("--epochs 300", "30", "0.0004", "2e-05"))
-    assert resumed_schedule_notice(epochs=30, earlier_epochs=30, lr=4e-4, earlier_lr=4e-4) is None
-    assert resumed_schedule_notice(epochs=31, earlier_epochs=30, lr=4e-3, earlier_lr=4e-3) is None

@@ -49,7 +49,8 @@ def test_val_is_mapped_by_name_and_mismatches_are_named(tmp_path):
     assert data.class_names == ["ant", "bee", "cat"] and data.val.targets.tolist() == [0, 0, 2, 2]
     assert "val: 2 images of folders without a class are skipped" in data.notes
     assert [data.val.path(i).split("/")[-2] for i in range(4)] == ["ant", "ant", "cat", "cat"]
-    assert data.describe()["val"] == {"images": 4, "per_class": [2, 0, 2], "left_out": {}}
+    assert data.describe()["val"] == {"images": 4, "per_class": [2, 0, 2], "left_out": {}, "form": "class folders",
+                                      "order": data.val.order}
 
 
 def test_the_train_folder_decides_in_evaluation_and_a_checkpoints_list_before_it(tmp_path):

@@ -1,13 +1,13 @@
 """Class folders: complete, sorted as text, and what is no image is counted."""
 import os
 
-from datasets.folders import read
-from datasets.readers import IndexCache
+from datasets.index import IndexCache, Source
+from datasets.readers import open_reader
 from tests.kits.errors import refused
 
 
 def listed(root):
-    reader = read(str(root), IndexCache("/dev/null/none"))
+    reader = open_reader(Source.of(str(root)), IndexCache("/dev/null/none"))
     return reader, [os.path.relpath(reader.name(i), root) for i in range(len(reader))]
 
 

@@ -3,12 +3,14 @@ recognised."""
 import os
 import pickle
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from datasets import folders
-from datasets.readers import Index, IndexCache, Strings, open_reader, save_index
+from datasets.index import Index, IndexCache, Rows, Source
+from datasets.readers import open_reader
 from tests.kits.errors import refused
 
 
@@ -34,8 +36,8 @@ def names(reader):
 
 @pytest.fixture
 def scans(monkeypatch):
-    calls, scan = [], folders._scan
-    monkeypatch.setattr(folders, "_scan", lambda folder: calls.append(folder) or scan(folder))
+    calls, scan = [], folders.scan
+    monkeypatch.setattr(folders, "scan", lambda source: calls.append(source) or scan(source))
     return calls
 
 
@@ -43,21 +45,21 @@ def test_a_second_start_reads_the_cache_and_a_change_is_seen(root, scans):
     cache = IndexCache(str(root.parent / "cache"))
     (root / "a" / "words.txt").touch()
     age(root)
-    first, second = open_reader(str(root), cache), open_reader(str(root), cache)
+    first, second = open_reader(Source.of(str(root)), cache), open_reader(Source.of(str(root)), cache)
     assert len(scans) == 1 and names(first) == names(second) and np.array_equal(first.labels, second.labels)
     assert first.left_out == second.left_out == {".txt": 1}
-    open_reader(str(root), IndexCache(cache.folder, reindex=True))
+    open_reader(Source.of(str(root)), IndexCache(cache.folder, reindex=True))
     assert len(scans) == 2
     (root / "b" / "sub" / "new.jpg").touch()
-    assert len(open_reader(str(root), cache)) == 5 and len(scans) == 3
+    assert len(open_reader(Source.of(str(root)), cache)) == 5 and len(scans) == 3
     (root / "c").mkdir()
     (root / "c" / "1.jpg").touch()
-    assert open_reader(str(root), cache).classes == ["a", "b", "c"]
+    assert open_reader(Source.of(str(root)), cache).classes == ["a", "b", "c"]
 
 
 def test_a_folder_that_has_just_changed_is_not_cached(root):
     (root / "b" / "new.jpg").touch()
-    open_reader(str(root), IndexCache(str(root.parent / "cache")))
+    open_reader(Source.of(str(root)), IndexCache(str(root.parent / "cache")))
     assert not (root.parent / "cache").exists()
 
 
@@ -73,11 +75,9 @@ class Mine:
 
 def test_damaged_and_hostile_caches_are_scanned_over_and_no_pickle_is_opened(root, scans):
     cache = IndexCache(str(root.parent / "cache"))
-    expected = names(open_reader(str(root), cache))
-    file = cache.path("folders", str(root))
+    expected = names(open_reader(Source.of(str(root)), cache))
+    file = cache.path("folders", Source.of(str(root)))
     whole, rng = file.read_bytes(), np.random.default_rng(0)
-    with np.load(file) as stored:
-        arrays = dict(stored)
     for trial in range(30):
         damaged = bytearray(whole)
         if trial % 3:
@@ -85,26 +85,30 @@ def test_damaged_and_hostile_caches_are_scanned_over_and_no_pickle_is_opened(roo
         else:
             damaged = damaged[:rng.integers(len(damaged))]
         file.write_bytes(bytes(damaged))
-        assert names(open_reader(str(root), IndexCache(cache.folder, write=False))) == expected
+        assert names(open_reader(Source.of(str(root)), IndexCache(cache.folder, write=False))) == expected
     assert len(scans) > 15
-    mine = np.array([Mine(root / "executed")], dtype=object)
-    places, ends = np.zeros((4, 3), dtype=np.int64), arrays["names_ends"]
-    for change in ({"names": mine}, {"format": np.array(1)}, {"stamps": arrays["stamps"][:1]},
-                   {"labels": arrays["labels"] + 1}, {"labels": arrays["labels"] - 1}, {"labels": ends[:0]},
-                   {"labels": arrays["labels"][:3]}, {"names_ends": ends[::-1]}, {"places": places[:3]},
-                   {"places": places + 99}, {"places": places - 1}, {"places": places + (0, 0, 1)}):
-        np.savez(file, **{**arrays, **change})
+    file.write_bytes(whole)
+    index, four = Index.read(file), np.zeros(4, np.int64)
+    ends, labels = index.arrays["ends"], index.arrays["labels"]
+    places = {"containers": four, "offsets": four, "lengths": four}
+    for change in ({"root": "/elsewhere"}, {"seen": index.seen[:1]}, {"classes": ["a"]},
+                   *({"arrays": index.arrays | odd} for odd in (
+                       {"stamps": index.arrays["stamps"][:2]}, {"labels": labels + 1}, {"labels": labels - 1},
+                       {"labels": labels[:0]}, {"labels": labels[:3]}, {"ends": ends[::-1]}, {"blob": index.arrays["blob"][:5]},
+                       *(places | odd for odd in ({"containers": four[:3]}, {"containers": four + 99}, {"offsets": four - 1},
+                                                  {"offsets": four + 1}, {"lengths": four + 1}, {"lengths": four - 1}))))):
+        replace(index, **change).write(file)
         scans.clear()
-        assert names(open_reader(str(root), IndexCache(cache.folder, write=False))) == expected and scans
+        assert names(open_reader(Source.of(str(root)), IndexCache(cache.folder, write=False))) == expected and scans
     file.write_bytes(pickle.dumps(Mine(root / "executed")))
-    assert names(open_reader(str(root), cache)) == expected and not (root / "executed").exists()
+    assert names(open_reader(Source.of(str(root)), cache)) == expected and not (root / "executed").exists()
 
 
 def test_the_cache_is_never_inside_the_data_and_an_unwritable_place_is_no_error(root):
-    open_reader(str(root), IndexCache(str(root / "cache")))
+    open_reader(Source.of(str(root)), IndexCache(str(root / "cache")))
     assert not (root / "cache").exists()
     (root.parent / "file").touch()
-    assert len(open_reader(str(root), IndexCache(str(root.parent / "file" / "cache")))) == 4
+    assert len(open_reader(Source.of(str(root)), IndexCache(str(root.parent / "file" / "cache")))) == 4
 
 
 @pytest.mark.parametrize("beside, word", [
@@ -114,24 +118,34 @@ def test_a_path_without_images_is_explained_with_what_lies_there(tmp_path, besid
         (tmp_path / beside).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / beside).touch()
     with refused("missing_data", tmp_path / "x", word):
-        open_reader(str(tmp_path / "x"), IndexCache(str(tmp_path / "cache")))
-
-
-def test_strings_in_arrays_come_back_as_they_were():
-    texts = ["", "a", "ü" * 9, "caf\udce9", "x/y z.jpg", ""]
-    assert list(Strings.of(texts)) == texts and len(Strings.of([])) == 0
+        open_reader(Source.of(str(tmp_path / "x")), IndexCache(str(tmp_path / "cache")))
 
 
 def test_an_index_of_a_million_images_loads_fast_and_small(tmp_path):
     count, root = 1_280_000, tmp_path / "data"
     (root / "a").mkdir(parents=True)
     age(root)
-    cache = IndexCache(str(tmp_path / "cache"))
-    save_index(cache.path("folders", str(root)), Index.of(
-        str(root), classes=["a"], labels=[0] * count, names=[f"n01440764_{i}.JPEG" for i in range(count)],
-        seen=["", "a"], left_out={}))
+    cache, rows, source = IndexCache(str(tmp_path / "cache")), Rows(), Source.of(str(root))
+    for number in range(count):
+        rows.add("a", f"n01440764_{number}.JPEG")
+    (tmp_path / "cache").mkdir()
+    rows.index(source, "class folders", ["", "a"]).write(cache.path("folders", source))
     started = time.perf_counter()
-    loaded = open_reader(str(root), cache)
+    loaded = open_reader(source, cache)
     assert time.perf_counter() - started < 2 and len(loaded) == count
-    assert loaded.index.names.blob.nbytes + loaded.index.names.ends.nbytes + loaded.labels.nbytes < 48e6
-    assert loaded.name(count - 1).endswith("/a/n01440764_1279999.JPEG")
+    assert sum(values.nbytes for values in loaded.index.arrays.values()) < 48e6
+    assert loaded.name(count - 1).endswith("/a/n01440764_999999.JPEG")
+
+
+def test_the_order_is_by_class_stem_and_extension_and_earlier_checkpoints_keep_theirs(root):
+    for name in ("c/a.png", "c/a.jpg", "c/a-1.jpg", "c/a/0.jpg"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    cache, source = IndexCache("/dev/null/none"), Source.of(str(root))
+    now, before = open_reader(source, cache), open_reader(source, cache, "")
+    assert names(now)[4:] == ["c/a.jpg", "c/a.png", "c/a-1.jpg", "c/a/0.jpg"]
+    assert names(before)[4:] == ["c/a/0.jpg", "c/a-1.jpg", "c/a.jpg", "c/a.png"]
+    assert now.order != before.order
+    for wanted, found in ((now.order, now), (before.order, before), ("another", now), (None, now)):
+        again = open_reader(source, cache, wanted)
+        assert names(again) == names(found) and again.order == found.order

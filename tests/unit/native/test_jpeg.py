@@ -16,8 +16,8 @@ from PIL import Image
 import native
 from config.options import Options
 from datasets.dataset import ImageDataset
-from datasets.folders import read
-from datasets.readers import IndexCache
+from datasets.index import IndexCache, Source
+from datasets.readers import open_reader
 from datasets.transforms import Erasing, eval_transform, train_transform
 from native import decoder as fast
 
@@ -136,7 +136,7 @@ class PillowAlone(ImageDataset):
 
 
 def both(folder, transform, **arguments):
-    reader = read(str(folder), IndexCache(str(folder.parent / "cache")))
+    reader = open_reader(Source.of(str(folder)), IndexCache(str(folder.parent / "cache")))
     return (kind(reader, reader.labels, transform, 64, **arguments) for kind in (ImageDataset, PillowAlone))
 
 

@@ -1,7 +1,6 @@
 """Which tensors decay and how layers scale the learning rate, against the published groups."""
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -9,6 +8,7 @@ import torch
 
 import models  # noqa: F401  (registers the networks)
 from common.errors import UserError
+from config.options import Options
 from optim.build import build_optimizer
 from optim.groups import count_layers, layer_id, param_groups
 from optim.schedule import Schedule
@@ -28,6 +28,11 @@ def test_published_groups_in_published_order(case):
     ours = {name: [g["weight_decay"], g["lr_scale"]] for g in groups for name in g["names"]}
     assert ours == PUBLISHED[case]
     assert list(ours) == list(PUBLISHED[case])  # the order in which optimizer states are numbered
+    model = network(name)
+    model.freeze("stages.1-2")  # which changes nothing for the others
+    kept = {name: group["lr_scale"] for group in param_groups(model.named_parameters(), 0.05, float(decay))
+            for name in group["names"]}
+    assert kept == {name: ours[name][1] for name, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("depth,last", [(1, 4), (2, 4), (3, 5), (9, 8), (18, 12), (27, 12)])
@@ -41,15 +46,13 @@ def test_layers_of_other_depths(depth, last):
 
 
 def settings(**changes):
-    return SimpleNamespace(**{**dict(opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=1.0, opt_eps=1e-6,
-                                     opt_betas=None, momentum=0.8), **changes})
+    return Options(**{**dict(lr=1e-3, opt_eps=1e-6, momentum=0.8), **changes})
 
 
 def test_scales_reach_the_optimizer_and_end_at_zero_decay():
     model = torch.nn.Sequential(torch.nn.Linear(3, 3))
     optimizer = build_optimizer(model, settings())
-    schedule = Schedule(base_lr=1e-3, min_lr=0.0, base_weight_decay=0.05, weight_decay_end=0.0, epochs=1,
-                        updates_per_epoch=4)
+    schedule = Schedule(Options(lr=1e-3, min_lr=0.0, weight_decay_end=0.0, epochs=1, warmup_epochs=0), 4)
     for update in (0, 3, 9, 1):
         schedule.apply(optimizer, update)
         decaying, plain = optimizer.param_groups

@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from optim.ema import Ema, half_life_warning, masked_lerp_
+from config.options import Options
+from optim.ema import Ema, half_life_notice, masked_lerp_
 
 
 class Net(nn.Module):
@@ -65,7 +66,10 @@ def test_it_needs_no_gradient_and_stays_in_eval_mode():
 
 
 def test_an_average_that_cannot_follow_is_reported_with_a_decay_that_fits():
-    assert half_life_warning(0.9999, 300 * 312) is None
+    def notice(decay, updates, model_ema=True):
+        return half_life_notice(Options(epochs=1, model_ema=model_ema, model_ema_decay=decay), updates)
+
+    assert notice(0.9999, 300 * 312) is None is notice(0.9999, 40, model_ema=False)
     for updates in (40, 90, 500, 3000, 30_000):
-        decay = half_life_warning(0.9999, updates).split()[-2]
-        assert half_life_warning(float(decay), updates) is None and 0 < float(decay) < 0.9999
+        decay = float(notice(0.9999, updates).split()[-2])
+        assert notice(decay, updates) is None and 0 < decay < 0.9999

@@ -9,7 +9,7 @@ from torch import nn
 from optim.build import build_loss, build_optimizer
 from optim.ema import Ema
 from optim.groups import param_groups
-from optim.schedule import build_schedule
+from optim.schedule import Schedule
 from optim.update import Update
 from tests.kits.toy import CLASSES, SIZE, Toy, options
 
@@ -23,7 +23,7 @@ def batches(updates, update_freq):
 
 def ours(values, data):
     model = Toy()
-    update = Update(model, build_optimizer(model, values), build_schedule(values, len(data)), values,
+    update = Update(model, build_optimizer(model, values), Schedule(values, len(data)), values,
                     ema=Ema(model, 0.9))
     norms = []
     for number, micro_batches in enumerate(data):
@@ -43,7 +43,7 @@ def plainly(values, data):
     groups = param_groups(model.named_parameters(), values.weight_decay)
     plain = [{"params": g["params"], "decays": g["decays"]} for g in groups]
     optimizer = torch.optim.AdamW(plain, foreach=False)
-    schedule, norms = build_schedule(values, len(data)), []
+    schedule, norms = Schedule(values, len(data)), []
     for number, micro_batches in enumerate(data):
         for group in optimizer.param_groups:
             group["lr"] = schedule.lr(number)
@@ -83,7 +83,7 @@ def test_agc_limits_each_unit_but_not_the_head():
     model, values = Toy(), options(opt="momentum", momentum=0.0, weight_decay=0.0, weight_decay_end=0.0,
                                    lr=1.0, min_lr=1.0, warmup_steps=-1, clip_grad=0.01, clip_by="agc")
     before = copy.deepcopy(model)
-    update = Update(model, build_optimizer(model, values), build_schedule(values, 5), values)
+    update = Update(model, build_optimizer(model, values), Schedule(values, 5), values)
     with update.micro_batch(last=True):
         images, targets = batches(1, 1)[0][0]
         update.backward(1000 * nn.functional.cross_entropy(model(images), targets))

@@ -84,7 +84,7 @@ def test_paired_comparison_matches_images_by_class_folder_and_name():
     assert same.p_value == binomtest(only_first, only_first + only_second).pvalue < 1e-6
     assert same.difference == pytest.approx(difference.mean())
     assert same.margin == pytest.approx(1.96 * difference.std() / math.sqrt(2000))
-    assert same.sentence.startswith("The second is better")
-    assert compare(second, first).sentence.startswith("The first is better")
-    assert compare(first, first).sentence.startswith("The two cannot be distinguished")
+    for found in (same.sentence("old", "new"), compare(second, first).sentence("new", "old")):
+        assert found.startswith("new is better than old")
+    assert compare(first, first, 9).sentence("a", "b").startswith("a and b cannot be distinguished")
     assert compare(predictions(4), predictions(4, paths=["x/1", "x/2", "x/3", "x/4"])) is None  # other data

@@ -8,12 +8,13 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from common.errors import UserError
 from config.options import ImageSettings
 from engine import EvalResult
 from report.metrics import Predictions
-from report.page import write_report
+from report.page import write_comparison, write_report
 from report.results import Protocol, results_from, write_eval_json, write_predictions
 from tools.report import main
 
@@ -36,7 +37,7 @@ def write_lines(path, rows):
 def whole_run(folder, seed=0, lr="0.004"):
     write_lines(folder / "log.txt", [log_row(e) for e in range(300)])
     (folder / "config.yaml").write_text(f"model: 'hornet_tiny_7x7'  # flag\nlr: {lr}  # flag\nepochs: 300  # default\n")
-    (folder / "environment.json").write_text(json.dumps({"torch": "2.15.0", "world_size": 8}))
+    (folder / "environment.json").write_text(json.dumps({"torch": "2.15.0", "world_size": 8, "global_batch": 512}))
     (folder / "status.json").write_text(json.dumps({"state": "DONE"}))
     (folder / "data.json").write_text(json.dumps({
         "classes": CLASSES, "train": {"images": 900, "per_class": [500, 300, 100]},
@@ -82,10 +83,12 @@ class Checker(HTMLParser):
                          and not v.startswith("data:")]
 
 
-def page(folders, out=None):
+def page(folder, out=None):
     """The page's HTML and its text without tags, after checking that it stands alone and is well formed."""
-    path = write_report(folders, out)
-    html = path.read_text("utf-8")
+    return check(write_report(folder, out).read_text("utf-8"))
+
+
+def check(html):
     checker = Checker()
     checker.feed(html)
     assert not checker.open and not checker.outside and len(checker.ids) == len(set(checker.ids))
@@ -101,7 +104,7 @@ def rows(html):
 
 def test_a_whole_run_gives_one_page_with_every_section(tmp_path):
     folder, predictions = whole_run(tmp_path / "run <1>")
-    html, text = page([folder])
+    html, text = page(folder)
     for words in ("run &lt;1&gt;", "DONE", "59.80 % best top-1, epoch 300", "1 × save failed", "2 attempts", "2.15.0",
                   "Most confident mistakes", "900 train images, 3 classes", "train: 120 files were left out",
                   "2 unreadable files"):
@@ -118,21 +121,21 @@ def test_a_whole_run_gives_one_page_with_every_section(tmp_path):
 
 
 def test_the_best_checkpoint_comes_with_commands_that_use_it(tmp_path):
-    text = page([whole_run(tmp_path / "my run")[0]])[1]
+    text = page(whole_run(tmp_path / "my run")[0])[1]
     assert "checkpoint-best.pth : top-1 59.80 %, from epoch 300" in text
     quoted = f"&#39;{tmp_path}/my run&#39;"
     assert f"python main.py --eval true --output_dir {quoted} --report {quoted}" in text
 
 
 def test_the_difference_from_the_published_recipe_is_shown(tmp_path):
-    html, _ = page([whole_run(tmp_path / "run", lr="0.001")[0]])
+    html, _ = page(whole_run(tmp_path / "run", lr="0.001")[0])
     assert ["lr", "0.001", "flag", "0.004"] in rows(html)
 
 
 def test_log_alone_is_enough_for_curves_and_the_rest_is_named(tmp_path):
     write_lines(tmp_path / "run" / "log.txt", [log_row(e) for e in range(300)])
     for given in (tmp_path / "run", tmp_path / "run" / "log.txt"):
-        html, text = page([given], tmp_path / "page.html")
+        html, text = page(given, tmp_path / "page.html")
         assert html.count("<svg") == 6
         for name in ("eval.json", "incidents", "predictions.npz", "config.yaml", "environment.json"):
             assert f"No {name}" in text or f"No record of {name}" in text
@@ -144,7 +147,7 @@ def labels(svg):
 
 
 def test_one_epoch_has_an_axis_with_one_epoch_and_points_to_see(tmp_path):
-    html, _ = page([write_lines(tmp_path / "log.txt", [log_row(0, test_acc1=46.0)])])
+    html, _ = page(write_lines(tmp_path / "log.txt", [log_row(0, test_acc1=46.0)]))
     for svg in re.findall(r"<svg.*?</svg>", html, re.S):
         texts = labels(svg)
         assert texts[:texts.index("epoch")] == ["1"] and "<use " in svg
@@ -154,7 +157,7 @@ def test_one_epoch_has_an_axis_with_one_epoch_and_points_to_see(tmp_path):
 
 def test_a_page_is_the_same_each_time(tmp_path):
     folder = write_lines(tmp_path / "log.txt", [log_row(e) for e in range(3)])
-    assert page([folder]) == page([folder])
+    assert page(folder) == page(folder)
 
 
 def test_a_log_with_broken_lines_repeats_and_missing_numbers(tmp_path):
@@ -162,7 +165,7 @@ def test_a_log_with_broken_lines_repeats_and_missing_numbers(tmp_path):
     folder = write_lines(tmp_path / "run" / "log.txt", log)
     with open(folder / "log.txt", "a") as file:
         file.write('{"train_loss": 1.0, "epo\n\n[1, 2]\n' + json.dumps({"epoch": 3, "train_loss": None}) + "\n")
-    text = page([folder])[1]
+    text = page(folder)[1]
     assert "12.50 %" in text and "99.00 %" not in text  # the repeated epoch counts once, as it ended
 
 
@@ -170,19 +173,32 @@ def test_records_of_no_use_are_named_and_do_not_stop_the_page(tmp_path, caplog):
     folder = whole_run(tmp_path / "run")[0]
     for name in ("predictions.npz", "data.json", "config.yaml"):
         (folder / name).write_bytes(b"{broken")
-    assert "59.80 % best top-1" in page([folder])[1]
+    assert "59.80 % best top-1" in page(folder)[1]
     for name in ("predictions.npz", "data.json", "config.yaml"):
         assert name in caplog.text
 
 
-def test_two_runs_side_by_side(tmp_path):
-    for name, seed, lr in (("a", 0, "0.004"), ("b", 1, "0.002")):  # the same images
-        whole_run(tmp_path / name, seed=seed, lr=lr)
-    html, text = page([tmp_path / "a", tmp_path / "b"], tmp_path / "two.html")
-    assert "Side by side" in text and "McNemar p" in text and "a: EMA" in text and "b: EMA" in text
-    assert ["lr", "0.004", "0.002"] in rows(html)
-    (tmp_path / "b" / "predictions.npz").unlink()
-    assert "No paired test" in page([tmp_path / "a", tmp_path / "b"], tmp_path / "two.html")[1]
+def test_several_runs_are_compared_with_the_best_on_the_same_images(tmp_path, capfd):
+    hits = {}
+    for number, (name, lr) in enumerate({"a$": "0.004", "b": "0.002", "c": "0.004"}.items()):
+        hits[name] = whole_run(tmp_path / name, seed=number, lr=lr)[1].hit1
+    write_lines(tmp_path / "d" / "log.txt", [log_row(0)])
+    assert main([*(str(tmp_path / name) for name in (*hits, "d")), "--price_per_hour", "2"]) == 0
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capfd.readouterr().out.splitlines()]
+    html, text = check((tmp_path / "a$" / "comparison.html").read_text("utf-8"))
+    order = sorted(hits, key=lambda name: -hits[name].mean())
+    assert [row[0] for row in table[2:]] == [*order, "d"]
+    found = dict(zip(table[0], table[3]))
+    both = 100 * (hits[order[1]].astype(float) - hits[order[0]])
+    assert found["to the best"].startswith(f"{both.mean():+.2f} ± {1.96 * both.std() / 90 ** 0.5:.2f}")
+    # 300 epochs of a minute on 8 processes, 10 updates of 512 images
+    assert (found["hours"], found["cost"], found["images seen (M)"]) == ("5", "80", "1.531")
+    only = [(both < 0).sum(), (both > 0).sum()]
+    assert float(found["p"]) == pytest.approx(min(1, 3 * binomtest(only[0], sum(only)).pvalue), abs=5e-4)
+    assert text.count("cannot be distinguished") + text.count("is better than") == 2
+    assert ["lr", "0.004", "0.002", "0.004", "–"] in rows(html) and "a$: EMA" in text and html.count("<svg") == 7
+    assert main([str(tmp_path / "d"), "--compare"]) == 0
+    assert "No paired test" in check((tmp_path / "d" / "comparison.html").read_text("utf-8"))[1]
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty", "log.txt is a folder"])
@@ -191,7 +207,7 @@ def test_a_folder_without_a_run_is_one_sentence(tmp_path, name):
     (tmp_path / "log.txt is a folder" / "log.txt").mkdir(parents=True)
     assert main([str(tmp_path / name)]) == 2
     with pytest.raises(UserError) as error:
-        write_report([tmp_path / name])
+        write_report(tmp_path / name)
     assert error.value.code in ("missing_run", "unreadable_file") and str(tmp_path / name) in str(error.value)
 
 
@@ -199,7 +215,7 @@ def test_names_that_are_not_text_do_not_stop_the_page(tmp_path):
     folder, p = whole_run(tmp_path / "run")
     paths = np.array([f"\udcff{i}.png" for i in range(90)])
     write_predictions(folder / "predictions.npz", Predictions(paths, p.labels, p.top5, p.probabilities, p.nll, CLASSES))
-    assert "?1.png" in page([folder])[1]
+    assert "?1.png" in page(folder)[1]
 
 
 def test_a_browser_shows_the_page_and_no_label_covers_another(tmp_path):
@@ -211,7 +227,7 @@ def test_a_browser_shows_the_page_and_no_label_covers_another(tmp_path):
     whole_run(tmp_path / "a run with quite a long name, as people like them")
     write_lines(tmp_path / "one" / "log.txt", [log_row(0)])
     folders = [tmp_path / "a run with quite a long name, as people like them", tmp_path / "one"]
-    check = """<script>
+    script = """<script>
     const found = [];
     for (const svg of document.querySelectorAll("figure > svg")) {
       const boxes = [...svg.querySelectorAll("text")].map(t => [t.textContent, t.getBoundingClientRect()]);
@@ -224,9 +240,11 @@ def test_a_browser_shows_the_page_and_no_label_covers_another(tmp_path):
     }
     document.title = "overlaps: " + JSON.stringify(found);
     </script>"""
-    for chosen in (folders[:1], folders[1:], folders):
-        html, _ = page(chosen, tmp_path / "page.html")
-        (tmp_path / "checked.html").write_text(html + check)
+    for chosen in (*folders, folders):
+        if chosen is folders:
+            write_comparison(folders, tmp_path / "page.html", price_per_hour=2.5)
+        html = (tmp_path / "page.html").read_text("utf-8") if chosen is folders else page(chosen)[0]
+        (tmp_path / "checked.html").write_text(html + script)
         done = subprocess.run(
             [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
              "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from run.checkpoint import Checkpoints, Loaded, load, manifest_path, position, snapshot
-from run.state import BEST, BEST_EMA, Best
+from run.checkpoint import Checkpoints, Loaded, load, manifest, manifest_path, position, snapshot
+from run.state import BEST, BEST_EMA
 
 
 def state(n=0.0, size=1000):
@@ -172,15 +172,15 @@ def test_what_resume_names(tmp_path):
 
 
 def test_the_best_files_decide_what_is_best(tmp_path):
-    """A crash left them newer than the checkpoint, or a full disk older."""
+    """A crash left them newer than the last numbered checkpoint, or somebody removed or damaged them."""
     checkpoints = saved(tmp_path, 2)
-    checkpoints.save(state(2), epoch=2, best={BEST: 80.0})
+    checkpoints.save(state(2), epoch=2, best={BEST: 80.0, BEST_EMA: 60.0})
     checkpoints.close()
-    for before in (70.0, 90.0):
-        best = Best(before, 1, 60.0, 1)
-        best.correct(checkpoints.scores())
-        assert best == Best(80.0, 2, 60.0, 1)
-    assert best.take(2, 79.9, 60.5) == {BEST_EMA: 60.5} and best.take(3, 80.1, 59.0) == {BEST: 80.1}
+    for known in (checkpoints, again := Checkpoints(tmp_path)):
+        assert known.better({BEST: 79.9, BEST_EMA: 60.5}) == {BEST_EMA: 60.5}
+        assert known.better({BEST: 80.1, BEST_EMA: None}) == {BEST: 80.1}
+    (tmp_path / BEST).write_bytes(b"")
+    assert again.better({BEST: 1.0}) == {} and Checkpoints(tmp_path).better({BEST: 1.0}) == {BEST: 1.0}
 
 
 _replace = os.replace
@@ -195,20 +195,19 @@ def _replace_manifests_only(source, target):
 def test_a_best_that_could_not_be_saved_is_made_good_by_the_next_better_than_the_one_on_the_disk(
         tmp_path, monkeypatch):
     """The save stops between manifest and rename, as in a crash: the older file stays valid meanwhile."""
-    checkpoints, best = Checkpoints(tmp_path), Best()
-    checkpoints.save(state(0), epoch=0, best=best.take(0, 50.0))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state(0), epoch=0, best=checkpoints.better({BEST: 50.0}))
     checkpoints.close()
     for score in (70.0, 75.0):
         monkeypatch.setattr(os, "replace", _replace_manifests_only)
-        checkpoints.save(state(1), epoch=1, best=best.take(1, score))
+        checkpoints.save(state(1), epoch=1, best=checkpoints.better({BEST: score}))
         assert len(checkpoints.close()) == 2
         monkeypatch.undo()
-        assert checkpoints.scores()[BEST] == (50.0, 0) and load(tmp_path / BEST).state["epoch"] == 0
-    best.correct(checkpoints.failed_best())
-    assert best.acc1 == 50.0 and checkpoints.failed_best() == {}
-    checkpoints.save(state(2), epoch=2, best=best.take(2, 60.0))
-    assert checkpoints.close() == [] and checkpoints.scores()[BEST] == (60.0, 2)
-    assert not json.loads(manifest_path(tmp_path / BEST).read_text())["previous"]
+        assert load(tmp_path / BEST).state["epoch"] == 0 and manifest(tmp_path / BEST)["score"] == 50.0
+    assert checkpoints.better({BEST: 49.0}) == {}
+    checkpoints.save(state(2), epoch=2, best=checkpoints.better({BEST: 60.0}))
+    assert checkpoints.close() == [] and manifest(tmp_path / BEST)["score"] == 60.0
+    assert checkpoints.better({BEST: 60.0}) == {} and Checkpoints(tmp_path).better({BEST: 60.0}) == {}
 
 
 def test_resuming_from_an_older_one_sets_the_newer_aside(tmp_path, monkeypatch):

@@ -19,16 +19,19 @@ import pytest
 import main
 from common.errors import UserError
 from common.log import logger, setup_logging
+from common.outcome import Outcome
+from config.options import Options
 from engine import Progress
-from run.log import Tracked, Tracker
+from run.log import Tracker
 from tests.kits.images import write_images
 from tests.kits.runs import arguments, start
 
 
 def at(epoch=0, done=10, updates=10, **more):
     values = dict(loss=2.5, recent_loss=2.0, grad_norm=1.0, lr=4e-3, min_lr=1e-3, weight_decay=0.05,
-                  images_per_second=123.4, data_wait=0.02, seconds=float(done))
-    return Progress(epoch, epoch * updates, epoch * updates + done, **values | more)
+                  images_per_second=123.4, data_wait=0.02, seconds=float(done), class_acc=None, nonfinite=0,
+                  outcome=Outcome.DONE, sums=[], epoch=epoch, first_update=epoch * updates)
+    return Progress(next_update=epoch * updates + done, **values | more)
 
 
 @pytest.fixture
@@ -45,7 +48,9 @@ def logged():
 
 
 def tracker(folder, updates_per_epoch=10, **more):
-    return Tracker(folder, epochs=4, updates_per_epoch=updates_per_epoch, n_parameters=99, **{"terminal": False, **more})
+    terminal = more.pop("terminal", False)
+    return Tracker(folder, Options(epochs=4, **more), updates_per_epoch=updates_per_epoch, n_parameters=99,
+                   terminal=terminal)
 
 
 def log(folder):
@@ -166,7 +171,7 @@ def test_a_training_on_a_terminal_shows_each_epoch_from_its_start_to_its_end_onc
     for epoch in ("epoch 1/2", "epoch 2/2"):
         bars = [int(line.split("%")[0].split()[-1]) for line in lines if line.startswith(epoch) and "%|" in line]
         assert bars == sorted(bars) and bars[0] == 0 and bars[-1] == 100
-    assert any("unreadable" in line or "could not be read" in line for line in lines)
+    assert any("cannot be read" in line for line in lines)
 
 
 def test_the_setup_is_written(tmp_path):
@@ -216,7 +221,7 @@ def test_wandb_gets_figures_and_at_the_end_the_best_and_the_last_checkpoint(flag
 def test_trackio_keeps_the_figures_offline_and_standard_output_stays_for_results(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
     pytest.importorskip("trackio")
-    t = tracker(None, tracked=Tracked("trackio", "hornet", "first", {"lr": 0.004}, checkpoints=True))
+    t = tracker(None, track="trackio", exp_name="first", wandb_ckpt=True)
     t.end_epoch(at(0), {"test_acc1": 81.25}, 1.0)
     (tmp_path / "checkpoint-0.pth").write_bytes(b"weights")
     t.log_checkpoint(tmp_path / "checkpoint-0.pth")
@@ -230,7 +235,7 @@ def test_trackio_keeps_the_figures_offline_and_standard_output_stays_for_results
 
 def test_a_missing_package_is_one_line(logged, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    t = tracker(None, tracked=Tracked("wandb", "hornet", "default", {}))
+    t = tracker(None, enable_wandb=True)
     t.end_epoch(at(0), {}, 1.0)
     assert len([line for line in logged if "pip install wandb" in line]) == 1
     t.close()

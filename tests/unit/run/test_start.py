@@ -2,6 +2,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from common.errors import UserError
 from run.start import check_writable, process_problems
@@ -11,7 +12,7 @@ def test_processes_must_agree():
     """Rank 0 of two processes, the other being as `change` says."""
     def problems(**change):
         return process_problems(SimpleNamespace(
-            node_name="one", all_gather_object=lambda mine: [mine, ("two", mine[1] | change)]))
+            node_name="one", device=torch.device("cpu"), all_gather_object=lambda mine: [mine, ("two", mine[1] | change)]))
     assert problems() == []
     (old,) = problems(timm="0.4")
     assert old.startswith("timm is ") and "0.4 on rank 1 (two)" in old

@@ -27,8 +27,8 @@ def test_stored_files_of_every_format_stay_readable():
         assert state["args"]["model"] == "hornet_tiny_7x7" and state["epoch"] == 3
         assert state["optimizer"]["param_groups"][0]["lr"] == 1e-3
         assert set(TABLE) <= set(state)
-    assert published["format"] == 1 and published["best"] is None and published["update"] is None
-    assert own["format"] == 2 and own["update"] == 40 and own["best"]["acc1"] == 71.5
+    assert published["format"] == 1 and published["update"] is None
+    assert own["format"] == 2 and own["update"] == 40
     assert upgrade({**GOOD, "format": 2, "pictures": 7}, "")["images"] == 7
 
 
@@ -45,10 +45,9 @@ def test_published_best_files_and_odd_files(tmp_path):
 
 @pytest.mark.parametrize("name, value", [
     ("model", [1]), ("model_ema", [1]), ("model_ema", {"w": 1}), ("optimizer", {}), ("epoch", -2),
-    ("update", "x"), ("scaler", {"scale": "x"}), ("policy", {"row": None}), ("policy", {"row": -1}), ("best", {"acc1": "x"}),
+    ("update", "x"), ("scaler", {"scale": "x"}), ("policy", {"row": None}), ("policy", {"row": -1}),
     ("sums", [None, "x"]), ("images", 0), ("classes", [1]), ("args", []), ("code_paths", {"a": 1}),
-    ("threads", -1),
-    ("version", 3), ("global_batch", 0)])
+    ("threads", -1), ("kernels", 1), ("order", 2), ("version", 3), ("global_batch", 0)])
 def test_an_odd_entry_is_refused_by_name(name, value):
     check_resumable(GOOD, "c.pth")
     with pytest.raises(UserError, match=f"entry {name} ") as caught:

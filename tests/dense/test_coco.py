@@ -1,0 +1,164 @@
+"""COCO's layout: figures of average precision, the training and test pipelines, mistakes in annotation files."""
+import copy
+import json
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.errors import UserError
+from dense import coco
+from dense.coco_images import Scales, test_transform, train_transform
+from dense.detector_losses import padded
+from dense.pixels import normalised
+from tests.kits.dense import DENSE, dense_boxes, dense_masks, given, stored
+
+test_transform.__test__ = False
+
+
+@pytest.fixture(params=["faster_coco_eval", "pycocotools"])
+def library(request, monkeypatch):
+    """Either library, the other one not installed."""
+    pytest.importorskip(request.param)
+    coco.coco_tools.cache_clear()
+    if request.param == "pycocotools":
+        monkeypatch.setitem(__import__("sys").modules, "faster_coco_eval", None)
+    yield request.param
+    coco.coco_tools.cache_clear()
+
+
+def test_average_precision(library):
+    expected = stored("metrics/coco_expected.json")
+    figures = coco.average_precision(str(DENSE / "metrics" / "coco_annotations.json"),
+                                     stored("metrics/coco_results.json"))
+    for kind in ("bbox", "segm"):
+        each = figures[kind].pop("per_category")
+        assert figures[kind] == pytest.approx(expected[kind], abs=1e-9)
+        if kind == "bbox":
+            assert {str(number): value for number, value in each.items()} == pytest.approx(
+                expected["bbox_per_category"], abs=1e-9)
+    assert coco.coco_tools()[0].__module__.split(".")[0] == library
+
+
+class Scripted:
+    """Gives the stored draws in their order."""
+
+    def __init__(self, *values: int):
+        self.values = list(values)
+
+    def integers(self, low: int, high: int) -> int:
+        value = self.values.pop(0)
+        assert low <= value < high
+        return value
+
+
+def network_input(image: np.ndarray) -> np.ndarray:
+    """Normalised and padded, (3, H, W)."""
+    size = image.shape[:2]
+    canvas = np.zeros((1, *padded(size), 3), dtype=np.uint8)
+    canvas[0, :size[0], :size[1]] = image
+    return normalised(torch.from_numpy(canvas), torch.tensor([size]))[0].numpy().astype(np.float64)
+
+
+def check_image(x: np.ndarray, expected: dict) -> None:
+    assert list(x.shape) == expected["shape"]
+    assert x.mean(axis=(1, 2)) == pytest.approx(expected["mean"], abs=1e-5)
+    assert np.sqrt((x ** 2).sum(axis=(1, 2))) == pytest.approx(expected["norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("case", stored("pipelines/det_train.json"), ids=["whole", "cropped"])
+def test_training_pipeline(case):
+    image = given(case["picture"]).numpy()
+    height, width = image.shape[:2]
+    boxes = dense_boxes(6, height, width, seed=int(case["boxes"].split("seed=")[1].split(")")[0]))
+    objects = coco.Objects(boxes, np.arange(6), dense_masks(boxes, height, width))
+    scales = Scales()
+    if case["crop_hw"] is None:
+        draws = [case["flip"], 0, scales.train.index(case["first_resize"][0])]
+    else:
+        draws = [case["flip"], 1, scales.before_crop.index(case["first_resize"][0]), *case["crop_hw"],
+                 *case["crop_offset_yx"], scales.train.index(case["second_resize"][0])]
+    image, found = train_transform(image, objects, Scripted(*map(int, draws)), scales)
+    assert list(image.shape[:2]) == case["img_shape"] and list(padded(image.shape[:2])) == case["pad_shape"]
+    np.testing.assert_allclose(found.boxes, case["out_boxes"], rtol=1e-5, atol=1e-3)
+    assert found.labels.tolist() == case["out_labels"]
+    assert found.masks.sum(axis=(1, 2)).tolist() == case["mask_areas"]
+    check_image(network_input(image), case["image"])
+
+
+@pytest.mark.parametrize("key", [key for key in stored("pipelines/test_transform.json") if key.startswith("det")])
+def test_evaluation_pipeline(key):
+    expected = stored("pipelines/test_transform.json")[key]
+    *_, index, size = key.split("|")
+    image = test_transform(given(f"parity_image({index}, {size.replace('x', ', ')})").numpy(), Scales())
+    assert list(image.shape[:2]) == expected["img_shape"]
+    assert zlib.crc32(np.ascontiguousarray(image).tobytes()) == expected["resized_rgb_crc32"]
+    check_image(network_input(image), expected)
+
+
+CONTENT = {
+    "images": [{"id": 7, "file_name": "a.png", "height": 48, "width": 64},
+               {"id": 8, "file_name": "b.png", "height": 48, "width": 64}],
+    "categories": [{"id": 3, "name": "disc"}, {"id": 1, "name": "box"}],
+    "annotations": [
+        {"id": 1, "image_id": 7, "category_id": 3, "bbox": [4, 5, 20, 10], "area": 200, "iscrowd": 0,
+         "segmentation": [[4, 5, 24, 5, 24, 15, 4, 15]]},
+        {"id": 2, "image_id": 7, "category_id": 1, "bbox": [0, 0, 9, 9], "area": 81, "iscrowd": 1,
+         "segmentation": {"size": [48, 64], "counts": [0, 9, 3063]}}]}
+
+
+def write(folder, content=CONTENT, images=("a.png", "b.png")) -> None:
+    (folder / "annotations").mkdir()
+    (folder / "val").mkdir()
+    text = content if isinstance(content, str) else json.dumps(content)
+    (folder / "annotations" / "instances_val.json").write_text(text)
+    for name in images:
+        Image.fromarray(np.zeros((48, 64, 3), dtype=np.uint8)).save(folder / "val" / name)
+
+
+def test_objects_of_an_annotation_file(tmp_path):
+    write(tmp_path)
+    found = coco.read_coco(str(tmp_path), "val", train=True)
+    assert found.class_names == ["box", "disc"] and len(found.photos) == 1
+    assert len(found.left_out) == 2 and "1 image" in found.left_out[0] and "1 annotation" in found.left_out[1]
+    objects = found.objects(0)
+    assert objects.boxes.tolist() == [[4, 5, 24, 15]] and objects.labels.tolist() == [1]
+    assert objects.masks.shape == (1, 48, 64) and objects.masks.sum() == 200
+    assert len(coco.read_coco(str(tmp_path), "val", train=False).photos) == 2
+    codes = coco.encoded(objects.masks.astype(bool))
+    assert json.dumps(codes) and (coco.decoded(codes[0], (48, 64)) == objects.masks[0]).all()
+
+
+def changed(part: str, row: int, **values) -> dict:
+    content = copy.deepcopy(CONTENT)
+    content[part][row] |= values
+    return content
+
+
+@pytest.mark.parametrize("content, code, names", [
+    (json.dumps(CONTENT)[:200], "broken_annotations", "instances_val.json"),
+    ("[1, 2]", "broken_annotations", "instances_val.json"),
+    ({"images": [], "categories": []}, "broken_annotations", "annotations"),
+    ({**CONTENT, "images": [{"id": 7, "file_name": "a.png"}]}, "broken_annotations", "height"),
+    (changed("annotations", 0, category_id=99), "unknown_category", "99"),
+    (changed("annotations", 0, image_id=99), "broken_annotations", "image 99"),
+    (changed("annotations", 0, bbox=[70, 5, 20, 10]), "box_outside", "[70, 5, 20, 10]"),
+    (changed("annotations", 0, bbox=[1, 2, float("nan"), 4]), "broken_annotations", "nan"),
+    (changed("images", 1, file_name="c.png"), "missing_data", "c.png"),
+    ({**CONTENT, "categories": []}, "broken_annotations", "categories"),
+    (changed("categories", 0, id=1), "broken_annotations", "categories"),
+    ({**CONTENT, "annotations": []}, "empty_data", "annotations"),
+], ids=lambda value: value if isinstance(value, str) and len(value) < 30 else "")
+def test_mistakes_are_one_sentence(tmp_path, content, code, names):
+    write(tmp_path, content)
+    with pytest.raises(UserError, match=".") as error:
+        coco.read_coco(str(tmp_path), "val", train=True)
+    assert error.value.code == code and names in str(error.value)
+
+
+def test_a_missing_annotation_file(tmp_path):
+    with pytest.raises(UserError) as error:
+        coco.read_coco(str(tmp_path), "train2017", train=True)
+    assert error.value.code == "missing_data" and "instances_train2017.json" in str(error.value)
