@@ -7,11 +7,8 @@ pass. "now": FOLDER keeps the last "phase update pid" of each rank in FOLDER/now
 the weights and their average after each update in FOLDER/RANK-UPDATE.pth; "batches": FOLDER appends a line
 "update position hash" for each image as the network gets it. "brake": FILE makes updates slow while it exists.
 """
-<<<<<<< HEAD
 import hashlib
-=======
 import importlib
->>>>>>> main
 import json
 import os
 import signal
