@@ -43,9 +43,9 @@ def logged(monkeypatch, caplog):
 
 
 def tracker(folder, updates_per_epoch=10, **more):
-    terminal = more.pop("terminal", False)
+    terminal, peak_rate = more.pop("terminal", False), more.pop("peak_rate", None)
     return Tracker(folder, Options(epochs=4, **more), updates_per_epoch=updates_per_epoch, n_parameters=99,
-                   terminal=terminal)
+                   terminal=terminal, peak_rate=peak_rate)
 
 
 def log(folder):
@@ -79,6 +79,16 @@ def test_an_epoch_has_the_published_keys(tmp_path, logged):
     t.end_epoch(at(1, loss=math.nan, grad_norm=math.inf), {}, 1.0)  # JSON has no such numbers
     assert log(tmp_path)[1]["train_loss"] is None and log(tmp_path)[1]["train_grad_norm"] is None
     assert "train loss nan" in logged.messages[-1]
+
+
+def test_shares_of_the_time_and_of_the_peak_where_it_is_known(tmp_path, logged):
+    t = tracker(tmp_path, peak_rate=246.8)
+    t.end_epoch(at(0, shares={"forward": 0.25, "other": 0.5}), {}, seconds=61.0)
+    t.progress(at(1, done=5))
+    t.close()
+    line, = log(tmp_path)
+    assert (line["train_mfu"], line["train_forward_share"], line["train_other_share"]) == (0.5, 0.25, 0.5)
+    assert "123.4 img/s  MFU 50 %  data wait" in logged[-1]
 
 
 def test_each_epoch_stands_once_after_a_crash_and_a_resume(tmp_path):
