@@ -55,16 +55,16 @@ def classes_of(folders: list[str], nb_classes: int | None, *, imagenet_layout: b
 def _numbered(folders: list[str], strict: bool) -> list[str]:
     """Folders 0, 1, …, 10 sorted as text put folder 10 at index 2: explained, refused where that decides a
     result."""
-    if not all(name.isascii() and name.isdigit() for name in folders) or folders == sorted(folders, key=int):
+    numbers = all(name.isascii() and name.isdigit() for name in folders)
+    pairs = zip(folders, sorted(folders, key=int)) if numbers else ()
+    at = next((i for i, (folder, by_number) in enumerate(pairs) if folder != by_number), None)
+    if at is None:
         return []
-    by_number = sorted(folders, key=int)
-    at = next(i for i, folder in enumerate(folders) if folder != by_number[i])
     sentence = f"class folders are numbers and sort as text, so folder '{folders[at]}' is class {at}"
     if strict:
         raise UserError(f"The {sentence}, and the checkpoint names no classes to compare with; rename the "
                         "folders with leading zeros or to synsets, or accept this order with "
-                        "--allow_class_mismatch true.",
-                        code="unexpected_classes")
+                        "--allow_class_mismatch true.", code="unexpected_classes")
     return [sentence + "; the class names are kept in the checkpoint, and evaluation goes by them"]
 
 
@@ -108,10 +108,10 @@ def read_val_labels(path: str, file_names: list[str]) -> list[str]:
     if rows and all(len(row) == 1 and row[0].strip().isdigit() for row in rows):
         return _devkit_labels(Path(path), [int(row[0]) for row in rows], file_names)
     labelled = [(Path(row[0].strip()).name, row[1].split()[0]) for row in rows if row[1:] and row[1].strip()]
-    lines = Counter(Path(name).stem for name, _ in labelled)
-    files = Counter(Path(name).stem for name in file_names)
+    stems, files = (Counter(Path(name).stem for name in names) for names in (
+        [name for name, _ in labelled], file_names))
     twice = [name for name, number in Counter(name for name, _ in labelled).items()
-             if number > 1 or lines[Path(name).stem] > max(1, files[Path(name).stem])]
+             if number > 1 or stems[Path(name).stem] > max(1, files[Path(name).stem])]
     if twice:
         raise UserError(f"--val_labels {path} names {printable(twice[0])} twice; each image needs one line "
                         "`file name,synset`.", code="invalid_labels")

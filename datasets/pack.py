@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 from urllib.parse import quote
 
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common.errors import UserError
@@ -149,11 +149,9 @@ def _quoted(name: str, always: bool = False) -> str:
 
 
 def _smaller(data: bytes, side: int) -> bytes:
-    image = decode(data)
-    width, height = image.size
-    if min(width, height) <= side:
+    image, buffer = decode(data), io.BytesIO()
+    if min(image.size) <= side:
         return data
-    factor, buffer = side / min(width, height), io.BytesIO()
-    size = (max(side, round(width * factor)), max(side, round(height * factor)))
-    image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95, subsampling=0)
+    image = ImageOps.scale(image, side / min(image.size), Image.Resampling.BICUBIC)
+    image.save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()

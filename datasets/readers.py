@@ -19,7 +19,7 @@ from datasets.images import LARGEST_FILE, MAY_PASS, BadImage, is_image, read_fil
 from datasets.index import Index, IndexCache, Source, visible
 
 # Modules of this package; the first that recognises a source reads it.
-FORMS = ("originals", "webdataset", "tars", "parquet", "folders")
+FORMS = ("webdataset", "tars", "parquet", "folders")
 # Names of a split's folder, or words in the names of its files, in the order in which they are looked for.
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
 _CONTAINERS = (".tar", ".parquet")

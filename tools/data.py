@@ -33,36 +33,37 @@ def describe(part: str, reader: Reader, sampled: int) -> list[str]:
     started = time.perf_counter()
     found = [sentence for image in chosen if (sentence := problem(reader, image))]
     speed = len(chosen) / (time.perf_counter() - started)
-    left_out = ", ".join(f"{count} {printable(kind)}" for kind, count in reader.left_out.items())
-    return [f"{part}: {len(reader):,} images in {plural(len(reader.classes), 'class')}, {reader.form}, order "
-            f"{reader.order[:8]}",
-            f"  {printable(reader.root)}; {counts.min():,} to {counts.max():,} images per class",
-            *([f"  skipped, not images: {left_out}"] if left_out else []),
-            f"  {speed:.0f} images/s read and decoded by one core, {len(found)} of a sample of {len(chosen)} "
+    left_out = ", ".join(f"{count} {printable(kind)}" for kind, count in reader.left_out.items()) or "nothing"
+    return [f"{part}: {len(reader):,} images in {plural(len(reader.classes), 'class')} ({counts.min():,} to "
+            f"{counts.max():,} each), {reader.form}, order {reader.order[:8]}, in {printable(reader.root)}",
+            f"  skipped, not images: {left_out}",
+            f"  {speed:.0f} images/s read and decoded by one core; {len(found)} of a sample of {len(chosen)} "
             "unreadable", *(f"  {sentence}" for sentence in found[:3])]
+
+
+def check(part: str, reader: Reader) -> int:
+    """Decode all images and log what is unreadable; how many are."""
+    problems = in_threads(reader, lambda image: problem(reader, image), f"check {part}")
+    found = [logger.error("%s", sentence) for _, sentence in problems if sentence]
+    sys.stdout.write(f"{part}: {len(reader):,} images, {len(found)} unreadable\n")
+    return len(found)
 
 
 def run(args: argparse.Namespace) -> int:
     cache = IndexCache(args.index_cache)
-    if args.command == "pack" and (not args.target or args.tar_gb <= 0 or args.resize < 0):
-        raise UserError("pack takes a FOLDER for the tars, and sizes above 0.", code="missing_option")
-    if args.command == "pack":
-        size = int(args.tar_gb * 1e9)
-        lines = pack(args.path, args.target, tar_bytes=size, resize=args.resize, cache=cache)
-    elif args.command == "info":
+    if args.command == "check":
+        broken = sum([check(part, reader) for part, reader in splits_in(args.path, cache).items()])
+        return ExitCode.FAILED if broken else ExitCode.DONE
+    if args.command == "info":
         lines = [line for part, reader in splits_in(args.path, cache).items()
                  for line in describe(part, reader, args.sample)]
+    elif args.target and args.tar_gb > 0 and args.resize >= 0:
+        size = int(args.tar_gb * 1e9)
+        lines = pack(args.path, args.target, tar_bytes=size, resize=args.resize, cache=cache)
     else:
-        lines, broken = [], 0
-        for part, reader in splits_in(args.path, cache).items():
-            for _, sentence in in_threads(reader, lambda image: problem(reader, image), f"check {part}"):
-                if sentence:
-                    broken += 1
-                    logger.error("%s", sentence)
-            lines.append(f"{part}: {len(reader):,} images checked")
-        lines.append(f"{plural(broken, 'unreadable image')}")
+        raise UserError("pack takes a FOLDER for the tars, and sizes above 0.", code="missing_option")
     sys.stdout.write("".join(f"{line}\n" for line in lines))
-    return ExitCode.FAILED if args.command == "check" and broken else ExitCode.DONE
+    return ExitCode.DONE
 
 
 def arguments() -> argparse.ArgumentParser:
