@@ -23,13 +23,14 @@ _LARGEST = 1 << 20  # bytes of a .cls or .json member
 
 
 def recognise(source: Source) -> bool:
-    """Tars whose first members have labels among them."""
+    """Tars whose first members have an image with a label beside it among them."""
     try:
-        first = [member.name for tar in source.ending(".tar")[:1]
+        first = [member.name.rpartition(".") for tar in source.ending(".tar")[:1]
                  for _, member in islice(members(os.path.join(source.root, tar)), 12)]
     except UserError:  # whichever form it is, reading it will say why
         return False
-    return any(name.endswith((".cls", ".json")) for name in first)
+    images = {key for key, _, kind in first if is_image(f"x.{kind}")}
+    return any(kind in ("cls", "json") and key in images for key, _, kind in first)
 
 
 def scan(source: Source) -> Index:
