@@ -55,7 +55,7 @@ def _scan_val(source: Source, rows: Rows) -> Index:
     given = [_DEVKIT] if _DEVKIT in source.files else []
     synsets = _devkit(os.path.join(source.root, _DEVKIT)) if given else [""] * len(found)
     if len(synsets) != len(found):
-        raise UserError(f"{source.root}: {_DEVKIT} has {len(synsets)} labels and {_VAL} {len(found)} images; "
+        raise UserError(f"{source.root}: {len(synsets)} labels in {_DEVKIT}, {len(found)} images in {_VAL}; "
                         "download them again.", code="invalid_labels")
     for synset, (name, offset, size) in zip(synsets, sorted(found)):
         rows.add(synset, name, 0, offset, size)
