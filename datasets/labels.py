@@ -81,8 +81,8 @@ def map_folders(found: list[str], names: list[str], *, partial: bool, allow_mism
     if not (mapped >= 0).any():
         raise UserError(f"None of the {len(found)} class {noun}s in {what} ({_some(found)}) is one of the "
                         f"{len(names)} classes ({_some(names)}); check the path.", code="unexpected_classes")
-    problems = ([f"has {noun}s of no known class: {_some(extra)}"] if extra else []) + (
-        [f"has no {noun} for {_some(missing)}"] if missing and not partial else [])
+    problems = [f"has {noun}s of no known class: {_some(extra)}"] * bool(extra)
+    problems += [f"has no {noun} for {_some(missing)}"] * bool(missing and not partial)
     if problems and not allow_mismatch:
         raise UserError(f"{what[:1].upper()}{what[1:]} {' and '.join(problems)}; fix the {noun}s, or use the "
                         "common classes alone with --allow_class_mismatch true.", code="unexpected_classes")
