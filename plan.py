@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import engine
 import models  # noqa: F401  registers the architectures with timm
 import native
-from common.devices import set_float32
+from common.devices import dense_peak, set_float32
 from common.log import logger
 from common.random import key
 from common.safe_load import safe_torch_load
@@ -27,6 +27,7 @@ from launch.process import Process
 from models.compile import compile_blocks
 from models.download import fetch_published
 from models.hornet import HorNet
+from models.inspect import complexity
 from models.trained import locate
 from models.weights import load_for_model
 from optim.build import build_loss, build_optimizer
@@ -106,6 +107,17 @@ def set_numerics(options: Options) -> None:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     set_float32(options.fast_math)
+
+
+def rate_at_peak(model: nn.Module, options: Options, process: Process) -> float | None:
+    """Images per second of all processes if their devices computed at their peak; None where it is not known.
+    """
+    if not isinstance(model, HorNet) or process.device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(process.device)
+    peak = dense_peak(name, amp_dtype(options), options.fast_math)
+    # A multiply-add is two operations, and a backward pass twice a forward pass.
+    return peak and process.world_size * peak / (6 * complexity(model, options.input_size).flops)
 
 
 def load_start_weights(model: HorNet, options: Options, data: Data, process: Process) -> None:

@@ -24,13 +24,25 @@ from launch.watchdog import Watchdog
 from optim.ema import Ema
 from optim.finite import FiniteWatch
 from optim.update import Update, UpdateStats
-from plan import Classification, Plan, compiled, find_data, plan_run, resumed_schedule_notice, set_numerics
+from plan import (
+    Classification,
+    Plan,
+    compiled,
+    find_data,
+    plan_run,
+    rate_at_peak,
+    resumed_schedule_notice,
+    set_numerics,
+)
 from report.page import write_report
 from run.checkpoint import Checkpoints, Loaded, open_folder, state_bytes
 from run.folder import RunFolder
 from run.log import Tracker
 from run.start import code_version, kernels, process_problems
 from run.state import BEST, BEST_EMA, Parts, Position, Setup, State, collect, finished, restore
+
+FindData = Callable[[Options, Process, State], Data]
+MakeTask = Callable[[Plan, Process, State | None], engine.Task]
 
 
 class Trainer(engine.Observer):
@@ -63,7 +75,8 @@ class Trainer(engine.Observer):
         self.ema = Ema(self.model, options.model_ema_decay, average_on) if options.model_ema else None
         self.tracker = Tracker(
             folder, options, updates_per_epoch=updates, main=process.is_main,
-            n_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad))
+            n_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            peak_rate=rate_at_peak(self.model, options, process))
         wrapped = process.wrap(self.model)
         update = Update(wrapped, task.optimizer, task.schedule, options, ema=self.ema,
                         agree=lambda flags: process.all_reduce_(flags, "min"))
@@ -272,8 +285,7 @@ class Trainer(engine.Observer):
 # ----------------------------------------------------------------------------------------- the command
 
 def train(resolved: Resolved, process: Process, watchdog: Watchdog, *,
-          data: Callable[[Options, Process, State], Data] = find_data,
-          task: Callable[[Plan, Process, State | None], engine.Task] = Classification,
+          data: FindData = find_data, task: MakeTask = Classification,
           evaluate: Callable[[Resolved, Process, Watchdog], ExitCode] = evaluate_checkpoints) -> ExitCode:
     """Train as `resolved` says, or resume the run in its folder; returns the exit code.
 

@@ -4,6 +4,8 @@ place.
 The number of kernels does not depend on the number of images: what differs between them (places, boxes,
 shares) is drawn on the host and becomes tensors.
 """
+from contextlib import nullcontext
+
 import numpy as np
 import torch
 from timm.data.mixup import Mixup, cutmix_bbox_and_lam
@@ -19,37 +21,30 @@ GROUP = 64  # consecutive positions of an epoch that share one choice of mixing
 Choice = tuple[float, tuple[int, ...] | None]  # share of the own image; CutMix' top, bottom, left, right
 
 
-class Upload:
-    """Tensors from the host to `device`, on CUDA by a stream of its own: the copy runs while what was given
-    to the device before is still computed, and the host waits for neither."""
-
-    def __init__(self, device: torch.device | str):
-        self.device = torch.device(device)
-        self.stream = torch.Stream(self.device) if asynchronous(self.device) else None
-
-    def __call__(self, *tensors: Tensor) -> list[Tensor]:
-        if self.stream is None:
-            return [to_device(tensor, self.device) for tensor in tensors]
-        with self.stream:
-            copies = [to_device(tensor, self.device) for tensor in tensors]
-        current = torch.accelerator.current_stream(self.device)
-        current.wait_stream(self.stream)
-        for copy in copies:
-            copy.record_stream(current)  # its memory is not reused before `current` is done with it
-        return copies
-
-
 class Normalise:
-    """uint8 NHWC pixels → float32 NHWC, with the operations of ToTensor and Normalize in their order."""
+    """uint8 NHWC pixels of the host → float32 NHWC on `device`, with the operations of ToTensor and Normalize
+    in their order.
+
+    On CUDA they are copied by a stream of their own: the copy runs while what was given to the device before
+    is still computed, and the host waits for neither.
+    """
 
     def __init__(self, settings: ImageSettings, device: torch.device | str):
+        self.device = torch.device(device)
+        self._stream = torch.Stream(self.device) if asynchronous(self.device) else None
         # Tensors on the device: PyTorch divides by a plain number on a GPU as a product with its inverse.
         self._values = [torch.tensor(values, device=device)
                         for values in ((255.0, 255.0, 255.0), settings.mean, settings.std)]
         self._rows: list[Tensor] = []
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 → (B, H, W, 3) float32 on the same device."""
+        """(B, H, W, 3) uint8 → (B, H, W, 3) float32."""
+        with self._stream or nullcontext():
+            pixels = pixels.to(self.device, non_blocking=True)
+        if self._stream is not None:
+            current = torch.accelerator.current_stream(self.device)
+            current.wait_stream(self._stream)
+            pixels.record_stream(current)  # its memory is not reused before `current` is done with it
         # Rows of W x 3 values keep the inner loops long; a mean of three values would make them three long.
         if not self._rows or len(self._rows[0]) != 3 * pixels.shape[2]:
             self._rows = [values.repeat(pixels.shape[2]) for values in self._values]
@@ -65,14 +60,14 @@ class TrainPrepare:
     """
 
     def __init__(self, options: Options, num_classes: int, device: torch.device | str):
-        self.upload, self.normalise = Upload(device), Normalise(ImageSettings.of(options), device)
+        self.device, self.normalise = torch.device(device), Normalise(ImageSettings.of(options), device)
         self.mixup = GroupMixup(options, num_classes) if mixes(options) else None
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        pixels, targets, *erased = self.upload(batch.images, batch.targets, *batch.erased)
-        images = self.normalise(pixels)
-        if erased:
-            images.view(-1, 3).index_copy_(0, *erased)
+        images, targets = self.normalise(batch.images), to_device(batch.targets, self.device)
+        if batch.erased:
+            places, fills = (to_device(tensor, self.device) for tensor in batch.erased)
+            images.view(-1, 3).index_copy_(0, places, fills)
         if self.mixup is not None:
             images, targets = self.mixup(images, targets, batch.epoch, batch.positions.numpy())
         return images.permute(0, 3, 1, 2), targets
@@ -87,11 +82,10 @@ class EvalPrepare:
     """
 
     def __init__(self, options: Options, device: torch.device | str):
-        self.upload, self.normalise = Upload(device), Normalise(ImageSettings.of(options), device)
+        self.device, self.normalise = torch.device(device), Normalise(ImageSettings.of(options), device)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        pixels, targets = self.upload(batch.images, batch.targets)
-        return self.normalise(pixels).permute(0, 3, 1, 2), targets
+        return self.normalise(batch.images).permute(0, 3, 1, 2), to_device(batch.targets, self.device)
 
 
 class GroupMixup:

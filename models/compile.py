@@ -91,8 +91,9 @@ def compiled_runner(number: int) -> Callable:
     def run(block: Block, x: Tensor, keep: Tensor | None) -> Tensor:
         if block not in inner:
             inner[block] = [*block.modules()][1:]
-        # Compiled code would not call hooks.
-        if torch.compiler.is_compiling() or any(m._forward_hooks for m in inner[block]):
+        # Compiled code would not call hooks, and nothing within it is seen by a counter.
+        if (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+                or any(m._forward_hooks for m in inner[block])):
             return NotImplemented
         if block.gamma1 is not None:  # the first block of a stage may get a narrower type than the others
             x = x.to(torch.promote_types(x.dtype, block.gamma1.dtype))

@@ -14,7 +14,6 @@ from dense.detection_evaluation import load_detector
 from dense.detection_options import DetectionOptions
 from dense.detection_task import build_detector, find_data
 from dense.detector import Detector
-from dense.optim import DenseSchedule, scale_by_depth
 from dense.zoo import DETECTORS
 from tests.kits.dense import dense_state
 from tests.kits.errors import refused

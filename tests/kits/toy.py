@@ -53,7 +53,7 @@ class Toy(nn.Module):
 class Alone:
     """A process without peers."""
 
-    rank, world_size = 0, 1
+    rank, world_size, device = 0, 1, torch.device("cpu")
 
     def all_reduce_(self, tensor, op="sum"):
         return tensor

@@ -135,7 +135,7 @@ def observe(state, images, process, folder, caplog):
     line = read_json_lines(folder / "run" / "log.txt")[-1]
     return seen | {
         "state": {name: plain(part.state_dict()) for name, part in run.parts.items()},
-        "log": {name: value for name, value in line.items() if name not in TIMES},
+        "log": {name: value for name, value in line.items() if name not in TIMES and not name.endswith("_share")},
         "events": [event["message"] for event in read_json_lines(folder / "run" / "events.jsonl")],
         "notices": [any(words in record.getMessage() for record in caplog.records)
                     for words in (code_version(), "another machine")]}

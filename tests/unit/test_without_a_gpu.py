@@ -23,7 +23,7 @@ from models.dft import use_matrix_filter
 from models.zoo import MODEL_NAMES
 from optim.build import build_loss, build_optimizer
 from optim.ema import Ema
-from optim.schedule import build_schedule
+from optim.schedule import Schedule
 from optim.update import Update
 from tests.kits.devices import HostWaits, Launches, NoHostReads, fake_cuda, to_cuda
 from tests.kits.options import data_options
@@ -60,13 +60,13 @@ def parts(model: nn.Module, device: torch.device, **changes):
         logits = model(images, **engine.drop_draws(model.num_drop_draws, 0, update, batch, images.device))
         return criterion(engine.full_precision(logits), targets), None
 
-    update = Update(model, build_optimizer(model, options), build_schedule(options, 4), options, ema=Ema(model, 0.99))
+    update = Update(model, build_optimizer(model, options), Schedule(options, 4), options, ema=Ema(model, 0.99))
     return SimpleNamespace(model=model, losses=losses, batches=lambda epoch, first: BATCHES), update
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_every_model_computes_in_bfloat16_with_a_float32_residual_stream(name):
-    model, seen = timm.create_model(name, drop_path_rate=0.2).train(), {}
+    model, seen = timm.create_model(name, drop_path_rate=0.2, depths=(1, 1, 1, 1)).train(), {}
     with fake_cuda(torch.bfloat16), NoHostReads(), torch.no_grad():
         to_cuda(model)
         for layer in ("gnconv.proj_in", "gnconv.dwconv", "pwconv1", "norm2"):
@@ -97,9 +97,9 @@ def test_other_precisions_and_the_filter_as_matrices(name, dtype, inner, matrice
 @pytest.mark.parametrize("options", [{}, {"use_amp": True, "amp_dtype": "fp16"}, {"clip_by": "agc"}, {"clip_by": "value"}],
                          ids=["bf16", "loss scaling", "agc", "value"])
 def test_an_epoch_leaves_the_host_alone_but_for_its_reports(monkeypatch, mixup, options):
-    """Preparation, forward, loss, fused AdamW with clipping, finiteness, EMA: only `_Meter.read` may wait, which
-    comes every `print_freq` updates, and the watch, whose copies on a GPU are asynchronous."""
-    model, reads = timm.create_model("hornet_pico_gf", drop_path_rate=0.2), []
+    """Preparation, forward, loss, fused AdamW with clipping, finiteness, EMA: only the engine's Readback may bring
+    something to the host, and is asked to wait every `print_freq` (3) updates."""
+    model, waits = timm.create_model("hornet_pico_gf", drop_path_rate=0.2), []
 
     def backward(update, loss):  # of the engine; gradients are put in
         assert loss.device.type == "cuda" and loss.dtype == torch.float32
@@ -108,16 +108,16 @@ def test_an_epoch_leaves_the_host_alone_but_for_its_reports(monkeypatch, mixup, 
             p.grad = torch.empty_like(p)
 
     monkeypatch.setattr(Update, "backward", backward)
-    monkeypatch.setattr(engine._Meter, "read", lambda meter: reads.append(meter.progress.next_update) or meter.progress)
-    monkeypatch.setattr(engine._Meter, "read_over_ranks", engine._Meter.read)
-    watch = SimpleNamespace(add=lambda *given: (), flush=lambda: ())
+    readback = SimpleNamespace(add=lambda values, context: None, arrived=lambda wait: waits.append(wait) or ())
+    monkeypatch.setattr(engine, "Readback", lambda: readback)
+    monkeypatch.setattr(engine._Meter, "sums_over_ranks", lambda meter: [0.0] * 6)
     with fake_cuda(torch.bfloat16), NoHostReads():
         task, update = parts(to_cuda(model), CUDA, mixup=mixup, cutmix=mixup, update_freq=2, **options)
-        loop = engine.Loop(model=model, task=task, update=update, watch=watch, process=Alone(), updates_per_epoch=4,
+        loop = engine.Loop(model=model, task=task, update=update, watch=None, process=Alone(), updates_per_epoch=4,
                            print_freq=3)
         progress = engine.train_one_epoch(loop, engine.Observer(), epoch=0)
         assert update.optimizer.param_groups[0]["fused"] and not update.host_reads
-    assert reads == [3, 4] and progress.outcome is Outcome.DONE
+    assert waits == [False, False, False, True, False] and progress.outcome is Outcome.DONE
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

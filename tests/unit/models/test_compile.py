@@ -7,11 +7,14 @@ import pytest
 import timm
 import torch
 
+import main
 import models  # noqa: F401 - registers the models with timm
+from common.devices import float32_products
 from models import compile as compiling
 from models import dft
 from models.gnconv import GlobalLocalFilter
 from optim.finite import diagnose
+from tests.kits.runs import arguments
 
 SHAPE = (4, 3, 64, 64)
 
@@ -55,7 +58,7 @@ def test_each_kind_of_block_is_one_graph_in_training_and_one_in_evaluation(backe
             found, wanted = model(x, draws), plain(x, draws)
         torch.testing.assert_close(found, wanted, rtol=1e-4 if dtype is None else 0.1, atol=1e-5 if dtype is None else 0.01)
         found.square().mean().backward()
-        with torch.no_grad():
+        with torch.no_grad(), float32_products():  # as the engine evaluates
             for images in (x, x[:3], x[:2]):
                 for network_ in (model, average):
                     torch.testing.assert_close(network_.eval()(images), plain.eval()(images), rtol=1e-4, atol=1e-5)
@@ -109,6 +112,17 @@ def test_it_is_used_by_all_processes_or_by_none(backend, caplog):
     assert compiled(model, agree=agree) == "" and model.stages[0][0].runner is None
     agree.assert_called_once_with(True)
     assert "another process" in caplog.text
+
+
+def test_a_run_keeps_its_choice_when_it_is_resumed(images, tmp_path, monkeypatch):
+    """With a compiler that changes nothing, which is asked for the times of four stages only once."""
+    times = iter([2.0, 1.0] + 3 * [1.0, 2.0])
+    monkeypatch.setattr(compiling.torch, "compile", lambda call, **_: call)
+    monkeypatch.setattr(compiling, "_seconds", lambda *_: next(times))
+    for epochs in (1, 2):
+        assert main.main(arguments(images, tmp_path, compile="true", epochs=epochs, warmup_epochs=0)) == 0
+        state = torch.load(tmp_path / f"checkpoint-{epochs - 1}.pth", weights_only=True)
+        assert state["code_paths"]["compiled"] == "1"
 
 
 @pytest.mark.slow
