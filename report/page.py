@@ -3,6 +3,7 @@
 `read_run` collects a folder; the functions after it turn a Run into plain values; page.html and compare.html,
 jinja2 templates with autoescape, hold their looks. Curves are SVG drawn by matplotlib.
 """
+import base64
 import io
 import json
 import math
@@ -32,7 +33,7 @@ T = TypeVar("T")
 COLORS = ("#2457c5", "#d6540c", "#16803c", "#8a3ab9", "#b07d00", "#0c8599", "#c2255c", "#5c6675")
 LINES = ("-", "--", ":", "-.")
 MOST = {"events": 60, "classes": 1000, "files": 500, "confusions": 14, "mistakes": 24}  # rows of a table
-_IN_MATRIX = 24  # classes
+_IN_MATRIX, _SAMPLES = 24, 12  # classes, images
 _UNREADABLE = ("unreadable_image", "bad_pictures")  # the kind of event, and what earlier versions called it
 
 
@@ -81,19 +82,18 @@ def read_run(path: str | Path) -> Run:
     folder, log = (path, path / "log.txt") if path.is_dir() else (path.parent, path)
     # Of an epoch that stands twice the last counts.
     epochs = {row["epoch"]: row for row in read_json_lines(log) if isinstance(row.get("epoch"), int)}
-    records = {name: _read(folder / f"{name}.json", _object) or {}
-               for name in ("status", "environment", "data", "eval")}
-    if not path.exists() or not epochs and not records["eval"]:
+    status, environment, data, evaluation = (_read(folder / f"{name}.json", _object) or {}
+                                             for name in ("status", "environment", "data", "eval"))
+    if not path.exists() or not epochs and not evaluation:
         raise UserError(f"{path} has neither a log.txt with epochs nor an eval.json: name the --output_dir "
                         "of a run, or the --report of an evaluation.", code="missing_run")
     config, origins = _read(folder / "config.yaml", _config) or ({}, {})
+    flat = {name: value for key, entry in environment.items()
+            for name, value in (entry.items() if isinstance(entry, dict) else [(key, entry)])}
     return Run(name=folder.resolve().name, folder=folder, log=[epochs[epoch] for epoch in sorted(epochs)],
                events=read_json_lines(folder / "events.jsonl"), attempts=Ledger(folder).attempts(),
-               status=records["status"], data=records["data"], environment={
-                   name: value for key, entry in records["environment"].items() for name, value in
-                   (entry if isinstance(entry, dict) else {key: entry}).items()},
-               evaluation=records["eval"], config=config, origins=origins,
-               predictions=_read(folder / "predictions.npz", read_predictions))
+               status=status, environment=flat, data=data, evaluation=evaluation, config=config,
+               origins=origins, predictions=_read(folder / "predictions.npz", read_predictions))
 
 
 def _read(path: Path, read: Callable[[Path], T]) -> T | None:
@@ -121,7 +121,9 @@ def _config(path: Path) -> tuple[dict, dict]:
 def headline(run: Run) -> dict[str, tuple[str, str]]:
     """The figures that a reader looks for first, by their labels, each with a remark. Epochs count from 1."""
     found = {}
-    for key, label in (("test_acc1", "top-1"), ("test_acc1_ema", "top-1 of the EMA")):
+    for key, label in (("test_acc1", "top-1"), ("test_acc1_ema", "top-1 of the EMA"), ("test_miou", "mIoU"),
+                       ("test_miou_ema", "mIoU of the EMA"), ("test_box_ap", "box AP"),
+                       ("test_mask_ap", "mask AP")):
         if scores := run.finite(key):
             epoch = next(row["epoch"] for row in run.log if row.get(key) == max(scores))
             found[f"best {label}"] = f"{max(scores):.2f} %", f"epoch {epoch + 1}"
@@ -148,6 +150,10 @@ def headline(run: Run) -> dict[str, tuple[str, str]]:
 _CHARTS = (  # title, axis label, from zero, ((key, label), …)
     ("Top-1 on the validation images", "top-1 (%)", False,
      (("test_acc1", "model"), ("test_acc1_ema", "EMA"))),
+    ("Segmentation", "percent", False,
+     (("test_miou", "mIoU"), ("test_macc", "mAcc"), ("test_aacc", "aAcc"))),
+    ("Detection", "percent", False,
+     (("test_box_ap", "box AP"), ("test_mask_ap", "mask AP"), ("test_box_ap50", "box AP50"))),
     ("Loss", "loss (nats)", False, (("train_loss", "training"), ("test_loss", "validation"),
                                     ("test_loss_ema", "validation, EMA"))),
     ("Learning rate", "learning rate", True,
@@ -192,12 +198,9 @@ def _draw(title: str, panels: dict[str, list[tuple[list[float], list[float], dic
     from matplotlib.ticker import MaxNLocator
 
     epochs = sorted({number for lines in panels.values() for x, _, _ in lines for number in x})
-    with matplotlib.rc_context({
-            # The salt makes names inside the SVG the same each time, and different between charts of a page.
-            "svg.hashsalt": title, "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 9,
-            "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e9ef",
-            "axes.edgecolor": "#9aa3b1", "axes.formatter.useoffset": False, "legend.frameon": False,
-            "lines.markersize": 3.5, "lines.marker": "o" if len(epochs) <= 40 else "None"}):
+    # The salt makes names inside the SVG the same each time, and different between charts of a page.
+    with matplotlib.rc_context({"svg.hashsalt": title, "lines.marker": "o" if len(epochs) <= 40 else "None"},
+                               Path(__file__).with_name("charts.mplstyle")):
         canvas = Figure(figsize=(5.6 if len(panels) == 1 else 11, 3.2), layout="constrained")
         for axes, (x_label, lines) in zip(canvas.subplots(1, len(panels), squeeze=False)[0], panels.items()):
             for x, y, looks in lines:
@@ -219,17 +222,12 @@ def _draw(title: str, panels: dict[str, list[tuple[list[float], list[float], dic
 # ------------------------------------------------------------------------------------ tables of the sections
 
 def best(run: Run) -> dict | None:
-    """The best checkpoint, its manifest's score, and the commands that use it."""
+    """The best checkpoint: its name, its manifest's score and epoch, its paths as a shell wants them."""
     path = best_checkpoint(run.folder)
     if path is None:
         return None
-    about = _read(Path(f"{path}.json"), _object) or {}
-    folder, file = shlex.quote(str(run.folder)), shlex.quote(str(path))
-    return {"name": path.name, "score": about.get("score"), "epoch": about.get("epoch"), "commands": (
-        ("evaluate it, with results per class on this page",
-         f"python main.py --eval true --output_dir {folder} --report {folder}"),
-        ("classify images", f"python -m tools.predict IMAGES --resume {file}"),
-        ("from Python", f"models.load({str(run.folder)!r})"))}
+    return {"score": None, "epoch": None, **(_read(Path(f"{path}.json"), _object) or {}), "name": path.name,
+            "folder": shlex.quote(str(run.folder)), "file": shlex.quote(str(path))}
 
 
 def incidents(run: Run) -> tuple[list[tuple[str, str]], list[tuple[str, str, str]]]:
@@ -300,7 +298,8 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
     run = read_run(folder)
     functions = {f.__name__: f for f in (headline, best, incidents, class_rows, mistakes, summary_line)}
     return _write("page.html", Path(out or run.folder), "report.html", functions, run=run, most=MOST,
-                  charts=charts([run]))
+                  charts=charts([run]), samples=[base64.b64encode(path.read_bytes()).decode() for path in
+                                                 sorted(run.folder.glob("samples/*.jpg"))[:_SAMPLES]])
 
 
 def _write(template: str, out: Path, name: str, *values: dict, **more: object) -> Path:
