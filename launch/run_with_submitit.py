@@ -29,7 +29,7 @@ from common.files import write_json
 from common.ledger import RUNNING, Ledger, Record
 from common.log import logger, setup_logging
 from common.outcome import ExitCode, Outcome
-from launch.slurm import Job, last_lines
+from launch.slurm import Job, last_lines, program
 from launch.stop import margin, squeue
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,6 +70,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max_requeue", type=int, default=100, help="how often the job may be requeued")
     p.add_argument("--dry_run", nargs="?", const="true", default="false", choices=("true", "false"),
                    help="print the job's script and stop")
+    p.add_argument("--module", default="", choices=("", "dense.segmentation", "dense.detection"),
+                   help="what to run in place of main.py")
     p.add_argument("--use_volta32", action="store_true", help="published flag: accepted with a notice")
     for name in ("config", "output_dir", "device"):  # main.py's, which the launcher reads too
         p.add_argument(f"--{name}", help=argparse.SUPPRESS)
@@ -115,7 +117,7 @@ def submit(options: argparse.Namespace, argv: list[str]) -> int:
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise UserError("there is no sbatch on this machine; without Slurm start main.py with torchrun on "
                         "each node (TRAINING.md).", code="no_slurm")
-    check_main_options(argv)
+    check_main_options(argv, options.module)
     folder, before = str(Path(options.job_dir).expanduser().absolute()), os.getcwd()
     recipe = Path(options.config) if options.config and Path(options.config).is_file() else None
     given = options.output_dir or recipe and (yaml.safe_load(recipe.read_text()) or {}).get("output_dir")
@@ -124,7 +126,7 @@ def submit(options: argparse.Namespace, argv: list[str]) -> int:
     executor = build_executor(folder, options)
     if options.dry_run == "true":
         text = executor._make_submission_file_text(executor._submitit_command_str, "dry_run")
-        sys.stdout.write(f"{text}# each task then runs: main.py {shlex.join(argv)}\n")
+        sys.stdout.write(f"{text}# each task then runs: {options.module or 'main.py'} {shlex.join(argv)}\n")
         return ExitCode.DONE
     earlier = Ledger(folder).read("job.json")
     if earlier and job_state(earlier, Ledger(folder), {})[0].startswith(UNFINISHED):
@@ -134,7 +136,7 @@ def submit(options: argparse.Namespace, argv: list[str]) -> int:
         code = snapshot(folder)
         if recipe:
             argv += ["--config", str(shutil.copy2(recipe, code / "submitted_config.yaml"))]
-        job = Job(argv, before, str(code), folder, output_dir, options.max_requeue)
+        job = Job(argv, before, str(code), folder, output_dir, options.max_requeue, options.module)
         os.chdir(code)  # the job's tasks unpickle and import from here
         submitted = executor.submit(job)
         record = dataclasses.asdict(job) | {"id": submitted.job_id,
@@ -154,10 +156,11 @@ def submit(options: argparse.Namespace, argv: list[str]) -> int:
     return ExitCode.DONE
 
 
-def check_main_options(argv: list[str]) -> None:
-    """Let main.py check its options now: a mistake should not wait in a queue for hours."""
-    command = [sys.executable, str(ROOT / "main.py"), "--print_config", "true", *argv]
-    answer = subprocess.run(command, capture_output=True, text=True)
+def check_main_options(argv: list[str], module: str = "") -> None:
+    """Let main.py, or a module, check its options now: a mistake should not wait in a queue for hours."""
+    command = [*program(str(ROOT), module), "--print_config", "true", *argv]
+    answer = subprocess.run(command, capture_output=True, text=True,
+                            env={**os.environ, "PYTHONPATH": str(ROOT)})
     if answer.returncode == 0:
         return
     raise UserError((answer.stderr.splitlines() or [f"main.py ended with {answer.returncode}"])[-1]
