@@ -22,8 +22,9 @@ def list_models(args: argparse.Namespace) -> int:
     folder = cache_folder(args.folder)
     rows = [{"model": name, "parameters": f"{row.params:,}", "FLOPs": f"{row.flops / 1e9:.4g} G",
              "size": row.input_size, "classes": row.classes, "top-1": row.top1 or "-",
-             "top-5": row.top5 or "-", "here": "yes" if any((folder / file.name).exists() for file in row.files) else "-",
-             "file": row.files[0].name if row.files else "none published"} for name, row in VARIANTS.items()]
+             "top-5": row.top5 or "-", "file": row.files[0].name if row.files else "none published",
+             "here": "yes" if any((folder / file.name).exists() for file in row.files) else "-"}
+            for name, row in VARIANTS.items()]
     sys.stdout.write(f"{table(rows)}top-1 and top-5 in percent on ImageNet-1k, measured by OpenMMLab on the "
                      f"authors' weights; parameters with 1000 classes; files in {folder}\n")
     return 0
