@@ -5,7 +5,6 @@
 attempt that was killed.
 `progress.json` has every ten seconds how far it is, and at the end how far it came.
 """
-import fcntl
 import os
 import socket
 import sys
@@ -109,15 +108,6 @@ class Ledger:
         """progress.json, where it is that of the scheduler's `job`; else {}."""
         found = self.read("progress.json")
         return found if found.get("job") == job else {}
-
-    def is_owned(self) -> bool:
-        """Whether a training owns the folder, here or on another machine; one that was killed does not."""
-        try:
-            with open(self.path / "owner.json") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError as error:  # there is none, or it is locked, or this disk has no locks
-            return not isinstance(error, FileNotFoundError)
-        return False
 
     def read(self, name: str) -> Record:
         """The record in the file `name`; {} when there is none, or none that can be read."""

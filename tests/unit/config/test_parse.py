@@ -1,6 +1,7 @@
 """The command line and recipes: origins, mistakes with a code and one sentence, what is written back."""
 import subprocess
 import sys
+from itertools import takewhile
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -161,8 +162,7 @@ def test_a_published_recipe_has_the_published_values(name):
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_parses_and_its_head_holds_a_command_that_names_it(path):
-    head = path.read_text().split("\nmodel:")[0]
-    assert all(line.startswith("#") for line in head.splitlines())
+    head = "\n".join(takewhile(lambda line: line.startswith("#"), path.read_text().splitlines()))
     kinds = {"main.py": Options, "dense.segmentation": SegmentationOptions, "dense.detection": DetectionOptions}
     commands = [(program, line[1:].split()) for line in head.splitlines() for program in kinds if program in line]
     assert commands
