@@ -7,7 +7,6 @@ Every option that isn't the launcher's own goes to main.py. The job runs a snaps
 configuration taken now, is requeued after a preemption or at its time limit, and resumes where it was.
 """
 import argparse
-import dataclasses
 import os
 import shlex
 import shutil
@@ -40,12 +39,9 @@ SETUP = [
     # From 22.05 on srun doesn't take this over from the job.
     "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
     # A signal to the batch script (scancel --batch or --full) would end it, and with it the job.
-    "srun() {",
-    '  command srun "$@" & local step=$! code',
+    'srun() { command srun "$@" & local step=$! code',
     '  for name in USR1 USR2 TERM; do trap "kill -$name $step" $name; done',
-    "  while wait $step; code=$?; kill -0 $step 2>/dev/null; do :; done",
-    "  return $code",
-    "}"]
+    "  while wait $step; code=$?; kill -0 $step 2>/dev/null; do :; done; return $code; }"]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -129,7 +125,7 @@ def submit(options: argparse.Namespace, argv: list[str]) -> int:
         sys.stdout.write(f"{text}# each task then runs: {options.module or 'main.py'} {shlex.join(argv)}\n")
         return ExitCode.DONE
     earlier = Ledger(folder).read("job.json")
-    if earlier and job_state(earlier, Ledger(folder), {})[0].startswith(UNFINISHED):
+    if earlier and job_state(earlier, {})[0].startswith(UNFINISHED):
         raise UserError(f"--job_dir {folder} is that of job {earlier['id']}, which has not ended: cancel it, "
                         "or give each job a folder of its own with %j, as in runs/%j.", code="folder_in_use")
     try:
@@ -139,9 +135,9 @@ def submit(options: argparse.Namespace, argv: list[str]) -> int:
         job = Job(argv, before, str(code), folder, output_dir, options.max_requeue, options.module)
         os.chdir(code)  # the job's tasks unpickle and import from here
         submitted = executor.submit(job)
-        record = dataclasses.asdict(job) | {"id": submitted.job_id,
-                                            "output_dir": output_dir.replace("%j", submitted.job_id)}
-        write_json(submitted.paths.folder / "job.json", record)
+        record = {"id": submitted.job_id, "code": job.code, "output_dir": output_dir}
+        write_json(submitted.paths.folder / "job.json",
+                   {name: value.replace("%j", submitted.job_id) for name, value in record.items()})
     except OSError as error:
         raise UserError(f"--job_dir {options.job_dir} cannot be used ({error.filename or folder}: "
                         f"{error.strerror}); choose a folder that all nodes can write to.",
@@ -201,20 +197,19 @@ def build_executor(folder: str, options: argparse.Namespace) -> SlurmExecutor:
 
 
 def status(folder: Path) -> str:
-    """Where the job, or the run, in `folder` stands: state, update, attempts, first cause, last words."""
+    """Where the job with its logs in `folder` stands: state, update, attempts, first cause, last words."""
     own = Ledger(folder.absolute())
     job = own.read("job.json")
-    run = Ledger(job.get("output_dir", own.path))
-    number = job.get("id", own.newest().get("job"))
+    if not job:
+        raise UserError(f"{folder} holds no job.json: give the folder named when the job was submitted.",
+                        code="no_job")
+    run = Ledger(job["output_dir"])
     attempts = [a for ledger in {run.path: run, own.path: own}.values() for a in ledger.attempts()
-                if a.get("job") == number]
-    if not attempts and not job:
-        raise UserError(f"{folder} holds no job.json and no run: give the folder of logs that was named when "
-                        "the job was submitted, or a run's --output_dir.", code="no_job")
+                if a.get("job") == job["id"]]
     last = max(attempts, key=lambda a: a["restarts"], default={})
-    state, at_work = job_state(job, run, last)
-    lines = [f"job      {number}" if job else f"run      {own.path}", f"state    {state}"]
-    if at_work and (now := run.reached(number)):
+    state, at_work = job_state(job, last)
+    lines = [f"job      {job['id']}", f"state    {state}"]
+    if at_work and (now := run.reached(job["id"])):
         lines.append(f"update   {now['update']} ({now['phase']}, {time.time() - now['time']:.0f} s ago)")
     for each in attempts[-6:]:
         ended = each["state"]
@@ -225,24 +220,23 @@ def status(folder: Path) -> str:
         why = each.get("reason") or each.get("cause")
         lines.append(f"attempt  {each['restarts'] + 1}: {ended}" + (f" ({why})" if why else ""))
     failed = last.get("state") == Outcome.FAILED
-    log = own.path / f"{number}_{last.get('rank', 0)}_log.err"
+    log = own.path / f"{job['id']}_{last.get('rank', 0)}_log.err"
     words = last_lines(log, 12 if failed else 1)
     lines += [f"failure  {last.get('cause')}"] * failed + [f"log      {log}"] * bool(words)
     return "\n".join(lines + [f"         | {line}" for line in words]) + "\n"
 
 
-def job_state(job: Record, run: Ledger, last: Record) -> tuple[str, bool]:
+def job_state(job: Record, last: Record) -> tuple[str, bool]:
     """What Slurm says, or how the last attempt ended where it doesn't know; and whether tasks are at work."""
     begun = last.get("state") == RUNNING
     ended = KILLED if begun else last.get("state", "UNKNOWN")
-    if job and (asked := squeue(job["id"], "%T|%r|%S|%N|%M")):
-        state, reason, first, nodes, elapsed = asked.split("|")
-        if state == "PENDING":
-            return f"{state} ({reason}" + (f", not before {first})" if first != "N/A" else ")"), False
-        if state in UNFINISHED:
-            return f"{state} on {nodes} for {elapsed}" + ("" if begun else ", starting"), begun
-        return state + (f"; the run: {ended}" if ended not in (Outcome.DONE, state) else ""), False
-    return (RUNNING, True) if not job and run.is_owned() else (ended, False)
+    state, reason, first, nodes, elapsed = (squeue(job["id"], "%T|%r|%S|%N|%M") or "||||").split("|")
+    if state == "PENDING":
+        return f"{state} ({reason}" + (f", not before {first})" if first != "N/A" else ")"), False
+    if state in UNFINISHED:
+        return f"{state} on {nodes} for {elapsed}" + ("" if begun else ", starting"), begun
+    known = state or ended
+    return known if ended in (Outcome.DONE, known) else f"{known}; the run: {ended}", False
 
 
 if __name__ == "__main__":
