@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q
 JOBS ?= 2
-.PHONY: quickstart lint test test-all test-oldest gpu soak bench verify-published clean
+.PHONY: quickstart quickstart-segmentation quickstart-detection lint test test-all test-oldest gpu soak bench verify-published clean
 .DEFAULT_GOAL := quickstart
 
 # A stamp newer than both requirement files: installing again costs a minute, checking costs nothing.
@@ -21,6 +21,10 @@ quickstart: .venv/installed
 	@if [ -e runs/quickstart ]; then mv runs/quickstart "runs/quickstart-$$(date -r runs/quickstart +%Y%m%d-%H%M%S)"; fi
 	$(PY) main.py --config recipes/quickstart.yaml --output_dir runs/quickstart
 	$(PY) main.py --config recipes/quickstart.yaml --output_dir runs/quickstart --eval true --resume runs/quickstart/checkpoint-best-ema.pth
+
+# Drawn scenes; results stay in runs/.
+quickstart-segmentation quickstart-detection: .venv/installed
+	$(PY) -m dense.$(@:quickstart-%=%) --config recipes/quickstart_$(@:quickstart-%=%).yaml --output_dir runs/$@-$$(date +%Y%m%d-%H%M%S)
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.log import logger
 from common.safe_load import safe_torch_load
+from config.options import Options
+from launch.process import Process
+from models.download import fetch_published, local_file
 from models.gnconv import LayerNorm2d, resize_filter
 from models.hornet import CONFIGS, EPS, HorNet
 from models.weights import StateDict, published_names, select_weights
@@ -63,6 +66,13 @@ def load_backbone(backbone: Backbone, path: str | os.PathLike) -> None:
                         "file of the same HorNet.", code="other_model")
     backbone.load_state_dict({name: found[name] for name in wanted}, strict=False)
     logger.info("%s: %d tensors of the backbone are taken", path, len(wanted))
+
+
+def start_from(backbone: Backbone, options: Options, process: Process) -> None:
+    """The published classification weights, or those of `--finetune`, where one is asked for."""
+    if options.pretrained or options.finetune:
+        load_backbone(backbone, process.on_rank_zero(lambda: str(fetch_published(options.model))
+                                                     if options.pretrained else local_file(options.finetune)))
 
 
 def load_published(model: nn.Module, path: str | os.PathLike, checkpoint: Any = None,
