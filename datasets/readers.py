@@ -12,9 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
-from common.errors import Failure, UserError
+from common.errors import UserError, kind_of
 from common.text import duration, file_size, printable
-from datasets.images import MAY_PASS, is_image, retried
+from datasets.images import is_image, retried
 from datasets.index import IndexCache, Indexed, Source, visible
 
 FORMS = ("tars", "folders")  # modules of this package; the first that recognises a source reads it
@@ -72,9 +72,8 @@ def open_reader(source: Source, cache: IndexCache, order: str | None = None) -> 
                 index = retried(lambda: cache.index(form, source, module.scan), source.root)
             except OSError as error:
                 path = printable(os.fsdecode(error.filename or source.root))
-                kind = Failure if error.errno in MAY_PASS else UserError
-                raise kind(f"{path} cannot be read ({error.strerror or error}); check disk and permissions.",
-                           code="unreadable_data") from error
+                raise kind_of(error)(f"{path} cannot be read ({error.strerror or error}); check disk and "
+                                     "permissions.", code="unreadable_data") from error
             if not len(index.labels):
                 raise no_images(source.root, "holds no images in class folders, tar or parquet files; check "
                                              "the path")

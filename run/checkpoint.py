@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
-from common.errors import UserError
+from common.errors import Failure, UserError, kind_of
 from common.files import TEMPORARY_SUFFIX, atomic_write, read_json, sha256_file, write_json
 from common.ledger import Ledger
 from common.log import logger
 from common.safe_load import safe_torch_load
 from common.text import file_size
 from config.parse import Resolved
+from datasets.images import retried
 from models.download import local_file
 from run.folder import RunFolder
 from run.start import existing_folder
@@ -67,20 +68,21 @@ def manifest_path(path: Path) -> Path:
 def manifest(path: Path) -> State | None:
     """The manifest's entry that is true of the file as it stands, None when there is no manifest.
 
-    Raises UserError when the file is not the one that was written. A crash between writing the manifest and
-    renaming the file leaves the new entry above that of the older file, which still stands and still counts.
+    Raises UserError when the file is not the one that was written, Failure when the disk does not answer. A
+    crash between writing the manifest and renaming the file leaves the new entry above that of the older
+    file, which still stands and still counts.
     """
     try:
         entries = _entries(path)
-        size = path.stat().st_size
-        entries = [e for e in entries if e["size"] == size]
-        digest = sha256_file(path) if entries else ""
-        entry = next((e for e in entries if e["sha256"] == digest), None)
+        found = retried(lambda: (path.stat().st_size, sha256_file(path)), str(path.parent))
+        entry = next((e for e in entries if (e["size"], e["sha256"]) == found), None)
     except FileNotFoundError:
         return None
+    except Failure:
+        raise
     except _UNREADABLE as error:
-        raise UserError(f"{path} or its manifest cannot be read ({error}).",
-                        code="damaged_checkpoint") from error
+        raise kind_of(error)(f"{path} or its manifest cannot be read ({error}).",
+                             code="damaged_checkpoint") from error
     if entry is None:
         raise UserError(f"{path} is not the file that was saved: size or sha256 differ from its manifest.",
                         code="damaged_checkpoint")
@@ -333,6 +335,8 @@ class Checkpoints:
                 loaded = load(path, needs_manifest=True)
                 check_finite(loaded.state)
                 return loaded
+            except Failure:  # it may be read by the next start: nothing older is to take its place
+                raise
             except UserError as error:
                 passed.append(str(error))
                 logger.warning(f"Skipped {path.name}: {error}")

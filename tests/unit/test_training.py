@@ -246,6 +246,7 @@ def test_where_only_best_files_are_left_the_newest_of_them_is_resumed_and_a_dama
     best.write_bytes(b"")
     run(place, capfd, "--epochs 2", code=2)
     best.write_bytes(content)
+    (place.run / "latest.pth").symlink_to("gone")  # as some programs make it: nothing of ours, and ignored
     run(place, capfd, "--epochs 2 --auto_resume false", code=2)
     run(place, capfd, "--epochs 2")
     assert begun_at(place.run) == [0, 2]

@@ -1,4 +1,5 @@
 """Checkpoints survive what happens to them: damage, full disks, and resuming from the right one."""
+import errno
 import json
 import math
 import os
@@ -14,7 +15,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.errors import UserError
+from common.errors import Failure, UserError
+from common.files import sha256_file
+from datasets import images
+from run import checkpoint
 from run.checkpoint import Checkpoints, Loaded, load, manifest, manifest_path, position, snapshot
 from run.state import BEST, BEST_EMA
 
@@ -126,6 +130,25 @@ def test_a_damaged_newest_is_skipped_and_saving_goes_on(tmp_path, damage, caplog
     assert checkpoints.set_aside_newer(loaded) == ["checkpoint-3.pth"] and checkpoints.sweep() == 0
     checkpoints.save(state(3), epoch=3)
     assert checkpoints.close() == [] and newest(checkpoints) == "checkpoint-3.pth"
+
+
+@pytest.mark.parametrize("failing, passes", [(2, True), (99, False)])
+def test_a_disk_that_does_not_answer_is_waited_for_and_nothing_older_takes_the_place(tmp_path, monkeypatch,
+                                                                                      failing, passes):
+    checkpoints, errors = saved(tmp_path, 2), [OSError(errno.EIO, "Input/output error")] * failing
+    monkeypatch.setattr(images, "PATIENCE", 2.0 if passes else 0.1)
+    monkeypatch.setattr(images, "_patience", images.PATIENCE)
+
+    def digest(path):
+        if errors:
+            raise errors.pop()
+        return sha256_file(path)
+    monkeypatch.setattr(checkpoint, "sha256_file", digest)
+    if passes:
+        assert newest(checkpoints) == "checkpoint-1.pth"
+    else:
+        with pytest.raises(Failure):
+            checkpoints.newest_valid()
 
 
 def test_infinite_weights_are_neither_saved_nor_taken(tmp_path):
