@@ -122,10 +122,6 @@ class Rows:
         for column, value in zip((self.containers, self.offsets, self.lengths), place):
             column.append(value)
 
-    def rename(self, names: dict[str, str]) -> None:
-        """Call classes otherwise."""
-        self.classes = {names[name]: number for name, number in self.classes.items()}
-
     def index(self, source: Source, form: str, seen: Sequence[str], members: bool = False) -> "Index":
         """The index of all rows in canonical order. seen: containers in their order, then whatever else the
         index depends on. Raises UserError for an image that is there twice."""
@@ -136,7 +132,7 @@ class Rows:
         columns = {name: np.frombuffer(getattr(self, name), dtype=kind) if getattr(self, name)
                    else np.empty(0, kind) for name, kind in _ARRAYS.items() if hasattr(self, name)}
         found = Index(root=source.root, form=form, classes=classes, members=members, order="",
-                      left_out=dict(self.left_out), seen=list(seen), stamps=stamps(source.root, seen),
+                      left_out=dict(+self.left_out), seen=list(seen), stamps=stamps(source.root, seen),
                       labels=labels, names=Strings(columns["blob"], columns["ends"]),
                       containers=columns["containers"], offsets=columns["offsets"],
                       lengths=columns["lengths"])
@@ -275,7 +271,9 @@ class IndexCache:
     def index(self, form: str, source: Source, scan: Callable[[Source], Index]) -> Index:
         """The stored index of `source`, or `scan(source)` when there is none or anything has changed."""
         path = self.path(form, source)
-        if path is not None and not self.reindex and (stored := _load(path, source)) is not None:
+        packed = os.path.join(source.root, f"_{source.split}.index")  # of tools.data
+        stored = None if self.reindex else (path and _load(path, source)) or _load(packed, source, True)
+        if stored is not None:
             return stored
         started = time.time()
         index = scan(source)
@@ -301,13 +299,20 @@ class IndexCache:
         return None if os.path.commonpath([base, real]) == real else Path(base) / f"{form}-{digest}.index"
 
 
-def _load(path: Path, source: Source) -> Index | None:
-    """The stored index, or None when there is none, it is damaged, or anything of `seen` has changed."""
+def _load(path: str | os.PathLike, source: Source, packed: bool = False) -> Index | None:
+    """The stored index, or None when there is none, it is damaged, or anything of `seen` has changed. One
+    that was packed with its tars may have been copied: these need the same sizes and no later times."""
     try:
         index = Index.read(path, source.root)
-        same = index.root == os.path.realpath(source.root)
-        if same and np.array_equal(index.stamps, stamps(source.root, index.seen)):
-            return replace(index, root=source.root)
+        now, tars = stamps(source.root, index.seen), source.ending(".tar")
+        if packed:
+            times, sizes = now[:len(tars)].T
+            same = index.seen == [*tars, "", "_info.json"] and (times <= os.stat(path).st_mtime_ns).all() \
+                and np.array_equal(sizes, index.stamps[:len(tars), 1])
+        else:
+            same = index.root == os.path.realpath(source.root) and np.array_equal(index.stamps, now)
+        if same:
+            return replace(index, root=source.root, stamps=now)
     except Exception:  # Whatever a damaged file raises, scanning again is the answer.
         pass
     return None

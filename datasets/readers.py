@@ -17,7 +17,8 @@ from common.text import duration, file_size, printable
 from datasets.images import is_image, retried
 from datasets.index import IndexCache, Indexed, Source, visible
 
-FORMS = ("tars", "folders")  # modules of this package; the first that recognises a source reads it
+# Modules of this package; the first that recognises a source reads it.
+FORMS = ("originals", "webdataset", "tars", "parquet", "folders")
 
 # Names of a split's folder, or words in the names of its files, in the order in which they are looked for.
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}

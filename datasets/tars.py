@@ -41,11 +41,11 @@ def scan(source: Source) -> Index:
     return rows.index(source, f"{kind} ({plural(len(tars), 'file')})", [*tars, ""], members=True)
 
 
-def count_beside(source: Source, rows: Rows) -> None:
-    """Count what lies beside the tars of a folder that is one split."""
-    rows.left_out.update(f"{kind} beside the tar files" for kind in (() if source.split else (
-        *("folders" for _ in source.folders),
-        *(file_type(name) for name in source.files if not name.endswith(".tar")))))
+def count_beside(source: Source, rows: Rows, kind: str = "tar") -> None:
+    """Count what lies beside the tar or parquet files of a folder that is one split."""
+    others = [file_type(name) for name in source.files if not name.endswith(f".{kind}")]
+    rows.left_out.update(f"{other} beside the {kind} files" for other in (
+        () if source.split else ["folders" for _ in source.folders] + others))
 
 
 def image_path(member: tarfile.TarInfo, rows: Rows) -> list[str]:
@@ -99,7 +99,8 @@ def readable(path: str, kind: str) -> Iterator[None]:
     """UserError for what a damaged container raises while it is read."""
     try:
         yield
-    except (tarfile.TarError, EOFError, ValueError, LookupError, RecursionError, FileNotFoundError) as error:
+    except (tarfile.TarError, EOFError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
+            FileNotFoundError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{printable(path)} cannot be read as {kind} ({error}); copy or make it again.",

@@ -1,0 +1,183 @@
+"""Any form of data → plain tars in the WebDataset layout, `_info.json` and the index: bytes unchanged."""
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+from urllib.parse import quote
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from common.errors import UserError
+from common.files import append_json_line, atomic_write, read_json_lines, write_json
+from common.text import file_size, printable
+from datasets.images import BadImage, decode, is_image, unreadable
+from datasets.index import IndexCache, Indexed
+from datasets.readers import SPLITS, Reader, find_split, open_reader, source_of
+
+PUBLIC = {"train": "train", "val": "validation"}  # the names of splits in other people's readers
+_PLAIN = re.compile(r"[\w +@()=,~-]+(/[\w +@()=,~-]+)*")
+_OURS = re.compile(r"\..*|_info\.json|_\w+\.index|(train|validation)-\d+\.tar")
+_SLICE, _THREADS_IN_ORDER = 32, 4  # images per task; threads where only the stored order is read fast
+_T = TypeVar("_T")
+
+
+def splits_in(path: str, cache: IndexCache) -> dict[str, Reader]:
+    """The images of each split below `path`, or of `path` itself as one split. Raises UserError."""
+    found = {part: source for part in SPLITS if (source := find_split(path, part))}
+    if not found:
+        name = os.path.basename(os.path.abspath(path))
+        part = next((part for part, names in SPLITS.items() if name in names), "train")
+        found = {part: source_of(path, part)}
+    return {part: open_reader(source, cache) for part, source in found.items()}
+
+
+def stored_order(reader: Reader) -> np.ndarray:
+    """The images in the order in which they lie on the disk, int64 (N,)."""
+    if isinstance(reader, Indexed) and len(reader.index.containers):
+        return np.lexsort((reader.index.offsets, reader.index.containers))
+    return np.arange(len(reader))
+
+
+def in_threads(reader: Reader, work: Callable[[int], _T], what: str, start: int = 0
+               ) -> Iterator[tuple[int, _T]]:
+    """(image, `work(image)`) for the images from the `start`-th on in stored order, on all cores, with a
+    progress bar; a few hundred results at a time are in memory."""
+    order, cores = stored_order(reader)[start:], len(os.sched_getaffinity(0))
+    threads = cores if reader.storage is None else min(cores, _THREADS_IN_ORDER)
+    slices = (order[i:i + _SLICE].tolist() for i in range(0, len(order), _SLICE))
+    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(reader), initial=start, desc=what, unit="image",
+                                                   disable=None) as bar:
+        while some := list(islice(slices, 2 * threads)):
+            for images, results in zip(some, pool.map(lambda images: [*map(work, images)], some)):
+                yield from zip(images, results)
+                bar.update(len(images))
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One split on its way into `folder`: tars of about `tar_bytes`; short sides of `resize` pixels, 0 for
+    unchanged bytes."""
+
+    part: str
+    reader: Reader
+    folder: Path
+    tar_bytes: int
+    resize: int = 0
+
+    def run(self) -> list[dict]:
+        """Write what is missing; a record (file, images, bytes, sha256) of each tar. What an earlier call was
+        stopped at continues with the next tar."""
+        ledger = self.folder / f".pack-{self.part}.jsonl"
+        header = {"order": self.reader.order, "tar_bytes": self.tar_bytes, "resize": self.resize}
+        lines = read_json_lines(ledger)
+        if not lines:
+            append_json_line(ledger, header)
+        elif lines[0] != header:
+            raise UserError(f"{printable(str(self.folder))} holds tars of other images or of other sizes; "
+                            "name a new folder.", code="folder_in_use")
+        done = lines[1:]
+        for record in done:
+            path = self.folder / record["file"]
+            if not path.is_file() or path.stat().st_size != record["bytes"]:
+                raise UserError(f"{printable(str(path))} is not as it was written; remove the folder and "
+                                "pack again.", code="unreadable_data")
+        start = sum(record["images"] for record in done)
+        images = in_threads(self.reader, self._read, f"pack {self.part}", start)
+        while start < len(self.reader):
+            name, counts = f"{PUBLIC[self.part]}-{len(done):05d}.tar", []
+            digest, size = atomic_write(self.folder / name,
+                                        lambda file: counts.append(self._fill(file, images)))
+            done.append({"file": name, "images": counts[0], "bytes": size, "sha256": digest})
+            append_json_line(ledger, done[-1])
+            start += counts[0]
+        return done
+
+    def _read(self, image: int) -> bytes:
+        try:
+            data = self.reader.encoded(image)
+            return _smaller(data, self.resize) if self.resize else data
+        except BadImage as error:
+            raise UserError(f"{unreadable(self.reader.name(image), str(error))}; fix or remove it and start "
+                            "again.", code="unreadable_image") from error
+
+    def _fill(self, file: BinaryIO, images: Iterator[tuple[int, bytes]]) -> int:
+        """Samples until the tar is large enough; their number."""
+        count = 0
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            for image, data in images:
+                for name, content in self._members(image, data):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+                count += 1
+                if tar.offset >= self.tar_bytes:
+                    break
+        return count
+
+    def _members(self, image: int, data: bytes) -> Iterator[tuple[str, bytes]]:
+        """Names and contents of a sample. Its key is class/stem; where that is not unique or no plain name,
+        the whole name, quoted."""
+        reader, label = self.reader, int(self.reader.labels[image])
+        folder, stem = reader.classes[label], reader.stem(image)
+        ending = os.path.splitext(reader.name(image))[1]
+        tie = any(0 <= i < len(reader) and reader.labels[i] == label and reader.stem(i) == stem
+                  for i in (image - 1, image + 1))
+        key = f"{_quoted(folder)}/{_quoted(stem + ending if tie else stem, tie)}"
+        about = {"label": label, "class": folder, "filename": f"{folder}/{stem}{ending}"}
+        yield f"{key}.{ending[1:].lower() if is_image('x' + ending) else 'jpg'}", data
+        yield f"{key}.cls", str(label).encode()
+        yield f"{key}.json", json.dumps(about).encode()
+
+
+def _quoted(name: str, always: bool = False) -> str:
+    plain = _PLAIN.fullmatch(name) and not always
+    return name if plain else quote(name, safe=" ", errors="surrogateescape").replace(".", "%2E")
+
+
+def _smaller(data: bytes, side: int) -> bytes:
+    image = decode(data)
+    width, height = image.size
+    if min(width, height) <= side:
+        return data
+    factor, buffer = side / min(width, height), io.BytesIO()
+    size = (max(side, round(width * factor)), max(side, round(height * factor)))
+    image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
+
+
+def pack(source: str, folder: str, *, tar_bytes: int, resize: int, cache: IndexCache) -> list[str]:
+    """Pack all splits of `source` into `folder`; a sentence on each. Ends by reading what was written and
+    comparing the digests of the order. Raises UserError."""
+    readers, target = splits_in(source, cache), Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    if not all(_OURS.fullmatch(path.name) for path in target.iterdir()):
+        raise UserError(f"{printable(folder)} holds other files; name a new folder.",
+                        code="unwritable_folder")
+    done = {part: Pack(part, reader, target, tar_bytes, resize).run() for part, reader in readers.items()}
+    write_json(target / "_info.json", {"name": Path(source).absolute().name, "splits": {
+        PUBLIC[part]: {"name": PUBLIC[part], "num_samples": sum(record["images"] for record in records),
+                       "filenames": [record["file"] for record in records],
+                       "shard_lengths": [record["images"] for record in records],
+                       "sha256": [record["sha256"] for record in records], "alt_label": ""}
+        for part, records in done.items()}})
+    sentences = []
+    for part, reader in readers.items():
+        written = open_reader(source_of(folder, part), IndexCache("/dev/null/none"))
+        if written.order != reader.order or not isinstance(written, Indexed):
+            raise UserError(f"The order of {part} in {printable(folder)} is {written.order}, and it was "
+                            f"{reader.order}; remove the folder and pack again.", code="unreadable_data")
+        written.index.write(target / f"_{PUBLIC[part]}.index")
+        size = file_size(sum(record["bytes"] for record in done[part]))
+        changed = f"; short sides of at most {resize}: the pixels have changed" if resize else ""
+        sentences.append(f"{part}: {len(reader):,} images in {len(done[part])} tars, {size}, order "
+                         f"{reader.order[:8]} as before{changed}")
+    return sentences

@@ -1,0 +1,149 @@
+"""The form of Hugging Face's parquet files: columns `image` (bytes, path) and `label`, read in place.
+
+Rows come in groups of about a hundred, and a group is read as a whole: fast in the stored order, as in
+evaluation, and slow in the random order of training. Needs pyarrow.
+"""
+import json
+import os
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from common.errors import UserError
+from common.text import plural, printable
+from datasets.images import LARGEST_FILE, BadImage, retried
+from datasets.index import Index, Indexed, Rows, Source
+from datasets.tars import count_beside, readable
+from datasets.webdataset import class_names
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
+
+_IMAGES, _LABELS = ("image", "img", "jpeg", "jpg"), ("label", "labels", "cls", "fine_label")
+_WITH_SYNSET = re.compile(r"(?P<base>.+?)_(?P<synset>n\d{8})(?P<ending>\.\w+)")
+_LARGEST_GROUP, _GROUPS = 4 << 30, 4  # bytes of a group of rows; how many of them a process keeps
+
+
+def recognise(source: Source) -> bool:
+    """A folder with parquet files directly in it."""
+    return bool(source.ending(".parquet"))
+
+
+def scan(source: Source) -> Index:
+    """All rows. Raises UserError for damaged files, other columns, and labels without a class."""
+    files, rows, folders, listed = source.ending(".parquet"), Rows(), {}, []
+    count_beside(source, rows, "parquet")
+    for number, name in enumerate(files):
+        path = os.path.join(source.root, name)
+        with readable(path, "parquet with images"):
+            with opened(path) as file:
+                listed = _names(file) or listed
+                for row, (label, given) in enumerate(_labels_and_paths(file)):
+                    match = _WITH_SYNSET.fullmatch(os.path.basename(given or ""))
+                    folders.setdefault(str(label), set()).add(match["synset"] if match else "")
+                    plain = match["base"] + match["ending"] if match else os.path.basename(given or "")
+                    plain = plain or f"{name.removesuffix('.parquet')}-{row:08d}"
+                    rows.add(str(label), plain, number, row, 0)
+    rows.classes = class_names(source.root, rows.classes, folders, listed)
+    return rows.index(source, f"parquet ({plural(len(files), 'file')})", [*files, ""])
+
+
+class Images(Indexed):
+    """Images in parquet files; a Reader whose images come fast in the order of `storage` alone."""
+
+    def __init__(self, index: Index):
+        super().__init__(index)
+        self.storage = np.lexsort((index.offsets, index.containers))
+
+    def encoded(self, index: int) -> bytes:
+        """The bytes of image `index`, with its group of rows; BadImage when that is damaged."""
+        path, row = self.container(index), int(self.index.offsets[index])
+        stamps = self.index.stamps[self.index.containers[index]].tolist()
+        try:
+            data = retried(lambda: _value(path, row, *stamps), path)
+        except (UserError, OSError, ValueError, LookupError) as error:
+            raise BadImage(" ".join(str(error).split())[:200]) from error
+        if not data or len(data) > LARGEST_FILE:
+            raise BadImage("no bytes, or more than any image has")
+        return data
+
+
+def _value(path: str, row: int, changed: int, size: int) -> bytes:
+    ends = _ends(path, changed, size)
+    group = int(np.searchsorted(ends, row, "right"))
+    return _group(path, group, changed, size)[row - int(ends[group - 1] if group else 0)].as_py()
+
+
+@lru_cache(maxsize=1 << 12)
+def _ends(path: str, changed: int, size: int) -> np.ndarray:
+    status = os.stat(path)
+    if (status.st_mtime_ns, status.st_size) != (changed, size):
+        raise ValueError("its file has changed since the start")
+    with opened(path) as file:
+        groups = range(file.metadata.num_row_groups)
+        return np.cumsum([file.metadata.row_group(group).num_rows for group in groups])
+
+
+@lru_cache(maxsize=_GROUPS)
+def _group(path: str, group: int, changed: int, size: int):
+    with opened(path) as file:
+        column = _column(file, _IMAGES)
+        nested = file.schema_arrow.field(column).type.num_fields > 0
+        table = file.read_row_group(group, [f"{column}.bytes" if nested else column], use_threads=False)
+        found = table.column(0).combine_chunks()
+        return found.field("bytes") if nested else found
+
+
+def opened(path: str) -> "ParquetFile":
+    """A parquet file whose footer claims no more than the file can hold. Raises UserError without pyarrow,
+    ValueError or OSError for other files."""
+    parquet, size = _pyarrow(), os.stat(path).st_size
+    limit = min(max(size, 1), 2 ** 31 - 1)
+    file = parquet.ParquetFile(path, pre_buffer=False, thrift_string_size_limit=limit,
+                               thrift_container_size_limit=limit)
+    columns = [file.metadata.row_group(group).column(column) for group in range(file.metadata.num_row_groups)
+               for column in range(file.metadata.num_columns)]
+    packed = [column.total_compressed_size for column in columns]
+    plain = [column.total_uncompressed_size for column in columns]
+    if file.metadata.num_rows > size or sum(packed) > size or min(packed, default=0) < 0 or any(
+            large > min(_LARGEST_GROUP, 1000 * small + 65536) for large, small in zip(plain, packed)):
+        raise ValueError("its footer claims more than the file holds")
+    return file
+
+
+def _pyarrow() -> ModuleType:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UserError("Parquet files need pyarrow: pip install pyarrow.", code="missing_package") from error
+    return parquet
+
+
+def _column(file: "ParquetFile", names: tuple[str, ...]) -> str:
+    found = [name for name in names if name in file.schema_arrow.names]
+    if not found:
+        raise ValueError(f"it has the columns {', '.join(file.schema_arrow.names)}, and none of "
+                         f"{', '.join(names)}")
+    return found[0]
+
+
+def _labels_and_paths(file: "ParquetFile") -> Iterator[tuple[int, str | None]]:
+    image, label = _column(file, _IMAGES), _column(file, _LABELS)
+    inside = file.schema_arrow.field(image).type
+    paths = [f"{image}.path"] * any(inside.field(i).name == "path" for i in range(inside.num_fields))
+    for group in range(file.metadata.num_row_groups):
+        table = file.read_row_group(group, [label, *paths], use_threads=False)
+        labels = table.column(label).to_pylist()
+        images = table.column(image).to_pylist() if paths else [{}] * len(labels)
+        yield from ((int(number), (entry or {}).get("path")) for number, entry in zip(labels, images))
+
+
+def _names(file: "ParquetFile") -> list[str]:
+    """The class names of the schema's metadata, as Hugging Face's `datasets` writes them; [] without."""
+    about = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+    feature = about.get("info", {}).get("features", {}).get(_column(file, _LABELS), {})
+    return [printable(str(name)) for name in feature.get("names", ())]

@@ -1,0 +1,149 @@
+"""The form of WebDataset tars: `key.jpg`, `key.cls` and `key.json` stand together and make a sample.
+
+A class is called by the folder of the original file names in the .json members, where each label has its own;
+else 1000 labels are ImageNet's synsets in their order; else it is a number.
+"""
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from tarfile import TarInfo
+
+from common.errors import UserError
+from common.files import read_json
+from common.synsets import imagenet_synsets
+from common.text import plural, printable
+from datasets.images import is_image
+from datasets.index import Index, Rows, Source
+from datasets.readers import SPLITS
+from datasets.tars import count_beside, members, readable
+
+INFO = ("_info.json", "info.json")
+_LARGEST = 1 << 20  # bytes of a .cls or .json member
+
+
+def recognise(source: Source) -> bool:
+    """Tars whose first members have labels among them."""
+    try:
+        first = [member.name for tar in source.ending(".tar")[:1]
+                 for _, member in islice(members(os.path.join(source.root, tar)), 12)]
+    except UserError:  # whichever form it is, reading it will say why
+        return False
+    return any(name.endswith((".cls", ".json")) for name in first)
+
+
+def scan(source: Source) -> Index:
+    """All samples with an image. Raises UserError for a sample without a label, and for tars that are not
+    those of `_info.json`."""
+    tars, rows, folders = source.ending(".tar"), Rows(), {}
+    info = [name for name in INFO if name in source.files][:1]
+    counts = _listed(source, info[0]) if info else {}
+    count_beside(source, rows)
+    for number, tar in enumerate(tars):
+        path, before = os.path.join(source.root, tar), len(rows.labels)
+        with readable(path, "a WebDataset tar"), open(path, "rb") as file:
+            for sample in _samples(path):
+                sample.add_to(rows, file.fileno(), number, folders)
+        found, expected = len(rows.labels) - before, counts.get(tar)
+        if expected not in (None, found):
+            raise UserError(f"{printable(path)} has {found} images, and {info[0]} says {expected}; copy it "
+                            f"again, or remove {info[0]}.", code="unreadable_data")
+    rows.classes = class_names(source.root, rows.classes, folders)
+    return rows.index(source, f"WebDataset tars ({plural(len(tars), 'file')})", [*tars, "", *info])
+
+
+def class_names(root: str, labels: dict[str, int], folders: dict[str, set[str]],
+                listed: Sequence[str] = ()) -> dict[str, int]:
+    """`labels` (label as text → its number in order of appearance) by the names of their classes.
+
+    folders: those of each label's images, which name the classes where each label has one of its own. listed:
+    names by label, for the rest. Raises UserError for labels below 0 or beyond a list.
+    """
+    highest = len(listed) or 10 ** 6
+    odd = [label for label in labels if not 0 <= int(label) < highest]
+    if odd:
+        raise UserError(f"{printable(root)} has label {odd[0]}, and its classes are 0 to {highest - 1}: it "
+                        "is a split without labels, or the list of classes is another's.",
+                        code="invalid_labels")
+    own = {label: "".join(folders[label]) for label in labels if len(folders.get(label, ())) == 1}
+    if len({*own.values()} - {""}) == len(labels):
+        return {own[label]: number for label, number in labels.items()}
+    if max(len(labels), len(listed)) == 1000:
+        listed = imagenet_synsets()
+    width = len(max(labels, key=len, default=""))
+    doubled = {name for name, count in Counter(listed).items() if count > 1}
+    names = {label: listed[int(label)] if listed else label.zfill(width) for label in labels}
+    return {f"{name} ({label})" if name in doubled else name: labels[label] for label, name in names.items()}
+
+
+@dataclass(frozen=True)
+class _Sample:
+    key: str
+    parts: dict[str, TarInfo]  # by what follows the key's dot
+
+    def add_to(self, rows: Rows, file: int, container: int, folders: dict[str, set[str]]) -> None:
+        """Add the image of a sample, of the class that is its label as text."""
+        images = [kind for kind in self.parts if is_image(f"x.{kind}") and self.parts[kind].isreg()]
+        if not images:
+            rows.left_out["samples without an image"] += 1
+            return
+        rows.left_out["further images of a sample"] += len(images) - 1
+        about = json.loads(self._read(file, "json") or b"{}")
+        number = self._read(file, "cls") or about.get("label")
+        if number is None:
+            raise ValueError(f"{self.key} has no label")
+        label, original = str(int(number)), str(about.get("filename") or "")
+        above, name = os.path.split(original)
+        if "class" in about and original.startswith(f"{about['class']}/"):  # as tools.data writes it
+            above, name = about["class"], original[len(about["class"]) + 1:]
+        folders.setdefault(label, set()).add(os.path.basename(above) if "class" not in about else above)
+        image = self.parts[images[0]]
+        rows.add(label, name or f"{os.path.basename(self.key)}.{images[0]}", container, image.offset_data,
+                 image.size)
+
+    def _read(self, file: int, kind: str) -> bytes:
+        member = self.parts.get(kind)
+        if member is not None and member.size > _LARGEST:
+            raise ValueError(f"{member.name} has {member.size} bytes")
+        return os.pread(file, member.size, member.offset_data) if member else b""
+
+
+def _samples(path: str) -> Iterator[_Sample]:
+    sample = _Sample("", {})
+    for _, member in members(path):
+        folder, slash, name = member.name.removeprefix("./").rpartition("/")
+        stem, _, kind = name.partition(".")
+        if not stem or member.isdir() or member.issparse():
+            continue
+        if folder + slash + stem != sample.key:
+            if sample.parts:
+                yield sample
+            sample = _Sample(folder + slash + stem, {})
+        if kind in sample.parts:
+            raise ValueError(f"{member.name} is there twice")
+        sample.parts[kind.lower()] = member
+    if sample.parts:
+        yield sample
+
+
+def _listed(source: Source, info: str) -> dict[str, int | None]:
+    """The number of images in each tar of the split as `_info.json` has it, {} where it doesn't list the
+    split; UserError where it lists other tars."""
+    here = source.ending(".tar")
+    with readable(os.path.join(source.root, info), "the list of a WebDataset"):
+        splits = read_json(os.path.join(source.root, info))["splits"]
+        named = source.split or os.path.basename(source.root)
+        same = next((names for names in SPLITS.values() if named in names), ())
+        split = next((splits[name] for name in (named, *same) if name in splits), None)
+        if split is None:
+            return {}
+        files = [os.path.basename(name) for name in split["filenames"]]
+        counts = split.get("shard_lengths") or [None] * len(files)
+        if sorted(files) == here and len(counts) == len(files):
+            return dict(zip(files, counts))
+    other = printable(min({*files} ^ {*here}, default="none"))
+    raise UserError(f"{printable(source.root)} holds {plural(len(here), 'tar file')} of this split, and "
+                    f"{info} lists {len(files)} with {len(counts)} lengths (differing: {other}); complete "
+                    f"them, or remove {info}.", code="unreadable_data")

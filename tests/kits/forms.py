@@ -1,0 +1,149 @@
+"""One data set in every form: the same images, from a tree of ROOT/{train,val}/CLASS/NAME."""
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from scipy.io import savemat
+
+from datasets.index import IndexCache
+from datasets.pack import pack
+
+Tree = dict[str, list[tuple[str, str, bytes]]]  # split → (class, name, bytes) in the order of class and name
+
+
+def read_tree(root: Path) -> Tree:
+    return {part: [(path.parent.name, path.name, path.read_bytes()) for path in sorted((root / part).glob("*/*"))]
+            for part in ("train", "val")}
+
+
+def write_tar(path: Path, members) -> None:
+    """A plain tar of (name, bytes)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def tar_bytes(members) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def shuffled(rows: list) -> list:
+    return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+
+
+def tars(root: Path, tree: Tree) -> None:
+    """Tars with class folders, images mixed over three of them."""
+    for part, rows in tree.items():
+        for number in range(3):
+            write_tar(root / part / f"{number}.tar",
+                      [(f"./{part}/{name}/{file}", data) for name, file, data in shuffled(rows)[number::3]])
+
+
+def tar_per_class(root: Path, tree: Tree) -> None:
+    for part, rows in tree.items():
+        for name in {row[0] for row in rows}:
+            write_tar(root / part / f"{name}.tar", [(file, data) for folder, file, data in rows if folder == name])
+
+
+def devkit(path: Path, synsets: list[str], order: list[str]) -> None:
+    """The labels of validation images whose synsets in order of name are `order`."""
+    ids = {name: 2 * number + 1 for number, name in enumerate(shuffled(synsets))}
+    entries = np.array([(number, name, "words") for name, number in ids.items()],
+                       dtype=[("ILSVRC2012_ID", object), ("WNID", object), ("words", object)])
+    buffer = io.BytesIO()
+    savemat(buffer, {"synsets": entries})
+    truth = "".join(f"{ids[name]}\n" for name in order).encode()
+    with tarfile.open(path, "w:gz") as tar:
+        for name, data in (("meta.mat", buffer.getvalue()), ("ILSVRC2012_validation_ground_truth.txt", truth)):
+            member = tarfile.TarInfo(f"ILSVRC2012_devkit_t12/data/{name}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def originals(root: Path, tree: Tree) -> None:
+    classes = sorted({row[0] for row in tree["train"]})
+    write_tar(root / "ILSVRC2012_img_train.tar", [
+        (f"{name}.tar", tar_bytes([(file, data) for folder, file, data in tree["train"] if folder == name]))
+        for name in classes])
+    by_name = sorted(tree["val"], key=lambda row: row[1])
+    write_tar(root / "ILSVRC2012_img_val.tar", [(file, data) for _, file, data in shuffled(by_name)])
+    devkit(root / "ILSVRC2012_devkit_t12.tar.gz", classes, [row[0] for row in by_name])
+
+
+def webdataset(root: Path, tree: Tree, info: bool = False) -> None:
+    """As timm publishes it: mixed samples, `.jpg` whatever the file was called, its name in the json."""
+    root.mkdir(parents=True)
+    splits = {}
+    for part, rows in tree.items():
+        public, label = {"train": "train", "val": "validation"}[part], {}
+        for name in sorted({row[0] for row in tree["train"]}):
+            label[name] = len(label)
+        files, lengths = [], []
+        for number in range(3):
+            samples = shuffled(rows)[number::3]
+            files.append(f"imagenet1k-{public}-{number:04}.tar")
+            lengths.append(len(samples))
+            write_tar(root / files[-1], [
+                (f"{Path(file).stem}.{kind}", content) for name, file, data in samples for kind, content in (
+                    ("jpg", data), ("cls", str(label[name]).encode()),
+                    ("json", json.dumps({"label": label[name], "filename": f"{name}/{file}"}).encode()))])
+        splits[public] = {"name": public, "num_samples": sum(lengths), "filenames": files, "shard_lengths": lengths,
+                          "alt_label": ""}
+    if info:
+        (root / "_info.json").write_text(json.dumps({"name": "imagenet1k", "splits": splits}))
+
+
+def parquet(root: Path, tree: Tree, group: int = 7) -> None:
+    """As Hugging Face has it: mixed rows in groups, the synset at the end of each name."""
+    import pyarrow
+    from pyarrow import parquet
+    (root / "data").mkdir(parents=True)
+    classes = sorted({row[0] for row in tree["train"]})
+    features = {"image": {"_type": "Image"}, "label": {"names": [f"text {n}" for n in classes], "_type": "ClassLabel"}}
+    for part, rows in tree.items():
+        rows, public = shuffled(rows), {"train": "train", "val": "validation"}[part]
+        for number in range(2):
+            mine = rows[number::2]
+            images = [{"bytes": data, "path": f"{Path(file).stem}_{name}.JPEG"} for name, file, data in mine]
+            table = pyarrow.table({"image": images, "label": [classes.index(name) for name, _, _ in mine]})
+            table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+            parquet.write_table(table, root / "data" / f"{public}-{number:05}-of-00002.parquet", row_group_size=group)
+
+
+def packed(root: Path, tree: Tree) -> None:
+    """What tools.data makes of class folders."""
+    folders(root.with_name(f"{root.name}-source"), tree)
+    pack(str(root.with_name(f"{root.name}-source")), str(root), tar_bytes=100_000, resize=0,
+         cache=IndexCache("/dev/null/none"))
+    shutil.rmtree(root.with_name(f"{root.name}-source"))
+
+
+def folders(root: Path, tree: Tree) -> None:
+    for part, rows in tree.items():
+        for name, file, data in rows:
+            (root / part / name).mkdir(parents=True, exist_ok=True)
+            (root / part / name / file).write_bytes(data)
+
+
+FORMS = {"folders": folders, "tars": tars, "tar per class": tar_per_class, "originals": originals,
+         "webdataset": webdataset, "webdataset with _info.json": lambda root, tree: webdataset(root, tree, True),
+         "parquet": parquet, "packed": packed}
+
+
+def write_all(root: Path, tree: Tree) -> dict[str, Path]:
+    """Every form below `root`: its name → its folder."""
+    for name, write in FORMS.items():
+        write(root / name.replace(" ", "_"), tree)
+    return {name: root / name.replace(" ", "_") for name in FORMS}
