@@ -318,7 +318,7 @@ class EvalResult:
     images: int
     bad: int
     nonfinite: int
-    loss_sum: float
+    loss: float
     seconds: float = 0.0
     outputs: Outputs | None = None
 
@@ -331,11 +331,6 @@ class EvalResult:
     def acc5(self) -> float:
         """Top-5 in percent (top-k with fewer than five classes)."""
         return 100.0 * self.hits5 / self.images if self.images else 0.0
-
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy per readable image."""
-        return self.loss_sum / (self.images - self.bad) if self.images > self.bad else float("nan")
 
 
 @dataclass(frozen=True)
@@ -421,8 +416,8 @@ class _Tally:
         for total in (self.counts, self.loss):
             self.evaluation.process.all_reduce_(total, "sum")
         hits1, hits5, images, bad, nonfinite = self.counts.tolist()
-        return EvalResult(name, hits1, hits5, images, bad, nonfinite, self.loss.item(),
-                          outputs=self._gather())
+        loss = self.loss.item() / (images - bad) if images > bad else np.nan
+        return EvalResult(name, hits1, hits5, images, bad, nonfinite, loss, outputs=self._gather())
 
     def _gather(self) -> Outputs | None:
         if not self.evaluation.outputs:

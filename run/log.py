@@ -46,7 +46,7 @@ class Tracker:
                  n_parameters: int = 0, main: bool = True, terminal: bool | None = None):
         self._owner = folder if folder is None or isinstance(folder, Ledger) else Ledger(folder)
         self.epochs, self.updates_per_epoch = options.epochs, updates_per_epoch
-        self.n_parameters = n_parameters
+        self.n_parameters, self.main = n_parameters, main
         self.terminal = main and (sys.stderr.isatty() if terminal is None else terminal)
         own = self._owner and self._owner.path
         self._lines: list[dict] = []
@@ -138,9 +138,9 @@ class Tracker:
 
     # --------------------------------------------------------------------------------- incidents and the end
 
-    def incident(self, kind: str, sentence: str, log: bool = True, **more: object) -> None:
-        """Log something out of the ordinary (unless that was done already) and keep it in events.jsonl."""
-        if log:
+    def incident(self, kind: str, sentence: str, **more: object) -> None:
+        """Log something out of the ordinary and keep it in events.jsonl."""
+        if self.main:
             logger.warning(sentence)
         record = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "kind": kind, "message": sentence, **more}
         self._write("events.jsonl", lambda path: append_json_line(path, record))

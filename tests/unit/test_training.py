@@ -9,6 +9,7 @@ import torch
 
 from common.errors import UserError
 from common.files import read_json_lines
+from common.ledger import Ledger
 from common.log import logger
 from common.outcome import Outcome
 from config.parse import parse
@@ -70,8 +71,7 @@ def trainer(resolved, process, folder, state=None):
     folder.mkdir(parents=True, exist_ok=True)
     plan = plan_run(resolved, process, state)
     return Poisoned(Classification(plan, process, state), plan, process, stop=StopRequest(), state=state,
-                    folder=str(folder), watchdog=Watchdog(process, hang_timeout=0),
-                    checkpoints=Checkpoints(folder, background=False))
+                    folder=Ledger(folder), watchdog=Watchdog(process, hang_timeout=0))
 
 
 @pytest.fixture(scope="module")

@@ -132,10 +132,8 @@ def test_mistakes_are_one_sentence(tmp_path, run):
 def test_timm_finds_what_scored_in_its_own_ways(tmp_path, two, scores, index):
     """`checkpoint_path` takes the average wherever it finds one, unless the file says otherwise in timm's
     words."""
-    state = {"format": 3, "model": two[0].state_dict(), "model_ema": two[1].state_dict(), "args": {}}
-    checkpoints = Checkpoints(tmp_path, background=False)
-    checkpoints.save(state, epoch=0, best=scores)
-    assert checkpoints.close() == []
+    state = {"format": 3, "model": two[0].state_dict(), "model_ema": two[1].state_dict(), "args": {}, "epoch": 0}
+    Checkpoints(tmp_path).save(state, scores, wait=True)
     path = str(tmp_path / next(iter(scores)))
     assert same(timm.create_model("hornet_pico_gf", num_classes=4, checkpoint_path=path), two[index])
     assert same(timm.create_model("hornet_pico_gf", num_classes=4, pretrained=True,
