@@ -9,7 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 import models  # noqa: F401  (registers the networks)
 from common.outcome import Outcome
 from engine import Observer
-from tests.kits.toy import CLASSES, Alone, in_processes, train, training
+from tests.kits.processes import in_processes
+from tests.kits.toy import CLASSES, Alone, train, training
 
 CONFIGS = {"norm": dict(clip_grad=0.4), "agc": dict(clip_grad=0.05, clip_by="agc"),
            "value": dict(clip_grad=0.02, clip_by="value"), "none": {}}
