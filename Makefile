@@ -1,9 +1,9 @@
-# make quickstart | lint | test | test-all | soak | bench      (each prepares .venv by itself)
+# make quickstart | lint | test | test-all | test-oldest | gpu | soak | bench | verify-published      (each prepares .venv by itself)
 PYTHON ?= python3
 PY := .venv/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q
 JOBS ?= 2
-.PHONY: quickstart lint test test-all soak bench clean
+.PHONY: quickstart lint test test-all test-oldest gpu soak bench verify-published clean
 .DEFAULT_GOAL := quickstart
 
 # A stamp newer than both requirement files: installing again costs a minute, checking costs nothing.
@@ -32,11 +32,27 @@ test: .venv/installed lint
 test-all: .venv/installed test
 	$(PYTEST) -m slow
 
+# The oldest versions that requirements.txt allows, in an environment of their own (6 GB more).
+OLDEST := "torch==2.11.*" "torchvision==0.26.*" "timm==1.0.26"
+test-oldest:
+	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install -q --disable-pip-version-check -r requirements.txt -r requirements-dev.txt $(OLDEST)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" tests/unit tests/parity
+
+# On a machine with a GPU: what no other can show, then speed; ends in two tables (docs/GPU.md).
+gpu: .venv/installed
+	$(PY) -m pytest -q tests/gpu
+	$(PY) -m benchmarks.gpu
+
 soak: .venv/installed
 	HORNET_SOAK=1 $(PYTEST) -m slow tests/soak
 
 bench: .venv/installed
 	$(PY) -m benchmarks all
+
+# The published accuracies on your ImageNet; ARGS are options of main.py, or --dry_run true without any data.
+verify-published: .venv/installed
+	$(PY) -m tools.verify $(if $(DATA),--data_path $(DATA)) $(ARGS)
 
 clean:
 	rm -rf build .pytest_cache .hypothesis

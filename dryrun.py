@@ -11,7 +11,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ from config.options import Options
 from config.parse import Resolved
 from datasets.build import Data, check_sample
 from datasets.dataset import ImageDataset, make_loader
-from evaluation import Heartbeats, prepare_evaluation
+from evaluation import Heartbeats, amp_dtype, prepare_evaluation
 from launch.process import Process
 from launch.stop import StopRequest
 from launch.watchdog import Watchdog
@@ -208,6 +208,9 @@ class DryRun(Heartbeats):
                                      replace(task.evaluation, observer=self), count)
                 evaluated = found.images / found.seconds
             self._speed(planned, loading, evaluated)
+            if not self.on_cpu:
+                most = process.on_rank_zero(lambda: largest(lambda count: _fits(trainer, count)))
+                self.row("largest batch", f"{most} images per forward pass fit into a device's memory")
             self.on_phase("saving", at.update)
             process.on_rank_zero(lambda: self._save_and_reload(trainer))
             return state_bytes(trainer.state_dict())
@@ -274,6 +277,32 @@ class DryRun(Heartbeats):
         text, enough = checkpoints.disk_estimate(state_size, options.epochs)
         self.row("disk", text)
         self.problems("disk", [] if enough else [f"{text}: free some, or keep fewer with --save_ckpt_num."])
+
+
+def largest(fits: Callable[[int], bool]) -> int:
+    """The largest power of two, and half of the way to the next in eighths, for which `fits` is true."""
+    most = 1
+    while most < 2 ** 16 and fits(2 * most):
+        most *= 2
+    step = most
+    while (step := step // 2) >= max(1, most // 16):
+        most += step * fits(most + step)
+    return most
+
+
+def _fits(trainer: Trainer, count: int) -> bool:
+    """Whether the device has memory for the forward and backward pass of `count` images."""
+    model, options, device = trainer.model, trainer.options, trainer.process.device
+    try:
+        with engine.autocast(device, amp_dtype(options)):
+            out = model.train()(torch.zeros(count, 3, options.input_size, options.input_size, device=device))
+        out.float().sum().backward()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad()
+        torch.get_device_module(device).empty_cache()
+    return True
 
 
 def peak_memory(device: torch.device) -> tuple[int, int]:

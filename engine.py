@@ -2,7 +2,6 @@
 passed in."""
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.devices import float32_products
+from common.devices import PhaseClock, autocast, float32_products, to_device
 from common.outcome import Outcome
 from common.random import uniforms
 from datasets.dataset import Batch, ImageLoader
@@ -122,7 +121,7 @@ class Progress:
     `data_wait` the share of the time spent waiting for the loader. `next_update` is the first global update
     not done. `outcome`: DONE when the epoch is complete, PAUSED when the observer asked to stop before,
     ROLLED_BACK or FAILED when the non-finite updates demand it. `sums` are those to continue from, of this
-    rank, at the end of all ranks.
+    rank, at the end of all ranks. `shares`: of the time, on the device's clock, per phase of training.
     """
     epoch: int
     first_update: int
@@ -140,6 +139,7 @@ class Progress:
     nonfinite: int
     outcome: Outcome
     sums: Sums
+    shares: dict[str, float] = field(default_factory=dict)
 
 
 class _Meter:
@@ -155,7 +155,13 @@ class _Meter:
         before = sums or [0.0] * 6
         self.sums, self.nonfinite = np.array(before[:5]), int(before[5])
         self.reported = self.sums
-        self.readback = Readback()
+        self.readback, self.clock = Readback(), PhaseClock(loop.process.device)
+
+    def begins(self, phase: str) -> None:
+        """A phase of the update begins, "other" between two updates."""
+        self.clock.begins(phase)
+        if phase != "other":
+            self.observer.on_phase(phase, self.next_update)
 
     def add(self, stats: UpdateStats, hits: Tensor | None, held: list[Batch]) -> None:
         """File an update that was made of the micro-batches `held`."""
@@ -202,7 +208,8 @@ class _Meter:
             class_acc=100 * hits / labelled if labelled else None, lr=max(lrs), min_lr=min(lrs),
             weight_decay=max(_each(optimizer, "weight_decay")), seconds=seconds,
             images_per_second=self.images * self.loop.process.world_size / seconds,
-            data_wait=self.waited / seconds, nonfinite=self.nonfinite, outcome=self.outcome, sums=sums)
+            data_wait=self.waited / seconds, nonfinite=self.nonfinite, outcome=self.outcome, sums=sums,
+            shares={phase: spent / seconds for phase, spent in self.clock.read().items()})
 
 
 def _each(optimizer: torch.optim.Optimizer, name: str) -> list[float]:
@@ -228,7 +235,7 @@ def train_one_epoch(loop: Loop, observer: Observer, *, epoch: int, first_update:
         # settings.
         loop.update.schedule.apply(loop.update.optimizer, end - 1)
     for number in range(base + first_update, end):
-        stats = _train_one_update(loop, observer, batches, meter, number)
+        stats = _train_one_update(loop, batches, meter, number)
         if observer.after_update(number, stats, meter.sums_over_ranks) or meter.outcome is not Outcome.DONE:
             break
         if (number + 1 - base) % loop.print_freq == 0 and number + 1 < end:
@@ -243,26 +250,26 @@ def train_one_epoch(loop: Loop, observer: Observer, *, epoch: int, first_update:
     return progress
 
 
-def _train_one_update(loop: Loop, observer: Observer, batches: Iterator[Batch], meter: _Meter,
-                      number: int) -> UpdateStats:
+def _train_one_update(loop: Loop, batches: Iterator[Batch], meter: _Meter, number: int) -> UpdateStats:
     """The training step: forward and backward of each micro-batch, then one update of the weights."""
     held: list[Batch] = []
     hits: Tensor | None = None
     update_freq = loop.update.options.update_freq
     for micro in range(update_freq):
-        observer.on_phase("data", number)
+        meter.begins("data")
         start = time.perf_counter()
         batch = next(batches)
         meter.waited += time.perf_counter() - start
-        observer.on_phase("forward", number)
+        meter.begins("forward")
         with loop.update.micro_batch(last=micro == update_freq - 1):
             loss, correct = loop.task.losses(loop.model, batch, number)
-            observer.on_phase("backward", number)
+            meter.begins("backward")
             loop.update.backward(loss)
         held.append(batch)
         hits = correct if hits is None or correct is None else hits + correct
-    observer.on_phase("step", number)
+    meter.begins("step")
     stats = loop.update.step(number)
+    meter.begins("other")
     meter.add(stats, hits, held)
     return stats
 
@@ -273,13 +280,7 @@ def drop_draws(count: int, seed: int, update: int, batch: Batch, device: torch.d
     Keyed by update and global position, so that no split over processes and no recomputation changes them.
     """
     draws = uniforms(seed, "drop", update, np.asarray(batch.positions), count)
-    # Without `non_blocking` the host would wait here for all that the device still has to do.
-    return {"drop_draws": torch.from_numpy(draws).to(device, non_blocking=True)} if count else {}
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None):
-    """Mixed precision with `dtype`, or nothing for None."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+    return {"drop_draws": to_device(torch.from_numpy(draws), device)} if count else {}
 
 
 def full_precision(logits: Tensor) -> Tensor:

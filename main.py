@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # it imports PyTorch
     from launch.watchdog import Watchdog
 Work = Callable[[Resolved, "Process", "Watchdog"], ExitCode]
 
-# Of torchrun, submitit's local executor, srun and mpirun.
-RANK_VARIABLES = ("RANK", "SUBMITIT_LOCAL_GLOBALID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+# Of torchrun, srun and mpirun.
+RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 
 
 def main(argv: list[str] | None = None, kind: type[Options] = Options,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import engine
 import models  # noqa: F401  registers the architectures with timm
 import native
-from common.devices import set_float32
+from common.devices import dense_peak, set_float32
 from common.log import logger
 from common.random import key
 from common.safe_load import safe_torch_load
@@ -24,9 +24,10 @@ from datasets.device import EvalPrepare, TrainPrepare
 from datasets.sampler import GlobalBatchSampler
 from evaluation import amp_dtype
 from launch.process import Process
-from models.compile import compile_model
+from models.compile import compile_blocks
 from models.download import fetch_published
 from models.hornet import HorNet
+from models.inspect import complexity
 from models.trained import locate
 from models.weights import load_for_model
 from optim.build import build_loss, build_optimizer
@@ -108,6 +109,17 @@ def set_numerics(options: Options) -> None:
     set_float32(options.fast_math)
 
 
+def rate_at_peak(model: nn.Module, options: Options, process: Process) -> float | None:
+    """Images per second of all processes if their devices computed at their peak; None where it is not known.
+    """
+    if not isinstance(model, HorNet) or process.device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(process.device)
+    peak = dense_peak(name, amp_dtype(options), options.fast_math)
+    # A multiply-add is two operations, and a backward pass twice a forward pass.
+    return peak and process.world_size * peak / (6 * complexity(model, options.input_size).flops)
+
+
 def load_start_weights(model: HorNet, options: Options, data: Data, process: Process) -> None:
     """Published or given weights to start from; rank 0 downloads, every node reads the file."""
     if not options.pretrained and not options.finetune:
@@ -119,14 +131,16 @@ def load_start_weights(model: HorNet, options: Options, data: Data, process: Pro
                    class_names=data.class_names, new_head=True)
 
 
-def compiled(model: nn.Module, options: Options, process: Process) -> nn.Module:
-    """The model for `--compile true`, compiled on all ranks or on none; otherwise as it is."""
-    if not options.compile:
-        return model
+def compiled(model: nn.Module, options: Options, process: Process, paths: dict[str, str]) -> dict[str, str]:
+    """The code paths of a run, those of `--compile true` included, which are the same on all ranks; `paths`
+    has those of a run to resume."""
+    if not options.compile or not isinstance(model, HorNet):
+        return {}
     logger.info("Compiling the model, which takes minutes ...")
     shape = (options.batch_size, 3, options.input_size, options.input_size)
-    return compile_model(model.train(), shape, amp_dtype(options),
-                         lambda mine: bool(process.all_reduce_(torch.tensor([int(mine)]), "min").item()))
+    return {"compiled": compile_blocks(
+        model.train(), shape, amp_dtype(options), saved=paths.get("compiled"),
+        agree=lambda mine: not process.any(not mine), from_first=process.broadcast_object)}
 
 
 class Classification:
@@ -146,6 +160,8 @@ class Classification:
         self.drop_draws = model.num_drop_draws
         if state is None:
             load_start_weights(model, options, data, process)
+        if options.freeze:
+            model.freeze(options.freeze)
         self.model: nn.Module = model.to(process.device)
         self.optimizer = build_optimizer(model, options)
         self.schedule = Schedule(options, plan.updates_per_epoch)

@@ -24,7 +24,16 @@ from launch.watchdog import Watchdog
 from optim.ema import Ema
 from optim.finite import FiniteWatch
 from optim.update import Update, UpdateStats
-from plan import Classification, Plan, compiled, find_data, plan_run, resumed_schedule_notice, set_numerics
+from plan import (
+    Classification,
+    Plan,
+    compiled,
+    find_data,
+    plan_run,
+    rate_at_peak,
+    resumed_schedule_notice,
+    set_numerics,
+)
 from report.page import write_report
 from run.checkpoint import Checkpoints, Loaded, open_folder, state_bytes
 from run.folder import RunFolder
@@ -53,16 +62,19 @@ class Trainer(engine.Observer):
             self.checkpoints = Checkpoints(folder, keep=options.save_ckpt_num, failed=self._note_failed_save)
         set_numerics(options)
         # All ranks compute as rank 0 does, and a resumed run as the one that was saved.
-        saved_paths = (state or {}).get("code_paths")
+        saved_paths = (state or {}).get("code_paths") or {}
         paths = process.on_rank_zero(lambda: native.attach(self.model, saved_paths))
         self.code_paths = paths if process.is_main else native.attach(self.model, paths)
         torch.set_num_threads(process.broadcast_object(torch.get_num_threads()))
+        # Before it is copied for the average, which then computes on the same.
+        self.code_paths |= compiled(self.model, options, process, saved_paths)
         average_on = "cpu" if options.model_ema_force_cpu else None
         self.ema = Ema(self.model, options.model_ema_decay, average_on) if options.model_ema else None
         self.tracker = Tracker(
             folder, options, updates_per_epoch=updates, main=process.is_main,
-            n_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad))
-        wrapped = process.wrap(compiled(self.model, options, process))
+            n_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            peak_rate=rate_at_peak(self.model, options, process))
+        wrapped = process.wrap(self.model)
         update = Update(wrapped, task.optimizer, task.schedule, options, ema=self.ema,
                         agree=lambda flags: process.all_reduce_(flags, "min"))
         self.loop = engine.Loop(

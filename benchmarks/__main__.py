@@ -1,12 +1,8 @@
 """`python -m benchmarks {model,train,optim,data,family,all}`: a table of medians and ratios, and JSON."""
 import argparse
 import json
-import multiprocessing
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 
-import timm
 import torch
 from matplotlib.figure import Figure
 
@@ -14,7 +10,6 @@ import models
 from benchmarks import cases, data, timing
 from common.files import write_json
 from common.log import logger
-from models.inspect import complexity
 from models.zoo import PUBLISHED
 from tools.command import run_command
 
@@ -39,31 +34,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _family(args: argparse.Namespace) -> list[dict]:
-    """Each model in a process of its own, so that its peak memory is its own."""
+    """Every published model, float32, on this machine's paths."""
     found, setting = [], cases.Setting(2, min(3, args.repeats), args.clock, args.size)
     for name, variant in PUBLISHED.items():
-        with torch.device("meta"):
-            size = complexity(timm.create_model(name), variant.input_size)
-        row = {"model": name, "params": size.params, "flops": size.flops, "input_size": variant.input_size,
-               "top1": variant.top1}
-        for kind in ("evaluate", "train"):
-            try:
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                    row[f"{kind}_per_second"], row[f"{kind}_gib"] = pool.submit(
-                        cases.family_member, name, setting, kind == "train", args.threads).result()
-            except BrokenProcessPool:
-                logger.warning("%s: %s was ended (too little memory?)", name, kind)
-        found.append(row)
-        logger.info("%s", row)
+        found.append({"model": name, "params": variant.params, "flops": variant.flops, "top1": variant.top1,
+                      "input_size": variant.input_size, "evaluate_per_second": cases.speed(name, setting, train=False),
+                      "train_per_second": cases.speed(name, setting, train=True)})
+        logger.info("%s", found[-1])
     return found
 
 
 def _family_table(found: list[dict]) -> str:
-    speeds = ("evaluate_per_second", "train_per_second", "evaluate_gib", "train_gib")
-    return timing.markdown(
-        "model, parameters, FLOPs, size, img/s evaluating, img/s training, GiB evaluating, GiB training",
-        [[row["model"], f"{row['params']:,}", f"{row['flops'] / 1e9:.1f} G", str(row["input_size"]),
-          *(f"{row[key]:.3g}" if key in row else "" for key in speeds)] for row in found])
+    return timing.markdown("model, parameters, FLOPs, size, img/s evaluating, img/s training", [
+        [row["model"], f"{row['params']:,}", f"{row['flops'] / 1e9:.1f} G", str(row["input_size"]),
+         f"{row['evaluate_per_second']:.3g}", f"{row['train_per_second']:.3g}"] for row in found])
 
 
 def plot(family: list[dict], title: str, path: str) -> None:
@@ -73,7 +57,7 @@ def plot(family: list[dict], title: str, path: str) -> None:
     axes.set(xscale="log", title=title, xlabel="milliseconds per image", ylabel="top-1 in %, published")
     for kind in ("7x7", "gf"):
         points = sorted((1e3 / row["evaluate_per_second"], row["top1"], row["model"]) for row in family
-                        if kind in row["model"] and row["top1"] and "evaluate_per_second" in row)
+                        if kind in row["model"] and row["top1"])
         axes.plot([point[0] for point in points], [point[1] for point in points], "o-")
         for *place, name in points:
             axes.annotate(name, place, xytext=(8, -10), textcoords="offset points", fontsize=8)

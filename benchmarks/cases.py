@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import models  # noqa: F401  registers the models
 import native
 from benchmarks.reference import PlainHorNet, plain_update
-from benchmarks.timing import Row, interleave, peak_bandwidth, peak_flops, peak_memory, rows
+from benchmarks.timing import Row, interleave, peak_bandwidth, peak_flops, rows
 from config.options import Options
 from models.inspect import complexity
 from models.zoo import VARIANTS
@@ -123,15 +123,10 @@ def optimizer(name: str, setting: Setting) -> list[Row]:
     return found
 
 
-def family_member(name: str, setting: Setting, train: bool, threads: int) -> tuple[float, float]:
-    """Images per second of one model on this machine's paths in float32, and GiB above an idle start.
-
-    Call it in a process of its own, so that the memory is the model's.
-    """
-    torch.set_num_threads(threads)
-    before = peak_memory()
+def speed(name: str, setting: Setting, train: bool) -> float:
+    """Images per second of one model on this machine's paths in float32."""
     model = timm.create_model(name).train(train)
     native.attach(model)
     with contextlib.nullcontext() if train else native.packed(model):
         times = interleave({"": step_of(model, setting.images(name))}, setting.repeats, setting.clock)
-    return rows("", times, setting.batch, "img")[0]["per_second"], peak_memory() - before
+    return rows("", times, setting.batch, "img")[0]["per_second"]

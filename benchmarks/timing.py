@@ -62,11 +62,6 @@ def peak_bandwidth(clock: str) -> float:
     return 2 * 4 * x.numel() / min(interleave({"": lambda: x.mul_(1.0)}, 8, clock)[""])
 
 
-def peak_memory() -> float:
-    """GiB that this process has had at most (the kernel's `ru_maxrss` would count its parent's, too)."""
-    return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 2 ** 20
-
-
 def machine() -> dict[str, object]:
     """What the numbers depend on."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""

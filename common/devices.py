@@ -1,22 +1,28 @@
-"""What PyTorch computes products of float32 tensors in, said in one way and in one place.
+"""What differs between devices: the precision of float32, copies that nobody waits for, clocks, peaks.
 
-It has two ways to say it, `allow_tf32` and `fp32_precision`, and reading the one after the other was set
-raises RuntimeError, also inside its compiler. Here it is `allow_tf32` for CUDA's products and cuDNN, and
-`fp32_precision` for oneDNN, which knows nothing else.
+PyTorch has two ways to say what products of float32 tensors are computed in, `allow_tf32` and
+`fp32_precision`, and reading the one after the other was set raises RuntimeError, also inside its compiler.
+Here it is `allow_tf32` for CUDA's products and cuDNN, and `fp32_precision` for oneDNN, which knows nothing
+else; no other file sets either.
 """
+import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise
+from operator import attrgetter
 
-from torch.backends import cuda, cudnn, mkldnn
+import torch
+from torch import Tensor
 
-Float32 = tuple[bool, bool, str, str]
+_FLOAT32 = {"cuda.matmul": "allow_tf32", "cudnn": "allow_tf32", "mkldnn.matmul": "fp32_precision",
+            "mkldnn.conv": "fp32_precision"}
 
 
-def float32_settings() -> Float32:
+def float32_settings() -> tuple[bool | str, ...]:
     """Of this process: TF32 in CUDA's products and in cuDNN, precision of oneDNN's products and convolutions.
     """
-    return (cuda.matmul.allow_tf32, cudnn.allow_tf32, mkldnn.matmul.fp32_precision,
-            mkldnn.conv.fp32_precision)
+    return tuple(getattr(place, name) for place, name in zip(_places(), _FLOAT32.values()))
 
 
 def set_float32(tf32: bool) -> None:
@@ -35,6 +41,63 @@ def float32_products(tf32: bool = False) -> Iterator[None]:
         _apply(before)
 
 
-def _apply(settings: Float32) -> None:
-    (cuda.matmul.allow_tf32, cudnn.allow_tf32, mkldnn.matmul.fp32_precision,
-     mkldnn.conv.fp32_precision) = settings  # type: ignore
+def _places() -> tuple:
+    return attrgetter(*_FLOAT32)(torch.backends)
+
+
+def _apply(settings: tuple[bool | str, ...]) -> None:
+    for place, name, value in zip(_places(), _FLOAT32.values(), settings):
+        setattr(place, name, value)
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None):
+    """Mixed precision with `dtype`, or nothing for None."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def asynchronous(device: torch.device) -> bool:
+    """Whether `device` works through a queue that the host does not wait for."""
+    return device.type in ("cuda", "xpu") and torch.accelerator.is_available()
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy that the host does not wait for. Pageable memory would make it wait for the device's queue."""
+    return (tensor.pin_memory() if asynchronous(device) else tensor).to(device, non_blocking=True)
+
+
+class PhaseClock:
+    """Seconds spent in each phase of a work, on the device's own clock: where it works through a queue, when
+    the device came to a phase and not when the host did."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.marks, self.seconds = device, [], Counter()
+
+    def begins(self, phase: str) -> None:
+        """The phase before ends, and this one begins."""
+        at: torch.Event | float = time.perf_counter()
+        if asynchronous(self.device):
+            at = torch.Event(self.device, enable_timing=True)
+            at.record()
+        self.marks.append((phase, at))
+
+    def read(self) -> dict[str, float]:
+        """Of each phase so far; the last begun is left out. Waits for the device."""
+        if self.marks and asynchronous(self.device):
+            self.marks[-1][1].synchronize()
+        for (phase, start), (_, end) in pairwise(self.marks):
+            self.seconds[phase] += end - start if isinstance(end, float) else start.elapsed_time(end) / 1e3
+        self.marks = self.marks[-1:]
+        return dict(self.seconds)
+
+
+# Dense bf16 and fp16 products in TFLOP/s by a part of the device's name, from the makers' data sheets; of
+# names that are part of others the longer ones first. TF32 has half of it.
+_PEAKS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "A10": 125,
+          "L40S": 362, "L4": 121, "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307}
+
+
+def dense_peak(name: str, dtype: torch.dtype | None, tf32: bool) -> float | None:
+    """Operations per second of a device called `name` in mixed precision with `dtype`, in TF32 without; None
+    where it is not known."""
+    peak = next((1e12 * peak for part, peak in _PEAKS.items() if part in name), None)
+    return peak and (peak if dtype is not None else peak / 2 if tf32 else None)

@@ -156,7 +156,7 @@ def known(state: object) -> str:
 
 def job_id() -> str | None:
     """The scheduler's job id, None outside a job."""
-    names = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "SUBMITIT_LOCAL_JOB_ID")
+    names = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
     return next((os.environ[name] for name in names if os.environ.get(name)), None)
 
 

@@ -51,6 +51,9 @@ SUITE = Accepts("imagenet, v2, a, r and sketch, with commas and =FOLDER where no
                 lambda v: re.fullmatch(r"((imagenet|v2|a|r|sketch)(=[^,]+)?(,|$))*", v) is not None)
 DEVICE = Accepts("auto, cpu, mps, cuda, xpu, or one of them with a number such as cuda:1",
                  lambda v: re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d{1,3})?", v) is not None)
+_PART = r"(backbone|stem|stages\.[0-3](-[0-3])?)"
+PARTS = Accepts("backbone (all but the head), or stem and stages such as stem,stages.0-2",
+                lambda v: re.fullmatch(f"{_PART}(,{_PART})*", v) is not None)
 AUGMENT = Accepts("none or a timm policy such as rand-m9-mstd0.5-inc1",
                   lambda v: bool(_AUGMENT.fullmatch(v)))
 
@@ -147,6 +150,7 @@ class Options:
     model_ema_decay: float = _train(0.9999, "decay of the moving average per update", BELOW_ONE)
     model_ema_eval: bool = _train(False, "evaluate the moving average after each epoch too")
     smoothing: float = _train(0.1, "label smoothing", BELOW_ONE)
+    freeze: str | None = _train(None, "parts that keep the weights they start from", PARTS)
     start_epoch: int = _train(0, "first epoch when nothing is resumed", at_least(0))
 
     aa: str | None = _augment("rand-m9-mstd0.5-inc1", "automatic augmentation, by timm's name", AUGMENT)

@@ -38,6 +38,8 @@ def check(options: Options, origins: dict[str, str]) -> None:
          f"--global_batch {o.global_batch} and --update_freq {o.update_freq} are both given; give one."),
         (o.pretrained and o.finetune,
          f"--pretrained true and --finetune {o.finetune} both name the weights to start from; give one."),
+        (o.freeze and not (o.pretrained or o.finetune or o.resume), f"--freeze {o.freeze} would keep random "
+         "weights; give --finetune CHECKPOINT or --pretrained true to start from."),
         (len(o.resume) > 1, f"--resume takes one checkpoint in training, {len(o.resume)} were given; add "
          "--eval true to evaluate several."),
         (o.weights == "both" or o.suite, "--weights both and --suite are for --eval true; add it."),

@@ -110,11 +110,8 @@ def _split(options: Options, part: str, cache: IndexCache, order: str | None, no
         reader: Reader = read_cifar(options.data_path, options.nb_classes or 100, part == "train")
     elif source is not None:
         reader = open_reader(source, cache, order if part == "train" else None)
-        if part == "train" and reader.storage is not None and not options.allow_slow_parquet:
+        if part == "train" and reader.sequential and not options.allow_slow_parquet:
             raise too_slow(source, len(reader))
-        alias = os.path.basename(source.root)
-        if part == "val" and alias in SPLITS["val"][1:] and not options.eval_data_path:
-            notes.append(f"val: {alias}/ is taken, there is no val/")
     else:
         raise UserError("The evaluation images are missing; give --eval_data_path FOLDER, --val_fraction 0.1 "
                         "or --disable_eval true.", code="missing_data")
@@ -220,11 +217,14 @@ def _dataset(options: Options, split: _Split, names: list[str], notes: list[str]
         notes.append(f"{part}: {len(mine) - known} images of {split.noun}s without a class are skipped")
     size, training = options.input_size, part == "train"
     transform = train_transform(options) if training else eval_transform(size, options.crop_pct)
-    erasing = Erasing(options.reprob, options.recount) if training and options.reprob > 0 else None
+    erases = training and options.reprob > 0
+    erasing = Erasing(options.reprob, options.recount, options.remode) if erases else None
     dataset = ImageDataset(reader, targets, transform, size, seed=options.seed, erasing=erasing,
                            exif_orientation=options.exif_orientation)
     classes = f"{found:,} classes" if found == len(names) else f"{found:,} of {len(names):,} classes"
-    notes.append(f"{part}: {known:,} images in {classes}, {reader.form}, order {dataset.order[:8]}")
+    folder = os.path.basename(reader.root)
+    alias = f" in {folder}/, as there is no {part}/" if folder in SPLITS[part][1:] else ""
+    notes.append(f"{part}: {known:,} images in {classes}, {reader.form}{alias}, order {dataset.order[:8]}")
     if reader.left_out:
         types = Counter(reader.left_out).most_common()
         words = ", ".join(f"{count} {printable(kind)}" for kind, count in types)

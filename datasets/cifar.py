@@ -12,6 +12,7 @@ import numpy as np
 from common.errors import UserError
 from common.text import printable
 from datasets.images import read_file
+from datasets.readers import Reader
 
 _FILES = {  # classes: folder, train files, val files, names file, key of the names, key of the labels
     10: ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"], "batches.meta",
@@ -22,26 +23,17 @@ _ALLOWED = {  # what pickles of arrays, numbers and bytes are made of; none of i
     "numpy": ("ndarray", "dtype"), "_codecs": ("encode",), "builtins": ("bytes", "bytearray")}
 
 
-class Cifar:
-    """Images held in memory, uint8 (N, 32, 32, 3); a Reader."""
+class Cifar(Reader):
+    """Images held in memory, uint8 (N, 32, 32, 3), in the order of the files."""
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray, classes: list[str], root: str):
         self.pixels, self.labels, self.classes, self.root = pixels, labels.astype(np.int32), classes, root
-        self.left_out: dict[str, int] = {}
-        self.form = "CIFAR's arrays"
-        self.storage: np.ndarray | None = None
+        self.left_out, self.form = {}, "CIFAR's arrays"
         self.order = hashlib.blake2b(self.labels.tobytes(), digest_size=16).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def name(self, index: int) -> str:
         """File and position of image `index`."""
         return f"{self.root}[{index}]"
-
-    def stem(self, index: int) -> str:
-        """Its position."""
-        return str(index)
 
     def encoded(self, index: int) -> bytes:
         """Image `index` as a PPM file, which is its pixels behind a short header."""

@@ -39,7 +39,8 @@ class Batch(NamedTuple):
     -1 in evaluation) int64 (B,); boxes to erase int32 (B, recount, 4) as top, left, height, width (0 = none);
     epoch (-1 in evaluation); unreadable: (index, reason) of each image that could not be read, replacements
     included: in training another image stands there, in evaluation a black one with target -100; lost: the
-    sentence of a Failure in a worker, "" without one."""
+    sentence of a Failure in a worker, "" without one; erased: nothing, or places int64 (n,) among the
+    B * H * W pixels and what fills them, float32 (n, 3), normalised."""
 
     images: torch.Tensor
     targets: torch.Tensor
@@ -49,6 +50,7 @@ class Batch(NamedTuple):
     epoch: int
     unreadable: tuple[tuple[int, str], ...] = ()
     lost: str = ""
+    erased: tuple[torch.Tensor, ...] = ()
 
 
 class ImageDataset(Dataset[Batch]):
@@ -78,12 +80,12 @@ class ImageDataset(Dataset[Batch]):
     def share(self, rank: int, world_size: int) -> Sequence[int]:
         """The images of one rank in evaluation: every world_size-th, or a contiguous part where only the
         order in which images are stored is read fast."""
-        stored = self.reader.storage
-        if stored is None:
+        if not self.reader.sequential:
             return range(rank, len(self), world_size)
-        place = np.empty(len(stored), dtype=np.int64)
-        place[stored] = np.arange(len(stored))
-        return np.array_split(np.argsort(place[self._kept]), world_size)[rank].tolist()
+        own = np.full(len(self.reader), -1)
+        own[self._kept] = np.arange(len(self))
+        stored = own[self.reader.stored_order()]
+        return np.array_split(stored[stored >= 0], world_size)[rank].tolist()
 
     def path(self, index: int) -> str:
         """Where image `index` comes from, for reports."""
@@ -129,8 +131,10 @@ class ImageDataset(Dataset[Batch]):
                 raise
             lost = str(error)  # PyTorch would wrap the sentence in a worker's traceback
         indices, positions = torch.tensor([row[1:] for row in rows], dtype=torch.int64).T.contiguous()
+        erased = () if self.erasing is None else self.erasing.fill(
+            boxes, [key(self.seed, "erase", epoch, index) for epoch, index, _ in rows], size, size)
         return Batch(images, torch.from_numpy(targets), indices, positions, torch.from_numpy(boxes),
-                     rows[0][0], tuple(unreadable), lost)
+                     rows[0][0], tuple(unreadable), lost, erased)
 
     def _fill(self, epoch: int, index: int, pixels: np.ndarray, boxes: np.ndarray,
               unreadable: list[tuple[int, str]]) -> int:
@@ -247,9 +251,9 @@ def make_loader(dataset: ImageDataset, options: Options, batches: Iterable, *,
     """
     extra, workers = {}, options.num_workers
     if workers:
-        # Six files per batch on its way and some per worker: one that runs out of them ends in tracebacks.
+        # Eight files per batch on its way and some per worker: one that runs out of them ends in tracebacks.
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # -1 is no limit
-        needed = len(os.listdir("/dev/fd")) + 16 * workers + 32
+        needed = len(os.listdir("/dev/fd")) + 20 * workers + 32
         if 0 <= hard < needed:
             raise UserError(f"--num_workers {workers} needs {needed} open files, and this process may open "
                             f"{hard}: raise the limit (ulimit -n 4096), or use --num_workers 0.",

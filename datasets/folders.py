@@ -20,7 +20,7 @@ def scan(source: Source) -> Index:
     if source.folders:
         rows.left_out.update(f"{file_type(name)} beside the class folders" for name in source.files)
     for name in source.folders or ("",):
-        rows.add_class(name)
+        rows.classes[name] = len(rows.classes)
         for path in _walk(os.path.join(source.root, name), name, frozenset(), seen, rows):
             rows.add(name, path[len(name) + bool(name):])
     return rows.index(source, "class folders" if source.folders else "one folder", seen)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 from urllib.parse import quote
 
-import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -20,7 +19,7 @@ from common.errors import UserError
 from common.files import append_json_line, atomic_write, read_json_lines, write_json
 from common.text import file_size, printable
 from datasets.images import BadImage, decode, is_image, unreadable
-from datasets.index import IndexCache, Indexed
+from datasets.index import IndexCache
 from datasets.readers import SPLITS, Reader, find_split, open_reader, source_of
 
 PUBLIC = {"train": "train", "val": "validation"}  # the names of splits in other people's readers
@@ -40,19 +39,12 @@ def splits_in(path: str, cache: IndexCache) -> dict[str, Reader]:
     return {part: open_reader(source, cache) for part, source in found.items()}
 
 
-def stored_order(reader: Reader) -> np.ndarray:
-    """The images in the order in which they lie on the disk, int64 (N,)."""
-    if isinstance(reader, Indexed) and len(reader.index.containers):
-        return np.lexsort((reader.index.offsets, reader.index.containers))
-    return np.arange(len(reader))
-
-
 def in_threads(reader: Reader, work: Callable[[int], _T], what: str, start: int = 0
                ) -> Iterator[tuple[int, _T]]:
     """(image, `work(image)`) for the images from the `start`-th on in stored order, on all cores, with a
     progress bar; a few hundred results at a time are in memory."""
-    order, cores = stored_order(reader)[start:], len(os.sched_getaffinity(0))
-    threads = cores if reader.storage is None else min(cores, _THREADS_IN_ORDER)
+    order, cores = reader.stored_order()[start:], len(os.sched_getaffinity(0))
+    threads = min(cores, _THREADS_IN_ORDER) if reader.sequential else cores
     slices = (order[i:i + _SLICE].tolist() for i in range(0, len(order), _SLICE))
     with ThreadPoolExecutor(threads) as pool, tqdm(total=len(reader), initial=start, desc=what, unit="image",
                                                    disable=None) as bar:
@@ -172,7 +164,7 @@ def pack(source: str, folder: str, *, tar_bytes: int, resize: int, cache: IndexC
     sentences = []
     for part, reader in readers.items():
         written = open_reader(source_of(folder, part), IndexCache("/dev/null/none"))
-        if written.order != reader.order or not isinstance(written, Indexed):
+        if written.order != reader.order:
             raise UserError(f"The order of {part} in {printable(folder)} is {written.order}, and it was "
                             f"{reader.order}; remove the folder and pack again.", code="unreadable_data")
         written.index.write(target / f"_{PUBLIC[part]}.index")

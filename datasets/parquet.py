@@ -16,7 +16,8 @@ import numpy as np
 from common.errors import UserError
 from common.text import plural, printable
 from datasets.images import LARGEST_FILE, BadImage, retried
-from datasets.index import Index, Indexed, Rows, Source
+from datasets.index import Index, Rows, Source
+from datasets.readers import Reader, check_unchanged
 from datasets.tars import count_beside, readable
 from datasets.webdataset import class_names
 
@@ -52,19 +53,16 @@ def scan(source: Source) -> Index:
     return rows.index(source, f"parquet ({plural(len(files), 'file')})", [*files, ""])
 
 
-class Images(Indexed):
-    """Images in parquet files; a Reader whose images come fast in the order of `storage` alone."""
+class Images(Reader):
+    """Images in parquet files: `offsets` are rows."""
 
-    def __init__(self, index: Index):
-        super().__init__(index)
-        self.storage = np.lexsort((index.offsets, index.containers))
+    sequential = True
 
     def encoded(self, index: int) -> bytes:
-        """The bytes of image `index`, with its group of rows; BadImage when that is damaged."""
-        path, row = self.container(index), int(self.index.offsets[index])
-        stamps = self.index.stamps[self.index.containers[index]].tolist()
+        """The bytes of image `index`, read with its group of rows; BadImage when that is damaged."""
+        path, stamp = self.container(index), self.stamps[self.containers[index]].tolist()
         try:
-            data = retried(lambda: _value(path, row, *stamps), path)
+            data = retried(lambda: _value(path, int(self.offsets[index]), *stamp), path)
         except (UserError, OSError, ValueError, LookupError) as error:
             raise BadImage(" ".join(str(error).split())[:200]) from error
         if not data or len(data) > LARGEST_FILE:
@@ -80,9 +78,7 @@ def _value(path: str, row: int, changed: int, size: int) -> bytes:
 
 @lru_cache(maxsize=1 << 12)
 def _ends(path: str, changed: int, size: int) -> np.ndarray:
-    status = os.stat(path)
-    if (status.st_mtime_ns, status.st_size) != (changed, size):
-        raise ValueError("its file has changed since the start")
+    check_unchanged(path, changed, size)
     with opened(path) as file:
         groups = range(file.metadata.num_row_groups)
         return np.cumsum([file.metadata.row_group(group).num_rows for group in groups])

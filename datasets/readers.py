@@ -2,61 +2,99 @@
 
 To add a form, write a module with `recognise(source) -> bool` and `scan(source) -> Index`, and name it in
 FORMS. Where bytes are read otherwise than from an offset of a file, the module also has `Images`, a subclass
-of `datasets.index.Indexed`.
+of `Reader`.
 """
 import importlib
+import io
 import os
 import re
 from dataclasses import replace
-from typing import Protocol
+from functools import lru_cache
 
 import numpy as np
 
 from common.errors import UserError, kind_of
 from common.text import duration, file_size, printable
-from datasets.images import is_image, retried
-from datasets.index import IndexCache, Indexed, Source, visible
+from datasets.images import LARGEST_FILE, BadImage, is_image, read_file, retried
+from datasets.index import Index, IndexCache, Source, visible
 
 # Modules of this package; the first that recognises a source reads it.
 FORMS = ("originals", "webdataset", "tars", "parquet", "folders")
-
 # Names of a split's folder, or words in the names of its files, in the order in which they are looked for.
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
-_PACK_RATE, _PACK_IMAGES = 150e6, 4000  # bytes, and images, per second of `tools.data pack`
 _CONTAINERS = (".tar", ".parquet")
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
+_PACK_RATE, _PACK_IMAGES = 150e6, 4000  # bytes, and images, per second of `tools.data pack`
 
 
-class Reader(Protocol):
-    """Images of one split, in canonical order: by class, then file name without extension, then extension.
+class Reader:
+    """Images of one split, files or parts of containers, in canonical order: by class, then file name without
+    extension, then extension.
 
     root: the folder, for messages · form: what the images lie in, in words · labels: int32 (N,), positions in
     `classes` (sorted as text) · order: digest of classes and names in their order, the same for the same
-    images in any form · left_out: how many files of which type (`.txt`) are no images · storage: int64 (N,),
-    the images in the order in which they are stored, where no other is read fast; None where any is.
+    images in any form · left_out: how many files of which type (`.txt`) are no images.
     """
 
-    root: str
-    form: str
-    labels: np.ndarray
-    classes: list[str]
-    order: str
-    left_out: dict[str, int]
-    storage: np.ndarray | None
+    sequential = False  # whether only the stored order is read fast
 
-    def __len__(self) -> int: ...
+    def __init__(self, index: Index):
+        self.root, self.form, self.left_out, self.index = index.root, index.form, index.left_out, index
+        self.labels, self.classes, self.order = index.arrays["labels"], index.classes, index.order
+        self.names, self.stamps = index.names, index.arrays["stamps"].reshape(-1, 2)
+        self.containers, self.offsets = index.arrays["containers"], index.arrays["offsets"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def name(self, index: int) -> str:
-        """Where image `index` lies: the path of its file, or the container's path and the name in it."""
-        ...
+        """The file, or the container, a slash, and the name inside; bytes that are not UTF-8 as surrogates,
+        as Python's file functions have them."""
+        above = self.container(index) if len(self.containers) else os.path.join(
+            self.root, self.classes[self.labels[index]])
+        return os.path.join(above, self.names[index])
 
     def stem(self, index: int) -> str:
         """The name of image `index` below its class, without extension."""
-        ...
+        return self.index.canonical(self.names[index])[0]
+
+    def container(self, index: int) -> str:
+        """The path of the file that image `index` lies in."""
+        return os.path.join(self.root, self.index.seen[self.containers[index]])
+
+    def stored_order(self) -> np.ndarray:
+        """The images in the order in which they lie on the disk, int64 (N,)."""
+        return np.lexsort((self.offsets, self.containers)) if len(self.containers) else np.arange(len(self))
 
     def encoded(self, index: int) -> bytes:
-        """The bytes of image `index` as stored; raises BadImage. Called in workers."""
-        ...
+        """The bytes of image `index` as stored; BadImage when its container has changed since the start.
+        Called in workers."""
+        if not len(self.containers):
+            path = self.name(index)
+            return read_file(path, there=os.path.dirname(path))
+        path, stamp = self.container(index), self.stamps[self.containers[index]].tolist()
+        start, size = int(self.offsets[index]), int(self.index.arrays["lengths"][index])
+        if size > LARGEST_FILE:
+            raise BadImage("larger than any image")
+        # pread needs no position, so that forked workers can share the file.
+        data = retried(lambda: os.pread(_opened(path, *stamp).fileno(), size, start), path)
+        if len(data) != size:
+            raise BadImage("its container ends before the image does")
+        return data
+
+
+@lru_cache(maxsize=64)
+def _opened(path: str, changed: int, size: int) -> io.FileIO:
+    """The file, which closes itself when it is the one of 64 that was not used for longest."""
+    check_unchanged(path, changed, size)
+    return io.FileIO(path)
+
+
+def check_unchanged(path: str, changed: int, size: int) -> None:
+    """BadImage when a container is not the one that was indexed."""
+    status = os.stat(path)
+    if (status.st_mtime_ns, status.st_size) != (changed, size):
+        raise BadImage("its container has changed since the start")
 
 
 def open_reader(source: Source, cache: IndexCache, order: str | None = None) -> Reader:
@@ -65,33 +103,31 @@ def open_reader(source: Source, cache: IndexCache, order: str | None = None) -> 
     order: digest of the order that is wanted where there are two; "" is that of earlier versions, which
     sorted by the whole name; None the canonical one.
     """
-    for form in FORMS:
-        module = importlib.import_module(f"datasets.{form}")
-        if module.recognise(source):
-            _check_one_form(source)
-            try:
-                index = retried(lambda: cache.index(form, source, module.scan), source.root)
-            except OSError as error:
-                path = printable(os.fsdecode(error.filename or source.root))
-                raise kind_of(error)(f"{path} cannot be read ({error.strerror or error}); check disk and "
-                                     "permissions.", code="unreadable_data") from error
-            if not len(index.labels):
-                raise no_images(source.root, "holds no images in class folders, tar or parquet files; check "
-                                             "the path")
-            return getattr(module, "Images", Indexed)(index.in_order(order))
-    raise no_images(source.root, "does not exist")
+    forms = (importlib.import_module(f"datasets.{form}") for form in FORMS)
+    form = next((form for form in forms if form.recognise(source)), None)
+    if form is None:
+        raise no_images(source.root, "does not exist")
+    _check_one_form(source)
+    try:
+        index = retried(lambda: cache.index(form.__name__.rpartition(".")[2], source, form.scan), source.root)
+    except OSError as error:
+        path = printable(os.fsdecode(error.filename or source.root))
+        raise kind_of(error)(f"{path} cannot be read ({error.strerror or error}); check disk and "
+                             "permissions.", code="unreadable_data") from error
+    if not len(index.arrays["labels"]):
+        raise no_images(source.root, "holds no images in class folders, tar or parquet files")
+    return getattr(form, "Images", Reader)(index.in_order(order))
 
 
 def _check_one_form(source: Source) -> None:
     """Images left beside the others would be missing in silence."""
-    kinds = {ending for ending in _CONTAINERS if source.ending(ending)}
-    beside = next((folder for folder in source.folders if kinds and not source.split and any(
-        is_image(entry.name) for entry in visible(os.path.join(source.root, folder)))), None)
-    if len(kinds) > 1 or beside:
-        found = " and ".join([*(f"{kind} files" for kind in sorted(kinds)), *([f"folder {printable(beside)}"]
-                                                                            if beside else [])])
-        raise UserError(f"{printable(source.root)} holds images in more than one form: {found}; leave one.",
-                        code="mixed_forms")
+    kinds = [f"{ending} files" for ending in _CONTAINERS if source.ending(ending)]
+    beside = source.folders if kinds and not source.split else ()
+    kinds += [f"folder {printable(folder)}" for folder in beside if any(
+        is_image(entry.name) for entry in visible(os.path.join(source.root, folder)))][:1]
+    if len(kinds) > 1:
+        raise UserError(f"{printable(source.root)} holds images in more than one form ({', '.join(kinds)}); "
+                        "leave one.", code="mixed_forms")
 
 
 def find_split(data_path: str, part: str) -> Source | None:
@@ -100,10 +136,8 @@ def find_split(data_path: str, part: str) -> Source | None:
     for name in SPLITS[part]:
         if os.path.isdir(os.path.join(data_path, name)):
             return Source.of(os.path.join(data_path, name))
-    for root in (data_path, os.path.join(data_path, "data")):
-        if os.path.isdir(root) and (source := source_of(root, part)).split:
-            return source
-    return None
+    found = (source_of(root, part) for root in (data_path, os.path.join(data_path, "data")))
+    return next((source for source in found if source.split), None)
 
 
 def source_of(root: str, part: str) -> Source:

@@ -5,11 +5,12 @@ from the workers, and the values stay those of ToTensor + Normalize, bit for bit
 """
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torchvision import transforms
@@ -65,10 +66,12 @@ class _ToPixels:
 
 @dataclass(frozen=True)
 class Erasing:
-    """Boxes to erase, drawn as timm's RandomErasing draws them from Python's default generator."""
+    """Boxes to erase, drawn as timm's RandomErasing draws them from Python's default generator, and what
+    fills them: noise per "pixel", one random colour ("rand"), or zeros ("const")."""
 
     probability: float = 0.25
     count: int = 1
+    mode: str = "pixel"
     min_area: float = 0.02
     max_area: float = 1 / 3
     min_aspect: float = 0.3
@@ -89,3 +92,28 @@ class Erasing:
                     boxes[number] = random.randint(0, height - h), random.randint(0, width - w), h, w
                     break
         return boxes
+
+    def fill(self, boxes: np.ndarray, seeds: Sequence[int], height: int, width: int
+             ) -> tuple[torch.Tensor, ...]:
+        """Places, int64 (n,), in the B * H * W pixels of a batch with `boxes` (B, count, 4), and their values
+        after normalisation, float32 (n, 3); nothing for a batch without boxes. Image by image from `seeds`.
+        """
+        places, values, generator = [], [], torch.Generator()
+        for row in np.flatnonzero((boxes[:, :, 2] > 0).any(1)).tolist():
+            generator.manual_seed(seeds[row])
+            canvas, erased = torch.zeros(height, width, 3), np.zeros((height, width), dtype=bool)
+            for top, left, h, w in boxes[row].tolist():
+                if h > 0:
+                    area = slice(top, top + h), slice(left, left + w)
+                    erased[area] = True
+                    canvas[area] = self._noise(h, w, generator)
+            places.append(torch.from_numpy(np.flatnonzero(erased)))
+            values.append(canvas.view(-1, 3)[places[-1]])
+            places[-1] += row * height * width
+        return (torch.cat(places), torch.cat(values)) if places else ()
+
+    def _noise(self, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
+        if self.mode == "const":
+            return torch.zeros(3)
+        shape = (height, width, 3) if self.mode == "pixel" else (3,)
+        return torch.empty(shape).normal_(generator=generator)

@@ -5,7 +5,6 @@ else 1000 labels are ImageNet's synsets in their order; else it is a number.
 """
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -42,11 +41,11 @@ def scan(source: Source) -> Index:
     counts = _listed(source, info[0]) if info else {}
     count_beside(source, rows)
     for number, tar in enumerate(tars):
-        path, before = os.path.join(source.root, tar), len(rows.labels)
+        path, before = os.path.join(source.root, tar), len(rows)
         with readable(path, "a WebDataset tar"), open(path, "rb") as file:
             for sample in _samples(path):
                 sample.add_to(rows, file.fileno(), number, folders)
-        found, expected = len(rows.labels) - before, counts.get(tar)
+        found, expected = len(rows) - before, counts.get(tar)
         if expected not in (None, found):
             raise UserError(f"{printable(path)} has {found} images, and {info[0]} says {expected}; copy it "
                             f"again, or remove {info[0]}.", code="unreadable_data")
@@ -73,9 +72,8 @@ def class_names(root: str, labels: dict[str, int], folders: dict[str, set[str]],
     if max(len(labels), len(listed)) == 1000:
         listed = imagenet_synsets()
     width = len(max(labels, key=len, default=""))
-    doubled = {name for name, count in Counter(listed).items() if count > 1}
-    names = {label: listed[int(label)] if listed else label.zfill(width) for label in labels}
-    return {f"{name} ({label})" if name in doubled else name: labels[label] for label, name in names.items()}
+    names = listed if len({*listed}) == len(listed) else ()
+    return {names[int(label)] if names else label.zfill(width): number for label, number in labels.items()}
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from common.errors import UserError
 from common.text import plural, printable
+from dense.scenes import COUNTS, NAMES, draw
 
 SMALLEST = 32  # sides of images to train on
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -228,3 +230,33 @@ def average_precision(file: str, results: Sequence[dict]) -> dict[str, dict]:
             figures[kind] = dict(zip(FIGURES, map(float, run.stats))) | {"per_category": {
                 number: float(values.mean()) for number, values in each.items() if values.size}}
     return figures
+
+
+def write_scenes(folder: Path) -> None:
+    """Fill `folder` with the drawn scenes: annotations/ and one folder of images for each split."""
+    categories = [{"id": number, "name": name} for number, name in enumerate(NAMES, start=1)]
+    (folder / "annotations").mkdir()
+    for split, count in COUNTS.items():
+        (folder / split).mkdir()
+        images, annotations = [], []
+        for index in range(count):
+            image, shapes = draw(index, split)
+            height, width = image.shape[:2]
+            images.append({"id": index, "file_name": f"{index:04d}.png", "height": height, "width": width})
+            Image.fromarray(image).save(folder / split / f"{index:04d}.png")
+            for kind, mask in shapes:
+                rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+                box = [columns[0], rows[0], columns[-1] + 1 - columns[0], rows[-1] + 1 - rows[0]]
+                annotations.append({
+                    "id": len(annotations) + 1, "image_id": index, "category_id": kind + 1, "iscrowd": 0,
+                    "bbox": [int(side) for side in box], "area": int(mask.sum()),
+                    "segmentation": {"size": [height, width], "counts": run_lengths(mask)}})
+        content = {"images": images, "categories": categories, "annotations": annotations}
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+def run_lengths(mask: np.ndarray) -> list[int]:
+    """COCO's plain run-length code of a mask, bool (height, width): lengths of 0s, 1s, … down the columns."""
+    flat = mask.ravel(order="F")
+    ends = [0, *(np.flatnonzero(flat[1:] != flat[:-1]) + 1).tolist(), flat.size]
+    return [0] * bool(flat[0]) + np.diff(ends).tolist()

@@ -112,6 +112,7 @@ class DetectionBatch(NamedTuple):
     positions: Tensor
     epoch: int
     unreadable: tuple[tuple[int, str], ...]
+    lost: str = ""
 
     def truths(self, seed: int, update: int, device: torch.device) -> list[Truth]:
         """What each image shows, on `device`, with the key of its draws."""

@@ -26,6 +26,7 @@ from dense.segmentor import IGNORED
 MS_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 FOLDERS = {"train": ("training", "train"), "val": ("validation", "val")}
 MOST_OF_ONE_CLASS = 0.75  # of a crop's labelled pixels
+SMALLEST_SIDE = 32
 _ATTEMPTS = 20
 
 
@@ -156,8 +157,11 @@ class LabelledImages(ImageDataset):
         indices, unreadable = torch.tensor([index]), ()
         try:
             image, labels = self.read(index)
-            scaled = [torch.from_numpy(np.ascontiguousarray(resize(image, fitted(image.shape[:2], box))))
-                      for box in scaled_boxes(self.options.image_scale, self.ratios)]
+            sizes = [fitted(image.shape[:2], box)
+                     for box in scaled_boxes(self.options.image_scale, self.ratios)]
+            if min(map(min, sizes)) < SMALLEST_SIDE:
+                raise BadImage(f"{min(sizes)} pixels when scaled, and the network needs {SMALLEST_SIDE}")
+            scaled = [torch.from_numpy(np.ascontiguousarray(resize(image, size))) for size in sizes]
         except BadImage as error:
             scaled, unreadable = [], ((index, str(error)),)
             labels = np.zeros((0, 0), np.int16)
@@ -191,7 +195,7 @@ def read_labels(path: str, classes: int, zero_ignored: bool) -> np.ndarray:
 def sample(image: np.ndarray, labels: np.ndarray, draws: Draws, options: SegmentationOptions
            ) -> tuple[np.ndarray, np.ndarray]:
     """A training sample: scaled, cropped to at most `crop_size`, flipped, distorted; uint8 and int16."""
-    ratio = draws.uniform(0.5, 2.0)
+    ratio = draws.uniform(*options.jitter)
     size = fitted(labels.shape, scaled_boxes(options.image_scale, [ratio])[0])
     labels = resize_labels(labels, size)
     top, left = crop_place(labels, draws, options.crop_size)

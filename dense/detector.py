@@ -4,6 +4,7 @@ Names are those of the published files. What differs between the two systems, an
 `detector_losses`.
 """
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -121,13 +122,14 @@ class Detector(nn.Module):
         neck_filter: None for FPN; "conv" or a grid for HorFPN.
         system: a name in SYSTEMS.
         width: channels of pyramid and heads, 256 as published.
+        roi_samples: boxes of an image that the heads learn from.
     """
 
     def __init__(self, model: str, classes: int = 80, filters: Filters | None = None,
                  neck_filter: Filter | None = None, system: str = "cascade_mask_rcnn", drop_path: float = 0.0,
-                 width: int = 256, layer_scale_init_value: float = 1e-6):
+                 width: int = 256, layer_scale_init_value: float = 1e-6, roi_samples: int = 512):
         super().__init__()
-        self.rules, self.classes = SYSTEMS[system], classes
+        self.rules, self.classes = replace(SYSTEMS[system], roi_samples=roi_samples), classes
         self.backbone = Backbone(model, filters, drop_path, layer_scale_init_value)
         self.neck = FPN(self.backbone.channels, neck_filter, width)
         self.rpn_head = RPNHead(width)

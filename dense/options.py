@@ -80,6 +80,9 @@ class SegmentationOptions(DenseOptions):
     crop_size: int = option(_TRAINING, 512, "side of the crops, and of the windows of evaluation",
                             at_least(32, 4096))
     image_scale: tuple[int, ...] = option(_TRAINING, (2048, 512), "box that images are scaled into", SIDES)
+    jitter: tuple[float, ...] = option(_TRAINING, (0.5, 2.0), "range of the factor on that box in training",
+                                       Accepts("two numbers above 0, the lower one first",
+                                               lambda v: len(v) == 2 and 0 < v[0] <= v[1]))
     ms_flip: bool = option(_EVALUATION, False, "evaluate at six scales, each flipped too")
 
     def __post_init__(self):

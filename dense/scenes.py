@@ -4,6 +4,7 @@
 
 `write_segmentation` stores them as ADE20K is laid out.
 """
+import colorsys
 import os
 import tempfile
 from collections.abc import Callable
@@ -57,8 +58,12 @@ def _shape(draws: Draw, y: np.ndarray, x: np.ndarray, kind: int) -> np.ndarray:
 
 
 def _texture(draws: Draw, y: np.ndarray, x: np.ndarray, kind: int) -> np.ndarray:
-    """Two colours in a pattern, float (H, W, 3); the pattern, not the colours, goes with the kind."""
-    first, second = draws.uniform(30, 225, 3), draws.uniform(-60, 60, 3)
+    """Two colours in a pattern, float (H, W, 3); each kind has its pattern and range of hues; the
+    background is pale."""
+    hue = (draws.uniform(0, 1) if kind < 0 else kind / len(NAMES) + draws.uniform(-0.06, 0.06)) % 1
+    pale = draws.uniform(0, 0.25) if kind < 0 else draws.uniform(0.5, 1)
+    first = 255 * np.array(colorsys.hsv_to_rgb(hue, pale, draws.uniform(0.5, 0.9)))
+    second = draws.uniform(-45, 45, 3)
     step, turn = draws.uniform(0.6, 0.9), draws.uniform(0, np.pi)
     along, across = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
     one, other = np.sin(step * along), np.sin(step * across)

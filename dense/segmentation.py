@@ -6,8 +6,12 @@ from dense.options import SegmentationOptions
 from main import Work, main
 
 
-def segmentation(options: Options) -> Work:
-    """What `options` ask for."""
+def run(argv: list[str] | None = None) -> int:
+    """Run a command line; returns an ExitCode."""
+    return main(argv, SegmentationOptions, _work)
+
+
+def _work(options: Options) -> Work:
     from functools import partial
 
     from dense.evaluation import evaluate_segmentors
@@ -20,4 +24,4 @@ def segmentation(options: Options) -> Work:
 
 
 if __name__ == "__main__":
-    sys.exit(main(None, SegmentationOptions, segmentation))
+    sys.exit(run())

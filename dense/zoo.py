@@ -71,3 +71,52 @@ def segmentor_filters(model: str) -> tuple[tuple[int, int], tuple[int, int]] | N
     whatever its width; None: as in classification."""
     variant = VARIANTS[model]
     return _SEGMENTATION_FILTERS if variant.published and variant.config.filters[2] != "conv" else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedDetector:
+    """One published detector on COCO with 80 classes: `box_ap` and `mask_ap` in percent, `gflops` for
+    1280x800 pixels, the rest as in PublishedSegmentor."""
+    config: str
+    model: str
+    system: str = "cascade_mask_rcnn"
+    head: str = "plain"
+    params: int
+    box_ap: float | None = None
+    mask_ap: float | None = None
+    gflops: int | None = None
+    file: str = ""
+
+
+def _cascade(size: str, kind: str, params: int, box_ap: float, mask_ap: float, gflops: int, file: str
+             ) -> PublishedDetector:
+    data = "in22k" if size == "large" else "in1k"
+    return PublishedDetector(config=f"cascade_mask_rcnn_hornet_{size}_{kind}_3x_coco_{data}",
+                             model=f"hornet_{size}_{kind}", params=params, box_ap=box_ap, mask_ap=mask_ap,
+                             gflops=gflops, file=file)
+
+
+def _mask_rcnn(head: str, params: int) -> PublishedDetector:
+    name = "fpn" if head == "plain" else head
+    return PublishedDetector(config=f"{name}_mask_rcnn_hornet_small_7x7_1x_coco_in1k", params=params,
+                             model="hornet_small_7x7", system="mask_rcnn", head=head)
+
+
+DETECTORS = {
+    "cascade_tiny_7x7": _cascade("tiny", "7x7", 79_883_634, 51.7, 44.8, 730, "19daa3854a6b4c75bf23"),
+    "cascade_tiny_gf": _cascade("tiny", "gf", 80_465_970, 52.4, 45.6, 728, "1ca353fb6ac44b54a2d8"),
+    "cascade_small_7x7": _cascade("small", "7x7", 106_869_714, 52.7, 45.6, 830, "6af0439735dc473f8646"),
+    "cascade_small_gf": _cascade("small", "gf", 107_743_218, 53.3, 46.3, 827, "fd9a3127b18f404d8e95"),
+    "cascade_base_7x7": _cascade("base", "7x7", 144_465_458, 53.3, 46.1, 969, "324de62466a848129e19"),
+    "cascade_base_gf": _cascade("base", "gf", 145_630_130, 54.0, 46.9, 965, "97d8587c8a0248fcac19"),
+    "cascade_large_7x7": _cascade("large", "7x7", 251_485_938, 55.4, 48.0, 1363, "975af666e64840588e3e"),
+    "cascade_large_gf": _cascade("large", "gf", 258_750_258, 56.0, 48.6, 1358, "597f655fe9b84d50bffb"),
+    "fpn_small_7x7": _mask_rcnn("plain", 69_034_512),
+    "horfpn_7x7_small_7x7": _mask_rcnn("horfpn_7x7", 67_672_592),
+    "horfpn_gf_small_7x7": _mask_rcnn("horfpn_gf", 68_444_432),
+}
+
+
+def detector_filters(model: str) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """The grids of a backbone's filters in detection: those for 384 pixels in the large GF model alone."""
+    return _SEGMENTATION_FILTERS if model.startswith("hornet_large_gf") else None

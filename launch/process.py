@@ -198,7 +198,6 @@ def start(device: str = "auto", rendezvous_timeout: float = 180.0) -> Process:
 # The variables of rank, number of processes, rank on this node, number on this node.
 VARIABLES = {
     "torchrun": "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE",
-    "submitit-local": re.sub(r"(\w+)", r"SUBMITIT_LOCAL_\1", "GLOBALID NTASKS LOCALID NTASKS"),
     "mpirun": re.sub(r"(\w+)", r"OMPI_COMM_WORLD_\1", "RANK SIZE LOCAL_RANK LOCAL_SIZE"),
 }
 
@@ -218,38 +217,28 @@ def find_place(env: Mapping[str, str] = os.environ) -> Place:
             local = number(env, local_size, 1, world, default=world)
             place = Place(launcher, number(env, rank, 0, world - 1), world,
                           number(env, local_rank, 0, local - 1, default=0), local, node_name)
-            return dataclasses.replace(place, **_meeting_point(env, launcher)) if world > 1 else place
+            if world == 1:
+                return place
+            if not env.get("MASTER_ADDR"):
+                raise _odd(env, "MASTER_ADDR", "the name of rank 0's node")
+            return dataclasses.replace(place, master_addr=env["MASTER_ADDR"],
+                                       port=number(env, "MASTER_PORT", 1, 65535),
+                                       served=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
     if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env and "SLURM_PTY_PORT" not in env:
         return _slurm(env, node_name)
     return Place()
 
 
-def _meeting_point(env: Mapping[str, str], launcher: str) -> dict[str, object]:
-    if launcher == "submitit-local":
-        return {"port": _port(env, "SUBMITIT_LOCAL_JOB_ID")}
-    if not env.get("MASTER_ADDR"):
-        raise _odd(env, "MASTER_ADDR", "the name of rank 0's node")
-    return {"master_addr": env["MASTER_ADDR"], "port": number(env, "MASTER_PORT", 1, 65535),
-            "served": env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"}
-
-
-def _port(env: Mapping[str, str], *names: str) -> int:
-    """Where the processes of this very start meet, for launchers that name no port.
-
-    The attempt is part of it: what is left of a job's last attempt isn't met, and a job whose port is taken
-    finds another when it is requeued.
-    """
-    return 20000 + key(0, " ".join(env.get(name, "0") for name in (*names, "SLURM_RESTART_COUNT"))) % 12000
-
-
 def _slurm(env: Mapping[str, str], node_name: str) -> Place:
     world, counts = number(env, "SLURM_STEP_NUM_TASKS", 1), tasks_per_node(env)
     local = counts[number(env, "SLURM_NODEID", 0, len(counts) - 1)]
-    # On one node the store listens on loopback alone. Two steps of one job must not meet.
+    # Two steps of one job must not meet, nor an attempt what is left of the one before; and a job whose port
+    # is taken finds another when it is requeued.
+    start = " ".join(env.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
     return Place("submitit-slurm" if env.get("SUBMITIT_EXECUTOR") == "slurm" else "srun",
                  number(env, "SLURM_PROCID", 0, world - 1), world, number(env, "SLURM_LOCALID", 0, local - 1),
                  local, node_name, first_node(env) if len(counts) > 1 else "127.0.0.1",
-                 _port(env, "SLURM_JOB_ID", "SLURM_STEP_ID"))
+                 20000 + key(0, start) % 12000)
 
 
 def tasks_per_node(env: Mapping[str, str]) -> list[int]:

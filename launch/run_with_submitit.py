@@ -1,4 +1,4 @@
-"""Run main.py as a Slurm job, or as the same job on this machine:
+"""Run main.py as a Slurm job:
 
     python -m launch.run_with_submitit --nodes 4 --ngpus 8 --config recipes/hornet_tiny_7x7.yaml ...
     python -m launch.run_with_submitit status runs/12345
@@ -21,8 +21,8 @@ from typing import NoReturn, cast
 
 import submitit
 import yaml
-from submitit.core.core import PicklingExecutor
 from submitit.core.utils import FailedJobError
+from submitit.slurm.slurm import SlurmExecutor
 
 from common.errors import UserError
 from common.files import write_json
@@ -30,7 +30,7 @@ from common.ledger import RUNNING, Ledger, Record
 from common.log import logger, setup_logging
 from common.outcome import ExitCode, Outcome
 from launch.slurm import Job, last_lines
-from launch.stop import alive, margin, squeue
+from launch.stop import margin, squeue
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLED = "killed without a word, or its node was lost"
@@ -67,8 +67,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cpus_per_task", type=int, default=10, help="CPU cores per process")
     p.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE",
                    help="any other sbatch option, such as --slurm account=vision; repeatable")
-    p.add_argument("--cluster", choices=("auto", "slurm", "local"), default="auto",
-                   help="auto: Slurm where there is sbatch")
     p.add_argument("--max_requeue", type=int, default=100, help="how often the job may be requeued")
     p.add_argument("--dry_run", nargs="?", const="true", default="false", choices=("true", "false"),
                    help="print the job's script and stop")
@@ -84,6 +82,11 @@ def split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     for name in ("nodes", "ngpus", "cpus_per_task", "timeout"):
         if not 0 < getattr(options, name) < 1e5:
             raise UserError(f"--{name} {getattr(options, name)}: give more than 0.", code="invalid_value")
+    seconds = options.timeout * 3600
+    if seconds < START_UP + margin(seconds):
+        raise UserError(f"--timeout {options.timeout:g} (hours) is less than the {START_UP} s in which a job "
+                        f"starts and the {margin(seconds):.0f} s in which it is saved; give 0.05 or more.",
+                        code="invalid_value")
     for name in ("config", "output_dir", "device"):
         rest += [f"--{name}", value] if (value := getattr(options, name)) else []
     return options, rest
@@ -107,35 +110,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def submit(options: argparse.Namespace, argv: list[str]) -> int:
     """Check, take the snapshot, submit, and say where to look. `argv` is main.py's."""
-    seconds = options.timeout * 3600
-    if seconds < START_UP + margin(seconds):
-        raise UserError(f"--timeout {options.timeout:g} (hours) is less than the {START_UP} s in which a job "
-                        f"starts and the {margin(seconds):.0f} s in which it is saved; give 0.05 or more.",
-                        code="invalid_value")
     if options.use_volta32:
         logger.warning("--use_volta32 has no effect: use --slurm constraint=NAME for GPUs of one kind.")
-    cluster = choose_cluster(options)
+    if shutil.which("sbatch") is None or shutil.which("srun") is None:
+        raise UserError("there is no sbatch on this machine; without Slurm start main.py with torchrun on "
+                        "each node (TRAINING.md).", code="no_slurm")
     check_main_options(argv)
-    folder = str(Path(options.job_dir).expanduser().absolute())
+    folder, before = str(Path(options.job_dir).expanduser().absolute()), os.getcwd()
     recipe = Path(options.config) if options.config and Path(options.config).is_file() else None
     given = options.output_dir or recipe and (yaml.safe_load(recipe.read_text()) or {}).get("output_dir")
     output_dir = str(Path(given).expanduser().absolute()) if given else folder
     argv += ["--output_dir", output_dir]  # of two the last counts
+    executor = build_executor(folder, options)
     if options.dry_run == "true":
-        sys.stdout.write(script(cluster, build_executor(cluster, folder, options), argv))
+        text = executor._make_submission_file_text(executor._submitit_command_str, "dry_run")
+        sys.stdout.write(f"{text}# each task then runs: main.py {shlex.join(argv)}\n")
         return ExitCode.DONE
-    refuse_second_job(Path(folder))
-    code, before = snapshot_folder(folder), os.getcwd()
+    earlier = Ledger(folder).read("job.json")
+    if earlier and job_state(earlier, Ledger(folder), {})[0].startswith(UNFINISHED):
+        raise UserError(f"--job_dir {folder} is that of job {earlier['id']}, which has not ended: cancel it, "
+                        "or give each job a folder of its own with %j, as in runs/%j.", code="folder_in_use")
     try:
-        snapshot(code)
+        code = snapshot(folder)
         if recipe:
             argv += ["--config", str(shutil.copy2(recipe, code / "submitted_config.yaml"))]
         job = Job(argv, before, str(code), folder, output_dir, options.max_requeue)
-        executor = build_executor(cluster, folder, options)
         os.chdir(code)  # the job's tasks unpickle and import from here
         submitted = executor.submit(job)
-        record = dict(dataclasses.asdict(job), id=submitted.job_id, cluster=cluster, submitted=time.time(),
-                      output_dir=output_dir.replace("%j", submitted.job_id))
+        record = dataclasses.asdict(job) | {"id": submitted.job_id,
+                                            "output_dir": output_dir.replace("%j", submitted.job_id)}
         write_json(submitted.paths.folder / "job.json", record)
     except OSError as error:
         raise UserError(f"--job_dir {options.job_dir} cannot be used ({error.filename or folder}: "
@@ -151,29 +154,6 @@ def submit(options: argparse.Namespace, argv: list[str]) -> int:
     return ExitCode.DONE
 
 
-def refuse_second_job(folder: Path) -> None:
-    """Raise UserError (code "folder_in_use") while an earlier job of this very folder is queued or runs."""
-    job = Ledger(folder).read("job.json")
-    if job and job_state(job, {})[0].startswith(UNFINISHED):
-        raise UserError(f"--job_dir {folder} is that of job {job['id']}, which has not ended: cancel it, or "
-                        "give each job a folder of its own with %j, as in runs/%j.", code="folder_in_use")
-
-
-def choose_cluster(options: argparse.Namespace) -> str:
-    """"slurm" or "local", saying why when it was for us to choose."""
-    there = shutil.which("sbatch") is not None and shutil.which("srun") is not None
-    cluster = options.cluster
-    if cluster == "auto":
-        cluster = "slurm" if there else "local"
-        logger.info("--cluster auto: %s, because sbatch is%s on the PATH.", cluster, "" if there else " not")
-    if cluster == "slurm" and not there:
-        raise UserError("--cluster slurm: there is no sbatch on this machine; without Slurm start main.py "
-                        "with torchrun on each node (TRAINING.md).", code="no_slurm")
-    if cluster == "local" and options.nodes > 1:
-        raise UserError(f"--nodes {options.nodes}: a local job has one.", code="contradiction")
-    return cluster
-
-
 def check_main_options(argv: list[str]) -> None:
     """Let main.py check its options now: a mistake should not wait in a queue for hours."""
     command = [sys.executable, str(ROOT / "main.py"), "--print_config", "true", *argv]
@@ -184,23 +164,20 @@ def check_main_options(argv: list[str]) -> None:
                     .removeprefix("error: "), code="main_options")
 
 
-def snapshot_folder(folder: str) -> Path:
-    """A new folder for the code beside the job's: in the part of `folder` before the first %j."""
+def snapshot(folder: str) -> Path:
+    """Copy the program (modules, packages, recipes) to a new folder beside the job's: where its %j begins."""
     base = Path(f"{folder}/%".partition("%")[0] + "name").parent
-    return base / "code" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-
-
-def snapshot(code: Path) -> None:
-    """Copy the program (its modules, packages and recipes) to `code`."""
+    code = base / "code" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     code.mkdir(parents=True)
     for path in sorted(ROOT.iterdir()):
         if path.is_file() and path.suffix == ".py":
             shutil.copy2(path, code)
         elif path.is_dir() and path.name != "tests" and (path.name == "recipes" or any(path.glob("*.py"))):
             shutil.copytree(path, code / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+    return code
 
 
-def build_executor(cluster: str, folder: str, options: argparse.Namespace) -> PicklingExecutor:
+def build_executor(folder: str, options: argparse.Namespace) -> SlurmExecutor:
     """submitit's executor with the launcher's options in Slurm's terms."""
     extra = dict(requeue=True)
     for pair in options.slurm:
@@ -210,74 +187,59 @@ def build_executor(cluster: str, folder: str, options: argparse.Namespace) -> Pi
                             code="invalid_value")
         extra[key.lstrip("-").replace("-", "_")] = value if equals else True
     no_gpus = options.device == "cpu" or any(key.startswith(("gres", "gpus")) for key in extra)
-    executor = submitit.AutoExecutor(folder, cluster=cluster)
+    executor = submitit.AutoExecutor(folder, cluster="slurm")
     executor.update_parameters(
         name=options.job_name, timeout_min=max(1, round(options.timeout * 60)), nodes=options.nodes,
         tasks_per_node=options.ngpus, cpus_per_task=options.cpus_per_task,
         gpus_per_node=None if no_gpus else options.ngpus, slurm_partition=options.partition,
         slurm_comment=options.comment, slurm_additional_parameters=extra, slurm_setup=SETUP,
         slurm_signal_delay_s=round(margin(options.timeout * 3600)))
-    return cast(PicklingExecutor, executor._executor)
-
-
-def script(cluster: str, executor: PicklingExecutor, argv: list[str]) -> str:
-    """What would be submitted."""
-    command = f"# each task then runs: main.py {shlex.join(argv)}\n"
-    if cluster == "local":
-        return f"{executor.parameters['tasks_per_node']} tasks: {executor._submitit_command_str}\n{command}"
-    return executor._make_submission_file_text(executor._submitit_command_str, "dry_run") + command
+    return cast(SlurmExecutor, executor._executor)
 
 
 def status(folder: Path) -> str:
     """Where the job, or the run, in `folder` stands: state, update, attempts, first cause, last words."""
     own = Ledger(folder.absolute())
-    job = own.read("job.json") or {"id": own.newest().get("job"), "cluster": "", "output_dir": str(own.path)}
-    ledgers = {path: Ledger(path) for path in (job["output_dir"], str(own.path))}
-    attempts = [a for ledger in ledgers.values() for a in ledger.attempts() if a.get("job") == job["id"]]
-    if not attempts and not job["cluster"]:
+    job = own.read("job.json")
+    run = Ledger(job.get("output_dir", own.path))
+    number = job.get("id", own.newest().get("job"))
+    attempts = [a for ledger in {run.path: run, own.path: own}.values() for a in ledger.attempts()
+                if a.get("job") == number]
+    if not attempts and not job:
         raise UserError(f"{folder} holds no job.json and no run: give the folder of logs that was named when "
                         "the job was submitted, or a run's --output_dir.", code="no_job")
     last = max(attempts, key=lambda a: a["restarts"], default={})
-    state, at_work = job_state(job, last)
-    name = f"job      {job['id']} ({job['cluster']})" if job["cluster"] else f"run      {own.path}"
-    lines = [name, f"state    {state}"]
-    now = Ledger(job["output_dir"]).reached(job["id"])
-    if at_work and now:
+    state, at_work = job_state(job, run, last)
+    lines = [f"job      {number}" if job else f"run      {own.path}", f"state    {state}"]
+    if at_work and (now := run.reached(number)):
         lines.append(f"update   {now['update']} ({now['phase']}, {time.time() - now['time']:.0f} s ago)")
-    if last and job["cluster"]:
-        lines.append(f"attempt  {last['restarts'] + 1} of at most {job['max_requeue'] + 1}")
-    lines += [f"         {_attempt(each, at_work and each is last)}" for each in attempts[-6:]]
+    for each in attempts[-6:]:
+        ended = each["state"]
+        if ended == RUNNING:
+            ended = "under way" if at_work and each is last else KILLED
+        ended += f" at update {each['update']}" if "update" in each else ""
+        ended += {True: ", requeued", False: ", not requeued", None: ""}[each.get("requeued")]
+        why = each.get("reason") or each.get("cause")
+        lines.append(f"attempt  {each['restarts'] + 1}: {ended}" + (f" ({why})" if why else ""))
     failed = last.get("state") == Outcome.FAILED
-    lines += [f"failure  {last['cause']}"] if failed else []
-    log = own.path / f"{job['id']}_{last.get('rank', 0)}_log.err"
+    log = own.path / f"{number}_{last.get('rank', 0)}_log.err"
     words = last_lines(log, 12 if failed else 1)
-    lines += [f"log      {log.name}", *(f"         | {line}" for line in words)] if words else []
-    return "\n".join(lines) + "\n"
+    lines += [f"failure  {last.get('cause')}"] * failed + [f"log      {log}"] * bool(words)
+    return "\n".join(lines + [f"         | {line}" for line in words]) + "\n"
 
 
-def _attempt(attempt: Record, at_work: bool) -> str:
-    state = attempt["state"] if attempt["state"] != RUNNING else "under way" if at_work else KILLED
-    at = f" at update {attempt['update']}" if "update" in attempt else ""
-    then = ", requeued" if attempt.get("requeued") else ", not requeued" if "requeued" in attempt else ""
-    why = attempt.get("reason") or attempt.get("cause")
-    return f"attempt {attempt['restarts'] + 1}: {state}{at}{then}" + (f" ({why})" if why else "")
-
-
-def job_state(job: Record, last: Record) -> tuple[str, bool]:
+def job_state(job: Record, run: Ledger, last: Record) -> tuple[str, bool]:
     """What Slurm says, or how the last attempt ended where it doesn't know; and whether tasks are at work."""
     begun = last.get("state") == RUNNING
     ended = KILLED if begun else last.get("state", "UNKNOWN")
-    if job["cluster"] == "slurm" and (asked := squeue(job["id"], "%T|%r|%S|%N|%M")):
+    if job and (asked := squeue(job["id"], "%T|%r|%S|%N|%M")):
         state, reason, first, nodes, elapsed = asked.split("|")
         if state == "PENDING":
             return f"{state} ({reason}" + (f", not before {first})" if first != "N/A" else ")"), False
         if state in UNFINISHED:
             return f"{state} on {nodes} for {elapsed}" + ("" if begun else ", starting"), begun
         return state + (f"; the run: {ended}" if ended not in (Outcome.DONE, state) else ""), False
-    local, alone = job["cluster"] == "local", not job["cluster"]
-    if local and alive(int(job["id"])) or alone and Ledger(job["output_dir"]).is_owned():
-        return RUNNING + ("" if begun else ", starting"), begun
-    return ended, False
+    return (RUNNING, True) if not job and run.is_owned() else (ended, False)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
 import submitit
 
-from common.ledger import Ledger, Record, job_id, restarts
+from common.ledger import Ledger, Record, restarts
 from common.log import logger, setup_logging
 from common.outcome import ExitCode, Outcome
 from launch.stop import end_now, job_end_time, squeue
@@ -46,11 +47,8 @@ class Job:
         setup_logging(environment.global_rank)
         task = Task(self, environment)
         code = task.run_main()
-        if code == ExitCode.PAUSED:
-            code = task.after_stop()
-        elif code != ExitCode.DONE:
-            task.after_failure(code)
         if code != ExitCode.DONE:
+            code = task.after(code)
             raise SystemExit(code if code > 0 else 128 - code)
         return code
 
@@ -60,85 +58,61 @@ class Task:
 
     def __init__(self, job: Job, environment: submitit.JobEnvironment) -> None:
         self.job, self.environment, self.rank = job, environment, environment.global_rank
-        self.slurm, self.id = environment.cluster == "slurm", environment.job_id
+        self.id = environment.job_id
         self.folder = Path(job.folder.replace("%j", self.id))
         self.output_dir = Path(job.output_dir.replace("%j", self.id))
-        self.signals: list[int] = []
+        self.signals: dict[int, float] = {}  # and when each came last
         self.began = time.time()
-        if not self.slurm:  # which counts the attempts itself
-            os.environ["SLURM_RESTART_COUNT"] = str(len(list(self.folder.glob(f"decision-{self.id}-*"))))
 
     def run_main(self) -> int:
         """Exit code of main.py; a stop before it could handle signals counts as one that lost nothing."""
-        if self.slurm and self.rank == 0 and shutil.which("scontrol") is None:
+        if self.rank == 0 and shutil.which("scontrol") is None:
             logger.warning("No scontrol on this node's PATH: at its time limit the job is not requeued; "
                            "after a preemption Slurm itself must requeue it.")
         parent = os.getppid()
         command = [sys.executable, "-u", os.path.join(self.job.code, "main.py"), *self.job.argv]
         self.child = subprocess.Popen([argument.replace("%j", self.id) for argument in command],
                                       cwd=self.job.cwd)
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # till now they are submitit's
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):  # submitit's before
             signal.signal(number, self._forward)
         while (code := self.child.poll()) is None:
-            if os.getppid() != parent:  # slurmstepd or submitit's controller is gone
+            if os.getppid() != parent:  # slurmstepd is gone
                 self.child.terminate()  # main.py saves
                 self.child.wait()
                 end_now(ExitCode.FAILED)
             time.sleep(0.2)
         return ExitCode.PAUSED if -code in self.signals else code
 
-    def after_stop(self) -> int:
-        """All ranks have stopped at one update and rank 0 has saved: rank 0 requeues it, the others hold.
+    def after(self, code: int) -> int:
+        """What the end of main.py means for the job. One task decides for all; returns this task's exit code.
 
-        Where Slurm is set up with KillOnBadExit, a task that ended now would take rank 0 with it. Returns the
-        exit code of this task, for a job that is not requeued.
+        After a stop it is rank 0, which has saved. The others hold until Slurm ends them with the job that is
+        requeued: where it is set up with KillOnBadExit, one that ended now would take rank 0 with it.
         """
-        if self.rank == 0 and self._decides():
+        refusal = ""
+        if (code != ExitCode.PAUSED or self.rank == 0) and self._decides():
             ledger = self._ledger()
-            if self._churns(ledger):
-                cause = ("twice in a row the time limit left fewer updates than starting again costs: submit "
-                         "with a longer --timeout")
-                ledger.end(Outcome.FAILED, update=ledger.newest().get("update", -1), cause=cause)
-                self._refuse(ledger, cause)
-            else:
-                self._requeue(ledger, self._recorded().get("cause") or "asked to stop")
-        else:
-            self._hold()
-        return ExitCode.FAILED if self._recorded().get("state") == Outcome.FAILED else ExitCode.PAUSED
-
-    def _churns(self, ledger: Ledger) -> bool:
-        """Whether this attempt and the one before trained for less time than they lost to start and stop.
-
-        Only at a time limit: who is preempted early may have more luck next time.
-        """
-        left, attempt = job_end_time(os.environ) - time.time(), self._recorded()
-        if left > 4 * 60:
-            return False
-        started, ended = (datetime.fromisoformat(attempt.get(name, attempt["started"])).timestamp()
-                          for name in ("started", "ended"))
-        ledger.note(short=ended - started < started - self.began + max(left, 0))
-        own = [a for a in ledger.attempts() if a.get("job") == job_id()]
-        return len(own) > 1 and all(a.get("short") for a in own[-2:])
-
-    def after_failure(self, code: int) -> None:
-        """Once more, unless it is the user's mistake or the job failed at the same update before."""
-        if not self._decides():
-            return None if code == ExitCode.USAGE else self._hold()
-        ledger = self._ledger()
-        self._complete(ledger, code)
-        if code == ExitCode.USAGE:
-            return None
-        ended = [a for a in ledger.attempts() if a.get("job") == job_id() and a["state"] == Outcome.FAILED]
-        reason = f"at update {ended[-1]['update']}: {ended[-1]['cause']}"
-        if len(ended) > 1 and ended[-2]["update"] == ended[-1]["update"]:
-            return self._refuse(ledger, f"it failed twice {reason}")
-        return self._requeue(ledger, f"failed {reason}")
+            self._complete(ledger, code)
+            own = [a for a in ledger.attempts() if a.get("job") == self.id]
+            cause = own[-1].get("cause", "") if own else "no attempt could be recorded"
+            refusal = self._refusal(own, code, cause) or self._requeue(ledger, cause)
+            if refusal:
+                logger.error("The job is not requeued: %s.", refusal)
+                ledger.note(requeued=False, reason=refusal)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to be saved
+        deadline = time.monotonic() + HOLD
+        while not refusal and time.monotonic() < deadline and self._recorded().get("requeued") is not False:
+            time.sleep(1)
+        churned = code == ExitCode.PAUSED and self._recorded().get("state") == Outcome.FAILED
+        return ExitCode.FAILED if churned else code
 
     def _complete(self, ledger: Ledger, code: int) -> None:
-        """Record this attempt's failure, where its ranks could not.
+        """Record the end of this attempt, where its ranks could not, and whether it was worth its start.
 
         A killed rank leaves no words; its peers need some seconds to miss it and to record the exact update.
         """
+        if code == ExitCode.PAUSED:
+            return self._complete_stop(ledger)
         end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         if code > 0 and (words := last_lines(self.folder / f"{self.id}_{self.rank}_log.err", 1)):
             end += f": {words[0]}"
@@ -146,15 +120,42 @@ class Task:
         while "rank" not in (found := self._recorded()) and time.monotonic() < deadline:
             time.sleep(0.2)
         if "rank" not in found:
-            update = ledger.reached(job_id()).get("update", found.get("update", -1))
+            update = ledger.reached(self.id).get("update", found.get("update", -1))
             ledger.fail(f"rank {self.rank} {end}", pid=found.get("pid", 0), update=update, rank=self.rank)
         if code == -signal.SIGKILL:  # the cause, at which its peers can only guess
             ledger.note(cause=f"rank {self.rank} {end} (out of memory?)", rank=self.rank)
+        return None
+
+    def _complete_stop(self, ledger: Ledger) -> None:
+        """Near the time limit (who is preempted may have more luck next time) two attempts in a row that
+        trained for less time than they lost to start and stop are a failure."""
+        if "ended" not in self._recorded():
+            ledger.end(Outcome.PAUSED, update=-1, cause="asked to stop before the first update")
+        last, left = ledger.newest(), job_end_time(os.environ) - time.time()
+        if left > 4 * 60 or "started" not in last:
+            return
+        started, ended = (datetime.fromisoformat(last[name]).timestamp() for name in ("started", "ended"))
+        ledger.note(short=ended - started < started - self.began + max(left, 0))
+        short = [a.get("short") for a in ledger.attempts() if a.get("job") == self.id]
+        if short[-2:] == [True, True]:
+            ledger.end(Outcome.FAILED, update=last["update"], cause="twice in a row the time limit left "
+                       "fewer updates than starting again costs: submit with a longer --timeout")
+
+    def _refusal(self, own: list[Record], code: int, cause: str) -> str:
+        """Why the job whose attempts `own` are isn't requeued; "" when it is."""
+        failed = [a for a in own if a["state"] == Outcome.FAILED]
+        if code == ExitCode.USAGE or code == ExitCode.PAUSED and own[-1:] == failed[-1:] != []:
+            return cause
+        if code != ExitCode.PAUSED and len({a["update"] for a in failed[-2:]}) < len(failed[-2:]):
+            return f"it failed twice at update {failed[-1]['update']}: {cause}"
+        if restarts() >= self.job.max_requeue:
+            return f"--max_requeue {self.job.max_requeue} is reached; {cause}"
+        return f"Slurm is ending the job by itself; {cause}" if self._ending() else ""
 
     def _recorded(self) -> Record:
         """What the ledgers hold of this attempt; {} when main.py has begun none."""
         found = (Ledger(folder).newest() for folder in (self.output_dir, self.folder))
-        return next((a for a in found if (a.get("job"), a.get("restarts")) == (job_id(), restarts())), {})
+        return next((a for a in found if (a.get("job"), a.get("restarts")) == (self.id, restarts())), {})
 
     def _ledger(self) -> Ledger:
         """The run folder's; the job folder's where main.py has begun nothing there, as in an evaluation."""
@@ -165,31 +166,23 @@ class Task:
             ledger.begin(update=-1, pid=0)
         return ledger
 
-    def _requeue(self, ledger: Ledger, reason: str) -> None:
-        if restarts() >= self.job.max_requeue:
-            return self._refuse(ledger, f"--max_requeue {self.job.max_requeue} is reached; {reason}")
-        if self._ending():
-            return self._refuse(ledger, f"Slurm is ending the job by itself; {reason}")
+    def _requeue(self, ledger: Ledger, reason: str) -> str:
+        """Ask Slurm to start the job again; returns why it can't be done, or ""."""
         logger.warning("Requeued (%s); attempt %d of at most %d follows.", reason, restarts() + 2,
                        self.job.max_requeue + 1)
         ledger.note(requeued=True, reason=reason)
         for trial in range(4):
             try:
-                self.environment._requeue(self.job.max_requeue - restarts())  # submitit's; ends a local task
+                self.environment._requeue(self.job.max_requeue - restarts())
                 break
             except (OSError, subprocess.SubprocessError) as error:
-                if self._ending():
-                    break  # it was heard all the same
-                if isinstance(error, OSError) and signal.SIGTERM in self.signals:
-                    break  # preempted: Slurm requeues the job, if its task does not end before that
-                if trial == 3 or isinstance(error, OSError):
-                    return self._refuse(ledger, f"scontrol requeue failed: {error}")
+                missing = isinstance(error, OSError)
+                if self._ending() or missing and self._preempted():
+                    break  # it was heard all the same, or Slurm requeues it by itself
+                if trial == 3 or missing:
+                    return f"scontrol requeue failed: {error}"
                 time.sleep(PAUSE)
-        return self._hold()
-
-    def _refuse(self, ledger: Ledger, reason: str) -> None:
-        logger.error("The job is not requeued: %s.", reason)
-        ledger.note(requeued=False, reason=reason)
+        return ""
 
     def _decides(self) -> bool:
         """Whether this task is the first of its attempt to get here; it decides for all, once.
@@ -205,23 +198,26 @@ class Task:
             return self.rank == 0
         return True
 
-    def _hold(self) -> None:
-        """Let Slurm end this task with the job that is requeued; return if it is not going to be."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to be saved
-        deadline = time.monotonic() + HOLD
-        while self.slurm and time.monotonic() < deadline and self._recorded().get("requeued") is not False:
-            time.sleep(1)
-
     def _ending(self) -> bool:
         """Whether Slurm says that the job does not run any more; a silent controller says nothing."""
-        return self.slurm and squeue(self.id, "%T") not in ("RUNNING", "PREEMPTED", "")
+        return squeue(self.id, "%T") not in ("RUNNING", "PREEMPTED", "")
+
+    def _preempted(self) -> bool:
+        """Whether Slurm is about to requeue this job by itself, if its tasks do not end before that.
+
+        It sends SIGTERM then, or the job's own signal, and with either SIGCONT, in any order.
+        """
+        at = self.signals.get
+        return signal.SIGTERM in self.signals or abs(at(signal.SIGCONT, 0) - at(signal.SIGUSR2, -60)) < 5
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        self.signals.append(number)
+        self.signals[number] = time.monotonic()
         self.child.send_signal(number)
 
 
 def last_lines(log: Path, count: int) -> list[str]:
     """The end of a log; [] where there is none."""
-    answer = subprocess.run(["tail", "-n", str(count), log], capture_output=True, text=True, errors="replace")
-    return answer.stdout.splitlines()
+    with suppress(OSError), open(log, "rb") as file:
+        file.seek(-min(os.path.getsize(log), 1 << 16), os.SEEK_END)
+        return file.read().decode(errors="replace").splitlines()[-count:]
+    return []

@@ -55,6 +55,10 @@ class Block(nn.Module):
             out = self.runner(self, x, keep)
             if out is not NotImplemented:
                 return out
+        return self.compute(x, keep)
+
+    def compute(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        """What `forward` gives, in plain PyTorch."""
         first, second = (None, None) if keep is None else (keep[:, 0], keep[:, 1])
         x = residual(x, self.gnconv(self.norm1(x)), self.gamma1, first)
         y = self.norm2(x.permute(0, 2, 3, 1))
@@ -116,6 +120,7 @@ class HorNet(nn.Module):
         self.cfg, self.in_chans, self.num_classes = cfg, in_chans, num_classes
         self.drop_rate, self.drop_path_rate = drop_rate, drop_path_rate
         self.global_pool = _checked_pool(global_pool)
+        self.frozen: tuple[nn.Module, ...] = ()
         dims = [cfg.width * 2 ** i for i in range(4)]
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
@@ -162,7 +167,9 @@ class HorNet(nn.Module):
         outputs, start = [], 0
         for downsample, stage in list(zip(self.downsample_layers, self.stages))[:stages]:
             blocks = len(list(stage.children()))
-            x = stage(downsample(x), None if keep is None else keep[:, start:start + blocks])
+            # A frozen stage is in evaluation mode and drops nothing.
+            factors = None if keep is None or not stage.training else keep[:, start:start + blocks]
+            x = stage(downsample(x), factors)
             start += blocks
             outputs.append(x)
         return outputs
@@ -198,6 +205,34 @@ class HorNet(nn.Module):
         if prune_head or pruned:
             self.reset_classifier(0)
         return take
+
+    def freeze(self, parts: str) -> None:
+        """Keep parts as they are: without gradients, and in evaluation mode whatever `train` says.
+
+        `parts`, separated by commas: "backbone" (all but the head), "stem", "stages.1" or "stages.0-2" (with
+        the downsampling before each).
+        """
+        found: list[nn.Module] = []
+        for part in parts.split(","):
+            if part == "backbone":
+                found += [*self.downsample_layers, *self.stages, self.norm]
+            elif part == "stem":
+                found.append(self.downsample_layers[0])
+            else:
+                ends = sorted(map(int, part.removeprefix("stages.").split("-")))
+                chosen = slice(ends[0], ends[-1] + 1)
+                found += [*self.stages[chosen], *self.downsample_layers[max(1, chosen.start):chosen.stop]]
+        self.frozen = tuple(found)
+        for module in found:
+            module.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "HorNet":
+        """Training mode, or evaluation mode, which frozen parts are always in."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""

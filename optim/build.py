@@ -1,5 +1,5 @@
 """The optimizer and the training loss of the options."""
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -29,6 +29,11 @@ def build_loss(options: Options) -> nn.Module:
     return LabelSmoothingCrossEntropy(options.smoothing) if options.smoothing > 0 else nn.CrossEntropyLoss()
 
 
+def fused(name: str, devices: Iterable[str]) -> bool:
+    """Whether torch has a kernel that makes a whole step of the optimizer `name` on these kinds of device."""
+    return name in _FUSED and _FUSED_DEVICES.issuperset(devices)
+
+
 def build_optimizer(model: nn.Module, options: Options,
                     scale_of: Callable[[str], float] | None = None) -> torch.optim.Optimizer:
     """timm's optimizer `options.opt` over `model`'s weight-decay and layer-decay groups (with `scale_of`,
@@ -49,7 +54,7 @@ def build_optimizer(model: nn.Module, options: Options,
                                 "eps": options.opt_eps}
     if options.opt_betas is not None:
         settings["betas"] = tuple(options.opt_betas)
-    if name in _FUSED and {parameter.device.type for parameter in model.parameters()} <= _FUSED_DEVICES:
+    if fused(name, {parameter.device.type for parameter in model.parameters()}):
         settings["fused"] = True
     try:
         optimizer = create_optimizer_v2(groups, name, **settings)

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from common.devices import asynchronous
+
 
 @dataclass
 class FiniteWatch:
@@ -63,7 +65,7 @@ class Readback:
     def add(self, values: torch.Tensor, context: tuple) -> None:
         """Queue the copy of `values` (1-dim), to arrive with `context`."""
         event = None
-        if values.device.type in ("cuda", "xpu"):
+        if asynchronous(values.device):
             event = torch.Event(values.device)
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             values = host.copy_(values, non_blocking=True)

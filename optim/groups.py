@@ -44,11 +44,11 @@ def param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_de
     `params`, `names`, `weight_decay`, `lr_scale` (`scale_of(name)`, by default
     `layer_decay ** (num_layers + 1 - layer)`) and `decays`. Parameters that need no gradient are left out.
     """
-    named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    named = list(named_parameters)
     num_layers = count_layers(name for name, _ in named)
     scale_of = scale_of or (lambda name: layer_decay ** (num_layers + 1 - layer_id(name, num_layers)))
     groups: dict[tuple[float, bool], dict] = {}
-    for name, parameter in named:
+    for name, parameter in ((name, parameter) for name, parameter in named if parameter.requires_grad):
         scale, decaying = scale_of(name), decays(name, parameter.ndim)
         group = groups.setdefault((scale, decaying), {
             "params": [], "names": [], "weight_decay": weight_decay if decaying else 0.0,

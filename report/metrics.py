@@ -128,7 +128,7 @@ def compare(first: Predictions, second: Predictions, tests: int = 1) -> Comparis
     """
     from scipy.stats import binomtest  # takes a second to import
 
-    keys = [np.array([_image_key(path) for path in each.paths]) for each in (first, second)]
+    keys = [np.array([image_key(path) for path in each.paths]) for each in (first, second)]
     common, a, b = np.intersect1d(keys[0], keys[1], return_indices=True)
     n, hit_a, hit_b = len(common), first.hit1[a], second.hit1[b]
     if not n:
@@ -141,5 +141,6 @@ def compare(first: Predictions, second: Predictions, tests: int = 1) -> Comparis
     return Comparison(n, 100 * difference, 100 * margin, min(1.0, tests * float(p_value)))
 
 
-def _image_key(path: str) -> str:
+def image_key(path: str) -> str:
+    """What an image is matched by wherever the data lies: its class folder and file name."""
     return "/".join(str(path).replace("\\", "/").split("/")[-2:])

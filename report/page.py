@@ -30,7 +30,7 @@ from report.results import per_class, read_predictions, summary_line
 
 T = TypeVar("T")
 COLORS = ("#2457c5", "#d6540c", "#16803c", "#8a3ab9", "#b07d00", "#0c8599", "#c2255c", "#5c6675")
-LINES = ("-", "--", ":")
+LINES = ("-", "--", ":", "-.")
 MOST = {"events": 60, "classes": 1000, "files": 500, "confusions": 14, "mistakes": 24}  # rows of a table
 _IN_MATRIX = 24  # classes
 _UNREADABLE = ("unreadable_image", "bad_pictures")  # the kind of event, and what earlier versions called it
@@ -154,7 +154,10 @@ _CHARTS = (  # title, axis label, from zero, ((key, label), …)
      (("train_lr", "largest group"), ("train_min_lr", "smallest group"))),
     ("Throughput", "images per second", True, (("train_images_per_second", "training"),)),
     ("Gradient norm before clipping", "norm", True, (("train_grad_norm", "mean of the epoch"),)),
-    ("Waiting for data", "share of the time", True, (("train_data_wait", "training"),)),
+    ("Share of the devices' peak (MFU)", "share", True, (("train_mfu", "training"),)),
+    ("Where the time goes", "share of the time", True, (
+        ("train_data_wait", "waiting for data"), ("train_forward_share", "forward"),
+        ("train_backward_share", "backward"), ("train_step_share", "update"))),
 )
 
 

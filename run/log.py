@@ -38,15 +38,17 @@ class Tracker:
         options: `epochs`; where TensorBoard's files go, and whether Weights & Biases is used.
         updates_per_epoch: of the whole run.
         n_parameters: written into each line of log.txt.
+        peak_rate: images per second at the peak of all devices, None where that is not known.
         main: false on other ranks, which write nothing.
         terminal: show a progress bar; None: where standard error is a terminal.
     """
 
     def __init__(self, folder: str | os.PathLike | Ledger | None, options: Options, *, updates_per_epoch: int,
-                 n_parameters: int = 0, main: bool = True, terminal: bool | None = None):
+                 n_parameters: int = 0, peak_rate: float | None = None, main: bool = True,
+                 terminal: bool | None = None):
         self._owner = folder if folder is None or isinstance(folder, Ledger) else Ledger(folder)
         self.epochs, self.updates_per_epoch = options.epochs, updates_per_epoch
-        self.n_parameters, self.main = n_parameters, main
+        self.n_parameters, self.peak_rate, self.main = n_parameters, peak_rate, main
         self.terminal = main and (sys.stderr.isatty() if terminal is None else terminal)
         own = self._owner and self._owner.path
         self._lines: list[dict] = []
@@ -103,7 +105,8 @@ class Tracker:
     def progress(self, p: Progress) -> None:
         """Show the figures so far: every print_freq updates and at the end of an epoch."""
         done, left = p.next_update - p.first_update, self.epochs * self.updates_per_epoch - p.next_update
-        values = (f"loss {p.recent_loss:.4f}  lr {p.lr:.3g}  {p.images_per_second:.1f} img/s  data wait "
+        mfu = f"MFU {100 * p.images_per_second / self.peak_rate:.0f} %  " if self.peak_rate else ""
+        values = (f"loss {p.recent_loss:.4f}  lr {p.lr:.3g}  {p.images_per_second:.1f} img/s  {mfu}data wait "
                   f"{100 * p.data_wait:.0f} %  ETA {duration(left * p.seconds / max(done, 1))}")
         if self._bar is not None:
             self._bar.set_postfix_str(values)
@@ -125,6 +128,8 @@ class Tracker:
         line = {f"train_{name}": getattr(p, name) for name in _TRAIN} | dict(results) | {
             "epoch": p.epoch, "update": p.next_update, "n_parameters": self.n_parameters,
             "nonfinite_updates": p.nonfinite, "seconds": seconds}
+        line |= {f"train_{phase}_share": share for phase, share in p.shares.items()}
+        line |= {"train_mfu": p.images_per_second / self.peak_rate} if self.peak_rate else {}
         # JSON has no NaN or infinity: they become null.
         line = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}
         self._lines = [old for old in self._lines if old["epoch"] < p.epoch] + [line]

@@ -44,9 +44,15 @@ def load_model(args: argparse.Namespace, device: str | torch.device = "cpu") -> 
 
 def run_command(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], int],
                 argv: Sequence[str] | None) -> int:
-    """Parse `argv`, do the work, and return the exit code; a mistake is one sentence and exit code 2."""
+    """Parse `argv`, do the work, and return the exit code; a mistake is one sentence and exit code 2.
+
+    Flags that the parser does not know are refused, or kept in `others` where it has a default for that.
+    """
     setup_logging()
-    args = parser.parse_args(argv)
+    args, others = parser.parse_known_args(argv)
+    if others and not hasattr(args, "others"):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    args.others = others
     try:
         with lacks_in_words():
             return work(args)

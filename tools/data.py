@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from common.errors import UserError
 from common.log import logger
 from common.outcome import ExitCode
 from common.text import plural, printable
@@ -43,6 +44,8 @@ def describe(part: str, reader: Reader, sampled: int) -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     cache = IndexCache(args.index_cache)
+    if args.command == "pack" and (not args.target or args.tar_gb <= 0 or args.resize < 0):
+        raise UserError("pack takes a FOLDER for the tars, and sizes above 0.", code="missing_option")
     if args.command == "pack":
         size = int(args.tar_gb * 1e9)
         lines = pack(args.path, args.target, tar_bytes=size, resize=args.resize, cache=cache)
@@ -63,21 +66,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = new_parser("data", "Look at data, pack it into tars, check every image.", "info imagenet/")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("info", "form, counts, order, sampled speed"),
-                       ("check", "decode every image, list what is unreadable; exit code 1 then"),
-                       ("pack", "write plain tars, bytes unchanged")):
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        command.add_argument("path", metavar="PATH", help="folder of the data set, or of one split")
-        command.add_argument("--index_cache", help="folder for the saved index (default: the user's cache)")
-        if name == "info":
-            command.add_argument("--sample", type=int, default=64, help="images to decode (default 64)")
-        if name == "pack":
-            command.add_argument("target", metavar="FOLDER", help="folder for the tars")
-            command.add_argument("--tar_gb", type=float, default=1.0, help="size of a tar in GB (default 1)")
-            command.add_argument("--resize", type=int, default=0, metavar="N",
-                                 help="make larger images N pixels on the short side: changes pixels")
+    parser = new_parser("data", "Look at data (info), check every image (check: exit code 1 when one is "
+                        "unreadable), pack it into tars in the WebDataset layout, bytes unchanged (pack).",
+                        "info imagenet/")
+    add = parser.add_argument
+    add("command", choices=["info", "check", "pack"])
+    add("path", metavar="PATH", help="folder of the data set, or of one split")
+    add("target", metavar="FOLDER", nargs="?", help="pack: folder for the tars")
+    add("--index_cache", help="folder for the saved index (default: the user's cache)")
+    add("--sample", type=int, default=64, help="info: images to decode (default 64)")
+    add("--tar_gb", type=float, default=1.0, help="pack: size of a tar in GB (default 1)")
+    add("--resize", type=int, default=0, metavar="N", help="pack: short sides of at most N: changes pixels")
     return parser
 
 

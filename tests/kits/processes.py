@@ -2,14 +2,16 @@
 import atexit
 import multiprocessing
 import os
+import random
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -41,12 +43,13 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def places(world_size: int) -> list[dict[str, str]]:
-    """The variables of each rank of a new job on this machine, as a launcher without rendezvous gives
-    them."""
-    job = uuid.uuid4().hex
-    return [dict(SUBMITIT_EXECUTOR="local", SUBMITIT_LOCAL_JOB_ID=job, SUBMITIT_LOCAL_GLOBALID=str(rank),
-                 SUBMITIT_LOCAL_LOCALID=str(rank), SUBMITIT_LOCAL_NTASKS=str(world_size))
-            for rank in range(world_size)]
+    """The variables of each rank of a new job on this machine, as torchrun gives them, with a free port."""
+    while True:
+        port = random.randrange(20000, 32000)  # below those that the system hands out
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            break
+    return [dict(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size),
+                 MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in range(world_size)]
 
 
 class Child:

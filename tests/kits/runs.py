@@ -54,7 +54,8 @@ def result(folder: Path) -> dict:
     last = max(int(match[1]) for match in found if match)
     state = torch.load(folder / f"checkpoint-{last}.pth", weights_only=True)
     lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-    log = [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+    log = [{key: value for key, value in line.items() if key not in TIMINGS and not key.endswith("_share")}
+           for line in lines]
     return {key: value for key, value in state.items() if key not in ("args", "version")} | {"log": log}
 
 

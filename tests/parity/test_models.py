@@ -52,25 +52,6 @@ def test_logits_and_features(stored, memory_format):
     assert np.abs(logits.numpy() - expected["logits"]).max() < 1e-4
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ["hornet_tiny_7x7", "hornet_tiny_gf"])
-def test_logits_on_a_gpu_in_true_float32_and_finite_in_half_precision(name):
-    expected = np.load(PARITY / "logits" / f"{name}_224x224.npz")["logits"]
-    model, images = filled(name).cuda(), torch.from_numpy(parity_input(2, 224, 224)).cuda()
-    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    try:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        with torch.no_grad():
-            assert np.abs(model(images).cpu().numpy() - expected).max() < 1e-4
-            for dtype, limit in ((torch.float16, 0.02), (torch.bfloat16, 0.1)):
-                with torch.autocast("cuda", dtype):
-                    difference = np.abs(model(images).float().cpu().numpy() - expected).max()
-                assert difference < limit * np.abs(expected).max()
-            assert model.half()(images.half()).isfinite().all()
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
-
-
 def test_a_wrong_scale_would_be_noticed():
     expected = np.load(PARITY / "logits" / "hornet_tiny_7x7_224x224.npz")
     model = filled("hornet_tiny_7x7", scale=1 / 3 + 0.001)

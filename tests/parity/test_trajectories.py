@@ -20,11 +20,12 @@ from tests.kits.fill import PARITY, parity_input, parity_tensor
 CASES = json.loads((PARITY / "trajectories.json").read_text())
 
 
-def train(case, clip_mode):
+def train(case, clip_mode, device="cpu"):
     """Losses of all micro-batches, the network and its average after the case's updates."""
     model = timm.create_model(case["model"], num_classes=1000)
     model.load_state_dict({name: torch.from_numpy(parity_tensor(name, tuple(value.shape)))
                            for name, value in model.state_dict().items()})
+    model.to(device)
     ema = Ema(model, case["ema_decay"])
     updates = case["micro_steps"] // case["update_freq"]
     values = Options(clip_mode=clip_mode, epochs=1, warmup_epochs=0, **{name: case[name] for name in (
@@ -37,7 +38,7 @@ def train(case, clip_mode):
         labels = torch.from_numpy(np.random.default_rng(2000 + i).integers(0, 1000, case["batch"]))
         last = (i + 1) % case["update_freq"] == 0
         with update.micro_batch(last):
-            loss = criterion(model(images), labels)
+            loss = criterion(model(images.to(device)), labels.to(device))
             update.backward(loss)
         losses.append(loss.item())
         if last:

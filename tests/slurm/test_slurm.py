@@ -1,6 +1,9 @@
 """Jobs on a real Slurm: to the end, through preemption, failures and lost nodes, and two at once."""
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,7 +28,7 @@ def submit(cluster, tmp_path, monkeypatch):
     def submit(updates: int, faults: str = "", nodes: int = 2, ngpus: int = 2, *more: str) -> tuple[str, Path]:
         known = set(Path("runs").glob("*/job.json"))
         assert run_with_submitit.main([
-            "--cluster", "slurm", "--nodes", str(nodes), "--ngpus", str(ngpus), "--device", "cpu",
+            "--nodes", str(nodes), "--ngpus", str(ngpus), "--device", "cpu",
             "--cpus_per_task", "1", "--timeout", "0.5", *more, "--updates", str(updates), "--faults", faults]) == 0
         folder = (set(Path("runs").glob("*/job.json")) - known).pop().parent.absolute()
         jobs.append(folder.name)
@@ -71,14 +74,14 @@ def test_a_job_that_fails_twice_at_the_same_update_stops_with_the_cause(cluster,
     assert {(a["rank"], a["update"]) for a in Ledger(folder).attempts()} == {(1, 7)}
     assert final_code(job) == "1"
     status = run_with_submitit.status(folder)
-    assert "ArithmeticError: one divided by nothing" in status and "attempt  2 of" in status
+    assert "ArithmeticError: one divided by nothing" in status and "attempt  2: FAILED" in status
     assert f"{job}_1_log.err" in status
 
 
 def test_a_users_mistake_is_not_tried_again(cluster, submit):
     job, folder = submit(20, "user_error=0@3", 2, 1)
     assert cluster.wait(job) == "FAILED"
-    assert attempts(folder) == [("FAILED", None)] and final_code(job) == "2"
+    assert attempts(folder) == [("FAILED", False)] and final_code(job) == "2"
     assert "the value 7 is not accepted" in run_with_submitit.status(folder)
 
 
@@ -92,6 +95,80 @@ def test_survivors_of_a_lost_node_requeue_the_job(cluster, submit):
         cluster.control("node-up", "127.0.0.12")
     assert cluster.wait(job) == "COMPLETED", said(folder)
     assert value(folder) == expected_value(100, 2)
+
+
+@pytest.mark.parametrize("part", ["--batch", "--full"])
+def test_a_signal_to_the_batch_script_saves_and_requeues(cluster, submit, part):
+    job, folder = submit(120, "pace=0.05", 2, 1)
+    wait_for(lambda: (folder / "now").exists())
+    subprocess.run(["scancel", part, "--signal=USR2", job], check=True)
+    assert cluster.wait(job) == "COMPLETED", said(folder)
+    assert attempts(folder) == [("PAUSED", True), ("DONE", None)] and value(folder) == expected_value(120, 2)
+
+
+def test_a_time_limit_too_short_to_train_ends_the_job(cluster, submit, monkeypatch):
+    """A minute, of which Slurm's signal may take all: it comes up to a minute early."""
+    monkeypatch.setattr(run_with_submitit, "START_UP", 0)
+    job, folder = submit(100000, "", 2, 1, "--timeout", "0.0167")
+    assert cluster.wait(job) == "FAILED", said(folder)
+    assert attempts(folder) == [("PAUSED", True), ("FAILED", False)] and final_code(job) == "1"
+    assert "failure  twice in a row" in run_with_submitit.status(folder)
+
+
+@pytest.fixture
+def without_scontrol(monkeypatch, tmp_path):
+    """Jobs find sbatch and srun on their PATH, and none of Slurm's other programs, as in a slim container."""
+    (tmp_path / "slim").mkdir()
+    for name in ("sbatch", "srun"):
+        (tmp_path / "slim" / name).symlink_to(shutil.which(name))
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path / "slim"))
+        yield patch
+
+
+def test_without_scontrol_a_stopped_job_ends_saved(cluster, submit, without_scontrol):
+    job, folder = submit(10000, "", 2, 1)
+    without_scontrol.undo()
+    wait_for(lambda: (folder / "now").exists())
+    subprocess.run(["scancel", "--signal=USR2", job], check=True)
+    assert cluster.wait(job, seconds=30) == "FAILED"
+    assert attempts(folder) == [("PAUSED", False)] and "No scontrol on this node's PATH" in said(folder)
+    assert "Traceback" not in said(folder) and "PAUSED at update" in run_with_submitit.status(folder)
+
+
+def test_without_scontrol_slurm_requeues_a_preempted_job(cluster, submit, without_scontrol):
+    job, folder = submit(400, "pace=0.05", 2, 1)
+    without_scontrol.undo()
+    wait_for(lambda: (folder / "now").exists())
+    urgent = ["sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"]
+    subprocess.run(urgent, check=True, capture_output=True)
+    assert cluster.wait(job) == "COMPLETED", said(folder)
+    assert attempts(folder) == [("PAUSED", True), ("DONE", None)] and value(folder) == expected_value(400, 2)
+
+
+def test_a_killed_batch_script_is_one_attempt_that_was_saved(cluster, submit):
+    job, folder = submit(10000, "", 2, 1)
+    wait_for(lambda: (folder / "now").exists())
+    [script] = [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline")
+                if f"job{job}/slurm_script".encode() in path.read_bytes()]
+    os.kill(int(script), signal.SIGKILL)
+    assert cluster.wait(job) == "FAILED"
+    wait_for(lambda: attempts(folder)[-1][1] is not None)
+    assert attempts(folder) == [("PAUSED", False)]
+    status = run_with_submitit.status(folder.relative_to(Path.cwd()))
+    assert "state    FAILED; the run: PAUSED" in status and status.count("attempt  1") == 1
+
+
+def test_a_folder_has_one_job_and_a_queued_one_says_why_it_waits(cluster, submit, capsys):
+    job, folder = submit(10, "", 2, 1, "--job_dir", "runs/%j", "--slurm", "hold")
+    assert "state    PENDING (JobHeldUser)\n" in run_with_submitit.status(folder)
+    subprocess.run(["cp", "-r", folder, "runs/one"], check=True)
+    again = ["--ngpus", "1", "--cpus_per_task", "1", "--device", "cpu", "--job_dir", "runs/one"]
+    assert run_with_submitit.main(again) == 2 and f"job {job}" in capsys.readouterr().err
+    subprocess.run(["scancel", job], check=True)
+    cluster.wait(job)
+    assert run_with_submitit.main([*again, "--updates", "1"]) == 0
+    cluster.wait(json.loads(Path("runs/one/job.json").read_text())["id"])
 
 
 def test_a_cancelled_job_does_not_come_back(cluster, submit):

@@ -30,7 +30,7 @@ def submit(folder: Path, name: str) -> tuple[str, Path]:
     os.chdir(folder)
     try:
         assert run_with_submitit.main([
-            "--cluster", "slurm", "--nodes", "2", "--ngpus", "2", "--device", "cpu", "--timeout", "1",
+            "--nodes", "2", "--ngpus", "2", "--device", "cpu", "--timeout", "1",
             "--cpus_per_task", "1", "--job_dir", f"{name}/%j", "--output_dir", f"{name}/run",
             "--data_path", str(folder / "digits"), *SMALL]) == 0
     finally:

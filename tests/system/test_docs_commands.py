@@ -1,23 +1,24 @@
 """Every fenced command of README.md and TRAINING.md is marked, and does what it is marked for."""
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 
 import models  # noqa: F401  (registers the networks)
 from config.parse import parse
 from config.rules import plan_batch, validate_after_index
 from datasets.build import build_data
 from tests.kits.docs import ROOT, commands
+from tests.kits.images import fill_folder
+from tests.kits.processes import environment
 
 COMMANDS = commands()
 OPTIONS = [c for c in COMMANDS if c.main_argv is not None]
@@ -32,33 +33,23 @@ def name(command):
 def images(tmp_path_factory):
     """A folder for each place that the commands name: two ImageNet classes, and two classes of one's own."""
     root = tmp_path_factory.mktemp("docs")
-    draw = np.random.default_rng(0)
-    for place, classes in (("imagenet", ("n01440764", "n01443537")), ("pictures", ("cat", "dog"))):
+    for folder in ("imagenet/{}/n01440764", "imagenet/{}/n01443537", "images/{}/cat", "images/{}/dog"):
         for part in ("train", "val"):
-            for label in classes:
-                folder = root / place / part / label
-                folder.mkdir(parents=True)
-                for number in range(4):
-                    pixels = draw.integers(0, 256, (40, 48, 3), dtype=np.uint8)
-                    Image.fromarray(pixels).save(folder / f"{number}.JPEG")
+            fill_folder(root / folder.format(part), 4)
     (root / "imagenet22k").symlink_to(root / "imagenet" / "train")
-    (root / "images").symlink_to(root / "pictures")
     return root
 
 
-def on_tiny_data(argv, images, **places):
+def without(argv, flag):
+    """`argv` without a flag and its value."""
+    return [word for word, before in zip(argv, ["", *argv]) if flag not in (word, before)]
+
+
+def on_tiny_data(argv, images, checkpoint="/path/to/checkpoint.pth"):
     """`argv` with two images per forward pass and paths that exist."""
-    argv = [word.replace("/path/to/checkpoint.pth", str(places.get("checkpoint", "/path/to/checkpoint.pth")))
-            .replace("/path/to/other.pth", str(places.get("checkpoint", "/path/to/other.pth")))
-            .replace("/path/to", str(images)) for word in argv]
-    if "--update_freq" in argv:
-        at = argv.index("--update_freq")
-        del argv[at:at + 2]
+    argv = [re.sub(r"/path/to/(checkpoint|other)\.pth", str(checkpoint), word).replace("/path/to", str(images))
+            for word in without(argv, "--update_freq")]
     return [*argv, "--batch_size", "2", "--global_batch", "4", "--num_workers", "0", "--dry_run", "true"]
-
-
-def test_there_are_commands():
-    assert len(DRY) >= 20
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=name)
@@ -82,8 +73,8 @@ def test_other_commands_name_what_exists(command):
         targets = [line.split(":")[0] for line in (ROOT / "Makefile").read_text().splitlines() if ":" in line]
         assert all(word in targets for word in words[1:] if "=" not in word)
     elif words[:2] == ["python", "-m"]:
-        assert (ROOT / (words[2].replace(".", "/")
-                        + ".py")).exists() or (ROOT / words[2].replace(".", "/")).is_dir()
+        found = ROOT / words[2].replace(".", "/")
+        assert found.with_suffix(".py").exists() or found.is_dir()
 
 
 def unique(found):
@@ -99,11 +90,9 @@ def test_options_data_and_model_of_long_commands(command, images, monkeypatch, t
     o = resolved.options
     if o.data_set == "SAMPLE":
         o.data_path = str(tmp_path / "digits")
-    training = not o.eval
-    data = build_data(o, train=training, evaluate=not (training and o.disable_eval))
-    if training:
-        batch = plan_batch(resolved, 2)
-        validate_after_index(o, batch, len(data.train))
+    data = build_data(o, train=not o.eval, evaluate=o.eval or not o.disable_eval)
+    if not o.eval:
+        validate_after_index(o, plan_batch(resolved, 2), len(data.train))
     with torch.device("meta"):
         model = timm.create_model(o.model, num_classes=data.num_classes, drop_path_rate=o.drop_path,
                                   layer_scale_init_value=o.layer_scale_init_value)
@@ -111,12 +100,9 @@ def test_options_data_and_model_of_long_commands(command, images, monkeypatch, t
 
 
 def real_run(words, cwd, seconds):
-    bin_folder = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
-                   "XDG_CACHE_HOME": str(cwd / "cache")}
-    ended = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=seconds)
-    first = next((line for line in ended.stderr.splitlines() if "rror" in line), "")
-    assert ended.returncode == 0, f"{first}\n{words}\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}"
+    paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(cwd / "cache"), "PYTHONPATH": ""}
+    ended = subprocess.run(words, cwd=cwd, env=environment() | paths, capture_output=True, text=True, timeout=seconds)
+    assert ended.returncode == 0, f"{words}\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}"
     return ended.stdout + ended.stderr
 
 
@@ -124,8 +110,7 @@ def real_run(words, cwd, seconds):
 def checkout(tmp_path_factory):
     """A copy of the project in which the commands may write."""
     target = tmp_path_factory.mktemp("checkout") / "project"
-    skipped = shutil.ignore_patterns(".git", ".venv", "runs", "build", "__pycache__", ".pytest_cache",
-                                     ".hypothesis")
+    skipped = shutil.ignore_patterns(".*", "runs", "build", "__pycache__")
     shutil.copytree(ROOT, target, ignore=lambda folder, names: {
         *skipped(folder, names), *(["data"] if Path(folder) == ROOT else [])})
     return target
@@ -143,17 +128,12 @@ def checkpoint(tmp_path_factory):
 @pytest.mark.parametrize("command", [c for c in unique(DRY) if "quickstart" not in c.text][::4], ids=name)
 def test_long_commands_start_on_two_processes(command, images, checkpoint, checkout, tmp_path):
     """Every fourth one in earnest, with the smallest model at 32 pixels."""
-    argv = on_tiny_data(command.main_argv, images, checkpoint=checkpoint)
+    argv = on_tiny_data(command.main_argv, images, checkpoint)
     if "--pretrained" in argv:
-        at = argv.index("--pretrained")
-        argv[at:at + 2] = ["--resume" if "--eval" in argv else "--finetune", str(checkpoint)]
-    if "latest" in argv:  # there is no run here to go on with
-        at = argv.index("--resume")
-        del argv[at:at + 2]
-    argv += ["--model", "hornet_pico_7x7", "--input_size", "32", "--device", "cpu", "--allow_partial", "true"]
-    argv += ["--output_dir", str(tmp_path / "run")]
-    real_run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py",
-              *argv],
+        argv = [*without(argv, "--pretrained"), "--resume" if "--eval" in argv else "--finetune", str(checkpoint)]
+    argv = without(argv, "--resume") if "latest" in argv else argv  # there is no run here to resume
+    argv += f"--model hornet_pico_7x7 --input_size 32 --device cpu --allow_partial true --output_dir {tmp_path / 'run'}".split()
+    real_run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py", *argv],
              checkout, 240)
 
 
@@ -170,8 +150,7 @@ def test_the_published_launcher_trains_and_evaluates(checkout):
     assert f"--num_workers {workers} is more than the" in said and "UserWarning" not in said
     assert "64 images per update = 32 per forward pass x 1 forward pass x 2 processes" in said
     assert "epoch 3/3 done" in said and "local_rank" not in said
-    assert "of 360 " in real_run([*command, "--eval", "true", "--resume", "best"], checkout,
-                                               120)
+    assert "of 360 " in real_run([*command, "--eval", "true", "--resume", "best"], checkout, 120)
     assert json.loads((checkout / "runs" / "two" / "eval.json").read_text())["images"] == 360
 
 

@@ -9,7 +9,7 @@ import timm
 import torch
 
 from benchmarks import __main__ as bench
-from benchmarks import cases, data, timing
+from benchmarks import cases, data, gpu, timing
 from benchmarks.reference import PlainHorNet
 from native.runner import product_dtype
 from tests.kits.fill import PARITY, parity_input, parity_tensor
@@ -49,10 +49,23 @@ def test_the_command_measures_and_writes_json(work, tmp_path, capsys):
 def test_data_and_family_are_measured_too(tmp_path):
     rows = data.loading(1, "wall", images=2) + data.start_up(1, "wall", images=5000)
     assert len(rows) == 9 and all(row["median"] > 0 for row in rows)
-    speed, memory = cases.family_member("hornet_pico_7x7", cases.Setting(2, 1), train=True, threads=1)
-    assert speed > 0 and memory >= 0
+    speed = cases.speed("hornet_pico_7x7", cases.Setting(2, 1), train=True)
+    assert speed > 0
     bench.plot([{"model": "hornet_tiny_gf", "top1": 83.0, "evaluate_per_second": speed}], "title", tmp_path / "a.svg")
     assert "hornet_tiny_gf" in (tmp_path / "a.svg").read_text()
+
+
+def test_the_benchmark_for_gpus_runs_on_a_cpu_too(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    assert gpu.main(["--device", "cpu", "--size", "32", "--batch", "2", "--repeats", "2", "--models", "hornet_pico_gf",
+                     "--paths", "eager", "reference", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["path"], row["work"]) for row in rows] == [
+        (path, work) for path in ("eager", "reference") for work in ("train", "evaluate")]
+    assert all(row["images_per_second"] > 0 and row["mfu"] > 0 for row in rows)
+    assert sum(rows[0][phase] for phase in gpu.PHASES) == pytest.approx(1, abs=0.05)
+    assert "| hornet_pico_gf | eager | train | 2 |" in capsys.readouterr().out
+    assert gpu.main(["--device", "cuda"]) == 2 or torch.cuda.is_available()
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from common.ledger import Ledger
 from common.log import logger
 from common.outcome import Outcome
 from config.parse import parse
+from dryrun import digest
 from launch.process import Process
 from launch.stop import StopRequest
 from launch.watchdog import Watchdog
@@ -134,7 +135,7 @@ def observe(state, images, process, folder, caplog):
     line = read_json_lines(folder / "run" / "log.txt")[-1]
     return seen | {
         "state": {name: plain(part.state_dict()) for name, part in run.parts.items()},
-        "log": {name: value for name, value in line.items() if name not in TIMES},
+        "log": {name: value for name, value in line.items() if name not in TIMES and not name.endswith("_share")},
         "events": [event["message"] for event in read_json_lines(folder / "run" / "events.jsonl")],
         "notices": [any(words in record.getMessage() for record in caplog.records)
                     for words in (code_version(), "another machine")]}
@@ -229,6 +230,27 @@ def test_a_requeued_command_resumes_again_what_it_began_from_while_its_own_folde
         path.unlink()
     run(place, capfd, flags)
     assert begun_at(place.here / "other") == [2, 2]
+
+
+def test_frozen_parts_are_as_they_began_and_the_run_resumes_to_the_same_bits(place, capfd):
+    run(place, capfd)
+    began = load(place.run / "checkpoint-0.pth").state["model"]
+    whole, again = place.here / "whole", place.here / "again"
+    flags = ("--freeze stem,stages.0-2 --finetune {run}/checkpoint-0.pth --layer_decay 0.5 --weights model --model_ema true "
+             "--drop_path 0.5 --epochs 2 --output_dir ")
+    run(place, capfd, flags + str(whole))
+    again.mkdir()
+    for path in whole.glob("checkpoint-0.pth*"):
+        shutil.copy(path, again)
+    run(place, capfd, flags + str(again))
+    one, other = (load(folder / "checkpoint-1.pth").state for folder in (whole, again))
+    assert begun_at(again) == [2] and digest(one["model"]) == digest(other["model"])
+    assert digest(one["optimizer"]) == digest(other["optimizer"]) and digest(one["model_ema"]) == digest(other["model_ema"])
+    moved = {name for name, value in one["model"].items() if not torch.equal(value, began[name])}
+    assert moved == {name for name in began if name.startswith(("downsample_layers.3", "stages.3", "norm", "head"))}
+    assert len(one["optimizer"]["state"]) == len(moved)
+    assert all(torch.equal(one["model_ema"][name], began[name]) for name in began.keys() - moved)
+    run(place, capfd, "--freeze backbone", code=2)
 
 
 def test_more_epochs_on_resuming_move_the_learning_rate_and_that_is_reported(place, capfd):

@@ -4,8 +4,11 @@
 
 `do` is a signal for the process itself, "raise", or "infinite_input"/"infinite_loss" for the update's forward
 pass. "now": FOLDER keeps the last "phase update pid" of each rank in FOLDER/now-RANK; "states": FOLDER keeps
-the weights and their average after each update in FOLDER/RANK-UPDATE.pth.
+the weights and their average after each update in FOLDER/RANK-UPDATE.pth; "batches": FOLDER appends a line
+"update position hash" for each image as the network gets it. "brake": FILE makes updates slow while it exists.
 """
+import hashlib
+import importlib
 import json
 import os
 import signal
@@ -22,6 +25,8 @@ def hooked(base: type, hook: dict) -> type:
         def on_phase(self, phase: str, update: int) -> None:
             super().on_phase(phase, update)
             self.update_under_way = update
+            if phase == "data" and os.path.exists(hook.get("brake", "")):
+                time.sleep(0.4)
             if "now" in hook:
                 with open(os.path.join(hook["now"], f"now-{self.process.rank}"), "w") as file:
                     file.write(f"{phase} {update} {os.getpid()}\n")
@@ -29,6 +34,11 @@ def hooked(base: type, hook: dict) -> type:
                 if (entry.get("rank", 0), entry["phase"], entry["update"]) == (self.process.rank, phase,
                                                                                update):
                     _do(self, entry["do"])
+
+        def __init__(self, *arguments, **named) -> None:
+            super().__init__(*arguments, **named)
+            if "batches" in hook:
+                _note_batches(self, hook["batches"])
 
         def after_update(self, update: int, stats, sums) -> bool:
             if "states" in hook:
@@ -39,6 +49,20 @@ def hooked(base: type, hook: dict) -> type:
             return super().after_update(update, stats, sums)
 
     return Hooked
+
+
+def _note_batches(trainer, folder: str) -> None:
+    prepare = trainer.task.prepare
+
+    def noted(batch):
+        images, targets = prepare(batch)
+        with open(os.path.join(folder, str(os.getpid())), "a") as file:
+            for position, image, target in zip(batch.positions.tolist(), images, targets):
+                digest = hashlib.sha256(image.numpy().tobytes() + target.numpy().tobytes()).hexdigest()
+                file.write(f"{trainer.update_under_way} {position} {digest}\n")
+        return images, targets
+
+    trainer.task.prepare = noted
 
 
 def _do(disturbed, what: str) -> None:
@@ -74,12 +98,13 @@ def _poison(disturbed, what: str) -> None:
 
 
 def run(argv: list[str], hook: dict) -> int:
-    """main.main(argv) under `hook`; the exit code."""
+    """main.main(argv), or "program": a module's run(argv), under `hook`; the exit code."""
     import main
     import training
 
     training.Trainer = hooked(training.Trainer, hook)
-    return main.main(argv)
+    program = hook.get("program")
+    return importlib.import_module(program).run(argv) if program else main.main(argv)
 
 
 if __name__ == "__main__":

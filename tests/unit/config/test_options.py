@@ -33,7 +33,10 @@ def test_image_settings_are_those_of_the_options_and_of_a_checkpoints_args():
     options = Options(input_size=64, crop_pct=1.0, imagenet_default_mean_and_std=False,
                       layer_scale_init_value=0.0)
     settings = ImageSettings.of(options)
-    assert (settings.input_size, settings.eval_crop_pct, settings.mean) == (64, 1.0, (0.5, 0.5, 0.5))
+    assert (settings.input_size, settings.eval_crop_pct) == (64, 1.0)
+    assert (settings.mean, settings.std) == (constants.IMAGENET_INCEPTION_MEAN, constants.IMAGENET_INCEPTION_STD)
+    assert (ImageSettings().mean, ImageSettings().std) == (
+        constants.IMAGENET_DEFAULT_MEAN, constants.IMAGENET_DEFAULT_STD)
     assert not settings.whole and ImageSettings(input_size=384).eval_crop_pct is None
     assert ImageSettings.from_args(asdict(settings) | {"lr": 1}) == settings
     assert ImageSettings.from_args({}) == ImageSettings() == ImageSettings.of(Options())
@@ -47,10 +50,3 @@ def test_image_settings_are_those_of_the_options_and_of_a_checkpoints_args():
 def test_image_settings_from_a_strange_file_are_refused(name, value):
     with refused("invalid_value", name):
         ImageSettings.from_args({name: value})
-
-
-def test_mean_and_deviation_are_those_of_timm():
-    for name, settings in (("DEFAULT", ImageSettings()),
-                           ("INCEPTION", ImageSettings(imagenet_default_mean_and_std=False))):
-        assert settings.mean == getattr(constants, f"IMAGENET_{name}_MEAN")
-        assert settings.std == getattr(constants, f"IMAGENET_{name}_STD")

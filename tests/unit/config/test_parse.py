@@ -30,35 +30,21 @@ def test_published_training_command():
     assert differences(o) == {"clip_grad": (5, 100)}
 
 
-@pytest.mark.parametrize("text, value", [
-    ("true", True), ("True", True), ("1", True), ("yes", True), ("", True), ("false", False),
-    ("False", False), ("0", False), ("no", False)])
-def test_switches(text, value):
-    argv = ["--model_ema", text] if text else ["--model_ema"]
-    assert parse([*argv, *DATA]).options.model_ema is value
-    if text:
-        assert parse([f"--model_ema={text}", *DATA]).options.model_ema is value
-
-
-def test_several_values_and_none():
-    argv = "--eval --resume a.pth b.pth --scale 0.5 1 --opt_betas 0.9 0.99 --aa None --clip_grad none"
+def test_switches_several_values_none_and_the_last_of_two_equal_flags():
+    for text, value in zip("true True 1 yes false False 0 no".split(), [True] * 4 + [False] * 4):
+        for argv in (["--model_ema", text], [f"--model_ema={text}"]):
+            assert parse([*argv, *DATA]).options.model_ema is value
+    argv = ("--eval --model_ema --resume a.pth b.pth --scale 0.5 1 --opt_betas 0.9 0.99 --aa None --clip_grad none "
+            "--lr 1 --lr 2 --output_dir runs/a--model")
     o = parse(argv.split() + DATA).options
-    assert (o.resume, o.scale, o.opt_betas, o.aa, o.clip_grad) == (
-        ("a.pth", "b.pth"), (0.5, 1.0), (0.9, 0.99), None, None)
+    assert (o.model_ema, o.resume, o.scale, o.opt_betas, o.aa, o.clip_grad, o.lr, o.output_dir) == (
+        True, ("a.pth", "b.pth"), (0.5, 1.0), (0.9, 0.99), None, None, 2, "runs/a--model")
     assert parse(["--resume", "", *DATA]).options.resume == ()
 
 
-def test_the_last_of_two_equal_flags_wins_and_paths_may_hold_hyphens():
-    o = parse(["--lr", "1", "--lr", "2", "--output_dir", "runs/a--model", *DATA]).options
-    assert (o.lr, o.output_dir) == (2, "runs/a--model")
-
-
-@pytest.mark.parametrize("argv", ["--local-rank=3", "--local_rank 3", "--local-rank 3"])
-def test_the_launchers_rank_is_accepted_quietly(argv):
-    assert parse([*argv.split(), *DATA]).notices == []
-
-
-def test_published_flags_without_effect_are_accepted_with_one_notice(tmp_path):
+def test_published_flags_without_effect_are_accepted_with_one_notice_and_the_launchers_rank_quietly(tmp_path):
+    for argv in (["--local-rank=3"], ["--local_rank", "3"], ["--local-rank", "3"]):
+        assert parse([*argv, *DATA]).notices == []
     argv = "--dist_on_itp true --world_size 8 --dist-eval false --dist_url tcp://x".split()
     [notice] = parse([*write(tmp_path, "resplit: false\nlocal_rank: -1"), *argv]).notices
     assert all(name in notice for name in ("--dist_on_itp", "--world_size", "--dist_eval", "--dist_url", "--resplit"))
@@ -94,22 +80,17 @@ def test_a_mistake_is_one_sentence_with_value_and_fix(code, row):
         parse([*argv, *DATA] if argv[0] in ("--lr", "--resume") else [*DATA, *argv])
 
 
-@pytest.mark.parametrize("name, named", [
-    ("hornet_tny_7x7", "did you mean hornet_tiny_7x7?"), ("resnet50", "known are hornet")])
-def test_an_unknown_model(name, named):
-    with refused("unknown_model", name, named):
-        check_model(name, MODELS)
+def test_an_unknown_model_is_named_with_the_nearest_or_all():
+    for name, named in (("hornet_tny_7x7", "did you mean hornet_tiny_7x7?"), ("resnet50", "known are hornet")):
+        with refused("unknown_model", name, named):
+            check_model(name, MODELS)
 
 
-@pytest.mark.parametrize("argv", [
-    ["--epochs", "9" * 5000], ["--model", "x" * 300], ["--output_dir", "runs/" + "x" * 300],
-    ["--resume", "a/" * 3000]])
-def test_what_is_too_long_is_refused_in_short(argv):
-    with refused("invalid_value", argv[0], "..."):
-        parse([*DATA, *argv])
-
-
-def test_a_model_name_of_any_length_is_harmless_here():
+def test_what_is_too_long_is_refused_in_short():
+    for argv in (["--epochs", "9" * 5000], ["--model", "x" * 300], ["--output_dir", "runs/" + "x" * 300],
+                 ["--resume", "a/" * 3000]):
+        with refused("invalid_value", argv[0], "..."):
+            parse([*DATA, *argv])
     assert differences(parse(["--model", "x" * 255, *DATA]).options) == {}
     assert parse(["--eval", "--resume", "https://x/" + "x" * 300, *DATA]).options.resume
 
@@ -129,15 +110,10 @@ def test_help_shows_twenty_options_and_help_all_every_one(capsys):
 def test_print_config_shows_value_origin_and_published_value():
     resolved = parse(["--config", str(RECIPES / "hornet_tiny_7x7.yaml"), "--print_config", "--lr", "1e-3"])
     rows = {line.split(":")[0]: line for line in resolved.to_yaml().splitlines()}
+    plain = (str, int, float, bool, type(None), list)
+    assert all(type(v) in plain for v in resolved.to_dict().values()) and set(resolved.to_dict()) == set(OPTIONS)
     assert rows["lr"] == "lr: 0.001  # flag, published: 0.004"
     assert rows["drop_path"].endswith("# recipe") and rows["seed"] == "seed: 0  # default"
-
-
-def test_to_dict_is_plain():
-    values = parse(["--resume", "a", *DATA]).to_dict()
-    assert values["resume"] == ["a"] and values["scale"] == [0.08, 1.0]
-    plain = (str, int, float, bool, type(None), list)
-    assert all(type(v) in plain for v in values.values()) and set(values) == set(OPTIONS)
 
 
 def test_options_do_not_import_torch():
@@ -171,19 +147,14 @@ def test_a_published_recipe_has_the_published_values(name):
     model, drop_path, clip, batch, global_batch, gpus, magnitude = PUBLISHED[name]
     resolved = resolve(name)
     o = resolved.options
-    assert (o.model, o.drop_path, o.clip_grad, o.batch_size, o.global_batch) == (
-        model, drop_path, clip, batch, global_batch)
-    assert global_batch % (batch * gpus) == 0
-    assert o.aa == f"rand-m{magnitude}-mstd0.5-inc1"
-    assert o.model_ema and o.model_ema_eval and o.model_ema_decay == 0.9999 and o.min_lr == 1e-6
-    if "ft1k" in name:
-        expected = (30, 5e-5, 1e-8, 0, 0.7, 384, 0, 0)
-    elif "in22k" in name:
-        expected = (90, 4e-3, 0.1, 5, 1.0, 224, 0.8, 1.0)
-    else:
-        expected = (300, 4e-3, 0.05, 20, 1.0, 224, 0.8, 1.0)
-    names = ("epochs", "lr", "weight_decay", "warmup_epochs", "layer_decay", "input_size", "mixup", "cutmix")
-    assert tuple(getattr(o, name) for name in names) == expected
+    epochs, *more = ((30, 5e-5, 1e-8, 0, 0.7, 384, 0, 0) if "ft1k" in name else
+                     (90, 4e-3, 0.1, 5, 1.0, 224, 0.8, 1.0) if "in22k" in name else
+                     (300, 4e-3, 0.05, 20, 1.0, 224, 0.8, 1.0))
+    expected = (model, drop_path, clip, batch, global_batch, f"rand-m{magnitude}-mstd0.5-inc1", True, True, 0.9999, 1e-6,
+                epochs, *more)
+    names = ("model drop_path clip_grad batch_size global_batch aa model_ema model_ema_eval model_ema_decay min_lr epochs "
+             "lr weight_decay warmup_epochs layer_decay input_size mixup cutmix")
+    assert tuple(getattr(o, name) for name in names.split()) == expected and global_batch % (batch * gpus) == 0
     assert published_recipe(o)["drop_path"] == drop_path
     assert differences(o) == {} and resolved.notices == [] and resolved.lr_batch == global_batch
 
@@ -240,16 +211,14 @@ def test_a_mistake_in_a_recipe_is_one_sentence(tmp_path, text, code, named):
         parse(write(tmp_path, text))
 
 
-@pytest.mark.parametrize("path, named", [
-    ("recipes/quickstrat.yaml", ["quickstrat.yaml", "did you mean recipes/quickstart.yaml?"]),
-    ("recipes", ["recipes cannot be read"]), ("", []), ("x" * 255, [])])
-def test_a_recipe_that_is_missing(path, named, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    with refused("missing_recipe unreadable_file", *named):
-        parse(["--config", path, *DATA])
-    monkeypatch.chdir(ROOT / "docs")  # the way from there
-    with refused("missing_recipe", "did you mean ../recipes/quickstart.yaml?"):
-        parse(["--config", "recipes/quickstart.yaml"])
+def test_a_recipe_that_is_missing(monkeypatch):
+    for folder, path, named in (
+            (ROOT, "recipes/quickstrat.yaml", ["quickstrat.yaml", "did you mean recipes/quickstart.yaml?"]),
+            (ROOT, "recipes", ["recipes cannot be read"]), (ROOT, "", []), (ROOT, "x" * 255, []),
+            (ROOT / "docs", "recipes/quickstart.yaml", ["did you mean ../recipes/quickstart.yaml?"])):  # the way from there
+        monkeypatch.chdir(folder)
+        with refused("missing_recipe unreadable_file", *named):
+            parse(["--config", path, *DATA])
 
 
 def test_flags_override_the_recipe_and_origins_show_it():

@@ -5,9 +5,12 @@ import pytest
 import torch
 from torchvision import transforms
 
+from common.random import key
 from config.options import ImageSettings
 from datasets.dataset import Batch
 from datasets.device import GroupMixup, Normalise, TrainPrepare
+from datasets.transforms import Erasing
+from tests.kits.devices import Launches
 from tests.kits.options import data_options
 
 COUNT, SIZE = 192, 12
@@ -45,21 +48,19 @@ def test_images_and_labels_are_mixed_with_the_neighbour_by_the_same_share(mode):
     positions = np.arange(COUNT)
     images, targets = mixup(IMAGES.clone(), TARGETS, 0, positions)
     hot = torch.full((COUNT, 10), 0.01).scatter_(1, TARGETS[:, None], 0.91)
-    boxes = 0
-    for run in mixup.runs(0, positions, SIZE, SIZE):
-        for i in range(run.start, run.stop):
-            own, other = IMAGES[i], IMAGES[i ^ 1]
-            if run.box is None:
-                expected = own * run.lam + other * (1 - run.lam)
-            else:
-                top, bottom, left, right = run.box
-                expected = own.clone()
-                expected[top:bottom, left:right] = other[top:bottom, left:right]
-                assert run.lam == pytest.approx(1 - (bottom - top) * (right - left) / SIZE ** 2)
-                boxes += 1
-            assert torch.equal(images[i], expected)
-            torch.testing.assert_close(targets[i], hot[i] * run.lam + hot[i ^ 1] * (1 - run.lam))
-    assert boxes
+    plan = mixup.plan(0, positions, SIZE, SIZE)
+    for i, (lam, box) in enumerate(plan):
+        own, other = IMAGES[i], IMAGES[i ^ 1]
+        if box is None:
+            expected = own * lam + other * (1 - lam)
+        else:
+            top, bottom, left, right = box
+            expected = own.clone()
+            expected[top:bottom, left:right] = other[top:bottom, left:right]
+            assert lam == pytest.approx(1 - (bottom - top) * (right - left) / SIZE ** 2)
+        assert torch.equal(images[i], expected)
+        torch.testing.assert_close(targets[i], hot[i] * lam + hot[i ^ 1] * (1 - lam))
+    assert any(box for _, box in plan)
     assert torch.allclose(targets.sum(1), torch.ones(COUNT))
 
 
@@ -68,7 +69,7 @@ def test_shares_are_distributed_as_in_timm(mode, units):
     """Against the distributions themselves: half CutMix, a share prob mixed at all, Beta(0.8, 0.8) for
     mixup."""
     mixup = group_mixup(mixup_mode=mode, mixup_prob=0.7)
-    drawn = [choice for group in range(6400 // units) for choice in mixup.choices(0, group, 224, 224)]
+    drawn = [choice for group in range(6400 // units) for choice in mixup.choices(0, group, 224, 224)[::64 // units]]
     mixed = [lam for lam, box in drawn if box is None and lam < 1]
     cut = [lam for lam, box in drawn if box is not None]
     assert len(drawn) == 6400
@@ -86,7 +87,7 @@ def test_off_partly_on_and_impossible():
     only_cutmix = group_mixup(mixup=0.0, cutmix=1.0)
     assert all(box is not None for group in range(50) for _, box in only_cutmix.choices(0, group, 32, 32))
     with pytest.raises(ValueError, match="3 positions"):
-        only_mixup.runs(0, np.arange(3), 32, 32)
+        only_mixup.plan(0, np.arange(3), 32, 32)
 
 
 @pytest.mark.parametrize("imagenet", [True, False])
@@ -97,28 +98,42 @@ def test_normalisation_is_bit_equal_to_totensor_and_normalize(imagenet):
     assert torch.equal(Normalise(settings, "cpu")(pixels)[0].permute(2, 0, 1), expected)
 
 
-def _batch(pixels, boxes=None, epoch=0, indices=None):
+def _batch(pixels, boxes=None, epoch=0, indices=None, mode="pixel"):
     count = len(pixels)
+    boxes = torch.zeros(count, 1, 4, dtype=torch.int32) if boxes is None else boxes
+    indices = torch.arange(count) if indices is None else indices
+    seeds = [key(0, "erase", epoch, index) for index in indices.tolist()]
     return Batch(images=torch.from_numpy(pixels.copy()), targets=torch.zeros(count, dtype=torch.int64),
-                 indices=torch.arange(count) if indices is None else indices, positions=torch.arange(count),
-                 boxes=torch.zeros(count, 1, 4, dtype=torch.int32) if boxes is None else boxes, epoch=epoch)
+                 indices=indices, positions=torch.arange(count), boxes=boxes, epoch=epoch,
+                 erased=Erasing(mode=mode).fill(boxes.numpy(), seeds, 32, 32))
 
 
 @pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
 def test_erased_boxes_are_filled_by_images_not_by_batch(mode):
-    options = data_options(remode=mode, mixup=0, cutmix=0)
-    prepare = TrainPrepare(options, 10, "cpu")
+    prepare = TrainPrepare(data_options(mixup=0, cutmix=0), 10, "cpu")
     pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-    boxes = torch.tensor([[[2, 3, 8, 9]], [[0, 0, 0, 0]], [[5, 5, 20, 4]], [[0, 0, 31, 31]]], dtype=torch.int32)
-    whole, targets = prepare(_batch(pixels, boxes=boxes))
+    boxes = torch.tensor([[[2, 3, 8, 9], [4, 4, 2, 2]], [[0, 0, 0, 0]] * 2, [[5, 5, 20, 4], [0, 0, 0, 0]],
+                          [[0, 0, 31, 31], [0, 0, 0, 0]]], dtype=torch.int32)
+    whole, targets = prepare(_batch(pixels, boxes, mode=mode))
     assert targets.dtype == torch.int64
     plain, _ = prepare(_batch(pixels))
     assert torch.equal(whole[1], plain[1]) and torch.equal(whole[0, :, 10:], plain[0, :, 10:])
     box = whole[0, :, 2:10, 3:12]
-    distinct = {"pixel": 3 * 72, "rand": 3, "const": 1}[mode]
-    assert len(box.unique()) == distinct
+    assert len(box.unique()) == {"pixel": 3 * 72, "rand": 6, "const": 1}[mode]
+    assert len(box[:, 2:4, 1:3].unique()) == {"pixel": 12, "rand": 3, "const": 1}[mode]  # the second is on top
     for row in range(4):
-        alone, _ = prepare(_batch(pixels[row:row + 1], boxes=boxes[row:row + 1], indices=torch.tensor([row])))
+        alone, _ = prepare(_batch(pixels[row:row + 1], boxes[row:row + 1], indices=torch.tensor([row]), mode=mode))
         assert torch.equal(alone[0], whole[row])
-    other_epoch, _ = prepare(_batch(pixels, boxes=boxes, epoch=1))
+    other_epoch, _ = prepare(_batch(pixels, boxes, epoch=1, mode=mode))
     assert torch.equal(other_epoch, whole) == (mode == "const")
+
+
+@pytest.mark.parametrize("images", [2, 64])
+def test_the_number_of_operations_does_not_depend_on_the_number_of_images(images):
+    prepare = TrainPrepare(data_options(mixup_mode="elem"), 10, "cpu")
+    boxes = torch.tensor([[2, 3, 8, 9]] * images, dtype=torch.int32)[:, None]
+    batch = _batch(np.zeros((images, 32, 32, 3), dtype=np.uint8), boxes)
+    prepare(batch)
+    with Launches() as launches:
+        prepare(batch)
+    assert launches.total == 22

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from datasets.dataset import ImageDataset, make_loader
-from datasets.index import Indexed, Rows, Source, Strings
+from datasets.index import Rows, Source
+from datasets.readers import Reader
 from datasets.sampler import epoch_order
 from datasets.transforms import Erasing, train_transform
 from tests.kits.options import data_options
@@ -32,7 +33,7 @@ class Sparse:
             yield [(self.epoch, index, start + i) for i, index in enumerate(order[start:start + 50])]
 
 
-def reader(folder: Path) -> Indexed:
+def reader(folder: Path) -> Reader:
     """A million entries in a thousand classes that are links to one folder of ten images."""
     rng = np.random.default_rng(0)
     (folder / "class").mkdir(parents=True)
@@ -42,10 +43,11 @@ def reader(folder: Path) -> Indexed:
     for name in classes:
         (folder / name).symlink_to("class")
     name = np.frombuffer(b"".join(b"%d.jpg" % number for number in range(FILES)), dtype=np.uint8)
-    names = Strings(np.tile(name, ENTRIES // FILES), np.arange(1, ENTRIES + 1, dtype=np.int64) * 5)
+    ends = np.arange(1, ENTRIES + 1, dtype=np.int64) * 5
     labels = (np.arange(ENTRIES) // (ENTRIES // 1000)).astype(np.int32)
     empty = Rows().index(Source.of(str(folder)), "class folders", [""])
-    return Indexed(replace(empty, classes=classes, labels=labels, names=names))
+    return Reader(replace(empty, classes=classes, arrays=empty.arrays | {
+        "labels": labels, "ends": ends, "blob": np.tile(name, ENTRIES // FILES)}))
 
 
 def footprint(pid: int) -> tuple[int, int, int]:

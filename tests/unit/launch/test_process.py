@@ -49,8 +49,6 @@ MPIRUN |= {"OMPI_COMM_WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "2950
     (dict(SRUN, SUBMITIT_EXECUTOR="slurm"), ("submitit-slurm", 5, 6, 1, 2)),
     (dict(SRUN, **TORCHRUN), ("torchrun", 3, 4, 1, 2)),  # it may itself run under srun
     (dict(SRUN, **MPIRUN), ("mpirun", 3, 4, 1, 2)),  # whose daemons srun has started
-    ({"SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_LOCALID": "1",
-      "SUBMITIT_LOCAL_JOB_ID": "9"}, ("submitit-local", 1, 2, 1, 2)),
     ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, ("none", 0, 1, 0, 1)),  # in a batch script
     (dict(SRUN, SLURM_PTY_PORT="1"), ("none", 0, 1, 0, 1)),  # in the shell of srun --pty
 ])
@@ -83,7 +81,6 @@ def test_where_the_processes_meet():
         ("SLURM_PROCID", "x"), ("SLURM_PROCID", "6"), ("SLURM_STEP_NUM_TASKS", "0"), ("SLURM_NODEID", "3"),
         ("SLURM_LOCALID", "2"), ("SLURM_STEP_TASKS_PER_NODE", "2(x"), ("SLURM_STEP_TASKS_PER_NODE", "0"),
         ("SLURM_STEP_TASKS_PER_NODE", ""), ("SLURM_STEP_NODELIST", "")]],
-    ({"SUBMITIT_LOCAL_NTASKS": "2"}, "SUBMITIT_LOCAL_GLOBALID", "2"),
     (MPIRUN, "MASTER_ADDR", None),  # processes that don't know each other must not train alone, in silence
 ])
 def test_a_variable_that_makes_no_sense_is_one_sentence(base, name, value):

@@ -12,7 +12,7 @@ from submitit.slurm.slurm import SlurmJobEnvironment
 
 from common.ledger import Ledger
 from common.outcome import ExitCode, Outcome
-from launch import slurm
+from launch import slurm, stop
 from launch.slurm import Job, Task
 from tests.kits.processes import environment
 
@@ -23,16 +23,19 @@ def job_7(monkeypatch):
     for name in set(os.environ) - set(environment()):
         monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
-    monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(slurm, "squeue", lambda job, what: "RUNNING")
+    monkeypatch.setattr(slurm, "HOLD", 0)
 
 
 class _Environment:
-    """What a task asks submitit for, as rank `rank` of a local job."""
+    """What a task asks submitit for, as rank `rank` of a job in its `restart`-th repetition."""
 
-    cluster, job_id, num_tasks = "local", "7", 2
+    job_id, num_tasks = "7", 2
 
-    def __init__(self, rank: int, requeues: list[int]):
+    def __init__(self, rank: int, requeues: list[int], restart: int = 0):
         self.global_rank, self._requeue = rank, lambda count: requeues.append(rank)
+        os.environ["SLURM_RESTART_COUNT"] = str(restart)
 
 
 def job(folder: Path, output_dir: Path | None = None) -> Job:
@@ -54,7 +57,7 @@ def test_one_task_decides_for_all_when_a_rank_fails_while_another_is_told_to_sto
     requeues: list[int] = []
     ledger = run_of(tmp_path, Outcome.FAILED, rank=1)
     stopped, failed = (Task(job(tmp_path), _Environment(rank, requeues)) for rank in (0, 1))
-    decisions = [lambda: failed.after_failure(1), stopped.after_stop]
+    decisions = [lambda: failed.after(1), lambda: stopped.after(ExitCode.PAUSED)]
     for decide in decisions if first == "the failed rank" else reversed(decisions):
         decide()
     assert requeues == ([1] if first == "the failed rank" else [0])
@@ -63,21 +66,19 @@ def test_one_task_decides_for_all_when_a_rank_fails_while_another_is_told_to_sto
 
 def test_a_job_that_failed_twice_at_one_update_is_not_requeued(tmp_path):
     requeues: list[int] = []
-    for update in (41, 50, 50):
-        task = Task(job(tmp_path), _Environment(1, requeues))
+    for restart, update in enumerate((41, 50, 50)):
+        task = Task(job(tmp_path), _Environment(1, requeues, restart))
         ledger = run_of(tmp_path, Outcome.FAILED, rank=1, update=update, cause="out of memory")
-        task.after_failure(1)
+        task.after(1)
     assert [a["requeued"] for a in ledger.attempts()] == [True, True, False] and len(requeues) == 2
     assert "update 50" in ledger.newest()["reason"] and "out of memory" in ledger.newest()["reason"]
 
 
 def test_requeues_are_capped_per_job(tmp_path):
-    for number in range(5):  # of other jobs in this folder
-        (tmp_path / f"decision-6-{number}").touch()
-    for _ in range(4):
-        task = Task(job(tmp_path), _Environment(0, []))
+    for restart in range(4):
+        task = Task(job(tmp_path), _Environment(0, [], restart))
         ledger = run_of(tmp_path, Outcome.PAUSED)
-        task.after_stop()
+        task.after(ExitCode.PAUSED)
     assert [(a["restarts"], a["requeued"]) for a in ledger.attempts()] == [(0, True), (1, True), (2, True), (3, False)]
     assert "--max_requeue 3" in ledger.newest()["reason"]
 
@@ -87,10 +88,10 @@ def test_a_job_that_began_no_attempt_is_recorded_in_its_own_folder(tmp_path, mon
     run, folder = tmp_path / "run", tmp_path / "job"
     run.mkdir()
     folder.mkdir()
-    monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", "6")
+    monkeypatch.setenv("SLURM_JOB_ID", "6")
     trained = run_of(run, Outcome.DONE)
-    monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", "7")
-    Task(job(folder, run), _Environment(0, [])).after_failure(1)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    Task(job(folder, run), _Environment(0, [])).after(1)
     assert trained.status()["state"] == "DONE" and len(trained.attempts()) == 1
     assert (Ledger(folder).status()["state"], Ledger(folder).newest()["requeued"]) == ("FAILED", True)
 
@@ -114,7 +115,7 @@ def test_without_scontrol_the_saved_job_ends_at_once(tmp_path, monkeypatch):
 
 
 def test_without_scontrol_a_preempted_job_waits_for_slurm_to_requeue_it(tmp_path, monkeypatch):
-    newest = stop_under_slurm(tmp_path, monkeypatch, None, None, [signal.SIGUSR2, signal.SIGTERM])
+    newest = stop_under_slurm(tmp_path, monkeypatch, None, None, [signal.SIGUSR2, signal.SIGCONT])
     assert newest["requeued"] is True
 
 
@@ -130,11 +131,11 @@ def stop_under_slurm(tmp_path: Path, monkeypatch, squeue: str | None, scontrol: 
     for name, value in dict(SLURM_JOB_ID="7", SLURM_PROCID="0", SLURM_NTASKS="1").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(slurm, "PAUSE", 0)
-    monkeypatch.setattr(slurm, "HOLD", 0)
+    monkeypatch.setattr(slurm, "squeue", stop.squeue)
     ledger = run_of(tmp_path, Outcome.PAUSED, cause="SIGUSR2")
     task = Task(job(tmp_path), SlurmJobEnvironment())
-    task.signals += signals
-    task.after_stop()
+    task.signals |= dict.fromkeys(signals, 1.0)
+    task.after(ExitCode.PAUSED)
     return ledger.newest()
 
 
@@ -142,12 +143,12 @@ def stop_under_slurm(tmp_path: Path, monkeypatch, squeue: str | None, scontrol: 
 def test_a_time_limit_that_leaves_no_time_to_train_ends_the_job(tmp_path, monkeypatch, left, worked, end):
     """Not a preemption, which may come early twice; and not where one of two attempts was worth its start."""
     monkeypatch.setattr(slurm, "job_end_time", lambda env: time.time() + left)
-    for update, seconds in enumerate(worked):
-        task = Task(job(tmp_path), _Environment(0, []))
+    for restart, seconds in enumerate(worked):
+        task = Task(job(tmp_path), _Environment(0, [], restart))
         task.began -= 5  # seconds of start-up
-        ledger = run_of(tmp_path, Outcome.PAUSED, update=update, cause="SIGUSR2")
+        ledger = run_of(tmp_path, Outcome.PAUSED, update=restart, cause="SIGUSR2")
         ledger.note(ended=str(datetime.now(UTC) + timedelta(seconds=seconds)))
-        code = task.after_stop()
+        code = task.after(ExitCode.PAUSED)
     newest = ledger.newest()
     assert (newest["state"], newest["requeued"], code) == (end, end == "PAUSED", 1 if end == "FAILED" else 75)
     assert ledger.status()["state"] == end and ("--timeout" in newest["cause"]) == (end == "FAILED")
@@ -158,7 +159,7 @@ def test_a_time_limit_that_leaves_no_time_to_train_ends_the_job(tmp_path, monkey
 def test_a_killed_rank_is_named_with_the_update_that_its_peers_recorded(tmp_path, code, cause):
     task = Task(job(tmp_path), _Environment(1, []))
     run_of(tmp_path, Outcome.FAILED, rank=0, cause="rank 0 is gone")
-    task.after_failure(code)
+    task.after(code)
     newest = Ledger(tmp_path).newest()
     assert (newest["state"], newest["update"], newest["cause"]) == ("FAILED", 41, cause)
 
@@ -167,7 +168,7 @@ def test_a_users_mistake_at_the_start_is_recorded_with_its_sentence(tmp_path):
     """Before main.py has begun an attempt: nothing but its log has the sentence."""
     (tmp_path / "7_0_log.err").write_text("train: 8 images\nerror: --data_path /nowhere has no train folder\n")
     requeues: list[int] = []
-    Task(job(tmp_path), _Environment(0, requeues)).after_failure(ExitCode.USAGE)
+    Task(job(tmp_path), _Environment(0, requeues)).after(ExitCode.USAGE)
     status = Ledger(tmp_path).status()
     assert (status["state"], status["rank"], requeues) == ("FAILED", 0, []) and "--data_path" in status["cause"]
 
@@ -176,7 +177,7 @@ def test_a_killed_job_that_left_no_words_is_recorded_with_its_last_progress(tmp_
     task = Task(job(tmp_path), _Environment(0, []))
     run_of(tmp_path).progress(pid=os.getpid(), update=36, phase="backward")
     task.environment.num_tasks = 1
-    task.after_failure(-signal.SIGKILL)
+    task.after(-signal.SIGKILL)
     status = Ledger(tmp_path).status()
     assert (status["state"], status["update"], status["rank"]) == ("FAILED", 36, 0) and "SIGKILL" in status["cause"]
 
@@ -196,7 +197,7 @@ def test_a_signal_before_main_handles_any_loses_nothing(tmp_path):
 def test_a_job_that_cannot_record_it_is_requeued_all_the_same(tmp_path):
     (tmp_path / "attempts.jsonl").symlink_to("gone/attempts.jsonl")
     requeues: list[int] = []
-    Task(job(tmp_path), _Environment(0, requeues)).after_stop()
+    Task(job(tmp_path), _Environment(0, requeues)).after(ExitCode.PAUSED)
     assert requeues == [0]
 
 

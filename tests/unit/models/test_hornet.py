@@ -1,4 +1,5 @@
 """How the networks behave: inputs, precisions, drop path, feature extraction, heads, export."""
+import copy
 from pathlib import Path
 
 import pytest
@@ -176,3 +177,24 @@ def test_large_activations_train_under_autocast(monkeypatch, name, dtype):
     mixed = gradients(dtype=dtype)
     assert mixed.isfinite().all() and torch.cosine_similarity(exact, mixed, dim=0) > 0.97
     assert [each.dtype for each in spectra] == [torch.float32] * (4 if name.endswith("gf") else 0)
+
+
+@pytest.mark.parametrize("parts, trained", [
+    ("backbone", {"head"}), ("stem", {"downsample_layers.1", "downsample_layers.2", "downsample_layers.3", "stages.0",
+                                      "stages.1", "stages.2", "stages.3", "norm", "head"}),
+    ("stem,stages.0-2", {"downsample_layers.3", "stages.3", "norm", "head"}),
+    ("stages.1", {"downsample_layers.0", "downsample_layers.2", "downsample_layers.3", "stages.0", "stages.2", "stages.3",
+                  "norm", "head"})])
+def test_frozen_parts_have_no_gradient_and_drop_nothing(parts, trained):
+    model, x = alive(pico(drop_path_rate=0.9)), torch.randn(2, 3, 64, 64)
+    model.freeze(parts)
+    copied = copy.deepcopy(model)
+    for network in (model, copied):
+        network.eval().train()
+        modes = {name: module.training for name, module in network.named_modules() if name.count(".") == 1}
+        assert {name for name, mode in modes.items() if mode} == {name for name in trained if "." in name}
+        network(x).sum().backward()
+        assert {".".join(name.split(".")[:2 if name[0] in "ds" else 1]) for name, p in network.named_parameters()
+                if p.grad is not None} == trained
+    if parts == "backbone":
+        assert torch.equal(model(x), model.eval()(x))

@@ -28,6 +28,11 @@ def test_published_groups_in_published_order(case):
     ours = {name: [g["weight_decay"], g["lr_scale"]] for g in groups for name in g["names"]}
     assert ours == PUBLISHED[case]
     assert list(ours) == list(PUBLISHED[case])  # the order in which optimizer states are numbered
+    model = network(name)
+    model.freeze("stages.1-2")  # which changes nothing for the others
+    kept = {name: group["lr_scale"] for group in param_groups(model.named_parameters(), 0.05, float(decay))
+            for name in group["names"]}
+    assert kept == {name: ours[name][1] for name, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("depth,last", [(1, 4), (2, 4), (3, 5), (9, 8), (18, 12), (27, 12)])

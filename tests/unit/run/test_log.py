@@ -11,18 +11,18 @@ import sqlite3
 import struct
 import sys
 import termios
-import types
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
 import main
-from common.errors import UserError
 from common.log import logger, setup_logging
 from common.outcome import Outcome
 from config.options import Options
 from engine import Progress
 from run.log import Tracker
+from tests.kits.errors import refused
 from tests.kits.images import write_images
 from tests.kits.runs import arguments, start
 
@@ -35,22 +35,17 @@ def at(epoch=0, done=10, updates=10, **more):
 
 
 @pytest.fixture
-def logged():
-    """The sentences logged during a test."""
-    lines, handler = [], logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield lines
-    logger.removeHandler(handler)
-    logger.setLevel(level)
+def logged(monkeypatch, caplog):
+    """`logged.messages` are the sentences logged during a test."""
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level(logging.INFO, logger.name)
+    return caplog
 
 
 def tracker(folder, updates_per_epoch=10, **more):
-    terminal = more.pop("terminal", False)
+    terminal, peak_rate = more.pop("terminal", False), more.pop("peak_rate", None)
     return Tracker(folder, Options(epochs=4, **more), updates_per_epoch=updates_per_epoch, n_parameters=99,
-                   terminal=terminal)
+                   terminal=terminal, peak_rate=peak_rate)
 
 
 def log(folder):
@@ -63,7 +58,7 @@ def test_the_console_line_says_where_the_run_is_and_no_folder_means_no_file(tmp_
     t.resume(0)
     t.start_epoch(1)
     t.progress(at(1, done=5))
-    assert logged == ["epoch 2/4  update 5/10  loss 2.0000  lr 0.004  123.4 img/s  data wait 2 %  ETA 0:00:25"]
+    assert logged.messages == ["epoch 2/4  update 5/10  loss 2.0000  lr 0.004  123.4 img/s  data wait 2 %  ETA 0:00:25"]
     t.write_setup("", {})
     t.incident("kind", "sentence")
     t.close()
@@ -74,13 +69,26 @@ def test_an_epoch_has_the_published_keys(tmp_path, logged):
     t = tracker(tmp_path)
     t.end_epoch(at(0, class_acc=50.0), {"test_loss": 1.0, "test_acc1": 81.25, "test_acc5": 95.0}, seconds=61.0)
     t.close()
-    (line,) = log(tmp_path)
+    line = log(tmp_path)[0]
     assert set(line) == {"train_loss", "train_lr", "train_min_lr", "train_weight_decay", "train_grad_norm",
                          "train_class_acc", "train_images_per_second", "train_data_wait", "test_loss", "test_acc1",
                          "test_acc5", "epoch", "n_parameters", "update", "seconds", "nonfinite_updates"}
     assert None not in line.values() and (line["epoch"], line["update"]) == (0, 10)
-    assert logged[-1] == "epoch 1/4 done in 0:01:01  train loss 2.5000  top-1 81.25  top-5 95.00"
+    assert logged.messages[-1] == "epoch 1/4 done in 0:01:01  train loss 2.5000  top-1 81.25  top-5 95.00"
     assert list((tmp_path / "tensorboard").iterdir())
+    t.end_epoch(at(1, loss=math.nan, grad_norm=math.inf), {}, 1.0)  # JSON has no such numbers
+    assert log(tmp_path)[1]["train_loss"] is None and log(tmp_path)[1]["train_grad_norm"] is None
+    assert "train loss nan" in logged.messages[-1]
+
+
+def test_shares_of_the_time_and_of_the_peak_where_it_is_known(tmp_path, logged):
+    t = tracker(tmp_path, peak_rate=246.8)
+    t.end_epoch(at(0, shares={"forward": 0.25, "other": 0.5}), {}, seconds=61.0)
+    t.progress(at(1, done=5))
+    t.close()
+    line, = log(tmp_path)
+    assert (line["train_mfu"], line["train_forward_share"], line["train_other_share"]) == (0.5, 0.25, 0.5)
+    assert "123.4 img/s  MFU 50 %  data wait" in logged[-1]
 
 
 def test_each_epoch_stands_once_after_a_crash_and_a_resume(tmp_path):
@@ -98,14 +106,6 @@ def test_each_epoch_stands_once_after_a_crash_and_a_resume(tmp_path):
     t.close(), again.close()
 
 
-def test_undefined_values_are_null_and_logged(tmp_path, logged):
-    t = tracker(tmp_path)
-    t.end_epoch(at(0, loss=math.nan, grad_norm=math.inf), {}, 1.0)
-    assert log(tmp_path)[0]["train_loss"] is None and log(tmp_path)[0]["train_grad_norm"] is None
-    assert "train loss nan" in logged[-1]
-    t.close()
-
-
 def test_a_disk_without_room_costs_no_line(tmp_path, logged):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -113,7 +113,7 @@ def test_a_disk_without_room_costs_no_line(tmp_path, logged):
     folder.rename(tmp_path / "away")
     t.end_epoch(at(0), {}, 1.0)
     t.incident("nonfinite", "The loss of update 3 is not finite.")
-    assert sum("log.txt" in line or "events.jsonl" in line for line in logged) == 2
+    assert sum("log.txt" in line or "events.jsonl" in line for line in logged.messages) == 2
     (tmp_path / "away").rename(folder)
     t.end_epoch(at(1), {}, 1.0)
     assert [line["epoch"] for line in log(folder)] == [0, 1]
@@ -124,11 +124,10 @@ def test_folders_in_place_of_the_records_are_one_sentence(tmp_path, logged):
     for name in ("log.txt", "events.jsonl"):
         (tmp_path / name).mkdir()
     t = tracker(tmp_path)
-    with pytest.raises(UserError) as error:
+    with refused("unreadable_file", tmp_path / "log.txt"):
         t.resume(0)
-    assert error.value.code == "unreadable_file" and str(tmp_path / "log.txt") in str(error.value)
     t.incident("kind", "sentence")
-    assert "events.jsonl" in logged[-1] and "Is a directory" in logged[-1]
+    assert "events.jsonl" in logged.messages[-1] and "Is a directory" in logged.messages[-1]
     t.close()
 
 
@@ -184,37 +183,17 @@ def test_the_setup_is_written(tmp_path):
     t.close()
 
 
-class Wandb(types.ModuleType):
-    """Stands for the package, which the tests do not install."""
-
-    def __init__(self):
-        super().__init__("wandb")
-        self.calls: list[tuple] = []
-
-    def init(self, **settings):
-        self.calls.append(("init", settings["project"], settings["name"], settings["dir"]))
-        return self
-
-    def log(self, numbers, step):
-        self.calls.append(("log", step, sorted(numbers)))
-
-    def log_artifact(self, path, type):
-        self.calls.append(("artifact", Path(path).name, type))
-
-    def finish(self):
-        self.calls.append(("finish",))
-        raise RuntimeError("the network is gone")  # which ends no training
-
-
 @pytest.mark.parametrize("flag", [{"enable_wandb": "true"}, {"track": "wandb"}])
-def test_wandb_gets_figures_and_at_the_end_the_best_and_the_last_checkpoint(flag, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
-    argv = arguments(write_images(tmp_path / "images"), tmp_path / "run", epochs=1, wandb_ckpt="true", exp_name="first", **flag)
+def test_wandb_gets_figures_and_at_the_end_the_best_and_the_last_checkpoint(flag, images, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", wandb := MagicMock())  # the real package wants an account
+    run = wandb.init.return_value
+    run.finish.side_effect = RuntimeError("the network is gone")  # which ends no training
+    argv = arguments(images, tmp_path / "run", epochs=1, wandb_ckpt="true", exp_name="first", **flag)
     assert main.main(argv) == 0
-    calls = wandb.calls
-    assert calls[0] == ("init", "hornet", "first", tmp_path / "run") and calls[-1] == ("finish",)
-    assert any("epoch/test_acc1" in call[2] for call in calls if call[0] == "log")
-    assert [call[1] for call in calls if call[0] == "artifact"] == [
+    found = wandb.init.call_args.kwargs
+    assert (found["project"], found["name"], found["dir"]) == ("hornet", "first", tmp_path / "run")
+    assert any("epoch/test_acc1" in call.args[0] for call in run.log.call_args_list) and run.finish.called
+    assert [Path(call.args[0]).name for call in run.log_artifact.call_args_list] == [
         "checkpoint-best.pth", "checkpoint-best-ema.pth", "checkpoint-0.pth"]
 
 
@@ -237,5 +216,5 @@ def test_a_missing_package_is_one_line(logged, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     t = tracker(None, enable_wandb=True)
     t.end_epoch(at(0), {}, 1.0)
-    assert len([line for line in logged if "pip install wandb" in line]) == 1
+    assert len([line for line in logged.messages if "pip install wandb" in line]) == 1
     t.close()
