@@ -52,39 +52,49 @@ def _reductions(process):
     return seen
 
 
-class Stopper(Observer):
-    """Stops after some updates, and writes down what it hears."""
+class Recorder(Observer):
+    """Keeps what the engine tells, and where `loop` is given a copy of all that training changes after each
+    update; stops after some updates."""
 
-    def __init__(self, after=()):
-        self.after, self.phases, self.progress = set(after), [], []
+    def __init__(self, loop=None, after=()):
+        self.loop, self.after, self.update = loop, after, -1
+        self.phases, self.progress, self.records, self.states, self.finite = [], [], [], [], []
 
     def on_phase(self, phase, update):
+        self.update = update
         self.phases.append((phase, update))
 
     def after_update(self, update, stats, sums):
+        self.finite.append(bool(stats.finite))
+        if self.loop is not None:
+            self.states.append(copy.deepcopy([self.loop.task.model.state_dict(), self.loop.update.ema.state_dict(),
+                                              self.loop.update.optimizer.state_dict()["state"]]))
         return update in self.after
 
     def on_progress(self, progress):
-        self.progress.append(copy.copy(progress))
+        self.progress.append(progress)
+
+    def on_nonfinite(self, record):
+        self.records.append(record)
 
 
 def test_what_an_observer_hears():
     state = training(update_freq=2)
-    stopper = Stopper()
-    progress = train(state, observer=stopper)
+    recorder = Recorder()
+    progress = train(state, observer=recorder)
     micro = ["data", "forward", "backward"]
-    assert stopper.phases == [(phase, update) for update in range(4) for phase in micro + micro + ["step"]]
-    assert [p.next_update for p in stopper.progress] == [2, 4]
-    assert stopper.progress[-1] == progress and progress.outcome is Outcome.DONE
-    recent = [p.recent_loss for p in stopper.progress]
+    assert recorder.phases == [(phase, update) for update in range(4) for phase in micro + micro + ["step"]]
+    assert [p.next_update for p in recorder.progress] == [2, 4]
+    assert recorder.progress[-1] == progress and progress.outcome is Outcome.DONE
+    recent = [p.recent_loss for p in recorder.progress]
     assert progress.loss == pytest.approx(sum(recent) / 2)
-    assert recent[0] == pytest.approx(stopper.progress[0].loss)
+    assert recent[0] == pytest.approx(recorder.progress[0].loss)
     assert progress.lr == pytest.approx(state.update.schedule.lr(3)) and progress.class_acc is not None
     assert 0 <= progress.data_wait <= 1 and progress.images_per_second > 0
 
 
 def test_a_stop_after_the_last_update_leaves_the_epoch_complete():
-    assert train(training(), observer=Stopper([3])).outcome is Outcome.DONE
+    assert train(training(), observer=Recorder(after=[3])).outcome is Outcome.DONE
 
 
 def test_fp16_trains_like_full_precision():
@@ -100,100 +110,71 @@ def test_fp16_trains_like_full_precision():
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
-class Recorder(Observer):
-    """Keeps what the engine tells, and a copy of everything that training changes after each update."""
-
-    def __init__(self, loop):
-        self.records, self.states, self.finite, self.training, self.update = [], [], [], loop, -1
-
-    def on_phase(self, phase, update):
-        self.update = update
-
-    def after_update(self, update, stats, sums):
-        self.finite.append(bool(stats.finite))
-        self.states.append(snapshot(self.training))
-        return False
-
-    def on_nonfinite(self, record):
-        self.records.append(record)
-
-
-def snapshot(state):
-    return copy.deepcopy([state.task.model.state_dict(), state.update.ema.state_dict(),
-                          state.update.optimizer.state_dict()["state"]])
-
-
 def assert_equal_states(a, b):
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def poisoned(updates, rank, process, policy="skip", kind="loss", **changes):
-    """Train with a bad image in the last micro-batch of some updates, on one rank only."""
+def poisoned(updates, rank=0, process=None, policy="skip", kind="loss", on_device=False, **changes):
+    """Train with a bad image in the last micro-batch of some updates, on one rank only: the progress, the
+    recorder and the loss scale. Bad is an infinite image, an infinite loss with a finite gradient ("value"),
+    which gradients do not carry over, or a finite loss whose "gradient" is not."""
+    process = process or Alone()
     wrap = None if process.world_size == 1 else DistributedDataParallel
-    changes = {"dtype": torch.float32, "warmup_steps": -1, **changes}
-    on_device = changes.pop("on_device", False)
-    state = training(process, wrap=wrap, mode=policy, **changes)
+    loop = training(process, wrap=wrap, mode=policy, **{"dtype": torch.float32, "warmup_steps": -1, **changes})
     if on_device:  # obey the flag as on an accelerator, where nobody reads it first
-        state.update.host_reads = False
-    recorder, task = Recorder(state), state.task
+        loop.update.host_reads = False
+    recorder, task = Recorder(loop), loop.task
     prepare, criterion = task.prepare, task.criterion
 
     def bad():
         return recorder.update in updates and process.rank == rank
 
-    def spoil(b):
+    def spoiled(b):
         images, targets = prepare(b)
         if kind == "loss" and bad():
             images[0] = float("inf")
         return images, targets
 
-    task.prepare = spoil
-    if kind == "gradient":  # a finite loss whose gradient is not
-        task.criterion = lambda logits, targets: criterion(logits, targets) + (
-            (logits - logits).abs().sum().sqrt() if bad() else 0)
-    if kind == "value":  # an infinite loss with a finite gradient, which gradients do not carry over
-        task.criterion = lambda logits, targets: criterion(logits, targets) + (
-            float("inf") if bad() else 0)
-    progress = train(state, observer=recorder)
-    return dict(progress=progress, records=recorder.records, states=recorder.states, finite=recorder.finite,
-                scale=state.update.scaler.scale.item())
+    def worse(logits, targets):
+        more = {"loss": 0, "value": float("inf"), "gradient": (logits - logits).abs().sum().sqrt()}[kind]
+        return criterion(logits, targets) + (more if bad() else 0)
+    task.prepare, task.criterion = spoiled, worse
+    return train(loop, observer=recorder), recorder, loop.update.scaler.scale.item()
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
-@pytest.mark.parametrize("changes", [{}, dict(on_device=True), dict(opt="adam", on_device=True),
-                                     dict(clip_grad=0.1, on_device=True),
-                                     dict(dtype=torch.float64), dict(opt="sgd"), dict(opt="lamb"),
-                                     dict(clip_grad=0.1), dict(update_freq=2),
-                                     dict(clip_grad=0.1, clip_by="agc"),
-                                     dict(clip_grad=1.0, clip_mode="official", update_freq=2)],
-                         ids=str)
+@pytest.mark.parametrize("changes", [
+    {}, dict(on_device=True), dict(opt="adam", on_device=True), dict(clip_grad=0.1, on_device=True),
+    dict(dtype=torch.float64), dict(opt="sgd"), dict(opt="lamb"), dict(clip_grad=0.1), dict(update_freq=2),
+    dict(clip_grad=0.1, clip_by="agc"), dict(clip_grad=1.0, clip_mode="official", update_freq=2)], ids=str)
 def test_nothing_changes(changes, kind):
-    result = poisoned({0, 2}, 0, Alone(), kind=kind, **changes)
-    assert result["finite"] == [False, True, False, True]
-    assert_equal_states(result["states"][1], result["states"][2])
+    progress, seen, _ = poisoned({0, 2}, kind=kind, **changes)
+    assert seen.finite == [False, True, False, True]
+    assert_equal_states(seen.states[1], seen.states[2])
     start = training(dtype=changes.get("dtype", torch.float32)).task.model.state_dict()
-    assert_equal_states(result["states"][0][:2], [start, start])
-    assert result["progress"].nonfinite == 2 and result["progress"].outcome is Outcome.DONE
-    assert result["progress"].loss == result["progress"].loss  # the mean is over the applied updates
-    assert all(torch.isfinite(value).all() for value in result["states"][-1][0].values())
+    assert_equal_states(seen.states[0][:2], [start, start])
+    assert progress.nonfinite == 2 and progress.outcome is Outcome.DONE
+    assert progress.loss == progress.loss  # the mean is over the applied updates
+    assert all(torch.isfinite(value).all() for value in seen.states[-1][0].values())
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient", "value"])
 def test_one_rank_of_two(tmp_path, kind):
     results = in_processes(_poisoned_second_rank, 2, tmp_path, kind)
-    for result in results:
-        assert result["finite"] == [True, False, True, True]
-        assert_equal_states(result["states"][0], result["states"][1])
-        assert_equal_states(result["states"][-1], results[0]["states"][-1])
-    assert [result["records"][0]["reproduced"] for result in results] == [False, True]
+    for finite, states, _ in results:
+        assert finite == [True, False, True, True]
+        assert_equal_states(states[0], states[1])
+        assert_equal_states(states[-1], results[0][1][-1])
+    assert [records[0]["reproduced"] for _, _, records in results] == [False, True]
 
 
 def _poisoned_second_rank(process, kind):
-    return poisoned({1}, 1, process, kind=kind, clip_grad=1.0)
+    _, seen, _ = poisoned({1}, 1, process, kind=kind, clip_grad=1.0)
+    return seen.finite, seen.states, seen.records
 
 
 def test_the_record_names_the_place_and_the_images():
-    record, = poisoned({1}, 0, Alone(), update_freq=2)["records"]
+    record, = poisoned({1}, update_freq=2)[1].records
     assert record["update"] == 1 and record["epoch"] == 0 and record["action"] == "skip"
     assert record["first_module"] == "stem" and record["module_type"] == "Conv2d" and record["reproduced"]
     assert record["learning_rate"] > 0 and record["loss_scale"] == 1.0 and record["loss"] != record["loss"]
@@ -202,25 +183,22 @@ def test_the_record_names_the_place_and_the_images():
 
 
 @pytest.mark.parametrize("policy,updates,outcome,last", [
-    ("stop", {2}, Outcome.FAILED, 3), ("skip", {2}, Outcome.DONE, 8),
-    ("rollback", {2}, Outcome.ROLLED_BACK, 3),
+    ("stop", {2}, Outcome.FAILED, 3), ("skip", {2}, Outcome.DONE, 4), ("rollback", {2}, Outcome.ROLLED_BACK, 3),
     ("skip", {1, 2, 3}, Outcome.ROLLED_BACK, 4), ("skip", {0, 1, 3}, Outcome.DONE, 4)])
 def test_how_the_epoch_ends(policy, updates, outcome, last):
-    progress = poisoned(updates, 0, Alone(), policy=policy)["progress"]
-    assert progress.outcome is outcome
-    assert progress.next_update == min(last, 4)
+    progress = poisoned(updates, policy=policy)[0]
+    assert (progress.outcome, progress.next_update) == (outcome, last)
 
 
 @pytest.mark.parametrize("changes", [{}, dict(on_device=True), dict(opt="lamb"), dict(dtype=torch.float64),
                                      dict(clip_grad=0.3, clip_by="value")], ids=str)
 def test_loss_scaling_changes_only_the_range(changes):
     changes = {"clip_grad": 0.3, **changes}
-    plain, scaled = (poisoned(set(), 0, Alone(), **changes, **more) for more in ({}, FP16))
-    assert scaled["scale"] == 65536
-    torch.testing.assert_close(plain["states"][-1][0], scaled["states"][-1][0], rtol=2e-4, atol=2e-5)
+    (_, plain, _), (_, scaled, scale) = (poisoned((), **changes, **more) for more in ({}, FP16))
+    assert scale == 65536
+    torch.testing.assert_close(plain.states[-1][0], scaled.states[-1][0], rtol=2e-4, atol=2e-5)
 
 
 def test_overflow_halves_the_scale_and_skips():
-    result = poisoned({1}, 0, Alone(), kind="gradient", **FP16)
-    assert result["finite"] == [True, False, True, True] and not result["records"]
-    assert result["scale"] == 32768
+    _, seen, scale = poisoned({1}, kind="gradient", **FP16)
+    assert seen.finite == [True, False, True, True] and not seen.records and scale == 32768
