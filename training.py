@@ -87,7 +87,7 @@ class Trainer(engine.Observer):
             order=getattr(plan.train, "order", ""), args=plan.resolved.to_dict(), version=code_version(),
             code_paths=self.code_paths, threads=torch.get_num_threads(), kernels=kernels(process.device))
         self.parts: Parts = {
-            "position": self.position, "model": self.model, "model_ema": self.ema,
+            "position": self.position, "model": self.model, "model_ema": self.ema and self.ema.module,
             "optimizer": update.optimizer, "scaler": update.scaler, "policy": self.loop.watch,
             "setup": self.setup}
         self._unreadable = {path for event in self.tracker.events() if event.get("kind") == "unreadable_image"

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from common.errors import Failure, UserError, kind_of
 from common.files import TEMPORARY_SUFFIX, atomic_write, read_json, sha256_file, write_json
@@ -117,15 +117,13 @@ def snapshot(value: Any) -> Any:
 
     Views are copied at their own size (torch.save would write the whole storage behind them).
     """
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {snapshot(k): snapshot(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [*map(snapshot, value)] if type(value) is not tuple else tuple(map(snapshot, value))
-    if isinstance(value, np.generic):
-        return value.item()
-    return value if value is None or type(value) in (bool, int, float, str, bytes) else str(value)
+    def copy(leaf: object) -> object:
+        if isinstance(leaf, torch.Tensor):
+            return leaf.detach().to("cpu", copy=True)
+        if isinstance(leaf, np.generic):
+            return leaf.item()
+        return leaf if leaf is None or type(leaf) in (bool, int, float, str, bytes) else str(leaf)
+    return tree_map(copy, value)
 
 
 def state_bytes(state: object) -> int:

@@ -21,7 +21,7 @@ def run(update_freq, config):
     """Weights, average and figures after two epochs, with drop path, in float64."""
     state = training(update_freq=update_freq, **CONFIGS[config])
     summaries = [train(state, epoch) for epoch in range(2)]
-    return state.task.model.state_dict(), state.update.ema.state_dict(), summaries[-1]
+    return state.task.model.state_dict(), state.update.ema.module.state_dict(), summaries[-1]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -67,8 +67,9 @@ class Recorder(Observer):
     def after_update(self, update, stats, sums):
         self.finite.append(bool(stats.finite))
         if self.loop is not None:
-            self.states.append(copy.deepcopy([self.loop.task.model.state_dict(), self.loop.update.ema.state_dict(),
-                                              self.loop.update.optimizer.state_dict()["state"]]))
+            parts = self.loop.task.model, self.loop.update.ema.module, self.loop.update.optimizer
+            *weights, optimizer = (part.state_dict() for part in parts)
+            self.states.append(copy.deepcopy([*weights, optimizer["state"]]))
         return update in self.after
 
     def on_progress(self, progress):
