@@ -16,7 +16,6 @@ from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
-import timm
 import torch
 from torch.utils._pytree import tree_leaves
 
@@ -34,25 +33,30 @@ from launch.process import Process
 from launch.stop import StopRequest
 from launch.watchdog import Watchdog
 from optim.update import UpdateStats
-from plan import Classification, Plan, plan_run
+from plan import Classification, Plan, find_data, plan_run
 from run.checkpoint import Checkpoints, find_checkpoint, snapshot, state_bytes
 from run.folder import RunFolder
 from run.start import check_writable, code_version, cpus_per_process, existing_folder, process_problems
 from run.state import State, finished
-from training import Trainer
+from training import FindData, MakeTask, Trainer
 
 _UPDATES, _SECONDS, _WAIT_SHARE, _SAMPLED = 8, 20.0, 0.10, 500
 _FOR_A_CPU = 5_000_000  # parameters; no update of a larger network is tried on a CPU, where it takes minutes
 
 
-def check(resolved: Resolved, process: Process, watchdog: Watchdog) -> ExitCode:
-    """Try what `resolved` asks for. Raises UserError for what is wrong, on every rank."""
+def check(resolved: Resolved, process: Process, watchdog: Watchdog, *, data: FindData = find_data,
+          task: MakeTask = Classification) -> ExitCode:
+    """Try what `resolved` asks for; `data` and `task` as in `training.train`. Raises UserError for what is
+    wrong, on every rank."""
     run, folder = DryRun(process, watchdog), resolved.options.output_dir
+    if resolved.options.eval and task is not Classification:
+        raise UserError("--dry_run true tries trainings of this kind alone: leave --eval out, or evaluate.",
+                        code="contradiction")
     if folder:
         process.on_rank_zero(lambda: check_writable("--output_dir", folder))
     run.row("processes", f"{process.world_size} on {process.device.type}, code {code_version()}")
     run.problems("processes", process_problems(process))
-    run.evaluation(resolved) if resolved.options.eval else run.training(resolved)
+    run.evaluation(resolved) if resolved.options.eval else run.training(resolved, data, task)
     process.on_rank_zero(run.end)
     return ExitCode.DONE
 
@@ -70,6 +74,7 @@ class DryRun(Heartbeats):
         self.start, self.updates = time.perf_counter(), 0
         self.seen: list[tuple[float, float, float]] = []  # seconds, those of them waiting for data, loss
         self.nonfinite: list[dict] = []
+        self.one_batch, self.evaluated = False, 0
 
     def after_update(self, update: int, stats: UpdateStats, sums: engine.SumsOverRanks) -> bool:
         """Enough updates, or enough time, on any rank."""
@@ -77,7 +82,8 @@ class DryRun(Heartbeats):
         return self.process.any(self.updates >= _UPDATES or time.perf_counter() - self.start > _SECONDS)
 
     def on_progress(self, progress: engine.Progress) -> None:
-        self.seen.append((progress.seconds, progress.data_wait * progress.seconds, progress.recent_loss))
+        self.seen.append((progress.seconds, progress.figures["data_wait"] * progress.seconds,
+                          progress.recent_loss))
 
     def on_nonfinite(self, record: dict) -> None:
         self.nonfinite.append(record)
@@ -112,7 +118,7 @@ class DryRun(Heartbeats):
             raise UserError(self.found[0] + more, code="dry_run")
         logger.info("All is well; the same command without --dry_run starts it.")
 
-    def training(self, resolved: Resolved) -> None:
+    def training(self, resolved: Resolved, find: FindData, make: MakeTask) -> None:
         """Everything that a training does, in small."""
         options, state = resolved.options, None
         folder = RunFolder(options.output_dir) if options.output_dir else None
@@ -121,22 +127,23 @@ class DryRun(Heartbeats):
             ends = finished(loaded.state, options.epochs)
             self.row("checkpoint", f"a start would {'only evaluate' if ends else 'resume'} {loaded.path}")
             state = None if ends else loaded.state
-        planned = plan_run(resolved, self.process, state)
+        planned = plan_run(resolved, self.process, state, data=find)
+        options = replace(planned.options, log_dir=None, enable_wandb=False, track=None, print_freq=1)
+        planned = replace(planned, options=options)
         data = planned.data
         self.row("data", *data.notes)
         self.row("batch", planned.batch.equation, *planned.batch.notices)
         loading = self._images("train", planned.train)[0]
         if data.val is not None:
             self._images("val", data.val)
-        with torch.device("meta"):
-            model = timm.create_model(planned.options.model, num_classes=data.num_classes)
-        size = sum(p.numel() for p in model.parameters())
+        task = make(planned, self.process, state)
+        size = sum(p.numel() for p in task.model.parameters())
         self.row("model", f"{size / 1e6:.2f} M parameters, {data.num_classes} classes")
         if self.on_cpu and size > _FOR_A_CPU:
             self.row("updates", f"none: nothing more is tried on a CPU above {_FOR_A_CPU / 1e6:g} M of them")
             self._disk(options, 4 * size * (4 if options.model_ema else 3))
         else:
-            self._disk(options, self._updates(planned, state, loading))
+            self._disk(options, self._updates(planned, task, state, loading))
 
     def evaluation(self, resolved: Resolved) -> None:
         """Load the weights and score a sample of each set of images."""
@@ -178,12 +185,14 @@ class DryRun(Heartbeats):
         with closing(make_loader(data.val, options, batches)) as loader:
             return engine.evaluate(networks, loader, replace(evaluation, expected=None, outputs=False))
 
-    def _updates(self, planned: Plan, state: State | None, loading: float) -> int:
+    def leaves_evaluation(self) -> bool:
+        """After the first batch, where only that is tried."""
+        self.evaluated += 1
+        return self.one_batch and self.evaluated > 1
+
+    def _updates(self, planned: Plan, task: engine.Task, state: State | None, loading: float) -> int:
         """Real updates, evaluation, save and reload; returns the bytes of a checkpoint."""
-        process, data = self.process, planned.data
-        options = replace(planned.options, log_dir=None, enable_wandb=False, track=None, print_freq=1)
-        planned = replace(planned, options=options)
-        task = Classification(planned, process, state)
+        process = self.process
         with closing(Trainer(task, planned, process, stop=StopRequest(), watchdog=self.watchdog,
                              state=state)) as trainer:
             at, self.start = trainer.position, time.perf_counter()
@@ -194,7 +203,7 @@ class DryRun(Heartbeats):
             at.epoch, at.sums = ended - 1, progress.sums if within else None
             self.row("updates", f"{plural(self.updates, 'update')} of {planned.batch.global_batch} images: "
                      f"loss {self.seen[0][2]:.4g} to {self.seen[-1][2]:.4g}, gradient norm "
-                     f"{progress.grad_norm:.3g}, lr {progress.lr:.3g}")
+                     f"{progress.figures['grad_norm']:.3g}, lr {progress.figures['lr']:.3g}")
             digests = process.all_gather_object(digest(trainer.model.state_dict()))
             self.problems("updates", [
                 f"the loss or gradient of update {record['update']} is not finite: lower --lr, lengthen "
@@ -202,11 +211,11 @@ class DryRun(Heartbeats):
                 f"the weights of rank {rank} differ from those of rank 0: the network or a device fails."
                 for rank, other in enumerate(digests) if other != digests[0]])
             evaluated = 0.0
-            if not options.disable_eval:
-                count = max(1, int(1.5 * options.batch_size)) * process.world_size  # a batch of each
-                found, = self._score([("", trainer.model)], data, options,
-                                     replace(task.evaluation, observer=self), count)
-                evaluated = found.images / found.seconds
+            if not planned.options.disable_eval:
+                self.one_batch, start = True, time.perf_counter()
+                task.evaluate([("", trainer.model)], self, at.update)
+                batch = next(iter(task.loaders[1].batch_sampler or ()), ())
+                evaluated = len(batch) * process.world_size / (time.perf_counter() - start)
             self._speed(planned, loading, evaluated)
             if not self.on_cpu:
                 most = process.on_rank_zero(lambda: largest(lambda count: _fits(trainer, count)))

@@ -41,6 +41,9 @@ from run.log import Tracker
 from run.start import code_version, kernels, process_problems
 from run.state import BEST, BEST_EMA, Parts, Position, Setup, State, collect, finished, restore
 
+FindData = Callable[[Options, Process, State], Data]
+MakeTask = Callable[[Plan, Process, State | None], engine.Task]
+
 
 class Trainer(engine.Observer):
     """One run, on every rank, with files on rank 0 alone: build, fit, save, roll back.
@@ -275,8 +278,7 @@ class Trainer(engine.Observer):
 # ----------------------------------------------------------------------------------------- the command
 
 def train(resolved: Resolved, process: Process, watchdog: Watchdog, *,
-          data: Callable[[Options, Process, State], Data] = find_data,
-          task: Callable[[Plan, Process, State | None], engine.Task] = Classification,
+          data: FindData = find_data, task: MakeTask = Classification,
           evaluate: Callable[[Resolved, Process, Watchdog], ExitCode] = evaluate_checkpoints) -> ExitCode:
     """Train as `resolved` says, or resume the run in its folder; returns the exit code.
 

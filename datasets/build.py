@@ -104,7 +104,9 @@ def val_subset(options: Options) -> Subset | None:
 
 
 def _split(options: Options, part: str, cache: IndexCache, order: str | None, notes: list[str]) -> _Split:
-    held_back = options.val_fraction if options.data_set != "CIFAR" and _no_val(options) else 0.0
+    held_back = 0.0  # where there are evaluation images, --val_fraction is not needed
+    if options.val_fraction and options.data_set != "CIFAR" and _source(options, "val", False) is None:
+        held_back = options.val_fraction
     source = _source(options, "train" if held_back else part, order is not None)
     if options.data_set == "CIFAR":
         reader: Reader = read_cifar(options.data_path, options.nb_classes or 100, part == "train")
@@ -166,12 +168,6 @@ def _source(options: Options, part: str, resumed: bool) -> Source | None:
             return None
         raise no_images(os.path.abspath(path), "does not exist; --data_path must hold train/ and val/ with "
                         "one folder per class, or the tar or parquet files of both") from None
-
-
-def _no_val(options: Options) -> bool:
-    """Whether --val_fraction is needed: there are no evaluation images."""
-    source = _source(options, "val", False) if options.val_fraction else None
-    return source is None or not source.files + source.folders
 
 
 def _held_back(reader: Reader, fraction: float) -> np.ndarray:

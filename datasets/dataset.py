@@ -38,9 +38,9 @@ class Batch(NamedTuple):
     """images uint8 (B, H, W, 3); targets, indices (in the data set) and positions (global, within the epoch;
     -1 in evaluation) int64 (B,); boxes to erase int32 (B, recount, 4) as top, left, height, width (0 = none);
     epoch (-1 in evaluation); unreadable: (index, reason) of each image that could not be read, replacements
-    included: in training another image stands there, in evaluation a black one with target -100; lost: the
-    sentence of a Failure in a worker, "" without one; erased: nothing, or places int64 (n,) among the
-    B * H * W pixels and what fills them, float32 (n, 3), normalised."""
+    included: in training another image stands there, in evaluation a black one with target -100; erased:
+    nothing, or places int64 (n,) among the B * H * W pixels and what fills them, float32 (n, 3),
+    normalised."""
 
     images: torch.Tensor
     targets: torch.Tensor
@@ -49,7 +49,6 @@ class Batch(NamedTuple):
     boxes: torch.Tensor
     epoch: int
     unreadable: tuple[tuple[int, str], ...] = ()
-    lost: str = ""
     erased: tuple[torch.Tensor, ...] = ()
 
 
@@ -121,20 +120,14 @@ class ImageDataset(Dataset[Batch]):
         boxes = np.zeros((count, self.erasing.count if self.erasing else 1, 4), dtype=np.int32)
         targets, unreadable = np.empty(count, dtype=np.int64), []
         rows = [item if isinstance(item, tuple) else (-1, item, -1) for item in items]
-        lost = ""
-        try:
-            with seeded(0) if rows[0][0] >= 0 else nullcontext():
-                for row, (epoch, index, _) in enumerate(rows):
-                    targets[row] = self._fill(epoch, index, images.numpy()[row], boxes[row], unreadable)
-        except Failure as error:
-            if get_worker_info() is None:
-                raise
-            lost = str(error)  # PyTorch would wrap the sentence in a worker's traceback
+        with seeded(0) if rows[0][0] >= 0 else nullcontext():
+            for row, (epoch, index, _) in enumerate(rows):
+                targets[row] = self._fill(epoch, index, images.numpy()[row], boxes[row], unreadable)
         indices, positions = torch.tensor([row[1:] for row in rows], dtype=torch.int64).T.contiguous()
         erased = () if self.erasing is None else self.erasing.fill(
             boxes, [key(self.seed, "erase", epoch, index) for epoch, index, _ in rows], size, size)
         return Batch(images, torch.from_numpy(targets), indices, positions, torch.from_numpy(boxes),
-                     rows[0][0], tuple(unreadable), lost, erased)
+                     rows[0][0], tuple(unreadable), erased)
 
     def _fill(self, epoch: int, index: int, pixels: np.ndarray, boxes: np.ndarray,
               unreadable: list[tuple[int, str]]) -> int:
@@ -215,13 +208,14 @@ class ImageLoader(DataLoader[Batch]):
                     batch = next(batches, None)
                 if batch is None:
                     return
-                if batch.lost:
-                    raise Failure(batch.lost, code="data_lost")
                 if batch.unreadable:
                     self._keep(batch)
                 yield batch
-        except Exception:
+        except Exception as error:
             self.close()
+            before, name, sentence = str(error).rpartition("common.errors.Failure: ")
+            if name:  # PyTorch has put a worker's traceback before it
+                raise Failure(sentence.strip(), code="data_lost") from None
             raise
 
     def _keep(self, batch: Batch) -> None:

@@ -6,7 +6,6 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import append_json_line, atomic_write, read_json_lines, write_json
-from common.text import file_size, printable
+from common.text import file_size, plural, printable
 from datasets.images import BadImage, decode, is_image, unreadable
 from datasets.index import IndexCache
 from datasets.readers import SPLITS, Reader, find_split, open_reader, source_of
@@ -54,80 +53,94 @@ def in_threads(reader: Reader, work: Callable[[int], _T], what: str, start: int 
                 bar.update(len(images))
 
 
-@dataclass(frozen=True)
-class Pack:
-    """One split on its way into `folder`: tars of about `tar_bytes`; short sides of `resize` pixels, 0 for
-    unchanged bytes."""
+def pack(source: str, folder: str, *, tar_bytes: int, resize: int, cache: IndexCache) -> list[str]:
+    """Pack all splits of `source` into tars of about `tar_bytes` in `folder`; a sentence on each. Images with
+    a short side above `resize` (unless 0) are made smaller. What an earlier call was stopped at continues
+    with the next tar. Ends by reading what was written and comparing the orders' digests. UserError."""
+    readers, target = splits_in(source, cache), Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    if not all(_OURS.fullmatch(path.name) for path in target.iterdir()):
+        raise UserError(f"{printable(folder)} holds other files; name a new folder.",
+                        code="unwritable_folder")
+    done = {part: _pack_split(part, reader, target, tar_bytes, resize) for part, reader in readers.items()}
+    write_json(target / "_info.json", {"name": Path(source).absolute().name, "splits": {
+        PUBLIC[part]: {"name": PUBLIC[part], "num_samples": len(readers[part]), "alt_label": ""} | {
+            key: [record[name] for record in records] for key, name in (
+                ("filenames", "file"), ("shard_lengths", "images"), ("sha256", "sha256"))}
+        for part, records in done.items()}})
+    sentences = []
+    for part, reader in readers.items():
+        written = open_reader(source_of(folder, part), IndexCache("/dev/null/none", reindex=True))
+        if written.order != reader.order:
+            raise UserError(f"The order of {part} in {printable(folder)} is {written.order}, and it was "
+                            f"{reader.order}; remove the folder and pack again.", code="unreadable_data")
+        written.index.write(target / f"_{PUBLIC[part]}.index")
+        size = file_size(sum(record["bytes"] for record in done[part]))
+        changed = f"; short sides of at most {resize}: the pixels have changed" if resize else ""
+        sentences.append(f"{part}: {len(reader):,} images in {plural(len(done[part]), 'tar')}, {size}, order "
+                         f"{reader.order[:8]} as before{changed}")
+    return sentences
 
-    part: str
-    reader: Reader
-    folder: Path
-    tar_bytes: int
-    resize: int = 0
 
-    def run(self) -> list[dict]:
-        """Write what is missing; a record (file, images, bytes, sha256) of each tar. What an earlier call was
-        stopped at continues with the next tar."""
-        ledger = self.folder / f".pack-{self.part}.jsonl"
-        header = {"order": self.reader.order, "tar_bytes": self.tar_bytes, "resize": self.resize}
-        lines = read_json_lines(ledger)
-        if not lines:
-            append_json_line(ledger, header)
-        elif lines[0] != header:
-            raise UserError(f"{printable(str(self.folder))} holds tars of other images or of other sizes; "
-                            "name a new folder.", code="folder_in_use")
-        done = lines[1:]
-        for record in done:
-            path = self.folder / record["file"]
-            if not path.is_file() or path.stat().st_size != record["bytes"]:
-                raise UserError(f"{printable(str(path))} is not as it was written; remove the folder and "
-                                "pack again.", code="unreadable_data")
-        start = sum(record["images"] for record in done)
-        images = in_threads(self.reader, self._read, f"pack {self.part}", start)
-        while start < len(self.reader):
-            name, counts = f"{PUBLIC[self.part]}-{len(done):05d}.tar", []
-            digest, size = atomic_write(self.folder / name,
-                                        lambda file: counts.append(self._fill(file, images)))
-            done.append({"file": name, "images": counts[0], "bytes": size, "sha256": digest})
-            append_json_line(ledger, done[-1])
-            start += counts[0]
-        return done
+def _pack_split(part: str, reader: Reader, folder: Path, tar_bytes: int, resize: int) -> list[dict]:
+    """Write the tars that are missing; a record (file, images, bytes, sha256) of each."""
+    ledger = folder / f".pack-{part}.jsonl"
+    header = {"order": reader.order, "tar_bytes": tar_bytes, "resize": resize}
+    lines = read_json_lines(ledger)
+    first, *done = lines or [header]
+    if first != header or any((folder / record["file"]).stat().st_size != record["bytes"] for record in done):
+        raise UserError(f"{printable(str(folder))} holds tars of other images or sizes; name a new folder.",
+                        code="folder_in_use")
+    if not lines:
+        append_json_line(ledger, header)
 
-    def _read(self, image: int) -> bytes:
+    def read(image: int) -> bytes:
         try:
-            data = self.reader.encoded(image)
-            return _smaller(data, self.resize) if self.resize else data
+            data = reader.encoded(image)
+            return _smaller(data, resize) if resize else data
         except BadImage as error:
-            raise UserError(f"{unreadable(self.reader.name(image), str(error))}; fix or remove it and start "
+            raise UserError(f"{unreadable(reader.name(image), str(error))}; fix or remove it and start "
                             "again.", code="unreadable_image") from error
 
-    def _fill(self, file: BinaryIO, images: Iterator[tuple[int, bytes]]) -> int:
-        """Samples until the tar is large enough; their number."""
-        count = 0
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-            for image, data in images:
-                for name, content in self._members(image, data):
-                    member = tarfile.TarInfo(name)
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-                count += 1
-                if tar.offset >= self.tar_bytes:
-                    break
-        return count
+    start = sum(record["images"] for record in done)
+    images = in_threads(reader, read, f"pack {part}", start)
+    while start < len(reader):
+        name, counts = f"{PUBLIC[part]}-{len(done):05d}.tar", []
+        digest, size = atomic_write(folder / name,
+                                    lambda file: counts.append(_fill(file, reader, images, tar_bytes)))
+        done.append({"file": name, "images": counts[0], "bytes": size, "sha256": digest})
+        append_json_line(ledger, done[-1])
+        start += counts[0]
+    return done
 
-    def _members(self, image: int, data: bytes) -> Iterator[tuple[str, bytes]]:
-        """Names and contents of a sample. Its key is class/stem; where that is not unique or no plain name,
-        the whole name, quoted."""
-        reader, label = self.reader, int(self.reader.labels[image])
-        folder, stem = reader.classes[label], reader.stem(image)
-        ending = os.path.splitext(reader.name(image))[1]
-        tie = any(0 <= i < len(reader) and reader.labels[i] == label and reader.stem(i) == stem
-                  for i in (image - 1, image + 1))
-        key = f"{_quoted(folder)}/{_quoted(stem + ending if tie else stem, tie)}"
-        about = {"label": label, "class": folder, "filename": f"{folder}/{stem}{ending}"}
-        yield f"{key}.{ending[1:].lower() if is_image('x' + ending) else 'jpg'}", data
-        yield f"{key}.cls", str(label).encode()
-        yield f"{key}.json", json.dumps(about).encode()
+
+def _fill(file: BinaryIO, reader: Reader, images: Iterator[tuple[int, bytes]], tar_bytes: int) -> int:
+    """Samples until the tar is large enough; their number."""
+    count = 0
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for image, data in images:
+            count += 1
+            for name, content in _members(reader, image, data):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+            if tar.offset >= tar_bytes:
+                break
+    return count
+
+
+def _members(reader: Reader, image: int, data: bytes) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of a sample. Its key is class/stem; where that is not unique or no plain name, the
+    whole name, quoted."""
+    label, stem = int(reader.labels[image]), reader.stem(image)
+    folder, ending = reader.classes[label], os.path.splitext(reader.name(image))[1]
+    tie = any(0 <= i < len(reader) and reader.labels[i] == label and reader.stem(i) == stem
+              for i in (image - 1, image + 1))
+    key = f"{_quoted(folder)}/{_quoted(stem + ending if tie else stem, tie)}"
+    about = {"label": label, "class": folder, "filename": f"{folder}/{stem}{ending}"}
+    yield f"{key}.{ending[1:].lower() if is_image('x' + ending) else 'jpg'}", data
+    yield f"{key}.cls", str(label).encode()
+    yield f"{key}.json", json.dumps(about).encode()
 
 
 def _quoted(name: str, always: bool = False) -> str:
@@ -144,32 +157,3 @@ def _smaller(data: bytes, side: int) -> bytes:
     size = (max(side, round(width * factor)), max(side, round(height * factor)))
     image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()
-
-
-def pack(source: str, folder: str, *, tar_bytes: int, resize: int, cache: IndexCache) -> list[str]:
-    """Pack all splits of `source` into `folder`; a sentence on each. Ends by reading what was written and
-    comparing the digests of the order. Raises UserError."""
-    readers, target = splits_in(source, cache), Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    if not all(_OURS.fullmatch(path.name) for path in target.iterdir()):
-        raise UserError(f"{printable(folder)} holds other files; name a new folder.",
-                        code="unwritable_folder")
-    done = {part: Pack(part, reader, target, tar_bytes, resize).run() for part, reader in readers.items()}
-    write_json(target / "_info.json", {"name": Path(source).absolute().name, "splits": {
-        PUBLIC[part]: {"name": PUBLIC[part], "num_samples": sum(record["images"] for record in records),
-                       "filenames": [record["file"] for record in records],
-                       "shard_lengths": [record["images"] for record in records],
-                       "sha256": [record["sha256"] for record in records], "alt_label": ""}
-        for part, records in done.items()}})
-    sentences = []
-    for part, reader in readers.items():
-        written = open_reader(source_of(folder, part), IndexCache("/dev/null/none"))
-        if written.order != reader.order:
-            raise UserError(f"The order of {part} in {printable(folder)} is {written.order}, and it was "
-                            f"{reader.order}; remove the folder and pack again.", code="unreadable_data")
-        written.index.write(target / f"_{PUBLIC[part]}.index")
-        size = file_size(sum(record["bytes"] for record in done[part]))
-        changed = f"; short sides of at most {resize}: the pixels have changed" if resize else ""
-        sentences.append(f"{part}: {len(reader):,} images in {len(done[part])} tars, {size}, order "
-                         f"{reader.order[:8]} as before{changed}")
-    return sentences

@@ -11,8 +11,6 @@ from functools import lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from common.errors import UserError
 from common.text import plural, printable
 from datasets.images import LARGEST_FILE, BadImage, retried
@@ -43,26 +41,27 @@ def scan(source: Source) -> Index:
         with readable(path, "parquet with images"):
             with opened(path) as file:
                 listed = _names(file) or listed
-                for row, (label, given) in enumerate(_labels_and_paths(file)):
+                for group, row, label, given in _labels_and_paths(file):
                     match = _WITH_SYNSET.fullmatch(os.path.basename(given or ""))
                     folders.setdefault(str(label), set()).add(match["synset"] if match else "")
                     plain = match["base"] + match["ending"] if match else os.path.basename(given or "")
-                    plain = plain or f"{name.removesuffix('.parquet')}-{row:08d}"
-                    rows.add(str(label), plain, number, row, 0)
+                    plain = plain or f"{name.removesuffix('.parquet')}-{group:06d}-{row:06d}"
+                    rows.add(str(label), plain, number, group, row)
     rows.classes = class_names(source.root, rows.classes, folders, listed)
     return rows.index(source, f"parquet ({plural(len(files), 'file')})", [*files, ""])
 
 
 class Images(Reader):
-    """Images in parquet files: `offsets` are rows."""
+    """Images in parquet files: `offsets` are groups of rows and `lengths` rows in them."""
 
     sequential = True
 
     def encoded(self, index: int) -> bytes:
         """The bytes of image `index`, read with its group of rows; BadImage when that is damaged."""
         path, stamp = self.container(index), self.stamps[self.containers[index]].tolist()
+        group, row = int(self.offsets[index]), int(self.index.arrays["lengths"][index])
         try:
-            data = retried(lambda: _value(path, int(self.offsets[index]), *stamp), path)
+            data = retried(lambda: _group(path, group, *stamp), path)[row].as_py()
         except (UserError, OSError, ValueError, LookupError) as error:
             raise BadImage(" ".join(str(error).split())[:200]) from error
         if not data or len(data) > LARGEST_FILE:
@@ -70,22 +69,9 @@ class Images(Reader):
         return data
 
 
-def _value(path: str, row: int, changed: int, size: int) -> bytes:
-    ends = _ends(path, changed, size)
-    group = int(np.searchsorted(ends, row, "right"))
-    return _group(path, group, changed, size)[row - int(ends[group - 1] if group else 0)].as_py()
-
-
-@lru_cache(maxsize=1 << 12)
-def _ends(path: str, changed: int, size: int) -> np.ndarray:
-    check_unchanged(path, changed, size)
-    with opened(path) as file:
-        groups = range(file.metadata.num_row_groups)
-        return np.cumsum([file.metadata.row_group(group).num_rows for group in groups])
-
-
 @lru_cache(maxsize=_GROUPS)
 def _group(path: str, group: int, changed: int, size: int):
+    check_unchanged(path, changed, size)
     with opened(path) as file:
         column = _column(file, _IMAGES)
         nested = file.schema_arrow.field(column).type.num_fields > 0
@@ -127,7 +113,7 @@ def _column(file: "ParquetFile", names: tuple[str, ...]) -> str:
     return found[0]
 
 
-def _labels_and_paths(file: "ParquetFile") -> Iterator[tuple[int, str | None]]:
+def _labels_and_paths(file: "ParquetFile") -> Iterator[tuple[int, int, int, str | None]]:
     image, label = _column(file, _IMAGES), _column(file, _LABELS)
     inside = file.schema_arrow.field(image).type
     paths = [f"{image}.path"] * any(inside.field(i).name == "path" for i in range(inside.num_fields))
@@ -135,7 +121,8 @@ def _labels_and_paths(file: "ParquetFile") -> Iterator[tuple[int, str | None]]:
         table = file.read_row_group(group, [label, *paths], use_threads=False)
         labels = table.column(label).to_pylist()
         images = table.column(image).to_pylist() if paths else [{}] * len(labels)
-        yield from ((int(number), (entry or {}).get("path")) for number, entry in zip(labels, images))
+        for row, (number, entry) in enumerate(zip(labels, images)):
+            yield group, row, int(number), (entry or {}).get("path")
 
 
 def _names(file: "ParquetFile") -> list[str]:

@@ -3,6 +3,7 @@
 An image's class is the folder before its name inside the tar, or the tar's own name where there is no folder
 (one tar per class, also one inside another tar, as ILSVRC2012_img_train.tar has them).
 """
+import errno
 import io
 import os
 import stat
@@ -100,10 +101,12 @@ def readable(path: str, kind: str) -> Iterator[None]:
     try:
         yield
     except (tarfile.TarError, EOFError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
-            FileNotFoundError) as error:
-        if isinstance(error, UserError):
+            OSError) as error:
+        # The file system's errors have a number, pyarrow's about contents have none.
+        if isinstance(error, UserError) or getattr(error, "errno", None) not in (None, errno.ENOENT):
             raise
-        raise UserError(f"{printable(path)} cannot be read as {kind} ({error}); copy or make it again.",
+        reason = " ".join(str(error).split())
+        raise UserError(f"{printable(path)} cannot be read as {kind} ({reason}); copy or make it again.",
                         code="unreadable_data") from error
 
 

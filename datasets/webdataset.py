@@ -6,7 +6,6 @@ else 1000 labels are ImageNet's synsets in their order; else it is a number.
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from tarfile import TarInfo
 
@@ -43,8 +42,8 @@ def scan(source: Source) -> Index:
     for number, tar in enumerate(tars):
         path, before = os.path.join(source.root, tar), len(rows)
         with readable(path, "a WebDataset tar"), open(path, "rb") as file:
-            for sample in _samples(path):
-                sample.add_to(rows, file.fileno(), number, folders)
+            for key, parts in _samples(path):
+                _add(rows, file.fileno(), number, key, parts, folders)
         found, expected = len(rows) - before, counts.get(tar)
         if expected not in (None, found):
             raise UserError(f"{printable(path)} has {found} images, and {info[0]} says {expected}; copy it "
@@ -76,54 +75,49 @@ def class_names(root: str, labels: dict[str, int], folders: dict[str, set[str]],
     return {names[int(label)] if names else label.zfill(width): number for label, number in labels.items()}
 
 
-@dataclass(frozen=True)
-class _Sample:
-    key: str
-    parts: dict[str, TarInfo]  # by what follows the key's dot
-
-    def add_to(self, rows: Rows, file: int, container: int, folders: dict[str, set[str]]) -> None:
-        """Add the image of a sample, of the class that is its label as text."""
-        images = [kind for kind in self.parts if is_image(f"x.{kind}") and self.parts[kind].isreg()]
-        if not images:
-            rows.left_out["samples without an image"] += 1
-            return
-        rows.left_out["further images of a sample"] += len(images) - 1
-        about = json.loads(self._read(file, "json") or b"{}")
-        number = self._read(file, "cls") or about.get("label")
-        if number is None:
-            raise ValueError(f"{self.key} has no label")
-        label, original = str(int(number)), str(about.get("filename") or "")
-        above, name = os.path.split(original)
-        if "class" in about and original.startswith(f"{about['class']}/"):  # as tools.data writes it
-            above, name = about["class"], original[len(about["class"]) + 1:]
-        folders.setdefault(label, set()).add(os.path.basename(above) if "class" not in about else above)
-        image = self.parts[images[0]]
-        rows.add(label, name or f"{os.path.basename(self.key)}.{images[0]}", container, image.offset_data,
-                 image.size)
-
-    def _read(self, file: int, kind: str) -> bytes:
-        member = self.parts.get(kind)
-        if member is not None and member.size > _LARGEST:
-            raise ValueError(f"{member.name} has {member.size} bytes")
-        return os.pread(file, member.size, member.offset_data) if member else b""
-
-
-def _samples(path: str) -> Iterator[_Sample]:
-    sample = _Sample("", {})
+def _samples(path: str) -> Iterator[tuple[str, dict[str, TarInfo]]]:
+    """The key of each sample, and its members by what follows the key's dot."""
+    key, parts = "", {}
     for _, member in members(path):
-        folder, slash, name = member.name.removeprefix("./").rpartition("/")
+        above, slash, name = member.name.removeprefix("./").rpartition("/")
         stem, _, kind = name.partition(".")
-        if not stem or member.isdir() or member.issparse():
+        if not stem or not member.isreg() or member.issparse():
             continue
-        if folder + slash + stem != sample.key:
-            if sample.parts:
-                yield sample
-            sample = _Sample(folder + slash + stem, {})
-        if kind in sample.parts:
+        if above + slash + stem != key:
+            if parts:
+                yield key, parts
+            key, parts = above + slash + stem, {}
+        if parts.setdefault(kind.lower(), member) is not member:
             raise ValueError(f"{member.name} is there twice")
-        sample.parts[kind.lower()] = member
-    if sample.parts:
-        yield sample
+    if parts:
+        yield key, parts
+
+
+def _add(rows: Rows, file: int, container: int, key: str, parts: dict[str, TarInfo],
+         folders: dict[str, set[str]]) -> None:
+    """Add the image of a sample, of the class that is its label as text."""
+    def read(kind: str) -> bytes:
+        if kind in parts and parts[kind].size > _LARGEST:
+            raise ValueError(f"{parts[kind].name} has {parts[kind].size} bytes")
+        return os.pread(file, parts[kind].size, parts[kind].offset_data) if kind in parts else b""
+
+    images = [kind for kind in parts if is_image(f"x.{kind}")]
+    rows.left_out["further images of a sample" if images else "samples without an image"] += (
+        len(images) - 1 if images else 1)
+    if not images:
+        return
+    about = json.loads(read("json") or b"{}")
+    number = read("cls") or about.get("label")
+    if number is None:
+        raise ValueError(f"{key} has no label")
+    label, original = str(int(number)), str(about.get("filename") or "")
+    above, name = os.path.split(original)
+    above = os.path.basename(above)
+    if "class" in about and original.startswith(f"{about['class']}/"):  # as tools.data writes it
+        above, name = about["class"], original[len(about["class"]) + 1:]
+    folders.setdefault(label, set()).add(above)
+    image = parts[images[0]]
+    rows.add(label, name or f"{os.path.basename(key)}.{images[0]}", container, image.offset_data, image.size)
 
 
 def _listed(source: Source, info: str) -> dict[str, int | None]:

@@ -16,8 +16,11 @@ def _work(options: Options) -> Work:
 
     from dense.evaluation import evaluate_segmentors
     from dense.segmentation_task import Segmentation, find_scenes
+    from dryrun import check
     from training import train
 
+    if options.dry_run:
+        return partial(check, data=find_scenes, task=Segmentation)
     if options.eval:
         return evaluate_segmentors
     return partial(train, data=find_scenes, task=Segmentation, evaluate=evaluate_segmentors)

@@ -150,10 +150,7 @@ class Segmentation:
         self.model: nn.Module = replace_batchnorm(model, synchronised).to(process.device)
         self.optimizer = build_optimizer(self.model, options, scale_by_depth(
             options.decay_rate, options.decay_layers, by="stage"))
-        self.schedule: Schedule = DenseSchedule(
-            base_lr=options.lr, min_lr=options.min_lr, base_weight_decay=options.weight_decay,
-            weight_decay_end=None, epochs=options.epochs, updates_per_epoch=plan.updates_per_epoch,
-            warmup_steps=options.warmup_steps)
+        self.schedule: Schedule = DenseSchedule(options, plan.updates_per_epoch)
         self.sampler = UpdateSampler(len(plan.train), batch.global_batch, batch.batch_size, batch.update_freq,
                                      process.rank, process.world_size, options.seed,
                                      updates=plan.updates_per_epoch)

@@ -5,8 +5,6 @@ HorFPN's are in the paper alone (arXiv:2207.14284), without files.
 """
 from dataclasses import dataclass
 
-from models.zoo import VARIANTS
-
 ADDRESS = "https://cloud.tsinghua.edu.cn/f/{}/?dl=1"
 # How features are joined: None for 3x3 convolutions, else the operator of HorFPN's gnConv layers.
 HEADS: dict[str, str | tuple[int, int] | None] = {"plain": None, "horfpn_7x7": "conv", "horfpn_gf": (32, 17)}
@@ -69,6 +67,8 @@ SEGMENTORS = {
 def segmentor_filters(model: str) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """The grids of a backbone's filters in segmentation: every published GF model has those for 384 pixels,
     whatever its width; None: as in classification."""
+    from models.zoo import VARIANTS  # imports PyTorch, and options are parsed without it
+
     variant = VARIANTS[model]
     return _SEGMENTATION_FILTERS if variant.published and variant.config.filters[2] != "conv" else None
 

@@ -3,6 +3,7 @@
 `read_run` collects a folder; the functions after it turn a Run into plain values; page.html and compare.html,
 jinja2 templates with autoescape, hold their looks. Curves are SVG drawn by matplotlib.
 """
+import base64
 import io
 import json
 import math
@@ -32,7 +33,7 @@ T = TypeVar("T")
 COLORS = ("#2457c5", "#d6540c", "#16803c", "#8a3ab9", "#b07d00", "#0c8599", "#c2255c", "#5c6675")
 LINES = ("-", "--", ":", "-.")
 MOST = {"events": 60, "classes": 1000, "files": 500, "confusions": 14, "mistakes": 24}  # rows of a table
-_IN_MATRIX = 24  # classes
+_IN_MATRIX, _SAMPLES = 24, 12  # classes, images
 _UNREADABLE = ("unreadable_image", "bad_pictures")  # the kind of event, and what earlier versions called it
 
 
@@ -121,7 +122,9 @@ def _config(path: Path) -> tuple[dict, dict]:
 def headline(run: Run) -> dict[str, tuple[str, str]]:
     """The figures that a reader looks for first, by their labels, each with a remark. Epochs count from 1."""
     found = {}
-    for key, label in (("test_acc1", "top-1"), ("test_acc1_ema", "top-1 of the EMA")):
+    for key, label in (("test_acc1", "top-1"), ("test_acc1_ema", "top-1 of the EMA"), ("test_miou", "mIoU"),
+                       ("test_miou_ema", "mIoU of the EMA"), ("test_box_ap", "box AP"),
+                       ("test_mask_ap", "mask AP")):
         if scores := run.finite(key):
             epoch = next(row["epoch"] for row in run.log if row.get(key) == max(scores))
             found[f"best {label}"] = f"{max(scores):.2f} %", f"epoch {epoch + 1}"
@@ -148,6 +151,10 @@ def headline(run: Run) -> dict[str, tuple[str, str]]:
 _CHARTS = (  # title, axis label, from zero, ((key, label), …)
     ("Top-1 on the validation images", "top-1 (%)", False,
      (("test_acc1", "model"), ("test_acc1_ema", "EMA"))),
+    ("Segmentation", "percent", False,
+     (("test_miou", "mIoU"), ("test_macc", "mAcc"), ("test_aacc", "aAcc"))),
+    ("Detection", "percent", False,
+     (("test_box_ap", "box AP"), ("test_mask_ap", "mask AP"), ("test_box_ap50", "box AP50"))),
     ("Loss", "loss (nats)", False, (("train_loss", "training"), ("test_loss", "validation"),
                                     ("test_loss_ema", "validation, EMA"))),
     ("Learning rate", "learning rate", True,
@@ -225,6 +232,11 @@ def best(run: Run) -> dict | None:
         return None
     about = _read(Path(f"{path}.json"), _object) or {}
     folder, file = shlex.quote(str(run.folder)), shlex.quote(str(path))
+    if "head" in run.config:  # options of segmentation and detection
+        program = f"python -m dense.{'segmentation' if 'check_every' in run.config else 'detection'}"
+        return {"name": path.name, "score": about.get("score"), "epoch": about.get("epoch"), "commands": (
+            ("evaluate it", f"{program} --config {folder}/config.yaml --eval true --output_dir {folder}"),
+            ("use it", f"python -m dense.predict IMAGES --resume {file} --out FOLDER"))}
     return {"name": path.name, "score": about.get("score"), "epoch": about.get("epoch"), "commands": (
         ("evaluate it, with results per class on this page",
          f"python main.py --eval true --output_dir {folder} --report {folder}"),
@@ -300,7 +312,8 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
     run = read_run(folder)
     functions = {f.__name__: f for f in (headline, best, incidents, class_rows, mistakes, summary_line)}
     return _write("page.html", Path(out or run.folder), "report.html", functions, run=run, most=MOST,
-                  charts=charts([run]))
+                  charts=charts([run]), samples=[base64.b64encode(path.read_bytes()).decode() for path in
+                                                 sorted(run.folder.glob("samples/*.jpg"))[:_SAMPLES]])
 
 
 def _write(template: str, out: Path, name: str, *values: dict, **more: object) -> Path:

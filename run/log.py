@@ -24,7 +24,6 @@ from config.options import Options
 from engine import Progress
 from run.folder import environment
 
-_TRAIN = ("loss", "lr", "min_lr", "weight_decay", "grad_norm", "class_acc", "images_per_second", "data_wait")
 
 
 class Tracker:
@@ -105,15 +104,16 @@ class Tracker:
     def progress(self, p: Progress) -> None:
         """Show the figures so far: every print_freq updates and at the end of an epoch."""
         done, left = p.next_update - p.first_update, self.epochs * self.updates_per_epoch - p.next_update
-        mfu = f"MFU {100 * p.images_per_second / self.peak_rate:.0f} %  " if self.peak_rate else ""
-        values = (f"loss {p.recent_loss:.4f}  lr {p.lr:.3g}  {p.images_per_second:.1f} img/s  {mfu}data wait "
-                  f"{100 * p.data_wait:.0f} %  ETA {duration(left * p.seconds / max(done, 1))}")
+        found, rate = p.figures, p.figures["images_per_second"]
+        mfu = f"MFU {100 * rate / self.peak_rate:.0f} %  " if self.peak_rate else ""
+        values = (f"loss {p.recent_loss:.4f}  lr {found['lr']:.3g}  {rate:.1f} img/s  {mfu}data wait "
+                  f"{100 * found['data_wait']:.0f} %  ETA {duration(left * p.seconds / max(done, 1))}")
         if self._bar is not None:
             self._bar.set_postfix_str(values)
         else:
             logger.info("epoch %d/%d  update %d/%d  %s", p.epoch + 1, self.epochs,
                         p.next_update - p.epoch * self.updates_per_epoch, self.updates_per_epoch, values)
-        self._scalars({"train/loss": p.recent_loss} | {f"train/{name}": getattr(p, name) for name in (
+        self._scalars({"train/loss": p.recent_loss} | {f"train/{name}": found[name] for name in (
             "lr", "weight_decay", "grad_norm", "images_per_second", "data_wait")}, p.next_update)
 
     def end_epoch(self, p: Progress, results: Mapping[str, float | None], seconds: float) -> None:
@@ -125,21 +125,21 @@ class Tracker:
             seconds: of the epoch with its evaluation.
         """
         self._close_bar()
-        line = {f"train_{name}": getattr(p, name) for name in _TRAIN} | dict(results) | {
+        line = {f"train_{name}": value for name, value in p.figures.items()} | dict(results) | {
             "epoch": p.epoch, "update": p.next_update, "n_parameters": self.n_parameters,
             "nonfinite_updates": p.nonfinite, "seconds": seconds}
-        line |= {f"train_{phase}_share": share for phase, share in p.shares.items()}
-        line |= {"train_mfu": p.images_per_second / self.peak_rate} if self.peak_rate else {}
+        line |= {"train_mfu": p.figures["images_per_second"] / self.peak_rate} if self.peak_rate else {}
         # JSON has no NaN or infinity: they become null.
         line = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}
         self._lines = [old for old in self._lines if old["epoch"] < p.epoch] + [line]
         self._write("log.txt", self._write_log)
         self._scalars({f"epoch/{k}": line[k] for k in line if k not in ("epoch", "update")}, p.next_update)
         scores = (("test_acc1", "top-1"), ("test_acc5", "top-5"), ("test_acc1_ema", "EMA top-1"),
-                  ("test_acc5_ema", "EMA top-5"))
+                  ("test_acc5_ema", "EMA top-5"), ("test_miou", "mIoU"), ("test_miou_ema", "EMA mIoU"),
+                  ("test_box_ap", "box AP"), ("test_mask_ap", "mask AP"))
         shown = [f"{words} {line[name]:.2f}" for name, words in scores if line.get(name) is not None]
         logger.info("epoch %d/%d done in %s  %s", p.epoch + 1, self.epochs, duration(seconds),
-                    "  ".join([f"train loss {p.loss:.4f}", *shown]))
+                    "  ".join([f"train loss {p.figures['loss']:.4f}", *shown]))
 
     # --------------------------------------------------------------------------------- incidents and the end
 

@@ -2,7 +2,10 @@
 import pytest
 
 from config.options import Options
+from config.parse import RECIPES, parse
 from dense.optim import DenseSchedule, scale_by_depth
+from dense.options import SegmentationOptions
+from dense.zoo import SEGMENTORS
 from optim.groups import param_groups
 from tests.kits.dense import stored
 
@@ -47,3 +50,18 @@ def test_schedules(stored_schedule):
         milestones=tuple(stored_schedule.get("milestones", ())))
     for update, value in stored_schedule["values"].items():
         assert schedule.lr(int(update)) == pytest.approx(value, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", SEGMENTORS)
+def test_recipes_of_segmentors(name):
+    published = SEGMENTORS[name]
+    options = parse(["--config", str(RECIPES / f"ade20k_{name}.yaml"), "--data_path", "x"], SegmentationOptions).options
+    assert options.published is published and options.stride == {512: 341, 640: 426}[published.crop]
+    config = f"seg/{published.config}"
+    expected = GROUPS[GROUPS[config].get("same_as", config)]["groups"]
+    assert rule(config)("backbone.stages.3.0.gamma1") == pytest.approx(
+        scale_by_depth(options.decay_rate, options.decay_layers, "stage")("backbone.stages.3.0.gamma1"))
+    assert expected["backbone.stages.3.0.gamma1"][0] == pytest.approx(options.decay_rate ** (options.decay_layers - 3))
+    assert (options.updates, options.check_every, options.warmup_steps, options.epochs) == (160_000, 16_000, 1500, 10)
+    gf = "gf" in name
+    assert options.clip_grad == (None if not gf else 0.1 if "large" in name or "horfpn" in name else 1)

@@ -10,18 +10,19 @@ from tests.kits.docs import ROOT
 from tests.kits.processes import environment
 
 DIFF = re.compile(r"```diff\n(.*?)```", re.DOTALL)
-ROOMS = ("common", "config", "models", "optim", "recipes")
+ROOMS = ("common", "config", "models", "optim", "recipes", "datasets", "native")
 
 
 def apply(diff: str, folder) -> None:
     """Apply the hunks of a diff without line numbers: what stands there is replaced by what shall stand there."""
     for name, body in re.findall(r"\+\+\+ b/(\S+)\n(.*?)(?=--- |\Z)", diff, re.DOTALL):
-        text = (folder / name).read_text()
+        text = (folder / name).read_text() if (folder / name).exists() else ""
         for hunk in re.split(r"^@@.*\n", body, flags=re.MULTILINE)[1:]:
             lines = hunk.splitlines()
             old = "\n".join(line[1:] for line in lines if line[0] in " -")
-            assert text.count(old) == 1, f"{name} does not hold, exactly once:\n{old}"
-            text = text.replace(old, "\n".join(line[1:] for line in lines if line[0] in " +"))
+            assert text.count(old) == 1 or not text + old, f"{name} does not hold, exactly once:\n{old}"
+            new = "\n".join(line[1:] for line in lines if line[0] in " +")
+            text = text.replace(old, new) if old else new
         (folder / name).write_text(text)
 
 
@@ -42,7 +43,23 @@ for name in ("cosine", "linear"):
     assert (values == [1, 0.75, 0.5, 0.25]) is (name == "linear")"""
 
 
-@pytest.mark.parametrize("number, program", [(0, VARIANT), (1, SCHEDULE)], ids=["variant", "schedule"])
+FORM = """
+import io, zipfile
+from PIL import Image
+from datasets.build import build_data
+from config.options import Options
+image = io.BytesIO()
+Image.new("RGB", (9, 9)).save(image, "JPEG")
+with zipfile.ZipFile("all.zip", "w") as archive:
+    for name in ("cat/2.jpg", "dog/0.jpg", "cat/1.jpg"):
+        archive.writestr(name, image.getvalue())
+options = Options(data_set="image_folder", data_path=".", num_workers=0, index_cache="/dev/null/none")
+train = build_data(options, train=True, evaluate=False).train
+assert train.reader.form == "zip files (1)" and train.targets.tolist() == [0, 0, 1]
+assert [train.reader.encoded(i) for i in range(3)] == [image.getvalue()] * 3"""
+
+
+@pytest.mark.parametrize("number, program", [(0, VARIANT), (1, SCHEDULE), (2, FORM)], ids=["variant", "schedule", "form"])
 def test_a_worked_diff_is_all_it_takes(number, program, tmp_path):
     for room in ROOMS:
         shutil.copytree(ROOT / room, tmp_path / room)

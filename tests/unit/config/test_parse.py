@@ -7,9 +7,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from config.options import OPTIONS
+from config.options import OPTIONS, Options
 from config.parse import RECIPES, check_model, differences, help_text, parse, published_recipe
 from config.rules import plan_batch
+from dense.detection_options import DetectionOptions
+from dense.options import SegmentationOptions
 from tests.kits.docs import ROOT
 from tests.kits.errors import refused
 
@@ -163,12 +165,14 @@ def test_a_published_recipe_has_the_published_values(name):
 def test_every_recipe_parses_and_its_head_holds_a_command_that_names_it(path):
     head = path.read_text().split("\nmodel:")[0]
     assert all(line.startswith("#") for line in head.splitlines())
-    commands = [line[1:].split() for line in head.splitlines() if "main.py" in line]
+    kinds = {"main.py": Options, "dense.segmentation": SegmentationOptions, "dense.detection": DetectionOptions}
+    commands = [(program, line[1:].split()) for line in head.splitlines() for program in kinds if program in line]
     assert commands
-    for command in commands:
-        argv = command[command.index("main.py") + 1:]
+    for program, command in commands:
+        argv = command[command.index(program) + 1:]
         argv[argv.index("--config") + 1] = str(ROOT / argv[argv.index("--config") + 1])
-        assert parse(argv).origins["model"] in ("recipe", "flag")
+        argv += [] if program == "main.py" else ["--data_path", "x"]
+        assert parse(argv, kinds[program]).origins["model"] in ("recipe", "flag")
 
 
 def write(tmp_path, text):

@@ -1,0 +1,135 @@
+"""What a segmentor or detector sees: `python -m dense.predict PATH… --resume FILE --out FOLDER`.
+
+For each image a drawing over it, and one `predictions.json`; for a segmentor a label map (PNG with a palette)
+and `coco.json` with a mask per class and image, too. In Python:
+
+    from dense.predict import load
+    predictor = load("runs/mine")                        # a run's folder, a file or an address
+    labels = predictor(image)                            # PIL image or uint8 (H, W, 3) → uint8 (H, W)
+"""
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common.errors import UserError
+from common.files import write_json
+from common.log import logger
+from common.outcome import ExitCode
+from common.safe_load import safe_torch_load
+from common.text import printable
+from datasets.images import BadImage, decode_path
+from dense.data import MS_RATIOS, SMALLEST_SIDE
+from dense.draw import overlay, palette
+from dense.evaluation import Trained, load_segmentor
+from dense.inference import probabilities, scaled_boxes
+from dense.pixels import fitted, normalised, resize
+from launch.process import choose_device
+from models.trained import locate
+from models.weights import select_weights
+from tools.command import run_command
+from tools.predict import find_images
+
+
+@dataclass(frozen=True)
+class SegmentPredictor:
+    """A segmentor ready for images of any size: called with one it gives labels, uint8 (H, W)."""
+    trained: Trained
+    device: torch.device
+    ms_flip: bool = False
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image | np.ndarray) -> np.ndarray:
+        pixels, options = np.asarray(image), self.trained.options
+        boxes = scaled_boxes(options.image_scale, MS_RATIOS if self.ms_flip else (1.0,))
+        sizes = [fitted(pixels.shape[:2], box) for box in boxes]
+        if min(map(min, sizes)) < SMALLEST_SIDE:
+            raise BadImage(f"{min(sizes)} pixels when scaled, and the network needs {SMALLEST_SIDE}")
+        variants = []
+        for size in sizes:
+            x = normalised(torch.from_numpy(np.array(resize(pixels, size)))[None].to(self.device))
+            variants += [(x, False), (x.flip(3), True)] if self.ms_flip else [(x, False)]
+        found = probabilities(self.trained.model, variants, pixels.shape[:2], options.crop_size,
+                              options.stride)
+        return found.argmax(1)[0].cpu().numpy().astype(np.uint8)
+
+    def save(self, image: np.ndarray, stem: Path) -> tuple[dict, list[dict]]:
+        """Write the drawing and the label map; the record in plain words and in COCO's form."""
+        labels, classes = self(image), self.trained.classes
+        Image.fromarray(overlay(image, labels, len(classes))).save(f"{stem}.jpg", quality=90)
+        map_ = Image.fromarray(labels, mode="P")
+        map_.putpalette(palette(len(classes)).tobytes())
+        map_.save(f"{stem}.png")
+        present = [int(label) for label in np.unique(labels)]
+        shares = [{"class": classes[label], "share": round(float((labels == label).mean()), 6)}
+                  for label in present]
+        return ({"classes": sorted(shares, key=lambda row: -row["share"])},
+                [{"category_id": label + 1, "segmentation": rle(labels == label)} for label in present])
+
+
+def rle(mask: np.ndarray) -> dict:
+    """A mask (H, W) as COCO's uncompressed run lengths: column by column, zeros first."""
+    flat = mask.ravel(order="F")
+    ends = np.flatnonzero(np.diff(flat, prepend=flat[:1], append=[not flat[-1]]))
+    counts = np.diff(ends, prepend=0).tolist()
+    return {"size": list(mask.shape), "counts": [0, *counts] if flat[0] else counts}
+
+
+def load(source: str | os.PathLike, device: str | torch.device = "cpu", ms_flip: bool = False):
+    """The predictor of a run's folder, a file or an address: `SegmentPredictor`, or a detector's."""
+    path = locate(source)
+    state, _ = select_weights(safe_torch_load(path), str(path))
+    if any("roi_head." in name for name in state):
+        from dense.predict_boxes import BoxPredictor
+        return BoxPredictor.load(path, torch.device(device))
+    return SegmentPredictor(load_segmentor(path, device=device), torch.device(device), ms_flip)
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m dense.predict", allow_abbrev=False, description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="images, or folders of them")
+    parser.add_argument("--resume", required=True, metavar="FILE", help="run folder, checkpoint or address")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the results go")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, …")
+    parser.add_argument("--ms_flip", action="store_true", help="six scales and flips (segmentors)")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predict the images of a command line."""
+    paths, out = find_images(args.paths), Path(args.out)
+    predictor = load(args.resume, choose_device(args.device, 0, 1), args.ms_flip)
+    plain, coco, names = [], [], set()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for number, path in enumerate(paths):
+            name = Path(path).stem
+            name = f"{name}-{number}" if name in names else name
+            names.add(name)
+            try:
+                image = np.array(decode_path(path, exif_orientation=True))
+                about, found = predictor.save(image, out / name)
+            except BadImage as error:
+                logger.warning("%s cannot be read (%s): it is skipped", printable(path), error)
+                about, found = {"error": str(error)}, []
+            plain.append({"path": path, "name": name, **about})
+            coco += [{"image_id": number, "file_name": path, **each} for each in found]
+        write_json(out / "predictions.json", plain)
+        (out / "coco.json").write_text(json.dumps(coco))
+    except OSError as error:
+        raise UserError(f"--out {printable(str(out))} cannot be written ({error.strerror}); name another "
+                        "folder.", code="unusable_folder") from None
+    logger.info("%d of %d images: %s", sum("error" not in each for each in plain), len(plain), out)
+    return ExitCode.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(arguments(), run, None))
