@@ -239,7 +239,7 @@ class DryRun(Heartbeats):
             file.seek(0)
             state = torch.load(file, weights_only=True)
         with torch.no_grad():
-            for part in filter(None, (trainer.model, trainer.ema)):
+            for part in filter(None, (trainer.model, trainer.ema and trainer.ema.module)):
                 for tensor in part.state_dict().values():
                     tensor.zero_()
             trainer.loop.update.optimizer.state.clear()

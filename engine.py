@@ -198,8 +198,8 @@ class _Meter:
         lrs, decays = _each(optimizer, "lr"), _each(optimizer, "weight_decay")
         shares = {f"{phase}_share": spent / seconds for phase, spent in self.clock.read().items()}
         figures = dict(
-            loss=loss / applied if applied else np.nan, lr=max(lrs), min_lr=min(lrs), weight_decay=max(decays),
-            grad_norm=norm / applied if applied else np.nan, data_wait=self.waited / seconds,
+            loss=loss / applied if applied else np.nan, grad_norm=norm / applied if applied else np.nan,
+            lr=max(lrs), min_lr=min(lrs), weight_decay=max(decays), data_wait=self.waited / seconds,
             class_acc=100 * hits / labelled if labelled else np.nan,
             images_per_second=self.images * self.loop.process.world_size / seconds)
         return Progress(

@@ -21,6 +21,7 @@ from evaluation import evaluate_checkpoints
 from launch.process import Process
 from launch.stop import OTHERS, StopRequest
 from launch.watchdog import Watchdog
+from models.trained import best_checkpoint
 from optim.ema import Ema
 from optim.finite import FiniteWatch
 from optim.update import Update, UpdateStats
@@ -370,7 +371,7 @@ def _best_of_finished(resolved: Resolved, loaded: Loaded, process: Process) -> R
     no best."""
     options = resolved.options
     best = process.on_rank_zero(
-        lambda: Checkpoints(options.output_dir).best() if options.output_dir else None)
+        lambda: best_checkpoint(Path(options.output_dir)) if options.output_dir else None)
     # Not what a fine-tuning began with, and in true float32 as after each epoch, whatever it was trained in.
     options = replace(options, eval=True, resume=(str(best or loaded.path),), finetune="", pretrained=False,
                       use_amp=False, fast_math=False)

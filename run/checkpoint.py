@@ -29,6 +29,7 @@ from common.text import file_size
 from config.parse import Resolved
 from datasets.images import retried
 from models.download import local_file
+from models.trained import best_checkpoint
 from run.folder import RunFolder
 from run.start import existing_folder
 from run.state import BEST, BEST_EMA, State, check_resumable, check_same_run, upgrade
@@ -329,11 +330,6 @@ class Checkpoints:
                             "--output_dir.", code="no_valid_checkpoint")
         return None
 
-    def best(self) -> Path | None:
-        """The best checkpoint by the scores in the manifests (the average wins a tie); None without one."""
-        rank = lambda path: (_noted(path, "score"), path.name == BEST_EMA)
-        return max(self._best_files(), key=rank, default=None)
-
     def better(self, scores: Mapping[str, float | None]) -> dict[str, float]:
         """Those of an epoch's `scores` (best file → top-1 in percent) that are to be saved, for `save`.
 
@@ -349,7 +345,7 @@ class Checkpoints:
         """What `--resume` names: `latest`, `best`, a file, another run's folder (its newest valid one), or ''
         (the newest valid one here, None in a new folder)."""
         if resume == "best":
-            path = self.best()
+            path = best_checkpoint(self.folder)
             loaded = load(path) if path else None
         elif resume in ("", "latest"):
             loaded = self.newest_valid()
@@ -407,7 +403,7 @@ def find_checkpoint(resolved: Resolved, folder: RunFolder | None) -> Loaded | No
         return None
     checkpoints = Checkpoints(folder or ".")
     if not asked and not options.auto_resume:
-        if checkpoints.numbered() or checkpoints.best():
+        if best_checkpoint(checkpoints.folder):
             raise UserError(f"--auto_resume false, but {checkpoints.folder} holds the checkpoints of an "
                             "earlier run; choose another --output_dir.", code="other_run")
         return None

@@ -25,7 +25,6 @@ from engine import Progress
 from run.folder import environment
 
 
-
 class Tracker:
     """Rank 0's record of a run; made with `folder=None` it keeps none and only writes to the console.
 
