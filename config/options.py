@@ -96,9 +96,9 @@ class Options:
     device: str = _start("auto", "auto takes the first of cuda, xpu, mps, cpu", DEVICE)
     output_dir: str = _start("", "folder of this run: checkpoints, log, report; '': nothing is saved")
 
-    data_set: str = _data("IMNET", "IMNET: folders train/ and val/, image_folder: data_path is train/; "
-                          "SAMPLE: digits", one_of("IMNET", "image_folder", "CIFAR", "SAMPLE"))
-    data_path: str = _data("", "folder of the data set: class folders or .tar files")
+    data_set: str = _data("IMNET", "kind of data; image_folder: data_path is itself the training folder",
+                          one_of("IMNET", "image_folder", "CIFAR", "SAMPLE"))
+    data_path: str = _data("", "folder of the images, in any form that README.md lists")
     eval_data_path: str | None = _data(None, "folder of the evaluation images when it is not data_path/val")
     nb_classes: int | None = _data(None, "classes; none: ImageNet's 1000, else one per folder", at_least(1))
     val_labels: str | None = _data(None, "labels of a flat val folder: CSV of name, synset; or the devkit's")

@@ -108,7 +108,8 @@ def _parser(kind: type[Options], shown: Collection[str] = (), end: str = "") -> 
     for name, option in table(kind).items():
         group = groups[option.group] = groups.get(option.group) or parser.add_argument_group(option.group)
         words = f": {option.accepts.words}" if option.accepts and option.element is str else ""
-        about = f"{option.help}{words} [{'none' if option.default is None else _yaml(option.default)}]"
+        default = "none" if option.default in (None, "", ()) else _yaml(option.default)
+        about = f"{option.help}{words} [{default}]"
         group.add_argument(f"--{name}", metavar=KINDS[option.element][0],
                            nargs="?" if option.element is bool else "+" if option.several else None,
                            const="true" if option.element is bool else None,

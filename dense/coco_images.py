@@ -1,7 +1,7 @@
 """Images and objects on their way into a detector: the published pipelines on uint8, batches, their order."""
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -187,7 +187,7 @@ class CocoImages(ImageDataset):
         return None
 
 
-def _together(samples: Sequence[Sample]) -> dict[str, Tensor]:
+def _together(samples: Sequence[Sample]) -> dict[str, Any]:
     """Images and objects of a batch, padded."""
     sizes = [(sample.image.shape[0], sample.image.shape[1]) for sample in samples]
     height, width = (max(sides) for sides in zip(*map(padded, sizes)))

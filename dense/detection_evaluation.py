@@ -1,7 +1,6 @@
 """`--eval true` of detection: find the weights, one pass over the images, average precision, the published
 figure."""
 import os
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -11,10 +10,8 @@ import torch
 import native
 from common.errors import UserError
 from common.files import write_json
-from common.log import logger
 from common.outcome import ExitCode
 from common.safe_load import safe_torch_load
-from config.options import table
 from config.parse import Resolved
 from dense.backbone import load_published
 from dense.coco import CocoSet
@@ -22,15 +19,14 @@ from dense.coco_images import CocoImages
 from dense.detection_options import DetectionOptions
 from dense.detection_task import build_detector, find_data, precision, results, share
 from dense.detector import Detector
+from dense.evaluation import evaluate_each, heartbeat, own_options, verdict
 from dense.zoo import DETECTORS, PublishedDetector
-from evaluation import find_sources
 from launch.process import Process
 from launch.watchdog import Watchdog
 from models.weights import select_weights
 from models.zoo import VARIANTS
 
 COCO_IMAGES = 5000
-PASS_LIMIT, CLOSE_LIMIT = 0.1, 0.3  # points of box AP; published with one decimal
 # What a checkpoint knows about its own network and images, taken unless a flag or recipe names it.
 _OWN = ("model", "head", "system", "head_width", "layer_scale_init_value", "test_side", "longest_side")
 
@@ -59,21 +55,17 @@ def load_detector(path: str | os.PathLike, options: DetectionOptions | None = No
     if last is None:
         raise UserError(f"{path} holds no detector; name a checkpoint of dense.detection or a published "
                         "file.", code="other_model")
-    args = checkpoint.get("args") if checkpoint.get("format") else None
-    own, known = {}, table(DetectionOptions)
-    if isinstance(args, dict):
-        own = {name: known[name].convert([str(args[name])], f"the checkpoint's {name}")
-               for name in _OWN if name in args}
-    elif published := identify(state):
+    own, classes = own_options(checkpoint, DetectionOptions, _OWN), checkpoint.get("classes")
+    if own is None and (published := identify(state)):
         own = {"model": published.model, "head": published.head, "system": published.system,
                "head_width": 256}
-    own = {name: value for name, value in own.items() if origins.get(name, "default") == "default"}
-    options = replace(options, **own)
+    options = replace(options, **{name: value for name, value in (own or {}).items()
+                                  if origins.get(name, "default") == "default"})
     model = build_detector(options, len(state[last]) - 1)
     entry = load_published(model, path, checkpoint, options.weights)
     model = model.to(device).eval()
     native.attach(model)
-    return TrainedDetector(model, options, list(checkpoint.get("classes") or ()) if args else [], entry)
+    return TrainedDetector(model, options, list(classes or ()), entry)
 
 
 def identify(state: dict[str, torch.Tensor]) -> PublishedDetector | None:
@@ -95,18 +87,7 @@ def identify(state: dict[str, torch.Tensor]) -> PublishedDetector | None:
 
 def evaluate_detectors(resolved: Resolved, process: Process, watchdog: Watchdog) -> ExitCode:
     """Evaluate each checkpoint of `--resume`, or the best of the run's folder; the exit code."""
-    found = [_evaluate(path, resolved, process, watchdog)
-             for path in process.on_rank_zero(lambda: find_sources(resolved))]
-    options = resolved.options
-    if process.is_main:
-        folder = Path(options.output_dir or Path(found[0]["checkpoint"]).parent)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "eval.json", {"results": found} if len(found) > 1 else found[0])
-        for result in found:
-            logger.info("%s, %s:", result["checkpoint"], result["weights"])
-            sys.stdout.write(result["verdict_line"] + "\n")
-        sys.stdout.flush()
-    return ExitCode.DONE if not options.check or found[0]["verdict"] == "PASS" else ExitCode.FAILED
+    return evaluate_each(resolved, process, lambda path: _evaluate(path, resolved, process, watchdog))
 
 
 def _evaluate(path: str, resolved: Resolved, process: Process, watchdog: Watchdog) -> dict:
@@ -118,14 +99,9 @@ def _evaluate(path: str, resolved: Resolved, process: Process, watchdog: Watchdo
         raise UserError(f"{path} has {trained.model.classes} classes, the data {data.num_classes}; give the "
                         "data it was made for.", code="other_classes")
     loader = share(data, options, process, refuse_bad=not options.allow_bad_images)
-
-    def alive() -> bool:
-        watchdog.phase("evaluation", 0)
-        return False
-
     images = cast(CocoImages, data.val).rows
     try:
-        found = results([trained.model], loader, images, process, alive)
+        found = results([trained.model], loader, images, process, heartbeat(watchdog))
         bad = sum(len(part) for part in process.all_gather_object(loader.take_unreadable()))
     finally:
         loader.close()
@@ -148,15 +124,9 @@ def result_of(found: dict[str, dict], trained: TrainedDetector, path: str, image
     result |= {
         "checkpoint": path, "weights": trained.entry, "images": len(images.photos), "bad_images": bad,
         "model": options.model, "head": options.head, "system": options.system,
-        "test_side": options.test_side, "longest_side": options.longest_side, "verdict": "",
-        "per_class": each}
+        "test_side": options.test_side, "longest_side": options.longest_side, "per_class": each}
     line = ", ".join(f"{kind} AP {result[f'{kind}_ap']:.1f} (AP50 {result[f'{kind}_ap50']:.1f})"
                      for kind in ("box", "mask"))
-    if published and published.box_ap and (len(each), len(images.photos), bad) == (80, COCO_IMAGES, 0):
-        difference = result["box_ap"] - published.box_ap
-        size = round(abs(difference), 6)
-        word = "PASS" if size <= PASS_LIMIT else "CLOSE" if size <= CLOSE_LIMIT else "FAIL"
-        result |= {"verdict": word, "published": published.box_ap, "difference": difference}
-        line += (f" (published box AP {published.box_ap:.1f}, difference {difference:+.2f}; "
-                 f"{COCO_IMAGES} images) {word}")
-    return result | {"verdict_line": line}
+    comparable = published and (len(each), len(images.photos), bad) == (80, COCO_IMAGES, 0)
+    there = published.box_ap if published and comparable else None
+    return result | verdict(line, "box AP", result["box_ap"], there)

@@ -82,19 +82,18 @@ def read_run(path: str | Path) -> Run:
     folder, log = (path, path / "log.txt") if path.is_dir() else (path.parent, path)
     # Of an epoch that stands twice the last counts.
     epochs = {row["epoch"]: row for row in read_json_lines(log) if isinstance(row.get("epoch"), int)}
-    records = {name: _read(folder / f"{name}.json", _object) or {}
-               for name in ("status", "environment", "data", "eval")}
-    if not path.exists() or not epochs and not records["eval"]:
+    status, environment, data, evaluation = (_read(folder / f"{name}.json", _object) or {}
+                                             for name in ("status", "environment", "data", "eval"))
+    if not path.exists() or not epochs and not evaluation:
         raise UserError(f"{path} has neither a log.txt with epochs nor an eval.json: name the --output_dir "
                         "of a run, or the --report of an evaluation.", code="missing_run")
     config, origins = _read(folder / "config.yaml", _config) or ({}, {})
+    flat = {name: value for key, entry in environment.items()
+            for name, value in (entry.items() if isinstance(entry, dict) else [(key, entry)])}
     return Run(name=folder.resolve().name, folder=folder, log=[epochs[epoch] for epoch in sorted(epochs)],
                events=read_json_lines(folder / "events.jsonl"), attempts=Ledger(folder).attempts(),
-               status=records["status"], data=records["data"], environment={
-                   name: value for key, entry in records["environment"].items() for name, value in
-                   (entry if isinstance(entry, dict) else {key: entry}).items()},
-               evaluation=records["eval"], config=config, origins=origins,
-               predictions=_read(folder / "predictions.npz", read_predictions))
+               status=status, environment=flat, data=data, evaluation=evaluation, config=config,
+               origins=origins, predictions=_read(folder / "predictions.npz", read_predictions))
 
 
 def _read(path: Path, read: Callable[[Path], T]) -> T | None:
@@ -199,12 +198,9 @@ def _draw(title: str, panels: dict[str, list[tuple[list[float], list[float], dic
     from matplotlib.ticker import MaxNLocator
 
     epochs = sorted({number for lines in panels.values() for x, _, _ in lines for number in x})
-    with matplotlib.rc_context({
-            # The salt makes names inside the SVG the same each time, and different between charts of a page.
-            "svg.hashsalt": title, "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 9,
-            "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e9ef",
-            "axes.edgecolor": "#9aa3b1", "axes.formatter.useoffset": False, "legend.frameon": False,
-            "lines.markersize": 3.5, "lines.marker": "o" if len(epochs) <= 40 else "None"}):
+    # The salt makes names inside the SVG the same each time, and different between charts of a page.
+    with matplotlib.rc_context({"svg.hashsalt": title, "lines.marker": "o" if len(epochs) <= 40 else "None"},
+                               Path(__file__).with_name("charts.mplstyle")):
         canvas = Figure(figsize=(5.6 if len(panels) == 1 else 11, 3.2), layout="constrained")
         for axes, (x_label, lines) in zip(canvas.subplots(1, len(panels), squeeze=False)[0], panels.items()):
             for x, y, looks in lines:
@@ -226,22 +222,12 @@ def _draw(title: str, panels: dict[str, list[tuple[list[float], list[float], dic
 # ------------------------------------------------------------------------------------ tables of the sections
 
 def best(run: Run) -> dict | None:
-    """The best checkpoint, its manifest's score, and the commands that use it."""
+    """The best checkpoint: its name, its manifest's score and epoch, its paths as a shell wants them."""
     path = best_checkpoint(run.folder)
     if path is None:
         return None
-    about = _read(Path(f"{path}.json"), _object) or {}
-    folder, file = shlex.quote(str(run.folder)), shlex.quote(str(path))
-    if "head" in run.config:  # options of segmentation and detection
-        program = f"python -m dense.{'segmentation' if 'check_every' in run.config else 'detection'}"
-        return {"name": path.name, "score": about.get("score"), "epoch": about.get("epoch"), "commands": (
-            ("evaluate it", f"{program} --config {folder}/config.yaml --eval true --output_dir {folder}"),
-            ("use it", f"python -m dense.predict IMAGES --resume {file} --out FOLDER"))}
-    return {"name": path.name, "score": about.get("score"), "epoch": about.get("epoch"), "commands": (
-        ("evaluate it, with results per class on this page",
-         f"python main.py --eval true --output_dir {folder} --report {folder}"),
-        ("classify images", f"python -m tools.predict IMAGES --resume {file}"),
-        ("from Python", f"models.load({str(run.folder)!r})"))}
+    return {"score": None, "epoch": None, **(_read(Path(f"{path}.json"), _object) or {}), "name": path.name,
+            "folder": shlex.quote(str(run.folder)), "file": shlex.quote(str(path))}
 
 
 def incidents(run: Run) -> tuple[list[tuple[str, str]], list[tuple[str, str, str]]]:

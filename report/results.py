@@ -87,18 +87,15 @@ def verdict(counts: EvalResult, protocol: Protocol, published: Variant | None) -
 def results_from(counts: EvalResult, protocol: Protocol, published: Variant | None = None,
                  predictions: Predictions | None = None) -> dict:
     """The dictionary written as eval.json; `published`: the model's entry of `models.zoo.PUBLISHED`."""
-    images = protocol.images
+    images, same = protocol.images, ("acc1", "acc5", "loss", "hits1", "hits5", "images")
+    own = ("model", "num_classes", "weights", "checkpoint", "dtype", "tf32", "dataset")
     return {
-        "acc1": counts.acc1, "acc5": counts.acc5, "loss": counts.loss, "hits1": counts.hits1,
-        "hits5": counts.hits5, "images": counts.images, "bad_images": counts.bad,
-        "nonfinite_images": counts.nonfinite, "model": protocol.model, "num_classes": protocol.num_classes,
-        "input_size": images.input_size, "weights": protocol.weights, "checkpoint": protocol.checkpoint,
+        **{name: getattr(counts, name) for name in same}, **{name: getattr(protocol, name) for name in own},
+        "bad_images": counts.bad, "nonfinite_images": counts.nonfinite, "input_size": images.input_size,
         "crop_pct": images.eval_crop_pct, "interpolation": "bicubic", "mean": images.mean, "std": images.std,
-        "dtype": protocol.dtype, "tf32": protocol.tf32, "dataset": protocol.dataset,
-        "pillow": PIL.__version__, "crop": crop_in_words(images),
-        "interval": sampling_interval(counts.acc1, counts.images),
+        "crop": crop_in_words(images), "interval": sampling_interval(counts.acc1, counts.images),
         "departures": explain_difference(protocol, counts, published.input_size if published else None),
-        **(metrics(predictions, protocol.num_classes) if predictions else {}),
+        "pillow": PIL.__version__, **(metrics(predictions, protocol.num_classes) if predictions else {}),
         **verdict(counts, protocol, published)}
 
 

@@ -50,7 +50,7 @@ class Tracker:
         self.terminal = main and (sys.stderr.isatty() if terminal is None else terminal)
         own = self._owner and self._owner.path
         self._lines: list[dict] = []
-        self._bar, self._stack = None, ExitStack()
+        self._bar, self._stack = tqdm(disable=True), ExitStack()
         opening, package = {}, options.track or ("wandb" if options.enable_wandb else None)
         if main and (log_dir := options.log_dir or (own and own / "tensorboard")):
             opening["tensorboardX"] = partial(_Board, log_dir)
@@ -88,17 +88,15 @@ class Tracker:
 
     def start_epoch(self, epoch: int, first_update: int = 0) -> None:
         """`first_update` is the first update within the epoch, above 0 after resuming in its middle."""
-        if self.terminal:
-            # Not dynamic_ncols, which draws nothing where a terminal does not know its width (containers).
-            self._bar = tqdm(total=self.updates_per_epoch, initial=first_update, leave=False, miniters=1,
-                             ncols=min(shutil.get_terminal_size().columns, 140),
-                             desc=f"epoch {epoch + 1}/{self.epochs}",
-                             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}")
+        # Not dynamic_ncols, which draws nothing where a terminal does not know its width (containers).
+        self._bar = tqdm(total=self.updates_per_epoch, initial=first_update, leave=False, miniters=1,
+                         ncols=min(shutil.get_terminal_size().columns, 140), disable=not self.terminal,
+                         desc=f"epoch {epoch + 1}/{self.epochs}",
+                         bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}")
 
     def tick(self) -> None:
         """One update is done; moves the bar only."""
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
 
     def progress(self, p: Progress) -> None:
         """Show the figures so far: every print_freq updates and at the end of an epoch."""
@@ -107,7 +105,7 @@ class Tracker:
         mfu = f"MFU {100 * rate / self.peak_rate:.0f} %  " if self.peak_rate else ""
         values = (f"loss {p.recent_loss:.4f}  lr {found['lr']:.3g}  {rate:.1f} img/s  {mfu}data wait "
                   f"{100 * found['data_wait']:.0f} %  ETA {duration(left * p.seconds / max(done, 1))}")
-        if self._bar is not None:
+        if self.terminal:
             self._bar.set_postfix_str(values)
         else:
             logger.info("epoch %d/%d  update %d/%d  %s", p.epoch + 1, self.epochs,
@@ -123,7 +121,7 @@ class Tracker:
             results: test_loss, test_acc1, test_acc5, the same with `_ema`, and whatever else belongs there.
             seconds: of the epoch with its evaluation.
         """
-        self._close_bar()
+        self._bar.close()
         line = {f"train_{name}": value for name, value in p.figures.items()} | dict(results) | {
             "epoch": p.epoch, "update": p.next_update, "n_parameters": self.n_parameters,
             "nonfinite_updates": p.nonfinite, "seconds": seconds}
@@ -157,16 +155,11 @@ class Tracker:
 
     def close(self) -> None:
         """Close the bar and the writers; may be called twice."""
-        self._close_bar()
+        self._bar.close()
         for name, record in self._records.items():
             self._outside(name, record.finish)  # a full disk shows here
         self._records = {}
         self._stack.close()
-
-    def _close_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        self._bar = None
 
     def _scalars(self, values: Mapping[str, object], update: int) -> None:
         numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
