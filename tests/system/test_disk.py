@@ -92,5 +92,6 @@ def test_a_read_only_folder_is_refused_for_a_training_and_serves_an_evaluation(s
 
 def test_a_folder_that_vanishes(place, capfd, monkeypatch):
     at_the_end_of_epoch(monkeypatch, 1, lambda: place.run.rename(place.here / "elsewhere"))
-    check(Row("vanished", "--epochs 3", 1, ("checkpoint-1.pth", "checkpoint-2.pth", "{run}", "epoch 3/3")),
-          place, capfd)
+    check(Row("vanished", "--epochs 3", 0, ("{run} was moved", "saved in {run}-", "epoch 3/3")), place, capfd)
+    assert (place.here / "elsewhere" / "checkpoint-0.pth").exists() and not place.run.exists()
+    assert list(place.here.glob("run-*/checkpoint-2.pth"))

@@ -88,7 +88,7 @@ def test_shares_of_the_time_and_of_the_peak_where_it_is_known(tmp_path, logged):
     t.close()
     line, = log(tmp_path)
     assert (line["train_mfu"], line["train_forward_share"], line["train_other_share"]) == (0.5, 0.25, 0.5)
-    assert "123.4 img/s  MFU 50 %  data wait" in logged[-1]
+    assert "123.4 img/s  MFU 50 %  data wait" in logged.messages[-1]
 
 
 def test_each_epoch_stands_once_after_a_crash_and_a_resume(tmp_path):
