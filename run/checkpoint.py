@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -337,9 +338,11 @@ class Checkpoints:
         numbered checkpoint, and a full disk older: its failed save is made good by the next that is better.
         """
         self.close()
-        for name in scores.keys() - self._scores.keys():
-            self._scores[name] = _noted(self.folder / name, "score")
-        return {name: new for name, new in scores.items() if new is not None and new > self._scores[name]}
+        with suppress(OSError):  # a disk that does not answer, which `save` will report
+            self._scores = {name: _noted(self.folder / name, "score")
+                            for name in scores.keys() - self._scores.keys()} | self._scores
+        return {name: new for name, new in scores.items()
+                if new is not None and new > self._scores.get(name, -math.inf)}
 
     def resolve(self, resume: str) -> Loaded | None:
         """What `--resume` names: `latest`, `best`, a file, another run's folder (its newest valid one), or ''
