@@ -28,8 +28,7 @@ from training import Trainer
 UPDATES, STOP_AFTER, TIMES = 6, 8, ("seconds", "train_images_per_second", "train_data_wait")
 OPTIONS = {"model": "hornet_pico_7x7", "device": "cpu", "input_size": 32, "epochs": 2, "batch_size": 4,
            "lr": 0.01, "warmup_epochs": 0, "layer_scale_init_value": 0.5, "mixup": 0, "cutmix": 0,
-           "aa": "none", "reprob": 0,
-           "model_ema": "true", "model_ema_decay": 0.9, "num_workers": 0}
+           "aa": "none", "reprob": 0, "model_ema": "true", "model_ema_decay": 0.9, "num_workers": 0}
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +132,7 @@ def observe(state, images, process, folder, caplog):
     finally:
         torch.set_num_threads(threads)
     line = read_json_lines(folder / "run" / "log.txt")[-1]
-    return seen | {
-        "state": {name: plain(part.state_dict()) for name, part in run.parts.items()},
+    return seen | {"state": {name: plain(part.state_dict()) for name, part in run.parts.items()},
         "log": {name: value for name, value in line.items() if name not in TIMES and not name.endswith("_share")},
         "events": [event["message"] for event in read_json_lines(folder / "run" / "events.jsonl")],
         "notices": [any(words in record.getMessage() for record in caplog.records)
@@ -164,8 +162,7 @@ def test_a_resumed_run_needs_every_row_of_the_table(row, paused, images, process
     assert (seen == _reference) is (row is None), f"nobody would notice that checkpoints lack {row}"
 
 
-@pytest.mark.parametrize("name", ["position", "model", "model_ema", "optimizer", "scaler", "policy",
-                                  "setup"])
+@pytest.mark.parametrize("name", ["position", "model", "model_ema", "optimizer", "scaler", "policy", "setup"])
 def test_a_part_without_state_dict_cannot_be_saved(name, images, process, tmp_path):
     run = trainer(options(images), process, tmp_path / "run")
     assert set(run.state_dict()) == {"format", *TABLE} and name in run.parts

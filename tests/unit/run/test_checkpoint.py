@@ -116,8 +116,7 @@ def folder(path):
     path.mkdir()
 
 
-DAMAGE = {
-    "a flipped bit": flip, "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+DAMAGE = {"a flipped bit": flip, "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
     "empty": lambda path: path.write_bytes(b""), "a folder": folder,
     "no manifest": lambda path: manifest_path(path).unlink(),
     "a manifest of other keys": lambda path: manifest_path(path).write_text('{"sixe": 1}'),
