@@ -11,7 +11,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ from common.outcome import ExitCode
 from common.text import duration, file_size, plural
 from config.options import Options
 from config.parse import Resolved
-from datasets.build import Data, check_sample
+from datasets.build import check_sample
 from datasets.dataset import ImageDataset, make_loader
 from evaluation import Heartbeats, amp_dtype, prepare_evaluation
 from launch.process import Process
@@ -157,8 +157,13 @@ class DryRun(Heartbeats):
                 "--allow_bad_images true." for sentence in bad[:0 if options.allow_bad_images else 1]])
             large = sum(p.numel() for p in candidates[0].network.parameters()) > _FOR_A_CPU
             count = 2 * self.process.world_size if self.on_cpu and large else _SAMPLED
-            networks = [(candidate.weights, candidate.network) for candidate in candidates]
-            found = self._score(networks, data, options, prepared.evaluation, count)
+            chosen = np.unique(np.linspace(0, len(data.val) - 1, count).astype(int)).tolist()
+            own = chosen[self.process.rank::self.process.world_size]
+            size = max(1, int(1.5 * options.batch_size))
+            batches = [own[i:i + size] for i in range(0, len(own), size)]
+            with closing(make_loader(data.val, options, batches)) as loader:
+                found = engine.evaluate([(c.weights, c.network) for c in candidates], loader,
+                                        replace(prepared.evaluation, expected=None, outputs=False))
             for candidate, each in zip(candidates, found):
                 self.row("weights", f"{candidate.path} ({candidate.weights}): {each.hits1} of {each.images} "
                          f"sampled images correct, mean loss {each.loss:.3f}")
@@ -174,16 +179,6 @@ class DryRun(Heartbeats):
         self.row(f"{part} images", f"{1000 * seconds:.1f} ms to load one, {len(bad)} of a sample unreadable",
                  *bad[:1])
         return seconds, bad
-
-    def _score(self, networks: Sequence[tuple[str, torch.nn.Module]], data: Data, options: Options,
-               evaluation: engine.Evaluation, count: int) -> list[engine.EvalResult]:
-        """Score (name, network) pairs on `count` validation images from all over the set."""
-        assert data.val is not None
-        chosen = np.unique(np.linspace(0, len(data.val) - 1, count).astype(int)).tolist()
-        own, size = chosen[self.process.rank::self.process.world_size], max(1, int(1.5 * options.batch_size))
-        batches = [own[i:i + size] for i in range(0, len(own), size)]
-        with closing(make_loader(data.val, options, batches)) as loader:
-            return engine.evaluate(networks, loader, replace(evaluation, expected=None, outputs=False))
 
     def leaves_evaluation(self) -> bool:
         """After the first batch, where only that is tried."""
@@ -279,13 +274,13 @@ class DryRun(Heartbeats):
                  f"{duration(training + evaluation)}, {duration(evaluation)} of it evaluating")
 
     def _disk(self, options: Options, state_size: int) -> None:
-        if not options.output_dir or not options.save_ckpt:
+        if options.output_dir and options.save_ckpt:
+            text, enough = Checkpoints(options.output_dir, keep=options.save_ckpt_num).disk_estimate(
+                state_size, options.epochs)
+            self.row("disk", text)
+            self.problems("disk", [] if enough else [f"{text}: free some, or keep fewer: --save_ckpt_num."])
+        else:
             self.row("disk", "nothing would be saved: give --output_dir (and leave --save_ckpt true)")
-            return
-        checkpoints = Checkpoints(options.output_dir, keep=options.save_ckpt_num)
-        text, enough = checkpoints.disk_estimate(state_size, options.epochs)
-        self.row("disk", text)
-        self.problems("disk", [] if enough else [f"{text}: free some, or keep fewer with --save_ckpt_num."])
 
 
 def largest(fits: Callable[[int], bool]) -> int:

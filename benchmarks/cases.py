@@ -1,4 +1,4 @@
-"""What is measured of the network: evaluation, training, the optimizer's update, and the family of ten."""
+"""What is measured of the network: evaluation, training, the optimizer's update."""
 import contextlib
 import copy
 from collections.abc import Callable
@@ -121,12 +121,3 @@ def optimizer(name: str, setting: Setting) -> list[Row]:
     for row in found:
         row |= {"share": floor / (row["median"] / 1e3), "limit": "bandwidth"}
     return found
-
-
-def speed(name: str, setting: Setting, train: bool) -> float:
-    """Images per second of one model on this machine's paths in float32."""
-    model = timm.create_model(name).train(train)
-    native.attach(model)
-    with contextlib.nullcontext() if train else native.packed(model):
-        times = interleave({"": step_of(model, setting.images(name))}, setting.repeats, setting.clock)
-    return rows("", times, setting.batch, "img")[0]["per_second"]

@@ -53,8 +53,7 @@ _LACKS = (
     ("device_memory", ("CUDA out of memory", "XPU out of memory", "MPS backend out of memory"),
      "the device has too little memory: lower --batch_size, with a higher --update_freq"),
     ("memory", ("can't allocate memory", "Cannot allocate memory", "MemoryError"),
-     "the machine has too little memory: lower --batch_size or --num_workers"),
-)
+     "the machine has too little memory: lower --batch_size or --num_workers"),)
 
 
 @contextmanager
@@ -70,6 +69,5 @@ def lacks_in_words() -> Iterator[None]:
             found = [line for line in text.splitlines() if any(word in line for word in words)]
             if found:
                 raise Failure(f"{sentence}; a training is resumed by the same command "
-                              f"({found[-1].strip()[:120]}).",
-                              code=code) from error
+                              f"({found[-1].strip()[:120]}).", code=code) from error
         raise

@@ -5,7 +5,6 @@
 attempt that was killed.
 `progress.json` has every ten seconds how far it is, and at the end how far it came.
 """
-import fcntl
 import os
 import socket
 import sys
@@ -110,15 +109,6 @@ class Ledger:
         found = self.read("progress.json")
         return found if found.get("job") == job else {}
 
-    def is_owned(self) -> bool:
-        """Whether a training owns the folder, here or on another machine; one that was killed does not."""
-        try:
-            with open(self.path / "owner.json") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError as error:  # there is none, or it is locked, or this disk has no locks
-            return not isinstance(error, FileNotFoundError)
-        return False
-
     def read(self, name: str) -> Record:
         """The record in the file `name`; {} when there is none, or none that can be read."""
         try:
@@ -128,8 +118,7 @@ class Ledger:
         return found if isinstance(found, dict) else {}
 
     def _append(self, **line: object) -> None:
-        self._guard("attempts.jsonl",
-                    lambda path: append_json_line(path, {"attempt": self.attempt, **line}))
+        self._guard("attempts.jsonl", lambda path: append_json_line(path, {"attempt": self.attempt, **line}))
 
     def _write_status(self, state: str, **more: object) -> None:
         status = {"state": state, "cause": "", "attempt": self.attempt, "time": now(),

@@ -39,11 +39,6 @@ class Data:
         """Number of logits the data wants."""
         return len(self.class_names)
 
-    @property
-    def order(self) -> str:
-        """Digest of the training images in their order, "" without them: equal for equal batches."""
-        return self.train.order if self.train else ""
-
     def describe(self) -> dict[str, object]:
         """Plain values for data.json in a run folder: classes, form, order, images per class, files left
         out, and notes."""
@@ -73,7 +68,7 @@ def build_data(options: Options, *, train: bool, evaluate: bool, class_names: li
     """Find the images and their classes.
 
     class_names: the checkpoint's list in logit order, which then decides; the data must fit it. rank_zero:
-    only this process of a node writes the index cache. order: of a run to resume, its `Data.order`, "" when
+    only this process of a node writes the index cache. order: of a run to resume, its `train.order`, "" when
     its checkpoint has none; None for a new run.
     Raises UserError for everything the user can fix; Failure for data of a resumed run that are not there.
     """
@@ -131,16 +126,13 @@ def _labelled(options: Options, part: str, reader: Reader) -> _Split:
     if reader.classes != [""]:
         if options.data_set == "image_folder" and {"train", "val"} <= set(reader.classes):
             raise UserError(f"{shown} holds train/ and val/, which are no classes; give --data_set IMNET, or "
-                            f"--data_path {shown}/train --eval_data_path {shown}/val.",
-                            code="no_class_folders")
+                            f"--data_path {shown}/train.", code="no_class_folders")
         if options.val_labels and not training:
             logger.info("--val_labels has no effect: the images in %s lie in class folders.", shown)
         return _Split(part, reader, reader.labels, reader.classes)
     if training or not options.val_labels:
-        raise UserError(f"{shown} holds images but no class folders; sort them into one folder per class, "
-                        "or, for evaluation images, give --val_labels FILE (a CSV of file name,synset, or "
-                        "the devkit's ILSVRC2012_validation_ground_truth.txt with meta.mat beside it).",
-                        code="no_class_folders")
+        raise UserError(f"{shown} has images but no class folders; make one per class or, to evaluate, give "
+                        "--val_labels FILE (CSV of name,synset; or the devkit's).", code="no_class_folders")
     file_names = [os.path.basename(reader.name(i)) for i in range(len(reader))]
     classes, labels = np.unique(read_val_labels(options.val_labels, file_names), return_inverse=True)
     return _Split(part, reader, labels.astype(np.int32), classes.tolist(), "synset")
@@ -198,17 +190,16 @@ def _dataset(options: Options, split: _Split, names: list[str], notes: list[str]
     mine = split.labels[split.labels >= 0]
     empty = np.flatnonzero(np.bincount(mine, minlength=len(split.classes)) == 0)
     if len(empty) and part == "train" and not options.allow_class_mismatch and options.data_set != "CIFAR":
-        raise UserError(f"{plural(len(empty), 'class folder')} in {shown} without an image, such as "
-                        f"{printable(split.classes[empty[0]])}; remove them, or train anyway with "
-                        "--allow_class_mismatch true.", code="unexpected_classes")
+        raise UserError(f"{shown}: {plural(len(empty), 'class folder')} without an image, such as "
+                        f"{printable(split.classes[empty[0]])}; remove or allow them "
+                        "(--allow_class_mismatch true).", code="unexpected_classes")
     mapped = map_folders(split.classes, names, partial=set(names) >= set(imagenet_synsets()), noun=split.noun,
                          allow_mismatch=options.allow_class_mismatch, what=f"the {part} data ({shown})")
     targets = np.where(split.labels >= 0, mapped[split.labels], -1)
     known, found = int((targets >= 0).sum()), len(np.unique(targets[targets >= 0]))
     if len(names) < 2 or (part == "train" and found < 2):
-        raise UserError(f"{shown} has images of one class only ({printable(split.classes[0])}), so any "
-                        "network is correct without learning; give at least two class folders.",
-                        code="one_class")
+        raise UserError(f"{shown} has images of one class only ({printable(split.classes[0])}); a network "
+                        "needs at least two to learn anything.", code="one_class")
     if known < len(mine):
         notes.append(f"{part}: {len(mine) - known} images of {split.noun}s without a class are skipped")
     size, training = options.input_size, part == "train"

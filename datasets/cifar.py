@@ -44,8 +44,7 @@ def read_cifar(root: str, num_classes: int, train: bool) -> Cifar:
     """CIFAR-10 or -100 from `root`, or from its usual subfolder; UserError when a file is not what it should
     be."""
     if num_classes not in _FILES:
-        raise UserError(f"--data_set CIFAR has 10 or 100 classes, not --nb_classes {num_classes}.",
-                        code="unexpected_classes")
+        raise UserError(f"CIFAR has 10 or 100 classes, not --nb_classes {num_classes}.", "unexpected_classes")
     subfolder, train_files, val_files, meta, names_key, labels_key = _FILES[num_classes]
     folder = os.path.join(root, subfolder) if os.path.isdir(os.path.join(root, subfolder)) else root
     name, pixels, labels = "", [], []

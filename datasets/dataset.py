@@ -249,9 +249,8 @@ def make_loader(dataset: ImageDataset, options: Options, batches: Iterable, *,
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # -1 is no limit
         needed = len(os.listdir("/dev/fd")) + 20 * workers + 32
         if 0 <= hard < needed:
-            raise UserError(f"--num_workers {workers} needs {needed} open files, and this process may open "
-                            f"{hard}: raise the limit (ulimit -n 4096), or use --num_workers 0.",
-                            code="open_files")
+            raise UserError(f"--num_workers {workers} needs {needed} open files of at most {hard}: raise the "
+                            "limit (ulimit -n 4096), or use --num_workers 0.", code="open_files")
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed) if soft >= 0 else soft, hard))
         # A forked worker is there in 0.05 s (spawned: 3 s), shares the index and touches no accelerator.
         extra = {"persistent_workers": True, "timeout": _PATIENCE,

@@ -94,9 +94,8 @@ def retried(read: Callable[[], _T], there: str) -> _T:
                 _patience = 0.0
                 if not lost:
                     raise
-                raise Failure(f"{printable(there)} cannot be reached ({error.strerror or error}): the file "
-                              "system or the folder has gone; the same command resumes when it is back.",
-                              code="data_lost") from error
+                raise Failure(f"{printable(there)} has gone ({error.strerror or error}); the same command "
+                              "resumes when it is back.", code="data_lost") from error
         time.sleep(0.25)
 
 

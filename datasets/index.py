@@ -71,21 +71,6 @@ class Source:
         return [name for name in self.files if name.endswith(ending)]
 
 
-class Strings:
-    """A list of strings in two arrays, the bytes of all (uint8) and where each ends (int64); surrogates stand
-    for bytes that are not UTF-8."""
-
-    def __init__(self, blob: np.ndarray, ends: np.ndarray):
-        self.blob, self.ends = blob, ends
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index: int) -> str:
-        start = int(self.ends[index - 1]) if index else 0
-        return os.fsdecode(self.blob[start:int(self.ends[index])].tobytes())
-
-
 class Rows:
     """What a scan finds, a row per image: flat arrays, so that 14 million images take a gigabyte.
 
@@ -130,7 +115,7 @@ class Index:
 
     order: see Reader · seen: paths below `root` on which it depends, containers first · members: names are
     whole paths in a container, of which only the last part counts. arrays: labels int32 (N,), positions in
-    `classes` · blob and ends: the names below the class, as `Strings` · containers int32 (positions in
+    `classes` · blob and ends: the names below the class, one after the other · containers int32 (positions in
     `seen`), offsets and lengths int64 (N,); (0,) for images that are files · stamps: int64 (2 K,), times in
     ns and sizes of `seen`, which tell whether the index still holds.
     """
@@ -144,9 +129,10 @@ class Index:
     members: bool
     arrays: dict[str, np.ndarray]
 
-    @property
-    def names(self) -> Strings:
-        return Strings(self.arrays["blob"], self.arrays["ends"])
+    def name(self, i: int) -> str:
+        """The name of image `i`; surrogates stand for bytes that are not UTF-8."""
+        ends = self.arrays["ends"]
+        return os.fsdecode(self.arrays["blob"][ends[i - 1] if i else 0:ends[i]].tobytes())
 
     def canonical(self, name: str) -> tuple[str, str]:
         """(name without extension, extension) within a class."""
@@ -162,18 +148,18 @@ class Index:
 
     def arranged(self, key: Callable[[str], tuple[str, ...]], unique: bool = False) -> "Index":
         """Sorted by class and `key(name)`; classes are sorted one by one, so that few names are in memory."""
-        labels, names = self.arrays["labels"], self.names
+        labels = self.arrays["labels"]
         order, place = np.argsort(labels, kind="stable"), 0
         digest, blob, ends = hashlib.blake2b(digest_size=16), bytearray(), array("q")
         counts = np.bincount(labels, minlength=len(self.classes)).tolist()
         for folder, count in zip(self.classes, counts, strict=True):
-            found = [(names[i], i) for i in order[place:place + count].tolist()]
+            found = [(self.name(i), i) for i in order[place:place + count].tolist()]
             mine = sorted(found, key=lambda entry: key(entry[0]))  # stable: by place where keys are equal
             plain = [self.canonical(name) for name, _ in mine]
             twice = next((a for a, b in zip(plain, plain[1:]) if a == b), None) if unique else None
             if twice:
-                raise UserError(f"{printable(self.root)} holds {printable(''.join(twice))} of class "
-                                f"{printable(folder)} twice; remove one.", code="duplicate_names")
+                name = printable(f"{folder}/{''.join(twice)}")
+                raise UserError(f"{printable(self.root)} holds {name} twice; remove one.", "duplicate_names")
             digest.update("\0".join([folder, *(stem for stem, _ in plain), "\n"]).encode(
                 "utf-8", "surrogateescape"))
             order[place:place + count] = [i for _, i in mine]

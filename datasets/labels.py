@@ -42,29 +42,26 @@ def classes_of(folders: list[str], nb_classes: int | None, *, imagenet_layout: b
                     "ImageNet's own"]
                 return list(known), note
             if len(unknown) * 10 <= len(folders):
-                raise UserError(f"{_some(unknown)} among {len(folders)} synset folders are none of the "
-                                f"{len(known)} classes; remove or skip them (--allow_class_mismatch true).",
-                                code="unexpected_classes")
+                raise UserError(f"{_some(unknown)}: folders of none of {len(known)} synsets; remove or skip "
+                                "them (--allow_class_mismatch true).", code="unexpected_classes")
     if nb_classes is not None and nb_classes != len(folders):
-        raise UserError(f"--nb_classes {nb_classes} does not fit the {len(folders)} class folders found "
-                        f"({_some(folders)}); give --nb_classes {len(folders)} or check the data path.",
-                        code="unexpected_classes")
+        raise UserError(f"--nb_classes {nb_classes}, and the class folders are {_some(folders)}; give "
+                        f"--nb_classes {len(folders)} or check the data path.", code="unexpected_classes")
     return list(folders), _numbered(folders, evaluating and not allow_mismatch)
 
 
 def _numbered(folders: list[str], strict: bool) -> list[str]:
     """Folders 0, 1, …, 10 sorted as text put folder 10 at index 2: explained, refused where that decides a
     result."""
-    if not all(name.isascii() and name.isdigit() for name in folders) or folders == sorted(folders, key=int):
+    numbers = all(name.isascii() and name.isdigit() for name in folders)
+    pairs = zip(folders, sorted(folders, key=int)) if numbers else ()
+    at = next((i for i, (folder, by_number) in enumerate(pairs) if folder != by_number), None)
+    if at is None:
         return []
-    by_number = sorted(folders, key=int)
-    at = next(i for i, folder in enumerate(folders) if folder != by_number[i])
     sentence = f"class folders are numbers and sort as text, so folder '{folders[at]}' is class {at}"
     if strict:
-        raise UserError(f"The {sentence}, and the checkpoint names no classes to compare with; rename the "
-                        "folders with leading zeros or to synsets, or accept this order with "
-                        "--allow_class_mismatch true.",
-                        code="unexpected_classes")
+        raise UserError(f"The {sentence}, and the checkpoint names no classes; rename with leading zeros, or "
+                        "accept this order with --allow_class_mismatch true.", code="unexpected_classes")
     return [sentence + "; the class names are kept in the checkpoint, and evaluation goes by them"]
 
 
@@ -84,8 +81,8 @@ def map_folders(found: list[str], names: list[str], *, partial: bool, allow_mism
     if not (mapped >= 0).any():
         raise UserError(f"None of the {len(found)} class {noun}s in {what} ({_some(found)}) is one of the "
                         f"{len(names)} classes ({_some(names)}); check the path.", code="unexpected_classes")
-    problems = ([f"has {noun}s of no known class: {_some(extra)}"] if extra else []) + (
-        [f"has no {noun} for {_some(missing)}"] if missing and not partial else [])
+    problems = [f"has {noun}s of no known class: {_some(extra)}"] * bool(extra)
+    problems += [f"has no {noun} for {_some(missing)}"] * bool(missing and not partial)
     if problems and not allow_mismatch:
         raise UserError(f"{what[:1].upper()}{what[1:]} {' and '.join(problems)}; fix the {noun}s, or use the "
                         "common classes alone with --allow_class_mismatch true.", code="unexpected_classes")
@@ -108,20 +105,19 @@ def read_val_labels(path: str, file_names: list[str]) -> list[str]:
     if rows and all(len(row) == 1 and row[0].strip().isdigit() for row in rows):
         return _devkit_labels(Path(path), [int(row[0]) for row in rows], file_names)
     labelled = [(Path(row[0].strip()).name, row[1].split()[0]) for row in rows if row[1:] and row[1].strip()]
-    lines = Counter(Path(name).stem for name, _ in labelled)
-    files = Counter(Path(name).stem for name in file_names)
+    stems, files = (Counter(Path(name).stem for name in names) for names in (
+        [name for name, _ in labelled], file_names))
     twice = [name for name, number in Counter(name for name, _ in labelled).items()
-             if number > 1 or lines[Path(name).stem] > max(1, files[Path(name).stem])]
+             if number > 1 or stems[Path(name).stem] > max(1, files[Path(name).stem])]
     if twice:
-        raise UserError(f"--val_labels {path} names {printable(twice[0])} twice; each image needs one line "
-                        "`file name,synset`.", code="invalid_labels")
+        raise UserError(f"--val_labels {path} names {printable(twice[0])} twice; remove one.",
+                        code="invalid_labels")
     table = {Path(name).stem: label for name, label in labelled} | dict(labelled)
     found = [table.get(name, table.get(Path(name).stem)) for name in file_names]
     unnamed = [name for name, label in zip(file_names, found, strict=True) if label is None]
     if unnamed:
-        raise UserError(f"--val_labels {path} has no line for {len(unnamed)} of {len(file_names)} images, "
-                        f"such as {printable(unnamed[0])}; each image needs a line `file name,synset`.",
-                        code="invalid_labels")
+        raise UserError(f"--val_labels {path} lacks {len(unnamed)} of {len(file_names)} images, such as "
+                        f"{printable(unnamed[0])}; each needs a line `file name,synset`.", "invalid_labels")
     return [label for label in found if label is not None]
 
 
@@ -130,25 +126,20 @@ def _rows(path: str) -> list[list[str]]:
         text = read_file(path, LARGEST_LABELS).decode()
         return [row for row in csv.reader(text.splitlines()) if row]
     except (BadImage, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--val_labels {printable(path)} cannot be read ({error}); give a CSV of file "
-                        "name,synset or ILSVRC2012_validation_ground_truth.txt.",
-                        code="invalid_labels") from error
+        raise UserError(f"--val_labels {printable(path)} cannot be read ({error}); give a CSV of file name,"
+                        "synset or the devkit's ground truth.", code="invalid_labels") from error
 
 
 def _devkit_labels(path: Path, ids: list[int], file_names: list[str]) -> list[str]:
     if len(ids) != len(file_names):
-        raise UserError(f"--val_labels {path} has {len(ids)} labels for {len(file_names)} images; the "
-                        "devkit's file has one for each of the 50,000 images in the order of their names.",
-                        code="invalid_labels")
+        raise UserError(f"--val_labels {path} has {len(ids)} labels for {len(file_names)} images; give the "
+                        "devkit's, one for each of 50,000 in the order of names.", code="invalid_labels")
     meta = path.parent / "meta.mat"
-    if not os.path.exists(meta):
-        raise UserError(f"{path.name} needs the devkit's meta.mat in {path.parent}, which says what its "
-                        "numbers mean; copy it there.", code="invalid_labels")
     try:
         return devkit_synsets(ids, read_file(str(meta), LARGEST_LABELS))
     except Exception as error:  # loadmat raises many types for a damaged file; all mean the same here.
-        raise UserError(f"{meta} does not explain the numbers in {path.name} ({error!r}); take both files "
-                        "from one devkit.", code="invalid_labels") from error
+        raise UserError(f"{path.name} needs the devkit's meta.mat, which explains its numbers; {meta} does "
+                        f"not ({error!r}).", code="invalid_labels") from error
 
 
 def devkit_synsets(ids: list[int], meta: bytes) -> list[str]:

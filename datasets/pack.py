@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 from urllib.parse import quote
 
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common.errors import UserError
@@ -60,8 +60,7 @@ def pack(source: str, folder: str, *, tar_bytes: int, resize: int, cache: IndexC
     readers, target = splits_in(source, cache), Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     if not all(_OURS.fullmatch(path.name) for path in target.iterdir()):
-        raise UserError(f"{printable(folder)} holds other files; name a new folder.",
-                        code="unwritable_folder")
+        raise UserError(f"{printable(folder)} holds other files; name a new folder.", "unwritable_folder")
     done = {part: _pack_split(part, reader, target, tar_bytes, resize) for part, reader in readers.items()}
     write_json(target / "_info.json", {"name": Path(source).absolute().name, "splits": {
         PUBLIC[part]: {"name": PUBLIC[part], "num_samples": len(readers[part]), "alt_label": ""} | {
@@ -72,8 +71,8 @@ def pack(source: str, folder: str, *, tar_bytes: int, resize: int, cache: IndexC
     for part, reader in readers.items():
         written = open_reader(source_of(folder, part), IndexCache("/dev/null/none", reindex=True))
         if written.order != reader.order:
-            raise UserError(f"The order of {part} in {printable(folder)} is {written.order}, and it was "
-                            f"{reader.order}; remove the folder and pack again.", code="unreadable_data")
+            raise UserError(f"{printable(folder)} has another order than {part} had; pack again into a new "
+                            "folder.", code="unreadable_data")
         written.index.write(target / f"_{PUBLIC[part]}.index")
         size = file_size(sum(record["bytes"] for record in done[part]))
         changed = f"; short sides of at most {resize}: the pixels have changed" if resize else ""
@@ -89,8 +88,7 @@ def _pack_split(part: str, reader: Reader, folder: Path, tar_bytes: int, resize:
     lines = read_json_lines(ledger)
     first, *done = lines or [header]
     if first != header or any((folder / record["file"]).stat().st_size != record["bytes"] for record in done):
-        raise UserError(f"{printable(str(folder))} holds tars of other images or sizes; name a new folder.",
-                        code="folder_in_use")
+        raise UserError(f"{folder} holds tars of other data; name a new folder.", code="folder_in_use")
     if not lines:
         append_json_line(ledger, header)
 
@@ -149,11 +147,9 @@ def _quoted(name: str, always: bool = False) -> str:
 
 
 def _smaller(data: bytes, side: int) -> bytes:
-    image = decode(data)
-    width, height = image.size
-    if min(width, height) <= side:
+    image, buffer = decode(data), io.BytesIO()
+    if min(image.size) <= side:
         return data
-    factor, buffer = side / min(width, height), io.BytesIO()
-    size = (max(side, round(width * factor)), max(side, round(height * factor)))
-    image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95, subsampling=0)
+    image = ImageOps.scale(image, side / min(image.size), Image.Resampling.BICUBIC)
+    image.save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()

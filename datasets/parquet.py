@@ -8,11 +8,10 @@ import os
 import re
 from collections.abc import Iterator
 from functools import lru_cache
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
-from common.text import plural, printable
+from common.text import listed, plural, printable
 from datasets.images import LARGEST_FILE, BadImage, retried
 from datasets.index import Index, Rows, Source
 from datasets.readers import Reader, check_unchanged
@@ -83,7 +82,11 @@ def _group(path: str, group: int, changed: int, size: int):
 def opened(path: str) -> "ParquetFile":
     """A parquet file whose footer claims no more than the file can hold. Raises UserError without pyarrow,
     ValueError or OSError for other files."""
-    parquet, size = _pyarrow(), os.stat(path).st_size
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UserError("Parquet files need pyarrow: pip install pyarrow.", code="missing_package") from error
+    size = os.stat(path).st_size
     limit = min(max(size, 1), 2 ** 31 - 1)
     file = parquet.ParquetFile(path, pre_buffer=False, thrift_string_size_limit=limit,
                                thrift_container_size_limit=limit)
@@ -97,19 +100,10 @@ def opened(path: str) -> "ParquetFile":
     return file
 
 
-def _pyarrow() -> ModuleType:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UserError("Parquet files need pyarrow: pip install pyarrow.", code="missing_package") from error
-    return parquet
-
-
 def _column(file: "ParquetFile", names: tuple[str, ...]) -> str:
     found = [name for name in names if name in file.schema_arrow.names]
     if not found:
-        raise ValueError(f"it has the columns {', '.join(file.schema_arrow.names)}, and none of "
-                         f"{', '.join(names)}")
+        raise ValueError(f"no column is called {listed(names)}")
     return found[0]
 
 

@@ -19,7 +19,7 @@ from datasets.images import LARGEST_FILE, BadImage, is_image, read_file, retried
 from datasets.index import Index, IndexCache, Source, visible
 
 # Modules of this package; the first that recognises a source reads it.
-FORMS = ("originals", "webdataset", "tars", "parquet", "folders")
+FORMS = ("webdataset", "tars", "parquet", "folders")
 # Names of a split's folder, or words in the names of its files, in the order in which they are looked for.
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
 _CONTAINERS = (".tar", ".parquet")
@@ -41,7 +41,7 @@ class Reader:
     def __init__(self, index: Index):
         self.root, self.form, self.left_out, self.index = index.root, index.form, index.left_out, index
         self.labels, self.classes, self.order = index.arrays["labels"], index.classes, index.order
-        self.names, self.stamps = index.names, index.arrays["stamps"].reshape(-1, 2)
+        self.stamps = index.arrays["stamps"].reshape(-1, 2)
         self.containers, self.offsets = index.arrays["containers"], index.arrays["offsets"]
 
     def __len__(self) -> int:
@@ -52,11 +52,11 @@ class Reader:
         as Python's file functions have them."""
         above = self.container(index) if len(self.containers) else os.path.join(
             self.root, self.classes[self.labels[index]])
-        return os.path.join(above, self.names[index])
+        return os.path.join(above, self.index.name(index))
 
     def stem(self, index: int) -> str:
         """The name of image `index` below its class, without extension."""
-        return self.index.canonical(self.names[index])[0]
+        return self.index.canonical(self.index.name(index))[0]
 
     def container(self, index: int) -> str:
         """The path of the file that image `index` lies in."""
@@ -155,10 +155,10 @@ def source_of(root: str, part: str) -> Source:
 def too_slow(source: Source, images: int) -> UserError:
     """The refusal to train from a form of which only the stored order is read fast."""
     size = sum(os.path.getsize(os.path.join(source.root, name)) for name in source.files)
-    return UserError(f"{printable(source.root)} is read by groups of rows, too slowly for training in random "
-                     f"order: `python -m tools.data pack {printable(source.root)} FOLDER` makes tars of it "
-                     f"({file_size(size)}, about {duration(size / _PACK_RATE + images / _PACK_IMAGES)} on a "
-                     "local disk), or train all the same with --allow_slow_parquet true.", code="slow_form")
+    seconds, root = size / _PACK_RATE + images / _PACK_IMAGES, printable(source.root)
+    return UserError(f"{root} is too slow for training; `python -m tools.data pack {root} FOLDER` makes tars "
+                     f"({file_size(size)}, about {duration(seconds)}), or give --allow_slow_parquet true.",
+                     code="slow_form")
 
 
 def no_images(root: str, problem: str) -> UserError:

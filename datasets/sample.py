@@ -24,8 +24,7 @@ def ensure_sample(folder: str | os.PathLike) -> None:
         return
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"--data_path {folder} holds other files and not the sample data; name a new "
-                            "folder.", code="unwritable_folder")
+            raise UserError(f"--data_path {folder} holds other files; name a new one.", "unwritable_folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
             write_digits(Path(temporary, "data"))

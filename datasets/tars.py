@@ -1,9 +1,11 @@
 """The form of tar files, read where they lie: an index of offsets, nothing is ever extracted.
 
 An image's class is the folder before its name inside the tar, or the tar's own name where there is no folder
-(one tar per class, also one inside another tar, as ILSVRC2012_img_train.tar has them).
+(one tar per class, also one inside another tar, as ILSVRC2012_img_train.tar has them). The images of
+ILSVRC2012_img_val.tar get theirs from ILSVRC2012_devkit_t12.tar.gz beside it.
 """
 import errno
+import gzip
 import io
 import os
 import stat
@@ -15,8 +17,10 @@ from common.errors import UserError
 from common.text import plural, printable
 from datasets.images import is_image
 from datasets.index import Index, Rows, Source, file_type
+from datasets.labels import devkit_synsets
 
-_LARGEST_HEADER = 1 << 20  # bytes of a long name or of PAX records
+_LARGEST_HEADER, _LARGEST_DEVKIT = 1 << 20, 256 << 20  # bytes of a long name or PAX records; unpacked
+_VAL, _DEVKIT = "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 
 
 def recognise(source: Source) -> bool:
@@ -27,6 +31,8 @@ def recognise(source: Source) -> bool:
 def scan(source: Source) -> Index:
     """All images of all tars; raises UserError for a damaged tar."""
     tars, rows, own_folder = source.ending(".tar"), Rows(), False
+    if tars == [_VAL]:
+        return _scan_val(source, rows)
     count_beside(source, rows)
     for number, tar in enumerate(tars):
         for inner, member in members(os.path.join(source.root, tar)):
@@ -40,6 +46,36 @@ def scan(source: Source) -> Index:
                         "folder.", code="mixed_forms")
     kind = "tar files" if own_folder else "a tar per class"
     return rows.index(source, f"{kind} ({plural(len(tars), 'file')})", [*tars, ""], members=True)
+
+
+def _scan_val(source: Source, rows: Rows) -> Index:
+    """The validation images by the devkit's labels, or all of the class '' when there is none."""
+    found = [(parts[-1], member.offset_data, member.size) for _, member in members(
+        os.path.join(source.root, _VAL)) if (parts := image_path(member, rows))]
+    given = [_DEVKIT] if _DEVKIT in source.files else []
+    synsets = _devkit(os.path.join(source.root, _DEVKIT)) if given else [""] * len(found)
+    if len(synsets) != len(found):
+        raise UserError(f"{source.root}: {len(synsets)} labels in {_DEVKIT}, {len(found)} images in {_VAL}; "
+                        "download them again.", code="invalid_labels")
+    for synset, (name, offset, size) in zip(synsets, sorted(found)):
+        rows.add(synset, name, 0, offset, size)
+    return rows.index(source, _VAL, [_VAL, "", *given], members=True)
+
+
+def _devkit(path: str) -> list[str]:
+    """The synset of each validation image in the order of their names."""
+    with readable(path, "the devkit of ILSVRC2012"), gzip.open(path) as packed:
+        content = packed.read(_LARGEST_DEVKIT + 1)
+        if len(content) > _LARGEST_DEVKIT:
+            raise ValueError(f"more than {_LARGEST_DEVKIT} bytes")
+        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+            files = {os.path.basename(member.name): tar.extractfile(member) for member in tar}
+            truth, meta = (files[name] for name in ("ILSVRC2012_validation_ground_truth.txt", "meta.mat"))
+            try:
+                assert truth is not None and meta is not None
+                return devkit_synsets([int(line) for line in truth.read().split()], meta.read())
+            except Exception as error:  # loadmat raises many types for a damaged file
+                raise ValueError(str(error)) from error
 
 
 def count_beside(source: Source, rows: Rows, kind: str = "tar") -> None:

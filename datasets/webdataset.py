@@ -23,13 +23,14 @@ _LARGEST = 1 << 20  # bytes of a .cls or .json member
 
 
 def recognise(source: Source) -> bool:
-    """Tars whose first members have labels among them."""
+    """Tars whose first members have an image with a label beside it among them."""
     try:
-        first = [member.name for tar in source.ending(".tar")[:1]
+        first = [member.name.rpartition(".") for tar in source.ending(".tar")[:1]
                  for _, member in islice(members(os.path.join(source.root, tar)), 12)]
     except UserError:  # whichever form it is, reading it will say why
         return False
-    return any(name.endswith((".cls", ".json")) for name in first)
+    images = {key for key, _, kind in first if is_image(f"x.{kind}")}
+    return any(kind in ("cls", "json") and key in images for key, _, kind in first)
 
 
 def scan(source: Source) -> Index:
@@ -46,7 +47,7 @@ def scan(source: Source) -> Index:
                 _add(rows, file.fileno(), number, key, parts, folders)
         found, expected = len(rows) - before, counts.get(tar)
         if expected not in (None, found):
-            raise UserError(f"{printable(path)} has {found} images, and {info[0]} says {expected}; copy it "
+            raise UserError(f"{printable(path)} has {found} images of the {expected} in {info[0]}; copy it "
                             f"again, or remove {info[0]}.", code="unreadable_data")
     rows.classes = class_names(source.root, rows.classes, folders)
     return rows.index(source, f"WebDataset tars ({plural(len(tars), 'file')})", [*tars, "", *info])
@@ -62,9 +63,8 @@ def class_names(root: str, labels: dict[str, int], folders: dict[str, set[str]],
     highest = len(listed) or 10 ** 6
     odd = [label for label in labels if not 0 <= int(label) < highest]
     if odd:
-        raise UserError(f"{printable(root)} has label {odd[0]}, and its classes are 0 to {highest - 1}: it "
-                        "is a split without labels, or the list of classes is another's.",
-                        code="invalid_labels")
+        raise UserError(f"{printable(root)} has label {odd[0]}, and classes are 0 to {highest - 1}; give a "
+                        "split with labels of these.", code="invalid_labels")
     own = {label: "".join(folders[label]) for label in labels if len(folders.get(label, ())) == 1}
     if len({*own.values()} - {""}) == len(labels):
         return {own[label]: number for label, number in labels.items()}
@@ -124,7 +124,7 @@ def _listed(source: Source, info: str) -> dict[str, int | None]:
     """The number of images in each tar of the split as `_info.json` has it, {} where it doesn't list the
     split; UserError where it lists other tars."""
     here = source.ending(".tar")
-    with readable(os.path.join(source.root, info), "the list of a WebDataset"):
+    with readable(os.path.join(source.root, info), "the list of these tars"):
         splits = read_json(os.path.join(source.root, info))["splits"]
         named = source.split or os.path.basename(source.root)
         same = next((names for names in SPLITS.values() if named in names), ())
@@ -133,9 +133,7 @@ def _listed(source: Source, info: str) -> dict[str, int | None]:
             return {}
         files = [os.path.basename(name) for name in split["filenames"]]
         counts = split.get("shard_lengths") or [None] * len(files)
-        if sorted(files) == here and len(counts) == len(files):
-            return dict(zip(files, counts))
-    other = printable(min({*files} ^ {*here}, default="none"))
-    raise UserError(f"{printable(source.root)} holds {plural(len(here), 'tar file')} of this split, and "
-                    f"{info} lists {len(files)} with {len(counts)} lengths (differing: {other}); complete "
-                    f"them, or remove {info}.", code="unreadable_data")
+        if sorted(files) != here:
+            other = min({*files} ^ {*here}, default="one")
+            raise ValueError(f"{len(here)} tars are here and {len(files)} listed, not both times {other}")
+        return dict(zip(files, counts, strict=True))

@@ -21,6 +21,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.text import plural, printable
+from datasets.images import BadImage, decode_path
 from dense.scenes import COUNTS, NAMES, draw
 
 SMALLEST = 32  # sides of images to train on
@@ -89,6 +90,14 @@ class CocoSet:
         return Objects(np.concatenate([box[:, :2], box[:, :2] + box[:, 2:]], axis=1),
                        np.array(labels, dtype=np.int64),
                        np.stack(masks) if masks else np.zeros((0, *photo.size), dtype=np.uint8))
+
+    def pixels(self, index: int) -> np.ndarray:
+        """Image `index`, uint8 (H, W, 3); BadImage when unreadable or not of the annotated size."""
+        photo = self.photos[index]
+        image = np.asarray(decode_path(photo.path, exif_orientation=True))
+        if image.shape[:2] != photo.size:
+            raise BadImage("{1}x{0} pixels, annotated as {3}x{2}".format(*image.shape[:2], *photo.size))
+        return image
 
 
 def decoded(segmentation: list | dict, size: tuple[int, int]) -> np.ndarray:
@@ -250,13 +259,13 @@ def write_scenes(folder: Path) -> None:
                 annotations.append({
                     "id": len(annotations) + 1, "image_id": index, "category_id": kind + 1, "iscrowd": 0,
                     "bbox": [int(side) for side in box], "area": int(mask.sum()),
-                    "segmentation": {"size": [height, width], "counts": run_lengths(mask)}})
+                    "segmentation": run_lengths(mask)})
         content = {"images": images, "categories": categories, "annotations": annotations}
         (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
 
 
-def run_lengths(mask: np.ndarray) -> list[int]:
-    """COCO's plain run-length code of a mask, bool (height, width): lengths of 0s, 1s, … down the columns."""
+def run_lengths(mask: np.ndarray) -> dict:
+    """A mask, bool (height, width), as COCO's plain run-length code: lengths of 0s, 1s, … by columns."""
     flat = mask.ravel(order="F")
     ends = [0, *(np.flatnonzero(flat[1:] != flat[:-1]) + 1).tolist(), flat.size]
-    return [0] * bool(flat[0]) + np.diff(ends).tolist()
+    return {"size": [*mask.shape], "counts": [0] * bool(flat[0]) + np.diff(ends).tolist()}

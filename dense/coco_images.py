@@ -9,7 +9,7 @@ from torch import Tensor
 
 from common.random import key, numpy_generator
 from datasets.dataset import ATTEMPTS, UNREADABLE_TARGET, ImageDataset
-from datasets.images import BadImage, decode_path
+from datasets.images import BadImage
 from datasets.sampler import GlobalBatchSampler, Item
 from dense.coco import CocoSet, Objects
 from dense.detector_losses import Truth, padded
@@ -153,14 +153,11 @@ class CocoImages(ImageDataset):
 
         Raises BadImage for one that cannot be read or has another size than annotated.
         """
-        photo = self.rows.photos[used]
-        image = np.asarray(decode_path(photo.path, exif_orientation=True))
-        if image.shape[:2] != photo.size:
-            raise BadImage("{1}x{0} pixels, annotated as {3}x{2}".format(*image.shape[:2], *photo.size))
+        image, size = self.rows.pixels(used), self.rows.photos[used].size
         if epoch < 0:
-            return Sample(test_transform(image, self.scales), _nothing(), photo.size)
+            return Sample(test_transform(image, self.scales), _nothing(), size)
         draws = numpy_generator(self.seed, "augment", epoch, index)
-        return Sample(*train_transform(image, self.rows.objects(used), draws, self.scales), photo.size)
+        return Sample(*train_transform(image, self.rows.objects(used), draws, self.scales), size)
 
     def __getitems__(self, items: Sequence[Item | int]) -> DetectionBatch:
         """A batch from (epoch, index, position) tuples in training or plain indices in evaluation."""
@@ -205,6 +202,14 @@ def _together(samples: Sequence[Sample]) -> dict[str, Any]:
         counts=torch.tensor([len(sample.objects.boxes) for sample in samples]),
         boxes=torch.from_numpy(boxes), labels=torch.from_numpy(labels),
         masks=torch.from_numpy(np.concatenate(masks)))
+
+
+def network_input(image: np.ndarray, device: torch.device) -> Tensor:
+    """One image uint8 (h, w, 3) as the network takes it, float32 (1, 3, H, W), padded."""
+    size = padded((image.shape[0], image.shape[1]))
+    canvas = torch.zeros(1, *size, 3, dtype=torch.uint8)
+    canvas[0, :image.shape[0], :image.shape[1]] = torch.from_numpy(np.ascontiguousarray(image))
+    return normalised(canvas.to(device), torch.tensor([image.shape[:2]], device=device))
 
 
 def _nothing() -> Objects:

@@ -252,8 +252,8 @@ class UpdateSampler(GlobalBatchSampler):
 
 
 @dataclass(frozen=True)
-class SegmentationData(Data):
-    """Data whose splits hold label maps."""
+class SceneData(Data):
+    """Data whose splits hold label maps or objects."""
 
     def describe(self) -> dict[str, object]:
         """Plain values for data.json."""
@@ -264,7 +264,7 @@ class SegmentationData(Data):
 
 
 def find_data(options: SegmentationOptions, classes: list[str] | None, train: bool, evaluate: bool
-              ) -> SegmentationData:
+              ) -> SceneData:
     """The splits that are wanted; `classes` are those of a checkpoint. A few pairs of each are read, so that
     label maps of another kind are refused at the start."""
     if options.data_set == "SAMPLE":
@@ -288,4 +288,4 @@ def find_data(options: SegmentationOptions, classes: list[str] | None, train: bo
             raise UserError(f"{len(bad)} of 5 images cannot be used, such as {bad[0]}; see --classes, "
                             "--zero_ignored and --label_path.", code="unreadable_image")
         found[part] = dataset
-    return SegmentationData(found.get("train"), found.get("val"), list(classes or names), notes)
+    return SceneData(found.get("train"), found.get("val"), list(classes or names), notes)

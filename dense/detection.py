@@ -16,8 +16,11 @@ def _work(options: Options) -> Work:
 
     from dense.detection_evaluation import evaluate_detectors
     from dense.detection_task import Detection, find_scenes
+    from dryrun import check
     from training import train
 
+    if options.dry_run:
+        return partial(check, data=find_scenes, task=Detection)
     if options.eval:
         return evaluate_detectors
     return partial(train, data=find_scenes, task=Detection, evaluate=evaluate_detectors)

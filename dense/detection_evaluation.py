@@ -17,9 +17,10 @@ from dense.backbone import load_published
 from dense.coco import CocoSet
 from dense.coco_images import CocoImages
 from dense.detection_options import DetectionOptions
-from dense.detection_task import build_detector, find_data, precision, results, share
+from dense.detection_task import build_detector, find_data, keeper, precision, results
 from dense.detector import Detector
 from dense.evaluation import evaluate_each, heartbeat, own_options, verdict
+from dense.segmentation_task import share
 from dense.zoo import DETECTORS, PublishedDetector
 from launch.process import Process
 from launch.watchdog import Watchdog
@@ -101,7 +102,8 @@ def _evaluate(path: str, resolved: Resolved, process: Process, watchdog: Watchdo
     loader = share(data, options, process, refuse_bad=not options.allow_bad_images)
     images = cast(CocoImages, data.val).rows
     try:
-        found = results([trained.model], loader, images, process, heartbeat(watchdog))
+        found = results([trained.model], loader, images, process, heartbeat(watchdog),
+                        keeper(options.output_dir, images, process))
         bad = sum(len(part) for part in process.all_gather_object(loader.take_unreadable()))
     finally:
         loader.close()

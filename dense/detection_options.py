@@ -21,7 +21,7 @@ class DetectionOptions(DenseOptions):
       --eval true --resume CHECKPOINT"""
     LAYOUT: ClassVar[str] = "annotations/ and the folders of images"
     QUICKSTART: ClassVar[str] = "quickstart_detection"
-    SAMPLE: ClassVar[str] = "data/scenes_coco"
+    SAMPLE: ClassVar[str] = "data/scenes-coco"
 
     data_path: str = option(_DATA, "", "folder of annotations/ (instances_SET.json) and of each "
                             "SET's images")

@@ -1,6 +1,5 @@
 """Detection as a task of the Trainer: network, losses, batches, COCO's average precision."""
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -18,10 +17,13 @@ from datasets.dataset import UNREADABLE_TARGET, Batch, make_loader
 from dense.backbone import load_backbone, replace_batchnorm
 from dense.coco import CocoSet, average_precision, encoded, read_coco, write_scenes
 from dense.coco_images import CocoImages, DetectionBatch, OrientedSampler, Scales
+from dense.data import SceneData
 from dense.detection_options import DetectionOptions
 from dense.detector import Detections, Detector
+from dense.draw import save_objects
 from dense.optim import DenseSchedule, scale_by_depth
 from dense.scenes import write_once
+from dense.segmentation_task import share
 from dense.zoo import HEADS, detector_filters
 from evaluation import amp_dtype
 from launch.process import Process
@@ -44,20 +46,8 @@ def build_detector(options: DetectionOptions, classes: int) -> Detector:
     return model
 
 
-@dataclass(frozen=True)
-class DetectionData(Data):
-    """Data whose splits are CocoImages."""
-
-    def describe(self) -> dict[str, object]:
-        """Plain values for data.json."""
-        found: dict[str, object] = {"classes": self.class_names, "notes": self.notes}
-        for part, dataset in (("train", self.train), ("val", self.val)):
-            found |= {} if dataset is None else {part: {"images": len(dataset)}}
-        return found
-
-
 def find_data(options: DetectionOptions, classes: list[str] | None, *, train: bool, evaluate: bool
-              ) -> DetectionData:
+              ) -> SceneData:
     """The sets that are wanted, with one list of classes; `classes` is that of a checkpoint."""
     if options.data_set == "SAMPLE":
         write_once(options.data_path, write_scenes, "annotations")
@@ -74,7 +64,7 @@ def find_data(options: DetectionOptions, classes: list[str] | None, *, train: bo
     images = {name: CocoImages(found, scales, options.seed) for name, found in sets.items()}
     notes = [f"{name}: {len(found)} images, {len(classes or ())} classes" for name, found in images.items()]
     notes += [sentence for found in sets.values() for sentence in found.left_out]
-    return DetectionData(images[options.train_set] if train else None,
+    return SceneData(images[options.train_set] if train else None,
                          images[options.val_set] if evaluate else None, list(classes or ()), notes)
 
 
@@ -83,13 +73,6 @@ def find_scenes(options: Options, process: Process, state: State) -> Data:
     options = cast(DetectionOptions, options)
     return process.local_first(lambda: find_data(options, state.get("classes"), train=True,
                                                  evaluate=not options.disable_eval))
-
-
-def share(data: Data, options: Options, process: Process, refuse_bad: bool = False):
-    """This rank's images of the evaluation, one at a time: its padding is then its own."""
-    assert data.val is not None
-    mine = range(process.rank, len(data.val), process.world_size)
-    return make_loader(data.val, options, [[index] for index in mine], refuse_bad=refuse_bad)
 
 
 def rows_of(found: Detections, image: int, categories: Sequence[int]) -> list[dict]:
@@ -103,9 +86,11 @@ def rows_of(found: Detections, image: int, categories: Sequence[int]) -> list[di
 
 @torch.no_grad()
 def results(networks: Sequence[nn.Module], loader: Iterable[Batch], images: CocoSet, process: Process,
-            leaves: Callable[[], bool] = lambda: False) -> list[list[dict]] | None:
+            leaves: Callable[[], bool] = lambda: False,
+            keep: Callable[[int, Detections], object] | None = None) -> list[list[dict]] | None:
     """COCO's results of each network over all images of all ranks, on every rank; None when `leaves()` said
-    so on any rank. In true float32; an unreadable image has no objects."""
+    so on any rank. In true float32; an unreadable image has no objects. `keep(index, detections)` gets those
+    of the first network."""
     categories = list(images.categories)
     found: list[list[dict]] = [[] for _ in networks]
     left = False
@@ -122,9 +107,18 @@ def results(networks: Sequence[nn.Module], loader: Iterable[Batch], images: Coco
                 detections = cast(Detector, network).detect(
                     batch.network_input(process.device), (height, width), photo.size)
                 rows += rows_of(detections, photo.id, categories)
+                if keep is not None and network is networks[0]:
+                    keep(int(batch.indices[0]), detections)
     if process.any(left):
         return None
     return [[row for part in process.all_gather_object(rows) for row in part] for rows in found]
+
+
+def keeper(folder: str, images: CocoSet, process: Process) -> Callable[[int, Detections], object] | None:
+    """What keeps rank 0's first images with their objects in a run folder, for the report."""
+    if not folder or not process.is_main:
+        return None
+    return lambda index, found: save_objects(folder, images, index, found)
 
 
 def precision(rows: Sequence[dict], images: CocoSet, process: Process) -> dict[str, dict]:
@@ -140,6 +134,7 @@ class Detection:
     def __init__(self, plan: Plan, process: Process, state: State | None = None):
         options, data, batch = cast(DetectionOptions, plan.options), plan.data, plan.batch
         self.seed, self.autocast_dtype, self.process = options.seed, amp_dtype(options), process
+        self.folder = options.output_dir
         model = build_detector(options, data.num_classes)
         self.drop_draws = model.num_drop_draws
         if state is None and (options.pretrained or options.finetune):
@@ -182,9 +177,10 @@ class Detection:
             observer.on_phase("evaluation", update)
             return observer.leaves_evaluation()
 
+        keep = keeper(self.folder, self.images, self.process)
         with native.packed(*(network for _, network in networks)):
             found = results([network for _, network in networks], self.loaders[1], self.images, self.process,
-                            leaves)
+                            leaves, keep)
         if found is None:
             return None
         figures = {}

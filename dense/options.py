@@ -25,6 +25,7 @@ class DenseOptions(Options):
         "eval_data_path nb_classes val_labels allow_class_mismatch reindex exif_orientation index_cache "
         "suite imagenet_default_mean_and_std input_size head_init_scale model_key model_prefix allow_partial "
         "lr_scale warmup_epochs weight_decay_end layer_decay clip_by clip_mode smoothing start_epoch aa "
+        "freeze val_fraction allow_slow_parquet "
         "scale hflip color_jitter train_interpolation reprob remode recount mixup cutmix cutmix_minmax "
         "mixup_prob mixup_switch_prob mixup_mode crop_pct explain_difference report compile".split())
 

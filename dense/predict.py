@@ -25,6 +25,7 @@ from common.outcome import ExitCode
 from common.safe_load import safe_torch_load
 from common.text import printable
 from datasets.images import BadImage, decode_path
+from dense.coco import run_lengths
 from dense.data import MS_RATIOS, SMALLEST_SIDE
 from dense.draw import overlay, palette
 from dense.evaluation import Trained, load_segmentor
@@ -70,15 +71,8 @@ class SegmentPredictor:
         shares = [{"class": classes[label], "share": round(float((labels == label).mean()), 6)}
                   for label in present]
         return ({"classes": sorted(shares, key=lambda row: -row["share"])},
-                [{"category_id": label + 1, "segmentation": rle(labels == label)} for label in present])
-
-
-def rle(mask: np.ndarray) -> dict:
-    """A mask (H, W) as COCO's uncompressed run lengths: column by column, zeros first."""
-    flat = mask.ravel(order="F")
-    ends = np.flatnonzero(np.diff(flat, prepend=flat[:1], append=[not flat[-1]]))
-    counts = np.diff(ends, prepend=0).tolist()
-    return {"size": list(mask.shape), "counts": [0, *counts] if flat[0] else counts}
+                [{"category_id": label + 1, "segmentation": run_lengths(labels == label)}
+                 for label in present])
 
 
 def load(source: str | os.PathLike, device: str | torch.device = "cpu", ms_flip: bool = False):

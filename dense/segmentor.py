@@ -3,6 +3,7 @@
 Names, shapes and order of the parameters are the published ones; initial values too.
 """
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,23 @@ DROPOUT, AUXILIARY_WEIGHT, IGNORED = 0.1, 0.4, 255
 def resized(x: Tensor, size: Sequence[int]) -> Tensor:
     """Maps (B, C, h, w) at `size`, bilinear, corners not aligned."""
     return F.interpolate(x, size=(size[0], size[1]), mode="bilinear", align_corners=False)
+
+
+class AveragePool(nn.AdaptiveAvgPool2d):
+    """Averages over size x size parts; for an exported graph as two products, so that sizes stay free."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_exporting():
+            return super().forward(x)
+        rows, columns = (self._weights(side, x) for side in x.shape[2:])
+        return rows @ x @ columns.T
+
+    def _weights(self, side: int, like: Tensor) -> Tensor:
+        """(size, side): each row the share of the pixels of one part."""
+        count, pixels = cast(int, self.output_size), torch.arange(side, device=like.device)
+        part = torch.arange(count, device=like.device)[:, None]
+        inside = (pixels >= part * side // count) & (pixels < ((part + 1) * side + count - 1) // count)
+        return inside.to(like.dtype) / inside.sum(dim=1, keepdim=True)
 
 
 class Classifier(nn.Module):
@@ -52,7 +70,7 @@ class UPerHead(Classifier):
         super().__init__(width, classes)
         *lower, last = channels
         self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(pool), ConvNormAct(last, width)) for pool in POOLS)
+            nn.Sequential(AveragePool(pool), ConvNormAct(last, width)) for pool in POOLS)
         self.bottleneck = ConvNormAct(last + len(POOLS) * width, width, 3)
         self.lateral_convs = nn.ModuleList(ConvNormAct(c, width) for c in lower)
         self.fpn_convs = nn.ModuleList(ConvNormAct(width, width, 3) for _ in lower)
@@ -101,7 +119,7 @@ class Segmentor(nn.Module):
                  auxiliary_width: int = AUXILIARY_WIDTH, layer_scale_init_value: float = 1e-6):
         super().__init__()
         self.backbone = Backbone(model, filters, drop_path, layer_scale_init_value)
-        channels = self.backbone.channels
+        channels, self.in_chans = self.backbone.channels, 3
         self.decode_head = UPerHead(channels, classes, head_filter, width)
         self.auxiliary_head = AuxiliaryHead(channels[2], classes, auxiliary_width)
 

@@ -7,7 +7,6 @@ Every option that isn't the launcher's own goes to main.py. The job runs a snaps
 configuration taken now, is requeued after a preemption or at its time limit, and resumes where it was.
 """
 import argparse
-import dataclasses
 import os
 import shlex
 import shutil
@@ -29,7 +28,7 @@ from common.files import write_json
 from common.ledger import RUNNING, Ledger, Record
 from common.log import logger, setup_logging
 from common.outcome import ExitCode, Outcome
-from launch.slurm import Job, last_lines
+from launch.slurm import Job, last_lines, program
 from launch.stop import margin, squeue
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,12 +39,9 @@ SETUP = [
     # From 22.05 on srun doesn't take this over from the job.
     "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
     # A signal to the batch script (scancel --batch or --full) would end it, and with it the job.
-    "srun() {",
-    '  command srun "$@" & local step=$! code',
+    'srun() { command srun "$@" & local step=$! code',
     '  for name in USR1 USR2 TERM; do trap "kill -$name $step" $name; done',
-    "  while wait $step; code=$?; kill -0 $step 2>/dev/null; do :; done",
-    "  return $code",
-    "}"]
+    "  while wait $step; code=$?; kill -0 $step 2>/dev/null; do :; done; return $code; }"]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -70,6 +66,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max_requeue", type=int, default=100, help="how often the job may be requeued")
     p.add_argument("--dry_run", nargs="?", const="true", default="false", choices=("true", "false"),
                    help="print the job's script and stop")
+    p.add_argument("--module", default="", choices=("", "dense.segmentation", "dense.detection"),
+                   help="what to run in place of main.py")
     p.add_argument("--use_volta32", action="store_true", help="published flag: accepted with a notice")
     for name in ("config", "output_dir", "device"):  # main.py's, which the launcher reads too
         p.add_argument(f"--{name}", help=argparse.SUPPRESS)
@@ -115,7 +113,7 @@ def submit(options: argparse.Namespace, argv: list[str]) -> int:
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise UserError("there is no sbatch on this machine; without Slurm start main.py with torchrun on "
                         "each node (TRAINING.md).", code="no_slurm")
-    check_main_options(argv)
+    check_main_options(argv, options.module)
     folder, before = str(Path(options.job_dir).expanduser().absolute()), os.getcwd()
     recipe = Path(options.config) if options.config and Path(options.config).is_file() else None
     given = options.output_dir or recipe and (yaml.safe_load(recipe.read_text()) or {}).get("output_dir")
@@ -124,22 +122,22 @@ def submit(options: argparse.Namespace, argv: list[str]) -> int:
     executor = build_executor(folder, options)
     if options.dry_run == "true":
         text = executor._make_submission_file_text(executor._submitit_command_str, "dry_run")
-        sys.stdout.write(f"{text}# each task then runs: main.py {shlex.join(argv)}\n")
+        sys.stdout.write(f"{text}# each task then runs: {options.module or 'main.py'} {shlex.join(argv)}\n")
         return ExitCode.DONE
     earlier = Ledger(folder).read("job.json")
-    if earlier and job_state(earlier, Ledger(folder), {})[0].startswith(UNFINISHED):
+    if earlier and job_state(earlier, {})[0].startswith(UNFINISHED):
         raise UserError(f"--job_dir {folder} is that of job {earlier['id']}, which has not ended: cancel it, "
                         "or give each job a folder of its own with %j, as in runs/%j.", code="folder_in_use")
     try:
         code = snapshot(folder)
         if recipe:
             argv += ["--config", str(shutil.copy2(recipe, code / "submitted_config.yaml"))]
-        job = Job(argv, before, str(code), folder, output_dir, options.max_requeue)
+        job = Job(argv, before, str(code), folder, output_dir, options.max_requeue, options.module)
         os.chdir(code)  # the job's tasks unpickle and import from here
         submitted = executor.submit(job)
-        record = dataclasses.asdict(job) | {"id": submitted.job_id,
-                                            "output_dir": output_dir.replace("%j", submitted.job_id)}
-        write_json(submitted.paths.folder / "job.json", record)
+        record = {"id": submitted.job_id, "code": job.code, "output_dir": output_dir}
+        write_json(submitted.paths.folder / "job.json",
+                   {name: value.replace("%j", submitted.job_id) for name, value in record.items()})
     except OSError as error:
         raise UserError(f"--job_dir {options.job_dir} cannot be used ({error.filename or folder}: "
                         f"{error.strerror}); choose a folder that all nodes can write to.",
@@ -154,10 +152,11 @@ def submit(options: argparse.Namespace, argv: list[str]) -> int:
     return ExitCode.DONE
 
 
-def check_main_options(argv: list[str]) -> None:
-    """Let main.py check its options now: a mistake should not wait in a queue for hours."""
-    command = [sys.executable, str(ROOT / "main.py"), "--print_config", "true", *argv]
-    answer = subprocess.run(command, capture_output=True, text=True)
+def check_main_options(argv: list[str], module: str = "") -> None:
+    """Let main.py, or a module, check its options now: a mistake should not wait in a queue for hours."""
+    command = [*program(str(ROOT), module), "--print_config", "true", *argv]
+    answer = subprocess.run(command, capture_output=True, text=True,
+                            env={**os.environ, "PYTHONPATH": str(ROOT)})
     if answer.returncode == 0:
         return
     raise UserError((answer.stderr.splitlines() or [f"main.py ended with {answer.returncode}"])[-1]
@@ -198,20 +197,19 @@ def build_executor(folder: str, options: argparse.Namespace) -> SlurmExecutor:
 
 
 def status(folder: Path) -> str:
-    """Where the job, or the run, in `folder` stands: state, update, attempts, first cause, last words."""
+    """Where the job with its logs in `folder` stands: state, update, attempts, first cause, last words."""
     own = Ledger(folder.absolute())
     job = own.read("job.json")
-    run = Ledger(job.get("output_dir", own.path))
-    number = job.get("id", own.newest().get("job"))
+    if not job:
+        raise UserError(f"{folder} holds no job.json: give the folder named when the job was submitted.",
+                        code="no_job")
+    run = Ledger(job["output_dir"])
     attempts = [a for ledger in {run.path: run, own.path: own}.values() for a in ledger.attempts()
-                if a.get("job") == number]
-    if not attempts and not job:
-        raise UserError(f"{folder} holds no job.json and no run: give the folder of logs that was named when "
-                        "the job was submitted, or a run's --output_dir.", code="no_job")
+                if a.get("job") == job["id"]]
     last = max(attempts, key=lambda a: a["restarts"], default={})
-    state, at_work = job_state(job, run, last)
-    lines = [f"job      {number}" if job else f"run      {own.path}", f"state    {state}"]
-    if at_work and (now := run.reached(number)):
+    state, at_work = job_state(job, last)
+    lines = [f"job      {job['id']}", f"state    {state}"]
+    if at_work and (now := run.reached(job["id"])):
         lines.append(f"update   {now['update']} ({now['phase']}, {time.time() - now['time']:.0f} s ago)")
     for each in attempts[-6:]:
         ended = each["state"]
@@ -222,24 +220,23 @@ def status(folder: Path) -> str:
         why = each.get("reason") or each.get("cause")
         lines.append(f"attempt  {each['restarts'] + 1}: {ended}" + (f" ({why})" if why else ""))
     failed = last.get("state") == Outcome.FAILED
-    log = own.path / f"{number}_{last.get('rank', 0)}_log.err"
+    log = own.path / f"{job['id']}_{last.get('rank', 0)}_log.err"
     words = last_lines(log, 12 if failed else 1)
     lines += [f"failure  {last.get('cause')}"] * failed + [f"log      {log}"] * bool(words)
     return "\n".join(lines + [f"         | {line}" for line in words]) + "\n"
 
 
-def job_state(job: Record, run: Ledger, last: Record) -> tuple[str, bool]:
+def job_state(job: Record, last: Record) -> tuple[str, bool]:
     """What Slurm says, or how the last attempt ended where it doesn't know; and whether tasks are at work."""
     begun = last.get("state") == RUNNING
     ended = KILLED if begun else last.get("state", "UNKNOWN")
-    if job and (asked := squeue(job["id"], "%T|%r|%S|%N|%M")):
-        state, reason, first, nodes, elapsed = asked.split("|")
-        if state == "PENDING":
-            return f"{state} ({reason}" + (f", not before {first})" if first != "N/A" else ")"), False
-        if state in UNFINISHED:
-            return f"{state} on {nodes} for {elapsed}" + ("" if begun else ", starting"), begun
-        return state + (f"; the run: {ended}" if ended not in (Outcome.DONE, state) else ""), False
-    return (RUNNING, True) if not job and run.is_owned() else (ended, False)
+    state, reason, first, nodes, elapsed = (squeue(job["id"], "%T|%r|%S|%N|%M") or "||||").split("|")
+    if state == "PENDING":
+        return f"{state} ({reason}" + (f", not before {first})" if first != "N/A" else ")"), False
+    if state in UNFINISHED:
+        return f"{state} on {nodes} for {elapsed}" + ("" if begun else ", starting"), begun
+    known = state or ended
+    return known if ended in (Outcome.DONE, known) else f"{known}; the run: {ended}", False
 
 
 if __name__ == "__main__":

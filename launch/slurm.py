@@ -39,6 +39,7 @@ class Job:
     folder: str
     output_dir: str
     max_requeue: int
+    module: str = ""  # in place of main.py
 
     def __call__(self) -> int:
         environment = submitit.JobEnvironment()
@@ -51,6 +52,11 @@ class Job:
             code = task.after(code)
             raise SystemExit(code if code > 0 else 128 - code)
         return code
+
+
+def program(code: str, module: str) -> list[str]:
+    """The command without its options: main.py, or another module, of the code in `code` and of no other."""
+    return [sys.executable, "-u", *(["-P", "-m", module] if module else [os.path.join(code, "main.py")])]
 
 
 class Task:
@@ -70,9 +76,9 @@ class Task:
             logger.warning("No scontrol on this node's PATH: at its time limit the job is not requeued; "
                            "after a preemption Slurm itself must requeue it.")
         parent = os.getppid()
-        command = [sys.executable, "-u", os.path.join(self.job.code, "main.py"), *self.job.argv]
+        command = program(self.job.code, self.job.module) + self.job.argv
         self.child = subprocess.Popen([argument.replace("%j", self.id) for argument in command],
-                                      cwd=self.job.cwd)
+                                      cwd=self.job.cwd, env={**os.environ, "PYTHONPATH": self.job.code})
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):  # submitit's before
             signal.signal(number, self._forward)
         while (code := self.child.poll()) is None:

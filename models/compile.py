@@ -28,9 +28,9 @@ def compile_blocks(model: HorNet, shape: tuple[int, int, int, int], dtype: torch
     """Let the stages that gain by it compute on compiled blocks, for batches of `shape` under autocast to
     `dtype` (None: none) in training, in float32 in evaluation.
 
-    One batch of noise goes through both, forward and backward, which also does the compiling. The model is
-    left as it was, with one warning, when it cannot be compiled here, when its logits or gradients are
-    further from eager float32 than rounding in `dtype` explains, or when `agree` says so: it gets this
+    One batch of noise goes through both, in evaluation and in training, which also does the compiling. The
+    model is left as it was, with one warning, when it cannot be compiled here, when its logits or gradients
+    are further from eager float32 than rounding in `dtype` explains, or when `agree` says so: it gets this
     process' own success and answers that of all. Blocks are timed on copies, on the first process, whose
     choice `from_first` brings; no weight, gradient or random draw is touched. Returns the numbers of the
     compiled stages, from 1, such as "1 3 4"; given as `saved`, they are taken without timing.
@@ -39,8 +39,8 @@ def compile_blocks(model: HorNet, shape: tuple[int, int, int, int], dtype: torch
     before = [(block, block.runner) for stage in stages for block in stage]
     try:
         with float32_products():
-            exact = _logits_and_gradients(model, shape, None)
-        eager = _logits_and_gradients(model, shape, dtype)
+            exact = _passes(model, shape, None)
+        eager = _passes(model, shape, dtype)
         chosen = _fastest(model, shape, dtype) if saved is None else saved
     except Exception as error:  # Whatever a compiler raises, its own bugs included, and too little memory.
         trouble = _first_lines(error)
@@ -49,9 +49,7 @@ def compile_blocks(model: HorNet, shape: tuple[int, int, int, int], dtype: torch
         if chosen and not trouble:
             for number in map(int, chosen.split()):
                 _use(compiled_runner(number), *stages[number - 1])
-            trouble = _furthest(model, _logits_and_gradients(model, shape, dtype), eager, exact)
-            with float32_products(), torch.no_grad():
-                model.eval()(_noise(model, shape))  # compiles what evaluations take
+            trouble = _furthest(model, _passes(model, shape, dtype), eager, exact)
     except Exception as error:
         trouble = _first_lines(error)
     model.train()
@@ -132,26 +130,25 @@ def _seconds(block: nn.Module, x: Tensor, keep: Tensor | None, dtype: torch.dtyp
     return min(end - start for start, end in zip(times[1:], times[2:]))
 
 
-def _noise(model: HorNet, shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()).device)
-
-
-def _logits_and_gradients(model: HorNet, shape: tuple[int, ...], dtype: torch.dtype | None) -> list[Tensor]:
-    """Of one fixed batch in training mode, in float32, kept in main memory."""
-    x = _noise(model.train(), shape)
+def _passes(model: HorNet, shape: tuple[int, ...], dtype: torch.dtype | None) -> list[Tensor]:
+    """Of one fixed batch, in float32, kept in main memory: the logits of an evaluation, those of a training,
+    its gradients."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()).device)
+    with float32_products(), torch.no_grad():
+        evaluated = model.eval()(x)
     # Nothing is dropped, so that every layer shows.
     keep_all = torch.ones(shape[0], model.num_drop_draws, device=x.device)
     with autocast(x.device, dtype):
-        logits = model(x, keep_all).float()
+        logits = model.train()(x, keep_all).float()
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(logits.square().mean(), parameters)
-    return [tensor.detach().cpu() for tensor in (logits, *gradients)]
+    return [tensor.detach().cpu() for tensor in (evaluated, logits, *gradients)]
 
 
 def _furthest(model: nn.Module, found: list[Tensor], eager: list[Tensor], exact: list[Tensor]) -> str:
     """A sentence about the tensor further from `exact` than eager's own rounding allows; "" for none."""
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    names = ["the logits", *(f"the gradient of {name}" for name in trained)]
+    names = ["the evaluation's logits", "the logits", *(f"the gradient of {name}" for name in trained)]
     worst, sentence = _ROUNDING, ""
     for name, ours, theirs, true in zip(names, found, eager, exact):
         scale = true.norm() + torch.finfo(torch.float32).tiny

@@ -22,12 +22,6 @@ _TIMM = ("input_size", "crop_pct", "crop_mode", "mean", "std", "interpolation", 
          "classifier")
 
 
-def description(trained: Trained) -> dict:
-    """Classes and settings beside the weights in a file: without them it would be given other images."""
-    return {"format": 3, "classes": trained.classes,
-            "args": {"model": trained.name, **asdict(trained.settings)}}
-
-
 def hub_config(trained: Trained, licence: str) -> dict:
     """config.json as timm and transformers read it (plain values)."""
     known = vars(trained.model)["pretrained_cfg"]
@@ -43,7 +37,10 @@ def hub_config(trained: Trained, licence: str) -> dict:
 def write_hub(trained: Trained, folder: Path, card: str, licence: str) -> None:
     """Write the three files; `card` is the Markdown of README.md."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_safetensors(folder / HUB_WEIGHTS, trained.model.state_dict(), description(trained))
+    # In the header, as a checkpoint has it: without it the file alone would be given other images.
+    about = {"format": 3, "classes": trained.classes,
+             "args": {"model": trained.name, **asdict(trained.settings)}}
+    save_safetensors(folder / HUB_WEIGHTS, trained.model.state_dict(), about)
     write_json(folder / "config.json", hub_config(trained, licence))
     write_text(folder / "README.md", card)
 

@@ -26,43 +26,38 @@ def problem(reader: Reader, image: int) -> str:
     return ""
 
 
-def describe(part: str, reader: Reader, sampled: int) -> list[str]:
-    """What `info` writes on a split."""
+def info(reader: Reader, sampled: int) -> list[str]:
+    """Lines on a split: what it is, and a sample of its images."""
     counts = np.bincount(reader.labels, minlength=len(reader.classes))
     chosen = np.linspace(0, len(reader) - 1, min(sampled, len(reader))).astype(int).tolist()
     started = time.perf_counter()
     found = [sentence for image in chosen if (sentence := problem(reader, image))]
     speed = len(chosen) / (time.perf_counter() - started)
-    left_out = ", ".join(f"{count} {printable(kind)}" for kind, count in reader.left_out.items())
-    return [f"{part}: {len(reader):,} images in {plural(len(reader.classes), 'class')}, {reader.form}, order "
-            f"{reader.order[:8]}",
-            f"  {printable(reader.root)}; {counts.min():,} to {counts.max():,} images per class",
-            *([f"  skipped, not images: {left_out}"] if left_out else []),
-            f"  {speed:.0f} images/s read and decoded by one core, {len(found)} of a sample of {len(chosen)} "
-            "unreadable", *(f"  {sentence}" for sentence in found[:3])]
+    left_out = [f"  not images: {count} {printable(kind)}" for kind, count in reader.left_out.items()]
+    return [f"{len(reader):,} images in {plural(len(reader.classes), 'class')} ({counts.min():,} to "
+            f"{counts.max():,} each), {reader.form}, order {reader.order[:8]}, in {printable(reader.root)}",
+            f"  {speed:.0f} images/s read and decoded by one core, {len(found)} of {len(chosen)} unreadable",
+            *left_out, *(f"  {sentence}" for sentence in found[:3])]
 
 
 def run(args: argparse.Namespace) -> int:
-    cache = IndexCache(args.index_cache)
-    if args.command == "pack" and (not args.target or args.tar_gb <= 0 or args.resize < 0):
-        raise UserError("pack takes a FOLDER for the tars, and sizes above 0.", code="missing_option")
+    cache, broken = IndexCache(args.index_cache), 0
     if args.command == "pack":
+        if not args.target or args.tar_gb <= 0 or args.resize < 0:
+            raise UserError("pack takes a FOLDER for the tars, and sizes above 0.", code="missing_option")
         size = int(args.tar_gb * 1e9)
         lines = pack(args.path, args.target, tar_bytes=size, resize=args.resize, cache=cache)
-    elif args.command == "info":
-        lines = [line for part, reader in splits_in(args.path, cache).items()
-                 for line in describe(part, reader, args.sample)]
-    else:
-        lines, broken = [], 0
-        for part, reader in splits_in(args.path, cache).items():
-            for _, sentence in in_threads(reader, lambda image: problem(reader, image), f"check {part}"):
-                if sentence:
-                    broken += 1
-                    logger.error("%s", sentence)
-            lines.append(f"{part}: {len(reader):,} images checked")
-        lines.append(f"{plural(broken, 'unreadable image')}")
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
-    return ExitCode.FAILED if args.command == "check" and broken else ExitCode.DONE
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
+        return ExitCode.DONE
+    for part, reader in splits_in(args.path, cache).items():
+        if args.command == "info":
+            lines = info(reader, args.sample)
+        else:
+            problems = in_threads(reader, lambda image: problem(reader, image), f"check {part}")
+            found = [logger.error("%s", sentence) for _, sentence in problems if sentence]
+            lines, broken = [f"{len(reader):,} images, {len(found)} unreadable"], broken + len(found)
+        sys.stdout.write(f"{part}: " + "".join(f"{line}\n" for line in lines))
+    return ExitCode.FAILED if broken else ExitCode.DONE
 
 
 def arguments() -> argparse.ArgumentParser:

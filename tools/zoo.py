@@ -1,4 +1,4 @@
-"""Published weights: python -m tools.zoo list | get MODEL | convert FILE --out FILE | hub RUN --out DIR.
+"""Published weights, and one's own to publish: python -m tools.zoo list | get MODEL | hub RUN --out DIR.
 
 Files are kept in ~/.cache/hornet, or the folder named by --folder or HORNET_CACHE; a file placed there by
 hand is used without a network.
@@ -7,14 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
-from common.errors import UserError
-from common.files import atomic_write
 from common.log import logger
-from common.safe_load import save_safetensors
 from models.download import HUB_WEIGHTS, cache_folder, fetch_published
-from models.hub import description, push, write_hub
+from models.hub import push, write_hub
 from models.trained import load
 from models.zoo import VARIANTS
 from report.card import model_card
@@ -54,40 +49,15 @@ def hub(args: argparse.Namespace) -> int:
     return 0
 
 
-def convert(args: argparse.Namespace) -> int:
-    """Write the weights of a file, in any naming, under the published names, as .pth or .safetensors.
-
-    Class names and image settings go along: without them a file would be evaluated with other images.
-    """
-    out = Path(args.out)
-    if out.suffix not in (".pth", ".safetensors") or out.resolve() == Path(args.file).resolve():
-        raise UserError(f"--out {out} is not accepted: it takes another file, in .pth or .safetensors.",
-                        code="invalid_value")
-    trained = load(args.file, weights=args.weights)
-    state, about = trained.model.state_dict(), description(trained)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".safetensors":
-        save_safetensors(out, state, about)
-    else:
-        atomic_write(out, lambda file: torch.save({"model": state, **about}, file))
-    logger.info("wrote %s: %d tensors of %s", out, len(state), trained.source.name)
-    return 0
-
-
 def arguments() -> argparse.ArgumentParser:
     parser = new_parser("zoo", "Published weights of HorNet.", "get hornet_tiny_7x7")
     parser.add_argument("--folder", help="where published files are (default: HORNET_CACHE, ~/.cache/hornet)")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="list|get|convert|hub")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="list|get|hub")
     one = commands.add_parser("list", help="all models, what is published and which files are here")
     one.set_defaults(work=list_models)
     one = commands.add_parser("get", help="download files, check them, print their paths")
     one.set_defaults(work=get)
     one.add_argument("models", nargs="+", metavar="MODEL", help="such as hornet_tiny_7x7")
-    one = commands.add_parser("convert", help="from any naming to the authors', .pth or .safetensors")
-    one.set_defaults(work=convert)
-    one.add_argument("file", metavar="FILE", help="checkpoint to read, in either naming")
-    one.add_argument("--out", required=True, help="file to write, ending in .pth or .safetensors")
-    add_weights_argument(one)
     one = commands.add_parser("hub", help="a folder for the Hugging Face Hub: weights, config.json and card")
     one.set_defaults(work=hub)
     one.add_argument("source", metavar="RUN|CHECKPOINT", help="run folder (its best checkpoint) or file")

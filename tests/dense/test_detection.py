@@ -1,13 +1,15 @@
 """Training and evaluating detectors: images and objects on any number of processes, resuming, mistakes."""
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from config.parse import parse
-from dense import coco, scenes
+from dense import coco, predict, scenes
 from dense.coco_images import OrientedSampler
 from dense.detection import run
 from dense.detection_evaluation import load_detector
@@ -137,6 +139,71 @@ def test_one_bad_image_is_replaced_in_training_and_has_no_objects_in_evaluation(
     assert {index for index, _ in batch.unreadable} == {1} and batch.counts.min() > 0
     whole = data.val.__getitems__([1])
     assert whole.targets.tolist() == [-100] and whole.unreadable[0][0] == 1 and whole.counts.tolist() == [0]
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """A checkpoint of an untrained detector whose boxes are sure of themselves."""
+    path = tmp_path_factory.mktemp("trained") / "checkpoint-best.pth"
+    given = options(folder, system="mask_rcnn")
+    model = build_detector(given, 5)
+    torch.nn.init.normal_(model.roi_head.stages[0][0].fc_cls.weight, std=3.0)
+    torch.save({"model": model.state_dict(), "format": 2, "epoch": 0, "classes": list(scenes.NAMES),
+                "args": {"model": given.model, "system": "mask_rcnn", "head_width": 8, "test_side": 64,
+                         "longest_side": 120, "layer_scale_init_value": 0.5}}, path)
+    return path
+
+
+def test_predictions_of_a_folder(folder, trained, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(folder / "validation", images)
+    (images / "0003.png").write_bytes(b"no image")
+    assert predict.run(predict.arguments().parse_args([str(images), "--resume", str(trained), "--out",
+                                                       str(tmp_path / "out"), "--device", "cpu"])) == 0
+    plain, rows = (json.loads((tmp_path / "out" / name).read_text()) for name in ("predictions.json", "coco.json"))
+    assert len(plain) == 5 and "error" in plain[3] and len(list((tmp_path / "out").glob("*.jpg"))) == 4
+    assert {"class", "score", "box"} == plain[0]["objects"][0].keys()
+    assert sum(len(each.get("objects", ())) for each in plain) == len(rows)
+    found = predict.load(trained)(Image.open(images / "0000.png"))
+    first = next(row for row in rows if row["image_id"] == 0)
+    assert first["score"] == pytest.approx(float(found.scores[0])) and first["category_id"] == found.labels[0] + 1
+    assert (coco.decoded(first["segmentation"], (96, 96)) == found.masks[0].numpy()).all()
+
+
+def test_an_evaluation_keeps_drawings_and_figures(folder, trained, tmp_path, capsys):
+    assert run(argv(folder, tmp_path / "run", eval="true", resume=trained, model=None, system=None, head_width=None,
+                    test_side=None, longest_side=None, layer_scale_init_value=None)) == 0
+    assert "box AP " in capsys.readouterr().out
+    result = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert result["images"] == 5 and result["verdict"] == "" and result["test_side"] == 64
+    assert len(list((tmp_path / "run" / "samples").glob("*.jpg"))) == 5
+
+
+def test_a_dry_run(folder, capfd):
+    assert run(argv(folder, None, dry_run="true")) == 0
+    text = "".join(capfd.readouterr())
+    assert "5 classes" in text and "Traceback" not in text
+
+
+def test_run_lengths_are_cocos():
+    mask = np.random.default_rng(0).random((7, 5)) < 0.5
+    for each in (mask, ~mask, mask & False, mask | True):
+        assert (coco.decoded(coco.run_lengths(each), (7, 5)) == each).all()
+
+
+def test_each_published_detector_has_a_recipe():
+    found = {}
+    for file in (Path(__file__).parents[2] / "recipes").glob("coco_*.yaml"):
+        given = parse(["--config", str(file), "--data_path", "COCO"], DetectionOptions).options
+        found[given.published.config] = given
+    assert found.keys() == {row.config for row in DETECTORS.values()}
+    for name, given in found.items():
+        size = next(size for size in ("tiny", "small", "base", "large") if size in name)
+        cascade = {"tiny": (2e-4, 0.4, 0.7), "small": (2e-4, 0.6, 0.7), "base": (2e-4, 0.7, 0.8),
+                   "large": (1e-4, 0.7, 0.7)}[size]
+        values = given.lr, given.drop_path, given.decay_rate, given.decay_layers, given.epochs, given.milestones
+        assert values == ((*cascade, 12, 36, (27, 33)) if "cascade" in name
+                          else (1e-4, 0.6, 0.95, 6, 12, (8, 11)))
 
 
 def test_other_categories_in_the_two_sets(folder, tmp_path):

@@ -89,7 +89,7 @@ def test_signals_with_nccl(name, figure):
     """NCCL may take a signal for itself. Ours is asked for after it has connected."""
     code = ("import os, signal, torch, torch.distributed as dist; from launch.stop import StopRequest\n"
             "with StopRequest(0) as stop:\n"
-            "    dist.init_process_group('nccl', init_method='tcp://127.0.0.1:0', rank=0, world_size=1)\n"
+            "    dist.init_process_group('nccl', store=dist.HashStore(), rank=0, world_size=1)\n"
             f"    x = torch.ones(1, device='cuda'); dist.all_reduce(x); os.kill(os.getpid(), signal.{name})\n"
             "    dist.all_reduce(x); print(stop.requested, stop.reason, x.item()); dist.destroy_process_group()")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True,

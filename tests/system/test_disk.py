@@ -7,9 +7,12 @@ import subprocess
 import pytest
 import torch
 
+from common.ledger import Ledger
 from run.log import Tracker
 from run.state import FORMAT
 from tests.kits.faults import Row, check
+from tests.kits.processes import codes, wait_for
+from tests.kits.runs import arguments, assert_equal_bits, now, result, start
 
 FURTHER = "--model_ema true --model_ema_eval true --output_dir {run} --save_ckpt_num 1 --epochs"
 
@@ -90,8 +93,20 @@ def test_a_read_only_folder_is_refused_for_a_training_and_serves_an_evaluation(s
     check(Row("asked for", "--output_dir {run}", "unusable_folder", ("{run}",), base="eval"), small_disk, capfd)
 
 
-def test_a_folder_that_vanishes(place, capfd, monkeypatch):
-    at_the_end_of_epoch(monkeypatch, 1, lambda: place.run.rename(place.here / "elsewhere"))
-    check(Row("vanished", "--epochs 3", 0, ("{run} was moved", "saved in {run}-", "epoch 3/3")), place, capfd)
-    assert (place.here / "elsewhere" / "checkpoint-0.pth").exists() and not place.run.exists()
-    assert list(place.here.glob("run-*/checkpoint-2.pth"))
+@pytest.mark.parametrize("how", ["mv", pytest.param("rm", marks=pytest.mark.slow)])
+def test_a_live_runs_folder_taken_away_harms_neither_that_run_nor_the_next_one_there(images, tmp_path, how):
+    """The first goes on beside its former folder, where the second has begun from scratch: both to the same bits."""
+    run, brake = tmp_path / "run", tmp_path / "brake"
+    brake.touch()
+    argv = arguments(images, run, save_every_minutes=1e-9)
+    [first] = start(argv, tmp_path / "console1", now=str(tmp_path), brake=str(brake))
+    wait_for(lambda: now(tmp_path)[1] > 2, 60)
+    subprocess.run(["mv", run, tmp_path / "elsewhere"] if how == "mv" else ["rm", "-rf", run], check=True)
+    brake.unlink()
+    assert codes([first, *start(argv, tmp_path / "console2")]) == [0, 0], first.text()
+    [beside] = tmp_path.glob("run-*")
+    assert str(beside) in first.text() and "checkpoint-0.pth" in {path.name for path in run.iterdir()}
+    assert_equal_bits(result(run), result(beside))
+    for folder in (run, beside):
+        assert json.loads((folder / "status.json").read_text())["state"] == "DONE"
+        assert len({line["pid"] for line in Ledger(folder).attempts() if "pid" in line}) <= 1

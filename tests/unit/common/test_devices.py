@@ -1,5 +1,6 @@
 """float32's precision, for each way a run can ask for it; clocks, copies and choices of devices that are not here."""
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from dryrun import largest
 from launch.process import BACKENDS
 from models import compile as compiling
 from optim.build import fused
-from plan import set_numerics
+from plan import rate_at_peak, set_numerics
 from tests.kits.toy import Alone, Toy, batch
 from tests.kits.trained import lively
 
@@ -52,12 +53,12 @@ def test_training_and_evaluation_each_have_their_own(fast_math, tf32):
 def test_what_is_compiled_computes_as_the_training_does(monkeypatch, fast_math):
     """The compiler sees the run's own settings in training, and true float32 in evaluation."""
     set_float32(fast_math)
-    seen, exact = [], compiling._logits_and_gradients
+    seen, exact = [], compiling._passes
     monkeypatch.setattr(torch, "compile", lambda call, **_: lambda *given: seen.append(float32_settings()) or call(*given))
-    monkeypatch.setattr(compiling, "_logits_and_gradients", lambda *given: seen.append("pass") or exact(*given))
+    monkeypatch.setattr(compiling, "_passes", lambda *given: seen.append("pass") or exact(*given))
     compiling.compile_blocks(lively("hornet_pico_7x7").train(), (2, 3, 32, 32), None, agree=bool, from_first=str, saved="1")
     own = FAST if fast_math else EXACT
-    assert seen == ["pass", "pass", "pass", own, EXACT] and float32_settings() == own  # the last is of an evaluation
+    assert seen == ["pass", "pass", "pass", EXACT, own] and float32_settings() == own
     assert torch.get_float32_matmul_precision() == ("high" if fast_math else "highest")
 
 
@@ -136,3 +137,12 @@ def test_the_largest_batch_is_found_by_bisection_and_the_smallest_is_one():
         tried = []
         most = largest(lambda count: tried.append(count) or count <= limit)
         assert 0.9 * limit <= most <= limit and len(tried) <= 16
+
+
+def test_the_rate_at_the_peak_of_known_devices_alone(monkeypatch):
+    """hornet_tiny_7x7 has 3.98 G multiply-adds per image; two operations each, three passes in training."""
+    model, two = lively("hornet_tiny_7x7"), SimpleNamespace(device=torch.device("cuda"), world_size=2)
+    for name, rate in (("NVIDIA H200", 2 * 989e12 / (6 * 3.98e9)), ("a GPU of tomorrow", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        assert rate_at_peak(model, Options(use_amp=True), two) == (rate and pytest.approx(rate, rel=0.005))
+    assert rate_at_peak(model, Options(use_amp=True), Alone()) is None

@@ -5,75 +5,17 @@ import os
 import shutil
 import subprocess
 import tarfile
-import time
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from datasets.build import build_data, eval_loader
-from datasets.images import BadImage
 from datasets.index import IndexCache, Source
 from datasets.readers import open_reader
 from datasets.tars import members
 from tests.kits.errors import refused
-from tests.kits.options import data_options
 
 
-@pytest.fixture
-def both(tmp_path):
-    """The same images as folders and as tars: mixed for training, one tar per class for evaluation."""
-    folders, tars = tmp_path / "folders", tmp_path / "tars"
-    draw = np.random.default_rng(0)
-    for part in ("train", "val"):
-        (tars / part).mkdir(parents=True)
-        for number in range(12):
-            name = f"class_{number % 3}"
-            (folders / part / name).mkdir(parents=True, exist_ok=True)
-            path = folders / part / name / f"{'a' * (number * 12)}{11 - number}.JPEG"
-            Image.fromarray(draw.integers(0, 256, (70 + number, 90, 3), dtype=np.uint8)).save(path)
-            tar_name = f"{number % 2}.tar" if part == "train" else f"{name}.tar"
-            with tarfile.open(tars / part / tar_name, "a", format=(tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)[number % 2]) as tar:
-                tar.add(path, f"./some/{name}/{path.name}" if part == "train" else path.name)
-    age(tars)
-    return folders, tars
-
-
-def read(root, cache):
-    return open_reader(Source.of(root), cache)
-
-
-def age(root):
-    for folder, _, names in os.walk(root):
-        for name in ("", *names):
-            os.utime(os.path.join(folder, name), (time.time() - 3600,) * 2)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_those_of_the_folder(both, workers):
-    options = [data_options(data_set="IMNET", data_path=str(path), batch_size=4, num_workers=workers) for path in both]
-    plain, tars = (build_data(values, train=True, evaluate=True) for values in options)
-    assert tars.class_names == plain.class_names and len(tars.train) == 12
-    items = [(2, index, index) for index in range(12)]
-    for a, b in zip(plain.train.__getitems__(items)[:5], tars.train.__getitems__(items)[:5], strict=True):
-        assert np.array_equal(a.numpy(), b.numpy())
-    for a, b in zip(eval_loader(plain, options[0]), eval_loader(tars, options[1]), strict=True):
-        assert np.array_equal(a.images.numpy(), b.images.numpy()) and np.array_equal(a.targets, b.targets)
-
-
-def test_the_index_is_kept_and_notices_another_tar(both, monkeypatch):
-    root, cache = both[1] / "train", IndexCache(str(both[1].parent / "cache"))
-    first = read(str(root), cache)
-    with monkeypatch.context() as patch:
-        patch.setattr("datasets.tars.members", lambda path: pytest.fail("scanned again"))
-        again = read(str(root), cache)
-    assert [again.name(i) for i in range(12)] == [first.name(i) for i in range(12)]
-    with tarfile.open(root / "0.tar", "a") as tar:
-        tar.add(both[0] / "val" / "class_1", "class_9")
-    assert len(read(str(root), cache)) == 16
-    os.truncate(root / "1.tar", 600)
-    with pytest.raises(BadImage, match="its container"):
-        [first.encoded(i) for i in range(12)]
+def read(root):
+    return open_reader(Source.of(str(root)), IndexCache("/dev/null/none"))
 
 
 def member(name=b"a/1.jpg", size=0, kind=b"0", content=b"", raw_size=None) -> bytes:
@@ -104,19 +46,19 @@ HOSTILE = {
 def test_a_damaged_or_hostile_tar_is_one_sentence(tmp_path, kind):
     (tmp_path / "a.tar").write_bytes(HOSTILE[kind])
     with refused("unreadable_data", f"{tmp_path}/a.tar"):
-        read(str(tmp_path), IndexCache("/dev/null/none"))
+        read(tmp_path)
 
 
 def test_a_dangling_link_or_a_fifo_is_no_tar_and_one_without_images_says_so(tmp_path):
     for make in (lambda path: path.symlink_to("nowhere"), os.mkfifo):
         make(tmp_path / "a.tar")
         with refused("unreadable_data"):
-            read(str(tmp_path), IndexCache("/dev/null/none"))
+            read(tmp_path)
         (tmp_path / "a.tar").unlink()
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.add(__file__, "class/words.txt")
     with refused("missing_data"):
-        read(str(tmp_path), IndexCache("/dev/null/none"))
+        read(tmp_path)
 
 
 def test_what_is_no_image_is_counted_and_long_names_of_every_kind_are_read(tmp_path):
@@ -132,7 +74,7 @@ def test_what_is_no_image_is_counted_and_long_names_of_every_kind_are_read(tmp_p
                 info.type, info.linkname = kind, "l" * (300 if number else 90)
                 tar.addfile(info)
     (tmp_path / "class").mkdir()
-    reader = read(str(tmp_path), IndexCache("/dev/null/none"))
+    reader = read(tmp_path)
     assert reader.classes == ["class"] and len(reader) == 3 and reader.name(1).endswith("class/ü1.jpg")
     assert all(reader.encoded(i) == b"abc" for i in range(3))
     assert reader.left_out == {".txt": 3, "links and other special members": 9,

@@ -10,7 +10,7 @@ from common.ledger import Ledger
 from common.outcome import Outcome
 from launch import run_with_submitit
 from launch.run_with_submitit import main, snapshot, status
-from tests.kits.processes import REPOSITORY, environment, wait_for, write_toy_program
+from tests.kits.processes import REPOSITORY, write_toy_program
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_nothing_of_a_site_is_assumed(program, capsys):
 
 @pytest.mark.parametrize("argv, sentence", [
     (["--slurm", "=x"], "--slurm =x"),
-    (["status", "nowhere"], "nowhere holds no job.json and no run"),
+    (["status", "nowhere"], "nowhere holds no job.json"),
     (["status"], "status takes one folder"),
     (["--no_such_flag", "1"], "no_such_flag"),
     (["--nodes", "two"], "--nodes: "),
@@ -207,17 +207,3 @@ def test_the_words_of_status(tmp_path, monkeypatch, prepare, phase, answer, expe
             (run.path / "7_1_log.err").rename(folder / "7_1_log.err")
         (run.path / "progress.json").write_text(json.dumps(AT_42 | {"phase": phase}))
     assert status(folder) == "job      7" + expected.format(folder=folder)
-
-
-def test_a_lone_run_that_was_killed_is_known_by_its_lock(tmp_path):
-    """Its status.json still says RUNNING; so does a shell: `flock -n RUN/owner.json true`."""
-    code = ("import time\nfrom run.folder import RunFolder\n"
-            f"folder = RunFolder({str(tmp_path)!r})\nfolder.lock()\nfolder.begin(update=3)\ntime.sleep(60)")
-    run = subprocess.Popen([sys.executable, "-c", code], env=environment())
-    wait_for((tmp_path / "status.json").exists)
-    shell = ["flock", "-n", str(tmp_path / "owner.json"), "true"]
-    assert "state    RUNNING\n" in status(tmp_path) and subprocess.run(shell).returncode == 1
-    run.kill()
-    run.wait()
-    assert "state    killed without a word" in status(tmp_path) and subprocess.run(shell).returncode == 0
-    assert Ledger(tmp_path).status()["state"] == "RUNNING"

@@ -1,4 +1,5 @@
 """What a task of a job decides from the end of main.py: once for all tasks, and in the ledger of the run."""
+import dataclasses
 import os
 import signal
 import threading
@@ -81,6 +82,8 @@ def test_requeues_are_capped_per_job(tmp_path):
         task.after(ExitCode.PAUSED)
     assert [(a["restarts"], a["requeued"]) for a in ledger.attempts()] == [(0, True), (1, True), (2, True), (3, False)]
     assert "--max_requeue 3" in ledger.newest()["reason"]
+    far = dataclasses.replace(job(tmp_path), max_requeue=200)
+    assert Task(far, _Environment(0, [], 150)).after(ExitCode.PAUSED) == 75 and ledger.newest()["requeued"]
 
 
 def test_a_job_that_began_no_attempt_is_recorded_in_its_own_folder(tmp_path, monkeypatch):

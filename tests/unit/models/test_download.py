@@ -3,6 +3,7 @@ import hashlib
 import http.server
 import io
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,20 +109,6 @@ def test_each_source_in_either_naming_gives_the_same_model(server, tmp_path, mon
     assert server.asked[-1] == next(kind for kind in kinds if kind in ("good", "openmmlab"))
 
 
-@pytest.mark.parametrize("prefix", [PREFIX["good"], ""])
-def test_a_file_placed_by_hand_is_checked_and_needs_no_server(tmp_path, prefix):
-    file = PublishedFile("model.pth", "https://127.0.0.1:9/x.pth", prefix)  # nothing listens there
-    (tmp_path / "model.pth").write_bytes(DATA)
-    assert fetch([file], tmp_path) == tmp_path / "model.pth"
-    (tmp_path / "model.pth").write_bytes(b"<html>please log in</html>")
-    with refused("download_failed", "https://127.0.0.1:9/x.pth"):
-        fetch([file], tmp_path)
-    assert (tmp_path / "model.pth").exists()
-    (tmp_path / "file").write_text("in the way")
-    with refused("download_failed", "HORNET_CACHE"):
-        fetch([file], tmp_path / "file" / "below")
-
-
 def test_addresses_are_https_and_each_gets_a_name_of_its_own(server, tmp_path, monkeypatch):
     for url in ("http://example.org/a.pth", "http://127.0.0.1.evil/a"):
         with refused("not_https", url):
@@ -132,13 +119,18 @@ def test_addresses_are_https_and_each_gets_a_name_of_its_own(server, tmp_path, m
     assert a != b and a.parent == b.parent == tmp_path == cache_folder() and a.read_bytes() == DATA
 
 
-def test_a_file_in_the_folder_is_found_else_every_file_that_would_do_is_named(tmp_path, monkeypatch):
+def test_a_file_placed_by_hand_is_checked_and_needs_no_server_else_every_one_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
     with refused("not_published", "hornet_tiny_7x7"):
         fetch_published("hornet_pico_gf", tmp_path)
+    (tmp_path / "file").write_text("in the way")
     files = PUBLISHED["hornet_tiny_7x7"].files
-    with refused("download_failed", *(part for file in files for part in (file.url, file.name)), tmp_path):
-        fetch_published("hornet_tiny_7x7", tmp_path)
-    (tmp_path / "hornet_tiny_7x7.pth").write_bytes(DATA)  # the second source, whose bytes nobody published
-    assert fetch_published("hornet_tiny_7x7", tmp_path).read_bytes() == DATA
+    for folder in (tmp_path, tmp_path / "file" / "below"):
+        with refused("download_failed", *(part for file in files for part in (file.url, file.name)), folder):
+            fetch_published("hornet_tiny_7x7", folder)
+    for file, data, fits in ((files[1], DATA, True), (files[1], ANSWERS["page"], False), (files[0], DATA, False)):
+        (tmp_path / file.name).write_bytes(data)  # the second one has no published hash
+        with nullcontext() if fits else refused("download_failed", file.url):
+            assert fetch_published("hornet_tiny_7x7", tmp_path).name == file.name
+        assert (tmp_path / file.name).read_bytes() == data

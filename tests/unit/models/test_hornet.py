@@ -116,15 +116,6 @@ def test_gradient_checkpointing_changes_nothing(name):
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-def test_features_equal_the_forward_pass():
-    model, x = alive(pico()).eval(), torch.randn(1, 3, 64, 64)
-    final, outputs = model.forward_intermediates(x, indices=[1, 3])
-    assert torch.equal(final, outputs[1]) and torch.equal(final, model.forward_features(x))
-    pooled = model.forward_head(final, pre_logits=True)
-    assert pooled.shape == (1, 64) and torch.equal(model.get_classifier()(pooled), model(x))
-    assert len(model.forward_intermediates(x, indices=[0], stop_early=True, intermediates_only=True)) == 1
-
-
 def test_timm_groups_cover_every_parameter_in_order():
     model = pico()
     groups = group_parameters(model, model.group_matcher())

@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 import models
+from common.safe_load import safe_torch_load
 from models.hub import push
 from models.trained import locate
+from run.state import FORMAT
 from tests.kits.errors import refused
 from tests.kits.processes import environment
 from tests.kits.trained import checkpoint, lively
@@ -93,6 +95,7 @@ def test_timm_gives_equal_bits_and_the_same_images_in_a_process_of_its_own(folde
 def test_the_folder_is_a_checkpoint_for_this_project(folder):
     path, out = folder
     before, after = models.load(path), models.load(out)
+    assert safe_torch_load(out / "model.safetensors")["format"] == FORMAT
     assert locate(out) == after.source == out / "model.safetensors"  # what --resume and --finetune ask
     assert (after.name, after.classes, after.settings) == (before.name, before.classes, before.settings)
     assert all(map(torch.equal, after.model.state_dict().values(), before.model.state_dict().values()))

@@ -156,28 +156,19 @@ def test_filters_are_resized_to_the_models_grid():
         torch.testing.assert_close(large.eval()(x), small.eval()(x), atol=1e-5, rtol=1e-5)
 
 
-def test_another_model_is_named(tmp_path):
-    path = saved(tmp_path, {"model": weights_of(make("hornet_nano_7x7"))})
-    with refused("other_model", "hornet_nano_7x7", "missing", "--allow_partial true"):
-        load_for_model(make(), path)
-    other = saved(tmp_path, {"model": {"conv1.weight": torch.zeros(3)}}, "other.pth")
-    with refused("other_model", "loaded 0"):
-        load_for_model(make(), other)
-    assert load_for_model(make(), other, allow_partial=True).unexpected == ("conv1.weight",)
-
-
-def test_the_limit_is_95_percent_of_tensors(tmp_path, caplog):
-    state = weights_of(make(num_classes=0))
-    model, keys = make(num_classes=0), list(state)
+def test_another_model_is_named_and_the_limit_is_95_percent_of_tensors(tmp_path, caplog):
+    state, model = weights_of(make(num_classes=0)), make(num_classes=0)
+    keys, other = list(state), {"conv1.weight": torch.zeros(3)}
     few = len(keys) // 20
-    path = saved(tmp_path, {"model": {key: state[key] for key in keys[few:]}})
+    for content, named in ((weights_of(make("hornet_nano_7x7")), "hornet_nano_7x7"), (other, "loaded 0"),
+                           ({key: state[key] for key in keys[few + 1:]}, f"missing {few + 1}")):
+        with refused("other_model", named, "--allow_partial true"):
+            load_for_model(model, saved(tmp_path, {"model": content}))
+    assert load_for_model(model, saved(tmp_path, {"model": other}), allow_partial=True).unexpected == ("conv1.weight",)
     with caplog.at_level(logging.INFO, logger="hornet"):
-        report = load_for_model(model, path)
+        report = load_for_model(model, saved(tmp_path, {"model": {key: state[key] for key in keys[few:]}}))
     assert len(report.missing) == few
     assert f"loaded {len(keys) - few}, missing {few} (downsample_layers.0.0.weight" in caplog.text
-    path = saved(tmp_path, {"model": {key: state[key] for key in keys[few + 1:]}})
-    with refused("other_model"):
-        load_for_model(model, path)
 
 
 def test_pretrained_and_load_from_a_folder_without_network(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """A run folder has one owner, who alone writes there."""
 import os
 import signal
+import subprocess
 import threading
 import time
 
@@ -53,8 +54,11 @@ def test_a_killed_owner_leaves_no_lock_though_its_workers_live_on(tmp_path):
     wait_for((tmp_path / "ready").exists)
     try:
         assert f"pid {owner}" in str(refused(tmp_path))
+        shell = ["flock", "-n", tmp_path / "owner.json", "true"]  # by which a script may tell
+        assert subprocess.run(shell).returncode == 1
         os.kill(owner, signal.SIGKILL)
         os.waitpid(owner, 0)
+        assert subprocess.run(shell).returncode == 0
         folder = RunFolder(tmp_path)
         assert f"pid {owner}" in folder.lock() and folder.owner()["pid"] == os.getpid()
         folder.release()

@@ -95,10 +95,10 @@ def test_pack_makes_smaller_images_only_when_asked_and_says_so(folders, tmp_path
 def test_info_and_check_report_what_is_broken(folders, tmp_path, capsys):
     assert run("info", folders) == run("check", folders) == 0
     out = capsys.readouterr().out
-    assert "train: 8 images in 2 classes, class folders, order" in out and "0 unreadable images" in out
+    assert "train: 8 images in 2 classes (2 to 6 each), class folders, order" in out and "8 images, 0 unreadable" in out
     (folders / "train" / "c" / "x.jpg").write_bytes(b"no image")
     (folders / "train" / "c" / "x.txt").touch()
     assert run("check", folders / "train") == 1 and run("info", folders) == 0
     found = capsys.readouterr()
-    assert "c/x.jpg" in found.err and "1 .txt" in found.out and "1 unreadable image" in found.out
+    assert "c/x.jpg" in found.err and "1 .txt" in found.out and "8 images, 1 unreadable" in found.out
     assert run("info", tmp_path / "nowhere") == 2

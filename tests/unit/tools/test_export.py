@@ -10,35 +10,23 @@ from tools.export import main
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
+ABOUT = {"model": "hornet_pico_gf", "input_size": "64", "output": "probabilities", "crop_pct": "0.875", "interpolation": "bicubic",
+         "classes": '["ant", "bee", "\\u732b"]', "mean": "[0.485, 0.456, 0.406]"}
 
 
-@pytest.fixture(scope="module")
-def file(tmp_path_factory):
-    model, path = lively(classes=3), tmp_path_factory.mktemp("run") / "checkpoint-best.pth"
-    return checkpoint(path, model, classes=["ant", "bee", "猫"], model="hornet_pico_gf", input_size=48), model
-
-
-def test_onnx(file, tmp_path, capfd):
-    path, model = file
-    out = tmp_path / "sub" / "m.onnx"
-    assert main(["onnx", "--resume", str(path), "--out", str(out), "--softmax"]) == 0
+@pytest.mark.parametrize("kind", ["onnx", pytest.param("torch", marks=pytest.mark.slow)])
+def test_a_file_with_its_settings(kind, tmp_path, capfd):
+    model, out = lively(classes=3), tmp_path / "sub" / "file"
+    run = checkpoint(tmp_path / "a.pth", model, classes=["ant", "bee", "猫"], model="hornet_pico_gf", input_size=48)
+    assert main([kind, "--resume", str(run), "--out", str(out), "--softmax"]) == 0
     assert "largest difference" in capfd.readouterr().err
-    about = {p.key: p.value for p in onnx.load(out).metadata_props}
-    assert json.loads(about["classes"]) == ["ant", "bee", "猫"] and json.loads(about["mean"]) == [0.485, 0.456, 0.406]
-    assert [about[key] for key in ("model", "input_size", "output", "crop_pct", "interpolation")] == [
-        "hornet_pico_gf", "64", "probabilities", "0.875", "bicubic"]  # 48 pixels are enlarged to the smallest side
+    about = dict.fromkeys(ABOUT, "")
+    if kind == "onnx":
+        about, program = {p.key: p.value for p in onnx.load(out).metadata_props}, onnx_function(out)
+    else:
+        program = torch.export.load(out, extra_files=about).module()
+    assert ABOUT.items() <= about.items()  # 48 pixels are enlarged to the smallest side
+    assert json.loads(about["classes"]) == ["ant", "bee", "猫"]
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(onnx_function(out)(x), model(x).softmax(-1), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_a_torch_program(file, tmp_path):
-    path, model = file
-    assert main(["torch", "--resume", str(path), "--out", str(tmp_path / "m.pt2")]) == 0
-    about = {"classes": "", "model": ""}
-    program = torch.export.load(tmp_path / "m.pt2", extra_files=about)
-    assert json.loads(about["classes"]) == ["ant", "bee", "猫"]
-    x = torch.randn(3, 3, 64, 100)
-    with torch.no_grad():
-        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(program(x), model(x).softmax(-1), rtol=1e-4, atol=1e-5)

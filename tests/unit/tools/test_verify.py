@@ -21,7 +21,7 @@ def test_a_rehearsal_goes_through_all_steps(names, tmp_path, capfd):
     rows = json.loads((tmp_path / "verified.json").read_text())["models"]
     assert sorted(row["model"] for row in rows) == sorted(names) and {row["verdict"] for row in rows} == {"PASS"}
     assert {row["file"].startswith("hornet-") for row in rows} == {True, False}  # both formats
-    assert {(row["top1"], row["top5"]) for row in rows} == {(10.0, 50.0)} and sum(row["changed"] == [] for row in rows) == 1
+    assert {(row["top-1"], row["top-5"]) for row in rows} == {(10.0, 50.0)} and sum(row["changed"] == [] for row in rows) == 1
 
 
 def answers(*top1):
@@ -48,7 +48,7 @@ def test_ten_images_are_the_limit_and_the_published_protocol_is_insisted_on(acc1
     assert row["verdict"] == verdict and row["changed"] == ["n01/1.JPEG: tench, now goldfish",
                                                             "n01/2.JPEG: goldfish, now unreadable"]
     text = as_markdown([row])
-    assert f"| 82.84 | {acc1 - 82.84:+.2f} | 96.24 | 96.24 | {verdict} | 0:01:01 |" in text
+    assert f"| 82.84 | {acc1 - 82.84:.2f} | 96.24 | 96.24 | {verdict} | 0:01:01 |" in text
     assert ("2 images differ from the stored predictions: n01/1.JPEG" in text) == (verdict == "FAIL")
     assert all(words in text for words in departures)
 
