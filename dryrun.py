@@ -284,13 +284,10 @@ class DryRun(Heartbeats):
 
 
 def largest(fits: Callable[[int], bool]) -> int:
-    """The largest power of two, and half of the way to the next in eighths, for which `fits` is true."""
-    most = 1
-    while most < 2 ** 16 and fits(2 * most):
-        most *= 2
-    step = most
-    while (step := step // 2) >= max(1, most // 16):
-        most += step * fits(most + step)
+    """The largest number for which `fits` is true, by bisection and to a sixteenth; 0 for none."""
+    most, step = 0, 2 ** 14
+    while step >= max(1, most // 16):
+        most, step = most + step * fits(most + step), step // 2
     return most
 
 

@@ -19,7 +19,7 @@ from datasets.images import BadImage, decode, extensions, read_file
 from datasets.sampler import GlobalBatchSampler, Item, epoch_order
 from dense.inference import scaled_boxes
 from dense.options import SegmentationOptions
-from dense.pixels import Draws, distort, fitted, resize, resize_labels
+from dense.pixels import Draws, distort, fitted, opencv, resize, resize_labels
 from dense.scenes import write_once, write_segmentation
 from dense.segmentor import IGNORED
 
@@ -270,6 +270,7 @@ def find_data(options: SegmentationOptions, classes: list[str] | None, train: bo
     if options.data_set == "SAMPLE":
         write_once(options.data_path, write_segmentation, "classes.txt")
         options.classes = os.path.join(options.data_path, "classes.txt")
+    opencv()  # asked once, before loader processes are forked
     names = class_names(options)
     if classes and len(classes) != len(names):
         raise UserError(f"the checkpoint has {plural(len(classes), 'class')}, --classes {len(names)}; give "

@@ -15,7 +15,7 @@ from common.random import key
 from config.options import Options
 from datasets.build import Data
 from datasets.dataset import Batch, make_loader
-from dense.backbone import load_backbone, replace_batchnorm
+from dense.backbone import replace_batchnorm, same_statistics, start_from
 from dense.data import UpdateSampler, find_data
 from dense.draw import save_sample
 from dense.inference import probabilities
@@ -26,7 +26,6 @@ from dense.segmentor import AUXILIARY_WEIGHT, IGNORED, Segmentor, segmentation_l
 from dense.zoo import HEADS, segmentor_filters
 from evaluation import amp_dtype
 from launch.process import Process
-from models.download import fetch_published, local_file
 from optim.build import build_optimizer
 from optim.schedule import Schedule
 from plan import Plan
@@ -72,7 +71,7 @@ class Evaluation:
         left = False
         for network in networks:
             network.eval()
-            self.same_statistics(network)
+            same_statistics(network, self.process)
         with float32_products():
             for batch in loader:
                 if left := leaves():
@@ -95,14 +94,6 @@ class Evaluation:
         for confusion in found:
             self.process.all_reduce_(confusion, "sum")
         return found
-
-    def same_statistics(self, network: nn.Module) -> None:
-        """Give every rank the statistics of BatchNorm that rank 0 has, and saves: on CPUs each normalises
-        with its own images."""
-        for buffer in network.buffers():
-            if not self.process.is_main:
-                buffer.zero_()
-            self.process.all_reduce_(buffer, "sum")
 
 
 def count_pixels(confusion: Tensor, labels: Tensor, predicted: Tensor) -> None:
@@ -143,10 +134,8 @@ class Segmentation:
         self.seed, self.autocast_dtype, self.data = options.seed, amp_dtype(options), data
         model = build_segmentor(options, data.num_classes)
         self.drop_draws = model.num_drop_draws
-        if state is None and (options.pretrained or options.finetune):
-            load_backbone(model.backbone, process.on_rank_zero(
-                lambda: str(fetch_published(options.model)) if options.pretrained
-                else local_file(options.finetune)))
+        if state is None:
+            start_from(model.backbone, options, process)
         self.model: nn.Module = replace_batchnorm(model, synchronised).to(process.device)
         self.optimizer = build_optimizer(self.model, options, scale_by_depth(
             options.decay_rate, options.decay_layers, by="stage"))
