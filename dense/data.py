@@ -284,7 +284,7 @@ def find_data(options: SegmentationOptions, classes: list[str] | None, train: bo
     for part in ["train"] * train + ["val"] * evaluate:
         dataset = LabelledImages(find_pairs(options, part), len(names), options)
         notes.append(f"{part}: {len(dataset)} images, {len(names)} classes")
-        bad = check_sample(dataset, 5)[1]
+        bad = sorted(set(check_sample(dataset, 5)[1]))
         if len(bad) > 2:
             raise UserError(f"Of a few images {bad[0]}, and it is not the only one; see --classes, "
                             "--zero_ignored and --label_path.", code="unreadable_image")
