@@ -70,8 +70,7 @@ def test_any_number_of_processes_sees_the_same_images_and_objects(folder):
     assert sorted(seen[1]) == list(range(6, 12)) and sum(len(row[1]) for row in seen[1].values()) > 6
     for world in (2, 3):
         assert seen[world].keys() == seen[1].keys()
-        assert all(map(torch.equal, row, other) for key, row in seen[1].items()
-                   for row, other in [(row, seen[world][key])])
+        assert all(torch.equal(one, other) for key, row in seen[1].items() for one, other in zip(row, seen[world][key]))
 
 
 def test_neighbours_have_one_orientation_and_no_image_is_left_out():

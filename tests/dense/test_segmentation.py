@@ -100,7 +100,7 @@ def test_any_number_of_processes_sees_the_same_samples(folder):
     assert len(seen[1]) == 12 and min(seen[1]) == (0, (4 + 2) * 6)
     for world in (2, 3):
         assert seen[world].keys() == seen[1].keys()
-        assert all(map(torch.equal, seen[world][key], seen[1][key]) for key in seen[1])
+        assert all(torch.equal(one, other) for key in seen[1] for one, other in zip(seen[world][key], seen[1][key]))
 
 
 def test_a_pass_leaves_no_image_out():
