@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from config.parse import parse
+from datasets.sample import ensure_sample
 from dense import coco, predict, scenes
 from dense.coco_images import OrientedSampler
 from dense.detection import run
@@ -30,7 +31,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for module in (coco, scenes):
             patch.setattr(module, "COUNTS", {"training": 14, "validation": 5})
-        scenes.write_once(path, coco.write_scenes, "annotations")
+        ensure_sample(path, coco.write_scenes, ("annotations",))
     return path
 
 

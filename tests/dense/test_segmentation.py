@@ -9,6 +9,7 @@ from PIL import Image
 
 from config.parse import parse
 from datasets.images import BadImage
+from datasets.sample import ensure_sample
 from dense import scenes
 from dense.data import LabelledImages, UpdateSampler, find_data, find_pairs, pad_into, sample
 from dense.options import SegmentationOptions
@@ -28,7 +29,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("scenes") / "data"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scenes, "COUNTS", {"training": 20, "validation": 7})
-        scenes.write_once(path, scenes.write_segmentation, "classes.txt")
+        ensure_sample(path, scenes.write_segmentation, ("images", "annotations"))
     return path
 
 
