@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q
 JOBS ?= 2
-.PHONY: quickstart lint test test-all test-oldest gpu soak bench verify-published clean
+.PHONY: quickstart quickstart-segmentation quickstart-detection lint test test-all test-oldest gpu soak bench verify-published clean
 .DEFAULT_GOAL := quickstart
 
 # A stamp newer than both requirement files: installing again costs a minute, checking costs nothing.
@@ -22,6 +22,10 @@ quickstart: .venv/installed
 	$(PY) main.py --config recipes/quickstart.yaml --output_dir runs/quickstart
 	$(PY) main.py --config recipes/quickstart.yaml --output_dir runs/quickstart --eval true --resume runs/quickstart/checkpoint-best-ema.pth
 
+# Drawn scenes; results stay in runs/.
+quickstart-segmentation quickstart-detection: .venv/installed
+	$(PY) -m dense.$(@:quickstart-%=%) --config recipes/quickstart_$(@:quickstart-%=%).yaml --output_dir runs/$@-$$(date +%Y%m%d-%H%M%S)
+
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/pyright
@@ -32,12 +36,13 @@ test: .venv/installed lint
 test-all: .venv/installed test
 	$(PYTEST) -m slow
 
-# The oldest versions that requirements.txt allows, in an environment of their own (6 GB more).
+# The oldest versions that requirements.txt allows, in an environment of their own (6 GB more). The stored numbers of
+# tests/parity/test_same_numbers.py are those of one version, whose draws others do not repeat.
 OLDEST := "torch==2.11.*" "torchvision==0.26.*" "timm==1.0.26"
 test-oldest:
 	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install -q --disable-pip-version-check -r requirements.txt -r requirements-dev.txt $(OLDEST)
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" tests/unit tests/parity
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" tests/unit tests/parity/test_models.py tests/parity/test_trajectories.py
 
 # On a machine with a GPU: what no other can show, then speed; ends in two tables (docs/GPU.md).
 gpu: .venv/installed

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ from common.outcome import ExitCode
 from common.text import duration, file_size, plural
 from config.options import Options
 from config.parse import Resolved
-from datasets.build import Data, check_sample
+from datasets.build import check_sample
 from datasets.dataset import ImageDataset, make_loader
 from evaluation import Heartbeats, amp_dtype, prepare_evaluation
 from launch.process import Process
@@ -82,7 +82,8 @@ class DryRun(Heartbeats):
         return self.process.any(self.updates >= _UPDATES or time.perf_counter() - self.start > _SECONDS)
 
     def on_progress(self, progress: engine.Progress) -> None:
-        self.seen.append((progress.seconds, progress.data_wait * progress.seconds, progress.recent_loss))
+        self.seen.append((progress.seconds, progress.figures["data_wait"] * progress.seconds,
+                          progress.recent_loss))
 
     def on_nonfinite(self, record: dict) -> None:
         self.nonfinite.append(record)
@@ -156,8 +157,13 @@ class DryRun(Heartbeats):
                 "--allow_bad_images true." for sentence in bad[:0 if options.allow_bad_images else 1]])
             large = sum(p.numel() for p in candidates[0].network.parameters()) > _FOR_A_CPU
             count = 2 * self.process.world_size if self.on_cpu and large else _SAMPLED
-            networks = [(candidate.weights, candidate.network) for candidate in candidates]
-            found = self._score(networks, data, options, prepared.evaluation, count)
+            chosen = np.unique(np.linspace(0, len(data.val) - 1, count).astype(int)).tolist()
+            own = chosen[self.process.rank::self.process.world_size]
+            size = max(1, int(1.5 * options.batch_size))
+            batches = [own[i:i + size] for i in range(0, len(own), size)]
+            with closing(make_loader(data.val, options, batches)) as loader:
+                found = engine.evaluate([(c.weights, c.network) for c in candidates], loader,
+                                        replace(prepared.evaluation, expected=None, outputs=False))
             for candidate, each in zip(candidates, found):
                 self.row("weights", f"{candidate.path} ({candidate.weights}): {each.hits1} of {each.images} "
                          f"sampled images correct, mean loss {each.loss:.3f}")
@@ -173,16 +179,6 @@ class DryRun(Heartbeats):
         self.row(f"{part} images", f"{1000 * seconds:.1f} ms to load one, {len(bad)} of a sample unreadable",
                  *bad[:1])
         return seconds, bad
-
-    def _score(self, networks: Sequence[tuple[str, torch.nn.Module]], data: Data, options: Options,
-               evaluation: engine.Evaluation, count: int) -> list[engine.EvalResult]:
-        """Score (name, network) pairs on `count` validation images from all over the set."""
-        assert data.val is not None
-        chosen = np.unique(np.linspace(0, len(data.val) - 1, count).astype(int)).tolist()
-        own, size = chosen[self.process.rank::self.process.world_size], max(1, int(1.5 * options.batch_size))
-        batches = [own[i:i + size] for i in range(0, len(own), size)]
-        with closing(make_loader(data.val, options, batches)) as loader:
-            return engine.evaluate(networks, loader, replace(evaluation, expected=None, outputs=False))
 
     def leaves_evaluation(self) -> bool:
         """After the first batch, where only that is tried."""
@@ -202,7 +198,7 @@ class DryRun(Heartbeats):
             at.epoch, at.sums = ended - 1, progress.sums if within else None
             self.row("updates", f"{plural(self.updates, 'update')} of {planned.batch.global_batch} images: "
                      f"loss {self.seen[0][2]:.4g} to {self.seen[-1][2]:.4g}, gradient norm "
-                     f"{progress.grad_norm:.3g}, lr {progress.lr:.3g}")
+                     f"{progress.figures['grad_norm']:.3g}, lr {progress.figures['lr']:.3g}")
             digests = process.all_gather_object(digest(trainer.model.state_dict()))
             self.problems("updates", [
                 f"the loss or gradient of update {record['update']} is not finite: lower --lr, lengthen "
@@ -238,7 +234,7 @@ class DryRun(Heartbeats):
             file.seek(0)
             state = torch.load(file, weights_only=True)
         with torch.no_grad():
-            for part in filter(None, (trainer.model, trainer.ema)):
+            for part in filter(None, (trainer.model, trainer.ema and trainer.ema.module)):
                 for tensor in part.state_dict().values():
                     tensor.zero_()
             trainer.loop.update.optimizer.state.clear()
@@ -278,23 +274,20 @@ class DryRun(Heartbeats):
                  f"{duration(training + evaluation)}, {duration(evaluation)} of it evaluating")
 
     def _disk(self, options: Options, state_size: int) -> None:
-        if not options.output_dir or not options.save_ckpt:
+        if options.output_dir and options.save_ckpt:
+            text, enough = Checkpoints(options.output_dir, keep=options.save_ckpt_num).disk_estimate(
+                state_size, options.epochs)
+            self.row("disk", text)
+            self.problems("disk", [] if enough else [f"{text}: free some, or keep fewer: --save_ckpt_num."])
+        else:
             self.row("disk", "nothing would be saved: give --output_dir (and leave --save_ckpt true)")
-            return
-        checkpoints = Checkpoints(options.output_dir, keep=options.save_ckpt_num)
-        text, enough = checkpoints.disk_estimate(state_size, options.epochs)
-        self.row("disk", text)
-        self.problems("disk", [] if enough else [f"{text}: free some, or keep fewer with --save_ckpt_num."])
 
 
 def largest(fits: Callable[[int], bool]) -> int:
-    """The largest power of two, and half of the way to the next in eighths, for which `fits` is true."""
-    most = 1
-    while most < 2 ** 16 and fits(2 * most):
-        most *= 2
-    step = most
-    while (step := step // 2) >= max(1, most // 16):
-        most += step * fits(most + step)
+    """The largest number for which `fits` is true, by bisection and to a sixteenth; 0 for none."""
+    most, step = 0, 2 ** 14
+    while step >= max(1, most // 16):
+        most, step = most + step * fits(most + step), step // 2
     return most
 
 

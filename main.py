@@ -8,18 +8,14 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from common.errors import UserError, lacks_in_words
 from common.log import logger, setup_logging
 from common.outcome import ExitCode
 from config.options import Options
-from config.parse import Resolved, check_model, parse
+from config.parse import check_model, parse
 
-if TYPE_CHECKING:  # it imports PyTorch
-    from launch.process import Process
-    from launch.watchdog import Watchdog
-Work = Callable[[Resolved, "Process", "Watchdog"], ExitCode]
+Work = Callable[..., ExitCode]  # of (Resolved, Process, Watchdog); to name these would import PyTorch
 
 # Of torchrun, srun and mpirun.
 RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")

@@ -22,27 +22,27 @@ from common.log import logger
 from config.options import Options
 from datasets.dataset import Batch
 from datasets.device import TrainPrepare
+from dryrun import peak_memory
 from engine import drop_draws
 from launch.process import choose_device
 from models.compile import compile_blocks
 from models.inspect import complexity
+from models.zoo import PUBLISHED, VARIANTS
 from optim.build import build_loss, build_optimizer
 from optim.ema import Ema
 from optim.schedule import Schedule
 from optim.update import Update
 from tools.command import run_command
 
-Step = Callable[[PhaseClock], None]
+Step = Callable[[PhaseClock], object]
 OTHERS = ("reference", "convnext", "convnext compiled")
 PHASES = ("prepare", "forward", "backward", "update")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--models", nargs="+", default=[f"hornet_{size}_{kind}" for size in ("tiny", "small", "base", "large")
-                                        for kind in ("7x7", "gf")], metavar="MODEL")
+    add("--models", nargs="+", default=[name for name in PUBLISHED if "384" not in name], metavar="MODEL")
     add("--batch", type=int, default=128, help="images per micro-batch (default 128)")
     add("--size", type=int, default=224, help="side of the images (default 224)")
     add("--repeats", type=int, default=20, help="measured updates (default 20)")
@@ -55,10 +55,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def network(name: str, path: str, args: argparse.Namespace) -> tuple[nn.Module, str]:
     """The network of a row, and the stages of it that are compiled."""
-    if path.startswith("convnext"):
-        model = timm.create_model("convnext_tiny", drop_path_rate=0.1).to(args.device).train()
-        return (torch.compile(model) if "compiled" in path else model), ""  # type: ignore
     model = timm.create_model(name, drop_path_rate=0.2).to(args.device).train()
+    if path == "convnext compiled":
+        return torch.compile(model), ""  # type: ignore
     if path == "compiled":
         shape = (args.batch, 3, args.size, args.size)
         return model, compile_blocks(model, shape, torch.bfloat16, agree=bool, from_first=str) or "nothing"
@@ -110,32 +109,29 @@ def timed(step: Step, device: torch.device, repeats: int) -> dict[str, float]:
 def peak(device: torch.device, side: int) -> float:
     """bf16 operations per second of the best of five large matrix products."""
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16)
-
-    def product(clock: PhaseClock) -> None:
-        clock.begins("product")
-        torch.mm(a, a)
-    return 2 * side ** 3 / min(timed(product, device, 5)["product"] for _ in range(5))
+    times = (timed(lambda clock: (clock.begins(""), a @ a), device, 5) for _ in range(5))
+    return 2 * side ** 3 / min(each[""] for each in times)
 
 
 def rows(name: str, path: str, args: argparse.Namespace, best: float) -> list[dict]:
     """Training and evaluation of one network, whose peak of memory is that of both."""
     device = torch.device(args.device)
-    module = torch.get_device_module(device) if asynchronous(device) else None
-    if module:
-        module.empty_cache()
-        module.reset_peak_memory_stats(device)
+    if asynchronous(device):
+        torch.accelerator.empty_cache()
+        torch.accelerator.reset_peak_memory_stats(device)
+    name = "convnext_tiny" if "convnext" in path else name
     model, note = network(name, path, args)
-    flops = 0 if "convnext" in path else complexity(timm.create_model(name), args.size).flops
+    flops = complexity(timm.create_model(name), args.size).flops if name in VARIANTS else 0
     found = []
     for work, step, passes in zip(("train", "evaluate"), steps(model, args), (3, 1)):
         phases = timed(step, device, args.repeats)
         seconds = sum(phases.values())
         found.append({
-            "model": "convnext_tiny" if "convnext" in path else name, "path": f"{path} {note}".strip(), "work": work,
-            "batch": args.batch, "images_per_second": args.batch / seconds,
+            "model": name, "path": f"{path} {note}".strip(), "work": work, "batch": args.batch,
+            "images_per_second": args.batch / seconds,
             "mfu": 2 * passes * flops * args.batch / seconds / best or None,
             **{phase: phases[phase] / seconds if phase in phases else None for phase in PHASES},
-            "gib": module.max_memory_allocated(device) / 2 ** 30 if module else None})
+            "gib": peak_memory(device)[0] / 2 ** 30})
     logger.info("%s", found)
     return found
 
@@ -156,8 +152,8 @@ def _work(args: argparse.Namespace) -> int:
             if path not in OTHERS or name == args.models[0]:
                 torch.compiler.reset()
                 found += rows(name, path, args, best)
-    about = machine() | {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-                         "peak_tflops": best / 1e12}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    about = machine() | {"device": name, "peak_tflops": best / 1e12}
     write_json(args.out, {"machine": about, "rows": found})
     print("\n\n".join([str(about), table(found)]))
     return 0

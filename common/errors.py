@@ -1,4 +1,5 @@
 """The exceptions that are a sentence for the person at the terminal."""
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,6 +29,15 @@ class Failure(UserError):
     exit_code = ExitCode.FAILED
 
 
+# A file system that does not answer may answer again.
+MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENODEV)
+
+
+def kind_of(error: Exception) -> type[UserError]:
+    """Failure for an error of a file system that may pass, else UserError."""
+    return Failure if isinstance(error, OSError) and error.errno in MAY_PASS else UserError
+
+
 # What a machine lacks: code, words of the errors in which Python and PyTorch report it, sentence. First wins.
 _LACKS = (
     ("open_files", ("Too many open files", "items of ancdata"),
@@ -43,8 +53,7 @@ _LACKS = (
     ("device_memory", ("CUDA out of memory", "XPU out of memory", "MPS backend out of memory"),
      "the device has too little memory: lower --batch_size, with a higher --update_freq"),
     ("memory", ("can't allocate memory", "Cannot allocate memory", "MemoryError"),
-     "the machine has too little memory: lower --batch_size or --num_workers"),
-)
+     "the machine has too little memory: lower --batch_size or --num_workers"),)
 
 
 @contextmanager
@@ -60,6 +69,5 @@ def lacks_in_words() -> Iterator[None]:
             found = [line for line in text.splitlines() if any(word in line for word in words)]
             if found:
                 raise Failure(f"{sentence}; a training is resumed by the same command "
-                              f"({found[-1].strip()[:120]}).",
-                              code=code) from error
+                              f"({found[-1].strip()[:120]}).", code=code) from error
         raise

@@ -118,8 +118,7 @@ class Ledger:
         return found if isinstance(found, dict) else {}
 
     def _append(self, **line: object) -> None:
-        self._guard("attempts.jsonl",
-                    lambda path: append_json_line(path, {"attempt": self.attempt, **line}))
+        self._guard("attempts.jsonl", lambda path: append_json_line(path, {"attempt": self.attempt, **line}))
 
     def _write_status(self, state: str, **more: object) -> None:
         status = {"state": state, "cause": "", "attempt": self.attempt, "time": now(),

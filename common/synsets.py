@@ -2,9 +2,6 @@
 import importlib.resources
 from functools import cache
 
-# The ImageNet-1k synsets that timm's 10,450-class list leaves out, in ImageNet-1k order: rows 10450 to 10458.
-_FIRST_ADDED, _LAST_ADDED = "n02085782", "n04399382"
-
 
 def _timm_list(name: str) -> tuple[str, ...]:
     return tuple((importlib.resources.files("timm.data") / "_info" / name).read_text().split())
@@ -23,6 +20,7 @@ def published_22k_synsets() -> tuple[str, ...]:
     listed = _timm_list("imagenet21k_miil_w21_synsets.txt")
     known = set(listed)
     added = tuple(synset for synset in imagenet_synsets() if synset not in known)
-    if (len(added), added[0], added[-1]) != (9, _FIRST_ADDED, _LAST_ADDED):
+    # In ImageNet-1k order: rows 10450 to 10458.
+    if (len(added), added[0], added[-1]) != (9, "n02085782", "n04399382"):
         raise RuntimeError("timm's class lists have changed: the 10,459 classes have no published order")
     return listed + added

@@ -54,8 +54,7 @@ DEVICE = Accepts("auto, cpu, mps, cuda, xpu, or one of them with a number such a
 _PART = r"(backbone|stem|stages\.[0-3](-[0-3])?)"
 PARTS = Accepts("backbone (all but the head), or stem and stages such as stem,stages.0-2",
                 lambda v: re.fullmatch(f"{_PART}(,{_PART})*", v) is not None)
-AUGMENT = Accepts("none or a timm policy such as rand-m9-mstd0.5-inc1",
-                  lambda v: bool(_AUGMENT.fullmatch(v)))
+AUGMENT = Accepts("none or a timm policy such as rand-m9-mstd0.5-inc1", lambda v: bool(_AUGMENT.fullmatch(v)))
 
 
 def _group(title: str):

@@ -4,7 +4,6 @@
 """
 import argparse
 import os
-import re
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -26,7 +25,6 @@ _LARGEST_RECIPE = 2 ** 20  # bytes
 _SOURCES = ("model", "finetune", "pretrained", "weights")
 _PER_LAUNCH = ("config", "print_config", "dry_run")
 _DASHES = ("-", "\u2013", "\u2014", "\u2212")
-_JOINED = re.compile(r".+?\\?\s*--([a-z_]+)(=.*)?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -133,18 +131,14 @@ def help_text(everything: bool = False, kind: type[Options] = Options) -> str:
 def _unexpected(token: str, argv: Sequence[str], kind: type[Options]) -> UserError:
     """The sentence for a word that is no known flag nor the value of one."""
     known = table(kind)
-    # A line ending in `5\` makes the shell join the next flag to the value: `5--batch_size 128`.
-    for word in [*(word for word, after in zip(argv, argv[1:]) if after == token), token]:
-        match = _JOINED.fullmatch(word)
-        if match and match[1] in known:
-            return UserError(f"{quote(word)} joins a value and --{match[1]} by a stray backslash: put a "
-                             "space before the backslash that ends the line.", code="stray_backslash")
     if token.startswith(_DASHES):
         name = token.lstrip("".join(_DASHES)).partition("=")[0]
         hint = did_you_mean(name.replace("-", "_"), known, "--{}") or "; `--help all` lists every flag."
         return UserError(f"unknown flag {plain(token)}{hint}", code="unknown_flag")
-    return UserError(f"{quote(token)} belongs to no flag; write --name value, such as --lr 4e-3, and nothing "
-                     "after a backslash that ends a line.", code="stray_value")
+    # A line ending in `5\` makes the shell join the next flag to the value: `5--batch_size 128`.
+    after = "".join(f" after {quote(word)}" for word, following in zip(argv, argv[1:]) if following == token)
+    return UserError(f"{quote(token)}{after[:100]} belongs to no flag; write --name value, and a space "
+                     "before a backslash that ends a line.", code="stray_value")
 
 
 # Recipes

@@ -51,8 +51,7 @@ def check(options: Options, origins: dict[str, str]) -> None:
         (mixes(o) and o.batch_size % 2, f"--batch_size {o.batch_size} is odd, but mixup and CutMix mix pairs "
          "of images; give an even number, or --mixup 0 --cutmix 0."),
         ((o.global_batch or o.batch_size) < o.batch_size, f"--global_batch {o.global_batch} is below "
-         f"--batch_size {o.batch_size}; lower --batch_size or raise --global_batch."),
-    )
+         f"--batch_size {o.batch_size}; lower --batch_size or raise --global_batch."),)
     for broken, sentence in () if o.eval else rules:
         if broken:
             raise UserError(sentence, code="contradiction")

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.log import logger
 from common.safe_load import safe_torch_load
+from config.options import Options
+from launch.process import Process
+from models.download import fetch_published, local_file
 from models.gnconv import LayerNorm2d, resize_filter
 from models.hornet import CONFIGS, EPS, HorNet
 from models.weights import StateDict, published_names, select_weights
@@ -65,6 +68,13 @@ def load_backbone(backbone: Backbone, path: str | os.PathLike) -> None:
     logger.info("%s: %d tensors of the backbone are taken", path, len(wanted))
 
 
+def start_from(backbone: Backbone, options: Options, process: Process) -> None:
+    """The published classification weights, or those of `--finetune`, where one is asked for."""
+    if options.pretrained or options.finetune:
+        load_backbone(backbone, process.on_rank_zero(lambda: str(fetch_published(options.model))
+                                                     if options.pretrained else local_file(options.finetune)))
+
+
 def load_published(model: nn.Module, path: str | os.PathLike, checkpoint: Any = None,
                    weights: str = "auto") -> str:
     """Load a whole segmentor or detector: a published file (`state_dict`) or a checkpoint of this project, of
@@ -106,3 +116,12 @@ def replace_batchnorm(model: nn.Module, synchronised: bool) -> nn.Module:
     SyncBatchNorm refuses CPU tensors, so on CPUs each process normalises with its own images' statistics.
     """
     return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if synchronised else model
+
+
+def same_statistics(network: nn.Module, process: Process) -> None:
+    """Give every rank the statistics of BatchNorm that rank 0 has, and saves: on CPUs each normalises with
+    its own images."""
+    for buffer in network.buffers():
+        if not process.is_main:
+            buffer.zero_()
+        process.all_reduce_(buffer, "sum")

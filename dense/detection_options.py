@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from config.options import Accepts, at_least, one_of
 from dense.options import DenseOptions, option
-from dense.zoo import DETECTORS, PublishedDetector
+from dense.zoo import DETECTORS, Published
 
 _MODEL, _TRAINING, _DATA, _EVALUATION = "Model and weights", "Training", "Data", "Evaluation"
 _SIDES = Accepts("from 32 pixels on, several in one or more words", lambda v: len(v) > 0 and min(v) >= 32)
@@ -46,7 +46,7 @@ class DetectionOptions(DenseOptions):
                                at_least(32, 8192))
 
     @property
-    def published(self) -> PublishedDetector | None:
+    def published(self) -> Published | None:
         """The published detector of these options, if there is one."""
         return next((each for each in DETECTORS.values() if (each.model, each.head, each.system, 256) == (
             self.model, self.head, self.system, self.head_width)), None)

@@ -14,7 +14,8 @@ from common.random import key
 from config.options import Options
 from datasets.build import Data
 from datasets.dataset import UNREADABLE_TARGET, Batch, make_loader
-from dense.backbone import load_backbone, replace_batchnorm
+from datasets.sample import ensure_sample
+from dense.backbone import replace_batchnorm, same_statistics, start_from
 from dense.coco import CocoSet, average_precision, encoded, read_coco, write_scenes
 from dense.coco_images import CocoImages, DetectionBatch, OrientedSampler, Scales
 from dense.data import SceneData
@@ -22,12 +23,10 @@ from dense.detection_options import DetectionOptions
 from dense.detector import Detections, Detector
 from dense.draw import save_objects
 from dense.optim import DenseSchedule, scale_by_depth
-from dense.scenes import write_once
 from dense.segmentation_task import share
 from dense.zoo import HEADS, detector_filters
 from evaluation import amp_dtype
 from launch.process import Process
-from models.download import fetch_published, local_file
 from optim.build import build_optimizer
 from optim.schedule import Schedule
 from plan import Plan
@@ -50,7 +49,7 @@ def find_data(options: DetectionOptions, classes: list[str] | None, *, train: bo
               ) -> SceneData:
     """The sets that are wanted, with one list of classes; `classes` is that of a checkpoint."""
     if options.data_set == "SAMPLE":
-        write_once(options.data_path, write_scenes, "annotations")
+        ensure_sample(options.data_path, write_scenes, ("annotations",), "drawn scenes")
     scales = Scales(train=options.train_sides, test=options.test_side, longest=options.longest_side,
                     crop=Scales().crop if options.crops else None)
     sets: dict[str, CocoSet] = {}
@@ -70,9 +69,8 @@ def find_data(options: DetectionOptions, classes: list[str] | None, *, train: bo
 
 def find_scenes(options: Options, process: Process, state: State) -> Data:
     """The data of a training, with the classes of the run to resume."""
-    options = cast(DetectionOptions, options)
-    return process.local_first(lambda: find_data(options, state.get("classes"), train=True,
-                                                 evaluate=not options.disable_eval))
+    return process.local_first(lambda: find_data(cast(DetectionOptions, options), state.get("classes"),
+                                                 train=True, evaluate=not options.disable_eval))
 
 
 def rows_of(found: Detections, image: int, categories: Sequence[int]) -> list[dict]:
@@ -96,6 +94,7 @@ def results(networks: Sequence[nn.Module], loader: Iterable[Batch], images: Coco
     left = False
     for network in networks:
         network.eval()
+        same_statistics(network, process)
     with float32_products(False):
         for batch in cast(Iterable[DetectionBatch], loader):
             if left := leaves():
@@ -137,10 +136,8 @@ class Detection:
         self.folder = options.output_dir
         model = build_detector(options, data.num_classes)
         self.drop_draws = model.num_drop_draws
-        if state is None and (options.pretrained or options.finetune):
-            load_backbone(model.backbone, process.on_rank_zero(
-                lambda: str(fetch_published(options.model)) if options.pretrained
-                else local_file(options.finetune)))
+        if state is None:
+            start_from(model.backbone, options, process)
         synchronised = process.world_size > 1 and process.device.type == "cuda"
         self.model: nn.Module = replace_batchnorm(model, synchronised).to(process.device)
         self.optimizer = build_optimizer(self.model, options, scale_by_depth(

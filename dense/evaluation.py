@@ -1,14 +1,15 @@
 """`--eval true` of segmentation: find the weights, one pass over the images, mIoU, the published figure."""
 import os
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import nn
 
 import native
 from common.errors import UserError
@@ -21,10 +22,9 @@ from config.parse import Resolved
 from dense.backbone import load_published
 from dense.data import find_data
 from dense.draw import save_sample
-from dense.options import SegmentationOptions
+from dense.options import DenseOptions, SegmentationOptions
 from dense.segmentation_task import FIGURES, Evaluation, build_segmentor, scores, share
-from dense.segmentor import Segmentor
-from dense.zoo import SEGMENTORS, PublishedSegmentor
+from dense.zoo import SEGMENTORS, Published
 from evaluation import find_sources
 from launch.process import Process
 from launch.watchdog import Watchdog
@@ -33,47 +33,78 @@ from models.zoo import VARIANTS
 
 ADE20K_IMAGES = 2000
 PASS_LIMIT, CLOSE_LIMIT = 0.1, 0.3  # points of mIoU or box AP; published with one decimal
-# What a checkpoint knows about its own network and images, taken unless a flag or recipe names it.
-_OWN = ("model", "head", "head_width", "crop_size", "image_scale", "layer_scale_init_value", "zero_ignored")
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What the files of segmentors, or of detectors, have in common.
+
+    Attributes:
+        own: what a checkpoint knows about its own network and images, taken unless a flag or recipe names it.
+        last: the bias of the last layer by system, "" for segmentors; it has `background` more than classes.
+        joined: the layer that HorFPN replaces.
+        of_published: those options of a published row.
+    """
+    noun: str
+    options: type[DenseOptions]
+    own: tuple[str, ...]
+    last: dict[str, str]
+    background: int
+    joined: str
+    published: Mapping[str, Published]
+    of_published: Callable[[Any], dict[str, Value]]
+    build: Callable[[Any, int], nn.Module]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A segmentor in evaluation mode, the options and classes it was trained with, and the file's entry."""
-    model: Segmentor
-    options: SegmentationOptions
+    """A model in evaluation mode, the options and classes it was trained with (numbers from 1 on unless it is
+    `named`), and the file's entry."""
+    model: Any
+    options: Any
     classes: list[str]
     entry: str
+    named: bool
 
 
-def load_segmentor(path: str | os.PathLike, options: SegmentationOptions | None = None,
-                   origins: dict[str, str] | None = None, classes: list[str] | None = None,
-                   device: torch.device | str = "cpu") -> Trained:
-    """Load a checkpoint of this project or a published file.
+SEGMENTOR = Kind(
+    noun="segmentor", options=SegmentationOptions, last={"": "decode_head.conv_seg.bias"}, background=0,
+    own=("model", "head", "head_width", "crop_size", "image_scale", "layer_scale_init_value", "zero_ignored"),
+    joined="decode_head.fpn_bottleneck", published=SEGMENTORS, build=build_segmentor,
+    of_published=lambda row: {"model": row.model, "head": row.head, "crop_size": row.crop, "head_width": 512,
+                              "image_scale": (4 * row.crop, row.crop)})
+
+
+def load_trained(kind: Kind, path: str | os.PathLike, options: Any = None,
+                 origins: dict[str, str] | None = None, classes: list[str] | None = None,
+                 device: torch.device | str = "cpu") -> Trained:
+    """Load a checkpoint of this project or a published file, whose `classes` may be given.
 
     Options whose origin is not "default" win over the file's own. Raises UserError (`other_model`, …).
     """
-    checkpoint, origins = safe_torch_load(path), origins or {}
-    options = options or SegmentationOptions()
-    state = select_weights(checkpoint, str(path), weights=options.weights)[0]
-    own, args = own_options(checkpoint, SegmentationOptions, _OWN), checkpoint.get("args")
-    if own is None and (published := identify(state)):
-        side = published.crop
-        own = {"model": published.model, "head": published.head, "crop_size": side, "head_width": 512,
-               "image_scale": (4 * side, side)}
+    checkpoint, origins, options = safe_torch_load(path), origins or {}, options or kind.options()
+    state = {name.removeprefix("module."): value for name, value in
+             select_weights(checkpoint, str(path), weights=options.weights)[0].items()}
+    system = next((system for system, name in kind.last.items() if name in state), None)
+    if system is None:
+        raise UserError(f"{path} holds no {kind.noun}; name a checkpoint of this kind or a published file.",
+                        code="other_model")
+    own = own_options(checkpoint, kind.options, kind.own)
+    if own is not None:
+        classes = checkpoint.get("classes")
+    elif published := identify(kind, state, system):
+        own = kind.of_published(published)
     options = replace(options, **{name: value for name, value in (own or {}).items()
                                   if origins.get(name, "default") == "default"})
-    count = state.get("decode_head.conv_seg.bias")
-    if count is None:
-        raise UserError(f"{path} holds no segmentor; name a checkpoint of dense.segmentation or a published "
-                        "file.", code="other_model")
-    names = checkpoint.get("classes") if args else classes
-    names = names or [str(number) for number in range(1, len(count) + 1)]
-    model = build_segmentor(options, len(names))
+    count = len(classes) if classes else len(state[kind.last[system]]) - kind.background
+    model = kind.build(options, count)
     entry = load_published(model, path, checkpoint, options.weights)
     model = model.to(device).eval()
     native.attach(model)
-    return Trained(model, options, list(names), entry)
+    names = [*classes] if classes else [str(number) for number in range(1, count + 1)]
+    return Trained(model, options, names, entry, bool(classes))
+
+
+load_segmentor = partial(load_trained, SEGMENTOR)
 
 
 def own_options(checkpoint: Any, kind: type[Options], names: Sequence[str]) -> dict[str, Value] | None:
@@ -86,20 +117,16 @@ def own_options(checkpoint: Any, kind: type[Options], names: Sequence[str]) -> d
             for name in names if name in args}
 
 
-def identify(state: dict[str, torch.Tensor]) -> PublishedSegmentor | None:
-    """The published segmentor that a state has the shape of, by its width, filters and joining layer."""
-    state = {re.sub(r"^module\.", "", name): value for name, value in state.items()}
+def identify(kind: Kind, state: dict[str, torch.Tensor], system: str) -> Published | None:
+    """The published model that a state has the shape of, by width, filters, joining layers and system."""
     stem = state.get("backbone.downsample_layers.0.0.weight")
-    filters = "backbone.stages.2.0.gnconv.dwconv.complex_weight" in state
-    joined = "decode_head.fpn_bottleneck.dwconv."
-    head = ("horfpn_gf" if joined + "complex_weight" in state
-            else "horfpn_7x7" if joined + "weight" in state else "plain")
-    for each in SEGMENTORS.values():
-        config = VARIANTS[each.model].config
-        if (stem is not None and (config.width, config.filters[2] != "conv", each.head)
-                == (len(stem), filters, head) and "backbone.stages.2.17.gamma1" in state):
-            return each
-    return None
+    head = next((name for name, leaf in (("horfpn_gf", "complex_weight"), ("horfpn_7x7", "weight"))
+                 if f"{kind.joined}.dwconv.{leaf}" in state), "plain")
+    if stem is None or "backbone.stages.2.17.gamma1" not in state:
+        return None
+    found = len(stem), "backbone.stages.2.0.gnconv.dwconv.complex_weight" in state, head, system
+    return next((row for row in kind.published.values() for config in [VARIANTS[row.model].config]
+                 if (config.width, config.filters[2] != "conv", row.head, row.system) == found), None)
 
 
 def evaluate_segmentors(resolved: Resolved, process: Process, watchdog: Watchdog) -> ExitCode:

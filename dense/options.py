@@ -4,7 +4,7 @@ from typing import ClassVar, TypeVar
 
 from common.errors import UserError
 from config.options import NOT_NEGATIVE, PART, Accepts, Options, at_least, one_of
-from dense.zoo import HEADS, SEGMENTORS, PublishedSegmentor
+from dense.zoo import HEADS, SEGMENTORS, Published
 
 T = TypeVar("T")
 SIDES = Accepts("two sides in pixels, such as 2048 512", lambda v: len(v) == 2 and min(v) >= 32)
@@ -102,7 +102,7 @@ class SegmentationOptions(DenseOptions):
         return self.crop_size * 2 // 3
 
     @property
-    def published(self) -> PublishedSegmentor | None:
+    def published(self) -> Published | None:
         """The published segmentor of these options, if there is one."""
         return next((each for each in SEGMENTORS.values() if (each.model, each.head, each.crop, 512) == (
             self.model, self.head, self.crop_size, self.head_width)), None)

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.log import logger
+
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # RGB, of 0..255
 Size = tuple[int, int]  # height, width
 
@@ -33,6 +35,8 @@ def opencv() -> ModuleType | None:
     try:
         import cv2
     except ImportError:
+        logger.info("OpenCV is not installed: NumPy resizes images, slower and at most one grey level away "
+                    "from the published pixels (pip install opencv-python-headless).")
         return None
     cv2.setNumThreads(0)
     return cv2

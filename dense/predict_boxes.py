@@ -9,27 +9,23 @@ from PIL import Image
 
 from common.devices import float32_products
 from dense.coco_images import Scales, network_input, test_transform
-from dense.detection_evaluation import TrainedDetector, load_detector
+from dense.detection_evaluation import load_detector
 from dense.detection_task import rows_of
 from dense.detector import Detections
 from dense.draw import drawn
+from dense.evaluation import Trained
 
 
 @dataclass(frozen=True)
 class BoxPredictor:
     """A detector ready for images of any size: called with one it gives its Detections, best first."""
-    trained: TrainedDetector
+    trained: Trained
     device: torch.device
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: torch.device) -> "BoxPredictor":
         """From a checkpoint of this project or a published file."""
         return cls(load_detector(path, device=device), device)
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of the classes; numbers from 1 on for a published file, which has none."""
-        return self.trained.classes or [str(number + 1) for number in range(self.trained.model.classes)]
 
     def __call__(self, image: Image.Image | np.ndarray) -> Detections:
         pixels, options = np.asarray(image), self.trained.options
@@ -40,7 +36,7 @@ class BoxPredictor:
 
     def save(self, image: np.ndarray, stem: Path) -> tuple[dict, list[dict]]:
         """Write the drawing; the record in plain words and in COCO's form."""
-        found, names = self(image), self.classes
+        found, names = self(image), self.trained.classes
         Image.fromarray(drawn(image, found, names)).save(f"{stem}.jpg", quality=90)
         rows = rows_of(found, 0, range(1, len(names) + 1))
         plain = [{"class": names[row["category_id"] - 1], "score": round(row["score"], 4),

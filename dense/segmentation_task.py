@@ -15,10 +15,10 @@ from common.random import key
 from config.options import Options
 from datasets.build import Data
 from datasets.dataset import Batch, make_loader
-from dense.backbone import load_backbone, replace_batchnorm
+from dense.backbone import replace_batchnorm, same_statistics, start_from
 from dense.data import UpdateSampler, find_data
 from dense.draw import save_sample
-from dense.inference import probabilities
+from dense.inference import label_map
 from dense.optim import DenseSchedule, scale_by_depth
 from dense.options import SegmentationOptions
 from dense.pixels import normalised
@@ -26,7 +26,6 @@ from dense.segmentor import AUXILIARY_WEIGHT, IGNORED, Segmentor, segmentation_l
 from dense.zoo import HEADS, segmentor_filters
 from evaluation import amp_dtype
 from launch.process import Process
-from models.download import fetch_published, local_file
 from optim.build import build_optimizer
 from optim.schedule import Schedule
 from plan import Plan
@@ -67,12 +66,11 @@ class Evaluation:
 
         In true float32; each rank passes its own share of the images.
         """
-        device, options = self.process.device, self.options
         found = [torch.zeros(self.classes, self.classes + 1, dtype=torch.int64) for _ in networks]
         left = False
         for network in networks:
             network.eval()
-            self.same_statistics(network)
+            same_statistics(network, self.process)
         with float32_products():
             for batch in loader:
                 if left := leaves():
@@ -81,12 +79,9 @@ class Evaluation:
                 for number, (network, confusion) in enumerate(zip(networks, found)):
                     predicted = torch.full_like(labels, self.classes)
                     if len(batch.images):
-                        variants = [(normalised(image.to(device)[None]), False) for image in batch.images]
-                        if options.ms_flip:
-                            variants = [pair for x, _ in variants for pair in ((x, False), (x.flip(3), True))]
-                        maps = probabilities(network, variants, (labels.shape[0], labels.shape[1]),
-                                             options.crop_size, options.stride)
-                        predicted = maps.argmax(1)[0].cpu()
+                        scaled = [image.to(self.process.device) for image in batch.images]
+                        size = labels.shape[0], labels.shape[1]
+                        predicted = label_map(network, scaled, size, self.options)
                         if keep is not None and number == 0:
                             keep(batch, predicted.numpy().astype(np.uint8))
                     count_pixels(confusion, labels, predicted)
@@ -95,14 +90,6 @@ class Evaluation:
         for confusion in found:
             self.process.all_reduce_(confusion, "sum")
         return found
-
-    def same_statistics(self, network: nn.Module) -> None:
-        """Give every rank the statistics of BatchNorm that rank 0 has, and saves: on CPUs each normalises
-        with its own images."""
-        for buffer in network.buffers():
-            if not self.process.is_main:
-                buffer.zero_()
-            self.process.all_reduce_(buffer, "sum")
 
 
 def count_pixels(confusion: Tensor, labels: Tensor, predicted: Tensor) -> None:
@@ -143,10 +130,8 @@ class Segmentation:
         self.seed, self.autocast_dtype, self.data = options.seed, amp_dtype(options), data
         model = build_segmentor(options, data.num_classes)
         self.drop_draws = model.num_drop_draws
-        if state is None and (options.pretrained or options.finetune):
-            load_backbone(model.backbone, process.on_rank_zero(
-                lambda: str(fetch_published(options.model)) if options.pretrained
-                else local_file(options.finetune)))
+        if state is None:
+            start_from(model.backbone, options, process)
         self.model: nn.Module = replace_batchnorm(model, synchronised).to(process.device)
         self.optimizer = build_optimizer(self.model, options, scale_by_depth(
             options.decay_rate, options.decay_layers, by="stage"))

@@ -12,41 +12,46 @@ _SEGMENTATION_FILTERS = ((24, 13), (12, 7))
 
 
 @dataclass(frozen=True, kw_only=True)
-class PublishedSegmentor:
-    """One published segmentor on ADE20K.
+class Published:
+    """One published segmentor on ADE20K, or detector on COCO.
 
     Attributes:
         config: the authors' name.
         model: of the HorNet.
         head: a name in HEADS.
-        params: with 150 classes.
+        system: of a detector, "" of a segmentor.
+        params: with 150 or 80 classes.
         miou, miou_ms: percent, at one scale, and at six scales with flips; None where none is published.
-        gflops: for an image of 512x2048 (640x2560 for large models), as published.
+        box_ap, mask_ap: percent.
+        gflops: for an image of 512x2048 (640x2560 for large models), detectors 1280x800, as published.
         crop: side of crops and windows; a window moves by two thirds of it.
         file: ID in ADDRESS, "" where there is none.
     """
     config: str
     model: str
     head: str = "plain"
+    system: str = ""
     params: int
     miou: float | None = None
     miou_ms: float | None = None
+    box_ap: float | None = None
+    mask_ap: float | None = None
     gflops: int | None = None
     crop: int = 512
     file: str = ""
 
 
 def _upernet(size: str, kind: str, params: int, miou: float, miou_ms: float, gflops: int, file: str
-             ) -> PublishedSegmentor:
+             ) -> Published:
     crop = 640 if size == "large" else 512
-    return PublishedSegmentor(
+    return Published(
         config=f"upernet_hornet_{size}_{kind}_{crop}_160k_ade20k", model=f"hornet_{size}_{kind}",
         params=params, miou=miou, miou_ms=miou_ms, gflops=gflops, crop=crop, file=file)
 
 
-def _horfpn(kind: str, params: int) -> PublishedSegmentor:
-    return PublishedSegmentor(config=f"horfpn_{kind}_upernet_hornet_small_7x7_512_160k_ade20k",
-                              model="hornet_small_7x7", head=f"horfpn_{kind}", params=params)
+def _horfpn(kind: str, params: int) -> Published:
+    return Published(config=f"horfpn_{kind}_upernet_hornet_small_7x7_512_160k_ade20k",
+                     model="hornet_small_7x7", head=f"horfpn_{kind}", params=params)
 
 
 SEGMENTORS = {
@@ -73,33 +78,18 @@ def segmentor_filters(model: str) -> tuple[tuple[int, int], tuple[int, int]] | N
     return _SEGMENTATION_FILTERS if variant.published and variant.config.filters[2] != "conv" else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class PublishedDetector:
-    """One published detector on COCO with 80 classes: `box_ap` and `mask_ap` in percent, `gflops` for
-    1280x800 pixels, the rest as in PublishedSegmentor."""
-    config: str
-    model: str
-    system: str = "cascade_mask_rcnn"
-    head: str = "plain"
-    params: int
-    box_ap: float | None = None
-    mask_ap: float | None = None
-    gflops: int | None = None
-    file: str = ""
-
-
-def _cascade(size: str, kind: str, params: int, box_ap: float, mask_ap: float, gflops: int, file: str
-             ) -> PublishedDetector:
+def _cascade(size: str, kind: str, params: int, box_ap: float, mask_ap: float, gflops: int,
+             file: str) -> Published:
     data = "in22k" if size == "large" else "in1k"
-    return PublishedDetector(config=f"cascade_mask_rcnn_hornet_{size}_{kind}_3x_coco_{data}",
-                             model=f"hornet_{size}_{kind}", params=params, box_ap=box_ap, mask_ap=mask_ap,
-                             gflops=gflops, file=file)
+    return Published(config=f"cascade_mask_rcnn_hornet_{size}_{kind}_3x_coco_{data}", params=params,
+                     model=f"hornet_{size}_{kind}", system="cascade_mask_rcnn", box_ap=box_ap,
+                     mask_ap=mask_ap, gflops=gflops, file=file)
 
 
-def _mask_rcnn(head: str, params: int) -> PublishedDetector:
+def _mask_rcnn(head: str, params: int) -> Published:
     name = "fpn" if head == "plain" else head
-    return PublishedDetector(config=f"{name}_mask_rcnn_hornet_small_7x7_1x_coco_in1k", params=params,
-                             model="hornet_small_7x7", system="mask_rcnn", head=head)
+    return Published(config=f"{name}_mask_rcnn_hornet_small_7x7_1x_coco_in1k", params=params, head=head,
+                     model="hornet_small_7x7", system="mask_rcnn")
 
 
 DETECTORS = {

@@ -1,8 +1,9 @@
 """`--compile`: torch.compile of the blocks of a HorNet, where it agrees with eager PyTorch and is faster.
 
 A stage's blocks are alike and share what is compiled: one graph in training and one in evaluation, four of
-each in all. What is compiled is the plain block, with the Fourier filter as matrix products (models/dft.py
-says why), which the compiler fuses with its gates, norms and layer scale.
+each in all, and as many for the evaluation of an average, whose parameters need no gradient. What is compiled
+is the plain block, with the Fourier filter as matrix products (models/dft.py says why), which the compiler
+fuses with its gates, norms and layer scale.
 """
 import copy
 import time

@@ -193,8 +193,9 @@ def check_channels(x: Tensor, dim: int) -> None:
 
 def autocast_dtype(device: str) -> torch.dtype | None:
     """What autocast computes in on `device`, a kind such as "cuda"; None without."""
-    available = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if available else None
+    # Not torch.amp.is_autocast_available, which older compilers cannot trace.
+    enabled = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled else None
 
 
 def without_autocast(device: str):

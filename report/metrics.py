@@ -38,13 +38,9 @@ class Predictions:
         return (self.top5 == self.labels[:, None]).any(axis=1) & self.judged
 
     @property
-    def readable(self) -> np.ndarray:
-        return (self.labels >= 0) & (self.top5[:, 0] >= 0)
-
-    @property
     def judged(self) -> np.ndarray:
         """Readable, with numbers for an answer: not-a-number has no order, so its top five mean nothing."""
-        return self.readable & np.isfinite(self.probabilities[:, 0])
+        return (self.labels >= 0) & (self.top5[:, 0] >= 0) & np.isfinite(self.probabilities[:, 0])
 
 
 def sampling_interval(accuracy: float, images: int) -> float:

@@ -44,16 +44,13 @@ def explain_difference(protocol: Protocol, counts: EvalResult, published_input_s
     there = ImageSettings(input_size=published_input_size or here.input_size)
     at_hand = IMAGENET_VAL_IMAGES if protocol.dataset == "imagenet-val" else counts.images
     settings = {
-        "data": (protocol.dataset, "imagenet-val"),
-        "images": (counts.images, at_hand),
+        "data": (protocol.dataset, "imagenet-val"), "images": (counts.images, at_hand),
         "unreadable images, which count as incorrect": (counts.bad, 0),
         "images with outputs that are not numbers, which count as incorrect": (counts.nonfinite, 0),
         "input size": (here.input_size, there.input_size),
         "crop_pct (none: the whole image)": (here.eval_crop_pct or "none", there.eval_crop_pct or "none"),
-        "mean": (here.mean, there.mean),
-        "standard deviation": (here.std, there.std),
-        "number format": (protocol.dtype, "float32"),
-        "TF32": (protocol.tf32, False)}
+        "mean": (here.mean, there.mean), "standard deviation": (here.std, there.std),
+        "number format": (protocol.dtype, "float32"), "TF32": (protocol.tf32, False)}
     return [f"{name}: {ours} instead of {theirs}." for name, (ours, theirs) in settings.items()
             if ours != theirs]
 

@@ -9,12 +9,13 @@ from PIL import Image
 
 from config.parse import parse
 from datasets.images import BadImage
+from datasets.sample import ensure_sample
 from dense import scenes
 from dense.data import LabelledImages, UpdateSampler, find_data, find_pairs, pad_into, sample
 from dense.options import SegmentationOptions
 from dense.pixels import normalised
 from dense.segmentation import run
-from dense.segmentation_task import count_pixels, scores
+from dense.segmentation_task import build_segmentor, count_pixels, scores
 from tests.dense.test_pixels import Scripted
 from tests.kits.dense import given, stored
 from tests.kits.errors import refused
@@ -28,7 +29,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("scenes") / "data"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scenes, "COUNTS", {"training": 20, "validation": 7})
-        scenes.write_once(path, scenes.write_segmentation, "classes.txt")
+        ensure_sample(path, scenes.write_segmentation, ("images", "annotations"))
     return path
 
 
@@ -99,7 +100,7 @@ def test_any_number_of_processes_sees_the_same_samples(folder):
     assert len(seen[1]) == 12 and min(seen[1]) == (0, (4 + 2) * 6)
     for world in (2, 3):
         assert seen[world].keys() == seen[1].keys()
-        assert all(map(torch.equal, seen[world][key], seen[1][key]) for key in seen[1])
+        assert all(torch.equal(one, other) for key in seen[1] for one, other in zip(seen[world][key], seen[1][key]))
 
 
 def test_a_pass_leaves_no_image_out():
@@ -197,3 +198,32 @@ def test_pairs_and_own_layout(folder, tmp_path):
     assert find_pairs(own, "train").images[0].endswith("images/training/0000.png")
     image, labels = LabelledImages(split, 7, own).read(0)
     assert image.shape[:2] == labels.shape and labels.min() >= 1
+
+
+def test_predict_and_export(folder, tmp_path):
+    from dense import export, predict
+    from dense.evaluation import load_segmentor
+    values = options(folder)
+    torch.manual_seed(1)
+    model = build_segmentor(values, 6)
+    args = parse(argv(folder, None), SegmentationOptions).to_dict()
+    names = (folder / "classes.txt").read_text().split()
+    torch.save({"format": 3, "model": model.state_dict(), "args": args, "classes": names}, tmp_path / "c.pth")
+    trained = load_segmentor(tmp_path / "c.pth")
+    assert trained.options.head_width == 8 and trained.classes == names
+    (tmp_path / "broken.png").write_bytes(b"no")
+    images = [str(folder / "images" / "validation"), str(tmp_path / "broken.png")]
+    call = predict.arguments().parse_args([*images, "--resume", str(tmp_path / "c.pth"), "--out", str(tmp_path / "out"),
+                                           "--device", "cpu"])
+    assert predict.run(call) == 0
+    found = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert len(found) == 8 and sum("error" in each for each in found) == 1
+    assert sum(row["share"] for row in found[0]["classes"]) == pytest.approx(1, abs=1e-4)
+    labels = np.asarray(Image.open(tmp_path / "out" / "0000.png"))
+    assert labels.shape == scenes.SIZE and labels.max() < 6
+    rows = [row for row in json.loads((tmp_path / "out" / "coco.json").read_text()) if row["image_id"] == 0]
+    for row in rows:
+        counts, mask = row["segmentation"]["counts"], labels == row["category_id"] - 1
+        flat = np.repeat(np.arange(len(counts)) % 2, counts).astype(bool)
+        assert np.array_equal(flat.reshape(mask.shape, order="F"), mask)
+    assert export.arguments().parse_args(["--resume", "x", "--out", "y"]).out == "y"

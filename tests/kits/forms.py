@@ -1,4 +1,5 @@
 """One data set in every form: the same images, from a tree of ROOT/{train,val}/CLASS/NAME."""
+import gzip
 import io
 import json
 import shutil
@@ -19,17 +20,8 @@ def read_tree(root: Path) -> Tree:
             for part in ("train", "val")}
 
 
-def write_tar(path: Path, members) -> None:
-    """A plain tar of (name, bytes)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-
-
 def tar_bytes(members) -> bytes:
+    """A plain tar of (name, bytes)."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, data in members:
@@ -37,6 +29,11 @@ def tar_bytes(members) -> bytes:
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     return buffer.getvalue()
+
+
+def write_tar(path: Path, members) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(tar_bytes(members))
 
 
 def shuffled(rows: list) -> list:
@@ -65,11 +62,8 @@ def devkit(path: Path, synsets: list[str], order: list[str]) -> None:
     buffer = io.BytesIO()
     savemat(buffer, {"synsets": entries})
     truth = "".join(f"{ids[name]}\n" for name in order).encode()
-    with tarfile.open(path, "w:gz") as tar:
-        for name, data in (("meta.mat", buffer.getvalue()), ("ILSVRC2012_validation_ground_truth.txt", truth)):
-            member = tarfile.TarInfo(f"ILSVRC2012_devkit_t12/data/{name}")
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+    files = {"meta.mat": buffer.getvalue(), "ILSVRC2012_validation_ground_truth.txt": truth}
+    path.write_bytes(gzip.compress(tar_bytes((f"ILSVRC2012_devkit_t12/data/{name}", data) for name, data in files.items())))
 
 
 def originals(root: Path, tree: Tree) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -100,14 +101,18 @@ def test_hits_eval_json_and_predictions_are_the_same_from_every_form(forms, tmp_
                      "--output_dir", str(folder), "--report", str(folder), "--index_cache", str(tmp_path / "cache")]) == 0
         result = json.loads((folder / "eval.json").read_text())
         with np.load(folder / "predictions.npz", allow_pickle=False) as stored:
-            arrays = {name: stored[name].tolist() for name in stored.files if name != "path"}
-        found[form] = result, arrays
+            found[form] = result, {name: stored[name] for name in stored.files if name != "path"}
+    plain, plain_arrays = found["folders"]
     for form, (result, arrays) in found.items():
-        plain, plain_arrays = found["folders"]
+        # Parquet is read in its own order, so its last batch is another, and float32 ends in other last bits.
+        exact = form != "parquet"
+        different = {name for name in plain if result[name] != plain[name] and (exact or result[name] != pytest.approx(
+            plain[name], rel=1e-5))}
+        assert different <= {"seconds", "images_per_second"}, (form, different)
         assert arrays.keys() == plain_arrays.keys()
-        different = [name for name in result if result[name] != plain[name] and name not in ("seconds", "images_per_second")]
-        assert not different, (form, {name: (result[name], plain[name]) for name in different})
-        assert arrays == plain_arrays, form
+        for name, values in arrays.items():
+            close = np.array_equal if exact or values.dtype.kind != "f" else partial(np.allclose, rtol=1e-4, atol=1e-6)
+            assert close(values, plain_arrays[name]), (form, name)
 
 
 # --------------------------------------------------------------------------------------- README's table of forms

@@ -13,8 +13,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 @pytest.mark.parametrize("answers, sentence", [
     (None, "was not found: install Python 3.11 or later (Debian: apt install python3 python3-venv)."),
     ({"version": 1}, "is too old: Python 3.11 or later is needed"),
-    ({"ensurepip": 1}, "Python's venv module is missing: install it (Debian: apt install python3-venv)."),
-])
+    ({"ensurepip": 1}, "Python's venv module is missing: install it (Debian: apt install python3-venv).")])
 @pytest.mark.parametrize("target", ["quickstart", "test"])
 def test_what_is_missing_is_one_sentence(tmp_path, answers, sentence, target):
     for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
@@ -24,8 +23,7 @@ def test_what_is_missing_is_one_sentence(tmp_path, answers, sentence, target):
         python.write_text("#!/bin/sh\ncase \"$*\" in " + " ".join(
             f"*{word}*) exit {code};;" for word, code in answers.items()) + " esac\n")
         python.chmod(0o755)
-    outside = {name: value for name, value in os.environ.items()
-               if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    outside = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
     ended = subprocess.run(["make", f"PYTHON={python}", target], cwd=tmp_path, env=outside,
                            capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2 and sentence in ended.stdout, ended

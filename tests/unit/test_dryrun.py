@@ -76,13 +76,10 @@ def test_a_run_folder_is_read_and_not_changed(two_classes, tmp_path, run):
 
 
 @pytest.mark.parametrize("flags, word", [
-    (("--data_path", "/nowhere"), "/nowhere/train"),
-    (("--batch_size", "64"), "--batch_size"),
-    (("--output_dir", str(ROOT / "main.py" / "run")), "main.py"),
-    (("--eval", "true"), "--resume"),
+    (("--data_path", "/nowhere"), "/nowhere/train"), (("--batch_size", "64"), "--batch_size"),
+    (("--output_dir", str(ROOT / "main.py" / "run")), "main.py"), (("--eval", "true"), "--resume"),
     (("--resume", str(ROOT / "README.md")), "README.md"),
-    (("--lr", "1e30", "--min_lr", "1e30", "--clip_grad", "none"), "--lr"),
-])
+    (("--lr", "1e30", "--min_lr", "1e30", "--clip_grad", "none"), "--lr")])
 def test_what_is_wrong_is_one_sentence_and_exit_code_2(two_classes, run, flags, word):
     code, text = run(two_classes, *TRAIN, *flags, "--dry_run", "true")
     assert code == 2 and word in text and "All is well" not in text, text

@@ -14,5 +14,4 @@ def test_every_refusal_has_a_code_of_its_kind():
 def test_sentences_are_found_with_their_placeholders():
     source = ('raise UserError(f"--lr {options.lr:g} is {plain(x)}" " low.", code="lr")\n'
               'logger.info("%s of %d", a.b, len(c))\nlogger.warning(f"{found[0]}" + sentence)\nprint("no")')
-    assert sentences(source) == [
-        "info: {b} of {len}", "lr: --lr {lr} is {plain} low.", "warning: {found}{sentence}"]
+    assert sentences(source) == ["info: {b} of {len}", "lr: --lr {lr} is {plain} low.", "warning: {found}{sentence}"]

@@ -30,8 +30,7 @@ def test_defaults_are_the_published_ones_and_what_their_options_accept():
 
 
 def test_image_settings_are_those_of_the_options_and_of_a_checkpoints_args():
-    options = Options(input_size=64, crop_pct=1.0, imagenet_default_mean_and_std=False,
-                      layer_scale_init_value=0.0)
+    options = Options(input_size=64, crop_pct=1.0, imagenet_default_mean_and_std=False, layer_scale_init_value=0.0)
     settings = ImageSettings.of(options)
     assert (settings.input_size, settings.eval_crop_pct) == (64, 1.0)
     assert (settings.mean, settings.std) == (constants.IMAGENET_INCEPTION_MEAN, constants.IMAGENET_INCEPTION_STD)

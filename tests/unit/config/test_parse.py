@@ -55,13 +55,12 @@ def test_published_flags_without_effect_are_accepted_with_one_notice_and_the_lau
 
 # What is refused, by code. Each sentence names the first word, or what is in brackets.
 MISTAKES = {
-    # What the shell makes of the original README's `--clip_grad 5\\`: the next line's flag joins the value.
-    "stray_backslash": """--clip_grad 5--batch_size 128 [5--batch_size]
-        | --data_path /a--output_dir b [--output_dir]
-        | --model_ema true--model_ema_eval true [--model_ema_eval]""",
     "unknown_flag": """--bach_size 3 [--batch_size?] | --batch-size 3 [--batch_size?]
         | --batch 3 [--batch_size?] | --zzzz [--help all] | -lr 3 [--lr?] | \u2014lr 3 [--lr?] | -- | --=3""",
-    "stray_value": r"train | --lr 1 2 ['2'] | --lr=1 2 ['2'] | \ [backslash]",
+    # The first three: what the shell makes of the original README's `--clip_grad 5\\` before a further line.
+    "stray_value": r"""--clip_grad 5--batch_size 128 [5--batch_size] | --data_path /a--output_dir b [--output_dir]
+        | --model_ema true--model_ema_eval true [--model_ema_eval]
+        | train | --lr 1 2 ['2'] | --lr=1 2 ['2'] | \ [backslash]""",
     "missing_value": "--lr | --lr --epochs 3 | --resume",
     "invalid_value": """--lr= [--lr ''] | --lr fast [above 0] | --lr nan | --lr inf | --lr 1e999 | --lr 0
         | --lr -1 | --epochs 0 | --epochs 1.5 | --batch_size 0 | --batch_size none | --update_freq 0
@@ -137,8 +136,7 @@ PUBLISHED = {
     "hornet_large_7x7_in22k": ("hornet_large_7x7", 0.2, 5, 32, 4096, 64, 9),
     "hornet_large_gf_in22k": ("hornet_large_gf", 0.2, 1, 32, 4096, 64, 9),
     "hornet_large_7x7_ft1k_384": ("hornet_large_7x7", 0.4, 1, 16, 512, 32, 9),
-    "hornet_large_gf_ft1k_384": ("hornet_large_gf_img384", 0.4, 1, 16, 512, 32, 9),
-}
+    "hornet_large_gf_ft1k_384": ("hornet_large_gf_img384", 0.4, 1, 16, 512, 32, 9)}
 
 
 def resolve(name, *flags):
@@ -263,8 +261,7 @@ def test_no_command_line_makes_a_traceback(argv):
 
 yaml_text = st.one_of(
     st.text(max_size=80), st.binary(max_size=80),
-    st.lists(st.builds("{}: {}".format, st.sampled_from(list(OPTIONS)), word), max_size=5)
-    .map("\n".join))
+    st.lists(st.builds("{}: {}".format, st.sampled_from(list(OPTIONS)), word), max_size=5).map("\n".join))
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))

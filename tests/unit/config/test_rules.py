@@ -90,8 +90,7 @@ def test_after_the_index_zero_updates_are_refused_with_a_fix():
     # 96 of 224 images unused in every epoch and 30 updates in all
     ("--epochs 30 --batch_size 128", 1, 224, ["128 of the 224", "30 updates", "--global_batch 22 --batch_size 22"]),
     ("--epochs 30 --batch_size 128", 2, 448, ["256 of the 448", "--global_batch 44 --batch_size 22"]),
-    ("--epochs 300 --batch_size 128", 1, 1_281_167, None),
-    ("--epochs 30 --batch_size 64", 1, 1437, None),
+    ("--epochs 300 --batch_size 128", 1, 1_281_167, None), ("--epochs 30 --batch_size 64", 1, 1437, None),
     ("--epochs 1 --batch_size 2 --warmup_epochs 0", 1, 2, ["1 update;"])])
 def test_small_data_is_named_with_a_batch_that_fits(argv, world_size, images, expected):
     sentence = small_data_notice(options(argv).options, plan(argv, world_size), images)

@@ -59,12 +59,6 @@ def test_no_split_and_no_worker_changes_a_bit(folder, split):
     assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_start_in_the_middle_of_an_epoch_gives_the_same_rest(folder, workers):
-    whole, rest = _epoch(folder), _epoch(folder, start=1, num_workers=workers)
-    assert torch.equal(whole[0][64:], rest[0]) and torch.equal(whole[1][64:], rest[1])
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_loading_disturbs_no_other_random_stream(folder, workers):
     options = _options(folder, num_workers=workers)

@@ -44,26 +44,26 @@ def backend(monkeypatch):
     return graphs
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_each_kind_of_block_is_one_graph_in_training_and_one_in_evaluation(backend, dtype):
-    """Stages of two blocks, the average, a smaller last batch: no graph is added after the start."""
-    model = network(depths=(1, 2, 2, 2))
+def test_each_kind_of_block_is_one_graph_in_training_and_one_in_evaluation(backend):
+    """A stage of two blocks, a smaller last batch: no graph is added after the start, but one of the average, whose
+    parameters need no gradient."""
+    model = network(depths=(1, 1, 2, 1))
     plain = copy.deepcopy(model)
-    assert compiled(model, dtype=dtype) == "1 2 3 4"
+    assert compiled(model, dtype=torch.bfloat16) == "1 2 3 4"
     assert len(backend) == 4 + 4 + 4  # timed on copies, in training, in evaluation
     assert not any("fft" in graph.code for graph in backend)
     x, draws, average = torch.randn(SHAPE), torch.rand(4, model.num_drop_draws), copy.deepcopy(model).requires_grad_(False)
     for _ in range(2):
-        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        with torch.autocast("cpu", torch.bfloat16):
             found, wanted = model(x, draws), plain(x, draws)
-        torch.testing.assert_close(found, wanted, rtol=1e-4 if dtype is None else 0.1, atol=1e-5 if dtype is None else 0.01)
+        torch.testing.assert_close(found, wanted, rtol=0.1, atol=0.01)
         found.square().mean().backward()
         with torch.no_grad(), float32_products():  # as the engine evaluates
             for images in (x, x[:3], x[:2]):
                 for network_ in (model, average):
                     torch.testing.assert_close(network_.eval()(images), plain.eval()(images), rtol=1e-4, atol=1e-5)
         model.train(), plain.train()
-    assert len(backend) == 12
+    assert len(backend) == 16
     assert diagnose(model, lambda: model(torch.full(SHAPE, torch.nan)).sum())["first_module"] == "downsample_layers.0.0"
     with torch.no_grad():
         model.stages[1][0].pwconv1.weight.fill_(torch.inf)

