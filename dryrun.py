@@ -82,7 +82,8 @@ class DryRun(Heartbeats):
         return self.process.any(self.updates >= _UPDATES or time.perf_counter() - self.start > _SECONDS)
 
     def on_progress(self, progress: engine.Progress) -> None:
-        self.seen.append((progress.seconds, progress.data_wait * progress.seconds, progress.recent_loss))
+        self.seen.append((progress.seconds, progress.figures["data_wait"] * progress.seconds,
+                          progress.recent_loss))
 
     def on_nonfinite(self, record: dict) -> None:
         self.nonfinite.append(record)
@@ -197,7 +198,7 @@ class DryRun(Heartbeats):
             at.epoch, at.sums = ended - 1, progress.sums if within else None
             self.row("updates", f"{plural(self.updates, 'update')} of {planned.batch.global_batch} images: "
                      f"loss {self.seen[0][2]:.4g} to {self.seen[-1][2]:.4g}, gradient norm "
-                     f"{progress.grad_norm:.3g}, lr {progress.lr:.3g}")
+                     f"{progress.figures['grad_norm']:.3g}, lr {progress.figures['lr']:.3g}")
             digests = process.all_gather_object(digest(trainer.model.state_dict()))
             self.problems("updates", [
                 f"the loss or gradient of update {record['update']} is not finite: lower --lr, lengthen "
@@ -233,7 +234,7 @@ class DryRun(Heartbeats):
             file.seek(0)
             state = torch.load(file, weights_only=True)
         with torch.no_grad():
-            for part in filter(None, (trainer.model, trainer.ema)):
+            for part in filter(None, (trainer.model, trainer.ema and trainer.ema.module)):
                 for tensor in part.state_dict().values():
                     tensor.zero_()
             trainer.loop.update.optimizer.state.clear()

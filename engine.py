@@ -117,29 +117,24 @@ class Progress:
     """Host values of an epoch so far: means over its applied updates, of this rank, at the end over all
     ranks.
 
-    `recent_loss` is the mean since the last report, `class_acc` top-1 in percent where labels are hard,
-    `data_wait` the share of the time spent waiting for the loader. `next_update` is the first global update
-    not done. `outcome`: DONE when the epoch is complete, PAUSED when the observer asked to stop before,
-    ROLLED_BACK or FAILED when the non-finite updates demand it. `sums` are those to continue from, of this
-    rank, at the end of all ranks. `shares`: of the time, on the device's clock, per phase of training.
+    `next_update` is the first global update not done. `outcome`: DONE when the epoch is complete, PAUSED when
+    the observer asked to stop before, ROLLED_BACK or FAILED when the non-finite updates demand it. `sums` are
+    those to continue from, of this rank, at the end of all ranks. `recent_loss` is the mean since the last
+    report.
+
+    `figures` (NaN for none): loss, grad_norm; lr, min_lr and weight_decay of the last update; class_acc,
+    top-1 in percent where labels are hard; images_per_second; data_wait, the share of the time spent waiting
+    for the loader; of some devices the share of each phase on the device's clock (forward_share …).
     """
     epoch: int
     first_update: int
     next_update: int
-    loss: float
     recent_loss: float
-    grad_norm: float
-    lr: float
-    min_lr: float
-    weight_decay: float
-    class_acc: float | None
-    images_per_second: float
-    data_wait: float
     seconds: float
     nonfinite: int
     outcome: Outcome
     sums: Sums
-    shares: dict[str, float] = field(default_factory=dict)
+    figures: Figures
 
 
 class _Meter:
@@ -200,16 +195,17 @@ class _Meter:
         recent, self.reported = self.sums - self.reported, self.sums
         loss, norm, applied, hits, labelled, _ = sums
         optimizer, seconds = self.loop.update.optimizer, time.perf_counter() - self.start
-        lrs = _each(optimizer, "lr")
-        return Progress(
-            epoch=self.epoch, first_update=self.first_update, next_update=self.next_update,
+        lrs, decays = _each(optimizer, "lr"), _each(optimizer, "weight_decay")
+        shares = {f"{phase}_share": spent / seconds for phase, spent in self.clock.read().items()}
+        figures = dict(
             loss=loss / applied if applied else np.nan, grad_norm=norm / applied if applied else np.nan,
-            recent_loss=float(recent[0] / recent[2]) if recent[2] else np.nan,
-            class_acc=100 * hits / labelled if labelled else None, lr=max(lrs), min_lr=min(lrs),
-            weight_decay=max(_each(optimizer, "weight_decay")), seconds=seconds,
-            images_per_second=self.images * self.loop.process.world_size / seconds,
-            data_wait=self.waited / seconds, nonfinite=self.nonfinite, outcome=self.outcome, sums=sums,
-            shares={phase: spent / seconds for phase, spent in self.clock.read().items()})
+            lr=max(lrs), min_lr=min(lrs), weight_decay=max(decays), data_wait=self.waited / seconds,
+            class_acc=100 * hits / labelled if labelled else np.nan,
+            images_per_second=self.images * self.loop.process.world_size / seconds)
+        return Progress(
+            epoch=self.epoch, first_update=self.first_update, next_update=self.next_update, seconds=seconds,
+            recent_loss=float(recent[0] / recent[2]) if recent[2] else np.nan, nonfinite=self.nonfinite,
+            outcome=self.outcome, sums=sums, figures=figures | shares)
 
 
 def _each(optimizer: torch.optim.Optimizer, name: str) -> list[float]:
@@ -319,7 +315,7 @@ class EvalResult:
     images: int
     bad: int
     nonfinite: int
-    loss_sum: float
+    loss: float
     seconds: float = 0.0
     outputs: Outputs | None = None
 
@@ -332,11 +328,6 @@ class EvalResult:
     def acc5(self) -> float:
         """Top-5 in percent (top-k with fewer than five classes)."""
         return 100.0 * self.hits5 / self.images if self.images else 0.0
-
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy per readable image."""
-        return self.loss_sum / (self.images - self.bad) if self.images > self.bad else float("nan")
 
 
 @dataclass(frozen=True)
@@ -422,8 +413,8 @@ class _Tally:
         for total in (self.counts, self.loss):
             self.evaluation.process.all_reduce_(total, "sum")
         hits1, hits5, images, bad, nonfinite = self.counts.tolist()
-        return EvalResult(name, hits1, hits5, images, bad, nonfinite, self.loss.item(),
-                          outputs=self._gather())
+        loss = self.loss.item() / (images - bad) if images > bad else np.nan
+        return EvalResult(name, hits1, hits5, images, bad, nonfinite, loss, outputs=self._gather())
 
     def _gather(self) -> Outputs | None:
         if not self.evaluation.outputs:

@@ -1,6 +1,6 @@
 """Training: one run from its first update to its last, with what it saves, and the command around it."""
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from evaluation import evaluate_checkpoints
 from launch.process import Process
 from launch.stop import OTHERS, StopRequest
 from launch.watchdog import Watchdog
+from models.trained import best_checkpoint
 from optim.ema import Ema
 from optim.finite import FiniteWatch
 from optim.update import Update, UpdateStats
@@ -54,15 +55,15 @@ class Trainer(engine.Observer):
         task: what is learned (see `engine.Task`), made for the same `plan`, `process` and `state`.
         state: of the checkpoint that is resumed (see `run.state`); None for a new run.
         folder: the run folder, on rank 0; None where nothing is kept.
-        checkpoints: None where nothing is saved.
     """
 
     def __init__(self, task: engine.Task, plan: Plan, process: Process, *, stop: StopRequest,
-                 watchdog: Watchdog, state: State | None = None, folder: Ledger | None = None,
-                 checkpoints: Checkpoints | None = None):
+                 watchdog: Watchdog, state: State | None = None, folder: Ledger | None = None):
         options, data, updates = plan.options, plan.data, plan.updates_per_epoch
         self.task, self.model, self.options, self.process = task, task.model, options, process
-        self.stop, self.watchdog, self.checkpoints = stop, watchdog, checkpoints
+        self.stop, self.watchdog, self.checkpoints = stop, watchdog, None
+        if folder is not None and options.save_ckpt:
+            self.checkpoints = Checkpoints(folder, keep=options.save_ckpt_num, failed=self._note_failed_save)
         set_numerics(options)
         # All ranks compute as rank 0 does, and a resumed run as the one that was saved.
         saved_paths = (state or {}).get("code_paths") or {}
@@ -90,7 +91,7 @@ class Trainer(engine.Observer):
             order=getattr(plan.train, "order", ""), args=plan.resolved.to_dict(), version=code_version(),
             code_paths=self.code_paths, threads=torch.get_num_threads(), kernels=kernels(process.device))
         self.parts: Parts = {
-            "position": self.position, "model": self.model, "model_ema": self.ema,
+            "position": self.position, "model": self.model, "model_ema": self.ema and self.ema.module,
             "optimizer": update.optimizer, "scaler": update.scaler, "policy": self.loop.watch,
             "setup": self.setup}
         self._unreadable = {path for event in self.tracker.events() if event.get("kind") == "unreadable_image"
@@ -166,12 +167,9 @@ class Trainer(engine.Observer):
     def save(self, best: Mapping[str, float] | None = None, wait: bool = False) -> None:
         """Save the epoch that was finished last, or the one under way when it has sums; see
         `Checkpoints.save`."""
-        at, begun = self.position, self.position.sums is not None
-        self.on_phase("saving", at.update)
+        self.on_phase("saving", self.position.update)
         if self.checkpoints is not None:
-            self.checkpoints.save(self.state_dict(), epoch=at.begun if begun else at.epoch,
-                                  update=at.update if begun else None, best=best, wait=wait)
-            self._report_failures(self.checkpoints.failures())
+            self.checkpoints.save(self.state_dict(), best=best, wait=wait)
 
     def roll_back(self) -> None:
         """Take the weights of the last good checkpoint and continue with the next data, not with the same."""
@@ -189,7 +187,8 @@ class Trainer(engine.Observer):
     def close(self) -> None:
         """End the save under way, the loader workers and the records. Left to the garbage collector, the
         workers' queues close before they are asked to end, and the program waits 5 s for each of them."""
-        self._report_failures(self.checkpoints.close() if self.checkpoints is not None else ())
+        if self.checkpoints is not None:
+            self.checkpoints.close()
         for loader in self.task.loaders:
             loader.close()
         self.tracker.close()
@@ -220,8 +219,7 @@ class Trainer(engine.Observer):
 
     def on_progress(self, progress: engine.Progress) -> None:
         """Pass a line of figures to the console."""
-        if self.process.is_main:
-            self.tracker.progress(progress)
+        self.tracker.progress(progress)
 
     def on_nonfinite(self, record: dict) -> None:
         """Keep the report of an update that was not applied: that of the first rank whose images show it."""
@@ -231,17 +229,14 @@ class Trainer(engine.Observer):
         self.on_incident("nonfinite", f"Update {record['update']} was not applied: its loss or gradient was "
                          f"not finite{module}; next: {record['action']}.", rank=rank, **records[rank])
 
-    def on_incident(self, kind: str, sentence: str, log: bool = True, **more: object) -> None:
+    def on_incident(self, kind: str, sentence: str, **more: object) -> None:
         """Log something out of the ordinary and keep it in events.jsonl."""
-        if self.process.is_main:
-            self.tracker.incident(kind, sentence, log=log, **more)
+        self.tracker.incident(kind, sentence, **more)
 
     # Details
 
-    def _report_failures(self, sentences: Sequence[str]) -> None:
-        """Keep what was logged when a save failed."""
-        for sentence in sentences:
-            self.on_incident("save_failed", sentence, log=False, update=self.position.update)
+    def _note_failed_save(self, sentence: str) -> None:
+        self.on_incident("save_failed", sentence, update=self.position.update)
 
     def _is_saved(self, epoch: int) -> bool:
         return (epoch + 1) % self.options.save_ckpt_freq == 0 or epoch + 1 == self.options.epochs
@@ -261,8 +256,7 @@ class Trainer(engine.Observer):
         files = self.checkpoints.better(scores) if self.checkpoints is not None else {}
         # Asked once: a signal that comes after this is seen at the next update, when it can be saved again.
         stops = self.stop.agreed(self.process)
-        if self.process.is_main:
-            self.tracker.end_epoch(progress, figures, seconds=seconds)
+        self.tracker.end_epoch(progress, figures, seconds=seconds)
         if stops or files or self._is_saved(at.epoch):
             self.save(files, wait=stops or at.begun == self.options.epochs)
         return stops
@@ -294,7 +288,6 @@ def train(resolved: Resolved, process: Process, watchdog: Watchdog, *,
     """
     options = resolved.options
     folder = RunFolder(options.output_dir) if options.output_dir and process.is_main else None
-    checkpoints = Checkpoints(folder, keep=options.save_ckpt_num) if folder and options.save_ckpt else None
     try:
         loaded = process.on_rank_zero(lambda: open_folder(resolved, folder))
         state = loaded.state if loaded else None
@@ -311,7 +304,7 @@ def train(resolved: Resolved, process: Process, watchdog: Watchdog, *,
                          *process_problems(process)):
                 logger.info(note)
             with closing(Trainer(task(plan, process, state), plan, process, stop=stop, watchdog=watchdog,
-                                 state=state, folder=folder, checkpoints=checkpoints)) as trainer:
+                                 state=state, folder=folder)) as trainer:
                 if process.is_main:
                     _introduce(trainer, plan, loaded)
                 return _fit(trainer, folder)
@@ -378,7 +371,7 @@ def _best_of_finished(resolved: Resolved, loaded: Loaded, process: Process) -> R
     no best."""
     options = resolved.options
     best = process.on_rank_zero(
-        lambda: Checkpoints(options.output_dir).best() if options.output_dir else None)
+        lambda: best_checkpoint(Path(options.output_dir)) if options.output_dir else None)
     # Not what a fine-tuning began with, and in true float32 as after each epoch, whatever it was trained in.
     options = replace(options, eval=True, resume=(str(best or loaded.path),), finetune="", pretrained=False,
                       use_amp=False, fast_math=False)

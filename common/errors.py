@@ -1,4 +1,5 @@
 """The exceptions that are a sentence for the person at the terminal."""
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,6 +27,15 @@ class Failure(UserError):
     """
 
     exit_code = ExitCode.FAILED
+
+
+# A file system that does not answer may answer again.
+MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENODEV)
+
+
+def kind_of(error: Exception) -> type[UserError]:
+    """Failure for an error of a file system that may pass, else UserError."""
+    return Failure if isinstance(error, OSError) and error.errno in MAY_PASS else UserError
 
 
 # What a machine lacks: code, words of the errors in which Python and PyTorch report it, sentence. First wins.

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from common.errors import UserError
+from common.errors import UserError, kind_of
 
 TEMPORARY_SUFFIX = ".tmp"
 _CHUNK = 1 << 20
@@ -103,8 +103,8 @@ def read_text(path: str | os.PathLike, max_bytes: int) -> str:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); remove it or name another.",
-                        code="unreadable_file") from error
+        raise kind_of(error)(f"{path} cannot be read ({error.strerror}); remove it or name another.",
+                             code="unreadable_file") from error
     if len(raw) > max_bytes:
         raise UserError(f"{path} has more than the {max_bytes} bytes expected; remove it or name another.",
                         code="unreadable_file")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from common.errors import UserError
+from common.errors import UserError, kind_of
 from common.files import atomic_write
 from common.text import plain
 
@@ -98,8 +98,8 @@ def _read_head(path: Path) -> tuple[bytes, int]:
             return file.read(64), os.fstat(file.fileno()).st_size
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"No checkpoint at {plain(str(path), 300)}: {reason}; check the path.",
-                        code="missing_checkpoint") from None
+        raise kind_of(error)(f"No checkpoint at {plain(str(path), 300)}: {reason}; check the path.",
+                             code="missing_checkpoint") from None
 
 
 def _check_zip(path: Path, size: int) -> None:

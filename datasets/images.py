@@ -22,7 +22,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from common.errors import Failure
+from common.errors import MAY_PASS, Failure
 from common.text import file_size, printable
 
 # Named formats keep Pillow's other plug-ins (EPS starts Ghostscript) out of reach of a data folder.
@@ -31,8 +31,6 @@ LARGEST_FILE, _LARGEST_UNZIPPED = 1 << 30, 1 << 26  # bytes
 
 # The process ran out of something: not the image's fault, so it must not count as a bad image.
 _PROCESS_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-# A file system that does not answer may answer again.
-MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENODEV)
 PATIENCE = 30.0  # seconds
 _16_BITS = ("PNG", "PPM")  # what these give as mode I has 16 bits
 _T = TypeVar("_T")

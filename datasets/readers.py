@@ -13,9 +13,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from common.errors import Failure, UserError
+from common.errors import UserError, kind_of
 from common.text import duration, file_size, printable
-from datasets.images import LARGEST_FILE, MAY_PASS, BadImage, is_image, read_file, retried
+from datasets.images import LARGEST_FILE, BadImage, is_image, read_file, retried
 from datasets.index import Index, IndexCache, Source, visible
 
 # Modules of this package; the first that recognises a source reads it.
@@ -112,9 +112,8 @@ def open_reader(source: Source, cache: IndexCache, order: str | None = None) -> 
         index = retried(lambda: cache.index(form.__name__.rpartition(".")[2], source, form.scan), source.root)
     except OSError as error:
         path = printable(os.fsdecode(error.filename or source.root))
-        kind = Failure if error.errno in MAY_PASS else UserError
-        raise kind(f"{path} cannot be read ({error.strerror or error}); check disk and permissions.",
-                   code="unreadable_data") from error
+        raise kind_of(error)(f"{path} cannot be read ({error.strerror or error}); check disk and "
+                             "permissions.", code="unreadable_data") from error
     if not len(index.arrays["labels"]):
         raise no_images(source.root, "holds no images in class folders, tar or parquet files")
     return getattr(form, "Images", Reader)(index.in_order(order))

@@ -116,3 +116,12 @@ def replace_batchnorm(model: nn.Module, synchronised: bool) -> nn.Module:
     SyncBatchNorm refuses CPU tensors, so on CPUs each process normalises with its own images' statistics.
     """
     return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if synchronised else model
+
+
+def same_statistics(network: nn.Module, process: Process) -> None:
+    """Give every rank the statistics of BatchNorm that rank 0 has, and saves: on CPUs each normalises with
+    its own images."""
+    for buffer in network.buffers():
+        if not process.is_main:
+            buffer.zero_()
+        process.all_reduce_(buffer, "sum")

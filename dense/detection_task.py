@@ -14,7 +14,7 @@ from common.random import key
 from config.options import Options
 from datasets.build import Data
 from datasets.dataset import UNREADABLE_TARGET, Batch, make_loader
-from dense.backbone import replace_batchnorm, start_from
+from dense.backbone import replace_batchnorm, same_statistics, start_from
 from dense.coco import CocoSet, average_precision, encoded, read_coco, write_scenes
 from dense.coco_images import CocoImages, DetectionBatch, OrientedSampler, Scales
 from dense.data import SceneData
@@ -94,6 +94,7 @@ def results(networks: Sequence[nn.Module], loader: Iterable[Batch], images: Coco
     left = False
     for network in networks:
         network.eval()
+        same_statistics(network, process)
     with float32_products(False):
         for batch in cast(Iterable[DetectionBatch], loader):
             if left := leaves():

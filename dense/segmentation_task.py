@@ -15,7 +15,7 @@ from common.random import key
 from config.options import Options
 from datasets.build import Data
 from datasets.dataset import Batch, make_loader
-from dense.backbone import replace_batchnorm, start_from
+from dense.backbone import replace_batchnorm, same_statistics, start_from
 from dense.data import UpdateSampler, find_data
 from dense.draw import save_sample
 from dense.inference import probabilities
@@ -71,7 +71,7 @@ class Evaluation:
         left = False
         for network in networks:
             network.eval()
-            self.same_statistics(network)
+            same_statistics(network, self.process)
         with float32_products():
             for batch in loader:
                 if left := leaves():
@@ -94,14 +94,6 @@ class Evaluation:
         for confusion in found:
             self.process.all_reduce_(confusion, "sum")
         return found
-
-    def same_statistics(self, network: nn.Module) -> None:
-        """Give every rank the statistics of BatchNorm that rank 0 has, and saves: on CPUs each normalises
-        with its own images."""
-        for buffer in network.buffers():
-            if not self.process.is_main:
-                buffer.zero_()
-            self.process.all_reduce_(buffer, "sum")
 
 
 def count_pixels(confusion: Tensor, labels: Tensor, predicted: Tensor) -> None:

@@ -97,7 +97,9 @@ class Task:
         """
         refusal = ""
         if (code != ExitCode.PAUSED or self.rank == 0) and self._decides():
-            ledger = self._ledger()
+            ledger, begun = self._own()
+            if not begun:
+                ledger.begin(update=-1, pid=0)
             self._complete(ledger, code)
             own = [a for a in ledger.attempts() if a.get("job") == self.id]
             cause = own[-1].get("cause", "") if own else "no attempt could be recorded"
@@ -107,9 +109,9 @@ class Task:
                 ledger.note(requeued=False, reason=refusal)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to be saved
         deadline = time.monotonic() + HOLD
-        while not refusal and time.monotonic() < deadline and self._recorded().get("requeued") is not False:
+        while not refusal and time.monotonic() < deadline and self._own()[1].get("requeued") is not False:
             time.sleep(1)
-        churned = code == ExitCode.PAUSED and self._recorded().get("state") == Outcome.FAILED
+        churned = code == ExitCode.PAUSED and self._own()[1].get("state") == Outcome.FAILED
         return ExitCode.FAILED if churned else code
 
     def _complete(self, ledger: Ledger, code: int) -> None:
@@ -123,7 +125,7 @@ class Task:
         if code > 0 and (words := last_lines(self.folder / f"{self.id}_{self.rank}_log.err", 1)):
             end += f": {words[0]}"
         deadline = time.monotonic() + (12 if code < 0 and self.environment.num_tasks > 1 else 3)
-        while "rank" not in (found := self._recorded()) and time.monotonic() < deadline:
+        while "rank" not in (found := self._own()[1]) and time.monotonic() < deadline:
             time.sleep(0.2)
         if "rank" not in found:
             update = ledger.reached(self.id).get("update", found.get("update", -1))
@@ -135,7 +137,7 @@ class Task:
     def _complete_stop(self, ledger: Ledger) -> None:
         """Near the time limit (who is preempted may have more luck next time) two attempts in a row that
         trained for less time than they lost to start and stop are a failure."""
-        if "ended" not in self._recorded():
+        if "ended" not in self._own()[1]:
             ledger.end(Outcome.PAUSED, update=-1, cause="asked to stop before the first update")
         last, left = ledger.newest(), job_end_time(os.environ) - time.time()
         if left > 4 * 60 or "started" not in last:
@@ -158,19 +160,14 @@ class Task:
             return f"--max_requeue {self.job.max_requeue} is reached; {cause}"
         return f"Slurm is ending the job by itself; {cause}" if self._ending() else ""
 
-    def _recorded(self) -> Record:
-        """What the ledgers hold of this attempt; {} when main.py has begun none."""
-        found = (Ledger(folder).newest() for folder in (self.output_dir, self.folder))
-        return next((a for a in found if (a.get("job"), a.get("restarts")) == (self.id, restarts())), {})
-
-    def _ledger(self) -> Ledger:
-        """The run folder's; the job folder's where main.py has begun nothing there, as in an evaluation."""
-        ledger, recorded = Ledger(self.output_dir), self._recorded()
-        if not recorded or ledger.newest() != recorded:
-            ledger = Ledger(self.folder)
-        if not recorded:
-            ledger.begin(update=-1, pid=0)
-        return ledger
+    def _own(self) -> tuple[Ledger, Record]:
+        """The ledger that has this attempt, with what it holds of it: the run folder's, or the job folder's
+        where main.py has begun nothing there, as in an evaluation; {} where neither has it."""
+        for ledger in (Ledger(self.output_dir), Ledger(self.folder)):
+            newest = ledger.newest()
+            if (newest.get("job"), newest.get("restarts")) == (self.id, restarts()):
+                return ledger, newest
+        return Ledger(self.folder), {}
 
     def _requeue(self, ledger: Ledger, reason: str) -> str:
         """Ask Slurm to start the job again; returns why it can't be done, or ""."""

@@ -113,4 +113,4 @@ def best_checkpoint(run: Path) -> Path | None:
     names = ("checkpoint-best-ema.pth", "checkpoint-best.pth")
     found = max((run / name for name in names if (run / name).is_file()), key=score, default=None)
     others = (*run.glob("checkpoint-*.pth"), *run.glob(HUB_WEIGHTS))
-    return found or max(others, key=os.path.getmtime, default=None)
+    return found or max(filter(Path.is_file, others), key=os.path.getmtime, default=None)

@@ -11,9 +11,9 @@ class Ema:
     """A model whose entries follow those of another: `ema += (1 - decay) * (weights - ema)` after each
     update.
 
-    It starts as a copy of `model` and covers every state-dict entry (integer ones are copied). `device` keeps
-    it elsewhere, e.g. on the CPU (`--model_ema_force_cpu`). All ranks compute the same values from the same
-    weights.
+    `module` has the averaged weights. It starts as a copy of `model` and covers every state-dict entry
+    (integer ones are copied). `device` keeps it elsewhere, e.g. on the CPU (`--model_ema_force_cpu`). All
+    ranks compute the same values from the same weights.
     """
 
     def __init__(self, model: nn.Module, decay: float, device: torch.device | str | None = None):
@@ -46,14 +46,6 @@ class Ema:
         for target, value in zip(self._own, source):
             if not target.is_floating_point():
                 target.copy_(value if on_host else torch.where(applied, value, target))
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The averaged weights under the model's own names."""
-        return self.module.state_dict()
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Put averaged weights back, in place."""
-        self.module.load_state_dict(state)
 
 
 def masked_lerp_(own: list[torch.Tensor], new: list[torch.Tensor], weight: torch.Tensor) -> None:

@@ -11,23 +11,26 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from common.errors import UserError
+from common.errors import Failure, UserError, kind_of
 from common.files import TEMPORARY_SUFFIX, atomic_write, read_json, sha256_file, write_json
 from common.ledger import Ledger
 from common.log import logger
 from common.safe_load import safe_torch_load
 from common.text import file_size
 from config.parse import Resolved
+from datasets.images import retried
 from models.download import local_file
+from models.trained import best_checkpoint
 from run.folder import RunFolder
 from run.start import existing_folder
 from run.state import BEST, BEST_EMA, State, check_resumable, check_same_run, upgrade
@@ -67,20 +70,21 @@ def manifest_path(path: Path) -> Path:
 def manifest(path: Path) -> State | None:
     """The manifest's entry that is true of the file as it stands, None when there is no manifest.
 
-    Raises UserError when the file is not the one that was written. A crash between writing the manifest and
-    renaming the file leaves the new entry above that of the older file, which still stands and still counts.
+    Raises UserError when the file is not the one that was written, Failure when the disk does not answer. A
+    crash between writing the manifest and renaming the file leaves the new entry above that of the older
+    file, which still stands and still counts.
     """
     try:
         entries = _entries(path)
-        size = path.stat().st_size
-        entries = [e for e in entries if e["size"] == size]
-        digest = sha256_file(path) if entries else ""
-        entry = next((e for e in entries if e["sha256"] == digest), None)
+        found = retried(lambda: (path.stat().st_size, sha256_file(path)), str(path.parent))
+        entry = next((e for e in entries if (e["size"], e["sha256"]) == found), None)
     except FileNotFoundError:
         return None
+    except Failure:
+        raise
     except _UNREADABLE as error:
-        raise UserError(f"{path} or its manifest cannot be read ({error}).",
-                        code="damaged_checkpoint") from error
+        raise kind_of(error)(f"{path} or its manifest cannot be read ({error}).",
+                             code="damaged_checkpoint") from error
     if entry is None:
         raise UserError(f"{path} is not the file that was saved: size or sha256 differ from its manifest.",
                         code="damaged_checkpoint")
@@ -115,15 +119,13 @@ def snapshot(value: Any) -> Any:
 
     Views are copied at their own size (torch.save would write the whole storage behind them).
     """
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {snapshot(k): snapshot(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [*map(snapshot, value)] if type(value) is not tuple else tuple(map(snapshot, value))
-    if isinstance(value, np.generic):
-        return value.item()
-    return value if value is None or type(value) in (bool, int, float, str, bytes) else str(value)
+    def copy(leaf: object) -> object:
+        if isinstance(leaf, torch.Tensor):
+            return leaf.detach().to("cpu", copy=True)
+        if isinstance(leaf, np.generic):
+            return leaf.item()
+        return leaf if leaf is None or type(leaf) in (bool, int, float, str, bytes) else str(leaf)
+    return tree_map(copy, value)
 
 
 def state_bytes(state: object) -> int:
@@ -146,19 +148,20 @@ class Checkpoints:
     Args:
         folder: the run folder: its path to read there, its `RunFolder` to save there.
         keep: how many epoch ends to keep; at least two files always stay, and every `every`-th epoch, and the
-        best. background: write in a thread; training waits only while the state is copied to main memory.
+        best.
+        failed: gets a sentence for each save that failed (full disk, read-only or vanished folder), in the
+        thread that writes; nothing is raised.
 
     `unsaved` says that the last save failed.
     """
 
-    def __init__(self, folder: str | os.PathLike | Ledger, keep: int = 3, every: int = 50,
-                 background: bool = True):
+    def __init__(self, folder: str | os.PathLike | Ledger, *, keep: int = 3, every: int = 50,
+                 failed: Callable[[str], object] = logger.error):
         self._owner = folder if isinstance(folder, Ledger) else Ledger(folder)
-        self.keep, self.every, self.background = max(keep, 1), every, background
+        self.keep, self.every, self.failed = max(keep, 1), every, failed
         self.last_saved, self.unsaved = time.monotonic(), False
         self._thread: threading.Thread | None = None
-        self._failures: list[str] = []
-        self._scores: dict[str, float] | None = None  # of the best files on the disk, once they were read
+        self._scores: dict[str, float] = {}  # of the best files on the disk, once they were looked at
 
     @property
     def folder(self) -> Path:
@@ -167,75 +170,61 @@ class Checkpoints:
 
     # Saving
 
-    def save(self, state: Mapping[str, object], *, epoch: int, update: int | None = None,
-             best: Mapping[str, float] | None = None, wait: bool = False) -> None:
-        """Save `checkpoint-{epoch}.pth`, or within an epoch (given `update`)
-        `checkpoint-e{epoch}u{update}.pth`.
+    def save(self, state: State, best: Mapping[str, float] | None = None, wait: bool = False) -> None:
+        """Save `checkpoint-{epoch}.pth`, or where `state` stands within an epoch (it has sums)
+        `checkpoint-e{epoch}u{update}.pth`. Training waits only while the state is copied to main memory.
 
         Args:
-            update: global updates done, for a save within an epoch.
             state: tensors and plain values; copied before this returns, so training may go on changing it.
             best: file name (`BEST`, `BEST_EMA`) -> its top-1 in percent, for each that this epoch improves.
             wait: return only when the files are on the disk (before stopping).
-
-        A failure (full disk, read-only or vanished folder) is logged and kept for `failures()`; nothing is
-        raised.
         """
-        name = f"checkpoint-{epoch if update is None else f'e{epoch}u{update}'}.pth"
-        self._join()
+        epoch, update = state["epoch"], state.get("update")
+        name = f"checkpoint-{epoch if state.get('sums') is None else f'e{epoch + 1}u{update}'}.pth"
+        self.close()
         try:
-            arguments = snapshot(state), name, epoch, dict(best or {})
-            thread = threading.Thread(target=self._write_all, args=arguments, name="saving")
+            thread = threading.Thread(target=self._write_all, args=(snapshot(state), name, dict(best or {})))
             thread.start()
             self._thread = thread
         except (MemoryError, RuntimeError) as error:  # no memory for the copy, or no thread
             self._fail(name, error, state_bytes(state))
-        if wait or not self.background:
-            self._join()
+        if wait:
+            self.close()
         self.last_saved = time.monotonic()
 
     def due(self, minutes: float) -> bool:
         """Whether `minutes` have passed since the last save (0: never)."""
         return minutes > 0 and time.monotonic() - self.last_saved >= 60 * minutes
 
-    def failures(self) -> list[str]:
-        """Sentences of saves that failed since the last call; look at each update's or epoch's end."""
-        sentences, self._failures = self._failures, []
-        return sentences
-
-    def close(self) -> list[str]:
-        """Wait for the save under way and return what failed."""
-        self._join()
-        return self.failures()
-
-    def _join(self) -> None:
+    def close(self) -> None:
+        """Wait for the save under way."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
-    def _write_all(self, state: State, name: str, epoch: int, best: dict[str, float]) -> None:
+    def _write_all(self, state: State, name: str, best: dict[str, float]) -> None:
         # The best files come first: a numbered file that says "this epoch was the best" must not outlive a
         # crash that kept those weights from being written.
         for target in (*best, name):
-            scored = {"scored": _SCORED[target]} if target in _SCORED else {}
-            about = {"epoch": epoch, "update": state.get("update"), "score": best.get(target)}
             try:
                 check_finite(state)
-                self._write(self.folder / target, state | scored, about)
-                if target in best and self._scores is not None:
+                scored = {"scored": _SCORED[target]} if target in best else {}
+                self._write(self.folder / target, state | scored, best.get(target))
+                if target in best:
                     self._scores[target] = best[target]
-                if target == name:
+                else:
                     self.unsaved = False
                     self._prune()
             except Exception as error:  # whatever went wrong, hours of training must not end because of it
                 self._fail(target, error, state_bytes(state))
 
-    def _write(self, path: Path, state: State, about: State) -> None:
+    def _write(self, path: Path, state: State, score: float | None) -> None:
         def write_manifest(digest: str, size: int, *previous: State) -> None:
             if self.folder != path.parent:
                 raise OSError(errno.ESTALE, "the folder was moved or replaced meanwhile")
-            entry = {"file": path.name, "sha256": digest, "size": size, "format": state.get("format")}
-            write_json(manifest_path(path), entry | about | {"previous": previous})
+            about = {name: state.get(name) for name in ("format", "epoch", "update")}
+            write_json(manifest_path(path), {"file": path.name, "sha256": digest, "size": size, **about,
+                                             "score": score, "previous": previous})
 
         try:
             before = _entries(path) if path.exists() else []
@@ -259,11 +248,9 @@ class Checkpoints:
         except OSError:
             free = "the folder is gone"
         cause = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        sentence = (f"{name} was not saved in {self._owner.path}: {cause} ({free}); training continues, "
-                    f"saved so far: {', '.join(there) or 'nothing'}.")
-        self._failures.append(sentence)
         self.unsaved |= name not in _SCORED
-        logger.error(sentence)
+        self.failed(f"{name} was not saved in {self._owner.path}: {cause} ({free}); training continues, "
+                    f"saved so far: {', '.join(there) or 'nothing'}.")
 
     def _prune(self) -> None:
         numbered = self.numbered()
@@ -333,6 +320,8 @@ class Checkpoints:
                 loaded = load(path, needs_manifest=True)
                 check_finite(loaded.state)
                 return loaded
+            except Failure:  # it may be read by the next start: nothing older is to take its place
+                raise
             except UserError as error:
                 passed.append(str(error))
                 logger.warning(f"Skipped {path.name}: {error}")
@@ -342,28 +331,24 @@ class Checkpoints:
                             "--output_dir.", code="no_valid_checkpoint")
         return None
 
-    def best(self) -> Path | None:
-        """The best checkpoint by the scores in the manifests (the average wins a tie); None without one."""
-        rank = lambda path: (_noted(path, "score"), path.name == BEST_EMA)
-        return max(self._best_files(), key=rank, default=None)
-
     def better(self, scores: Mapping[str, float | None]) -> dict[str, float]:
         """Those of an epoch's `scores` (best file → top-1 in percent) that are to be saved, for `save`.
 
         What they must exceed is that of the file on the disk, which a crash may have left newer than the last
         numbered checkpoint, and a full disk older: its failed save is made good by the next that is better.
         """
-        self._join()
-        if self._scores is None:
-            self._scores = {name: _noted(self.folder / name, "score") for name in _SCORED}
-        return {name: score for name, score in scores.items()
-                if score is not None and score > self._scores[name]}
+        self.close()
+        with suppress(OSError):  # a disk that does not answer, which `save` will report
+            self._scores = {name: _noted(self.folder / name, "score")
+                            for name in scores.keys() - self._scores.keys()} | self._scores
+        return {name: new for name, new in scores.items()
+                if new is not None and new > self._scores.get(name, -math.inf)}
 
     def resolve(self, resume: str) -> Loaded | None:
         """What `--resume` names: `latest`, `best`, a file, another run's folder (its newest valid one), or ''
         (the newest valid one here, None in a new folder)."""
         if resume == "best":
-            path = self.best()
+            path = best_checkpoint(self.folder)
             loaded = load(path) if path else None
         elif resume in ("", "latest"):
             loaded = self.newest_valid()
@@ -421,7 +406,7 @@ def find_checkpoint(resolved: Resolved, folder: RunFolder | None) -> Loaded | No
         return None
     checkpoints = Checkpoints(folder or ".")
     if not asked and not options.auto_resume:
-        if checkpoints.numbered() or checkpoints.best():
+        if best_checkpoint(checkpoints.folder):
             raise UserError(f"--auto_resume false, but {checkpoints.folder} holds the checkpoints of an "
                             "earlier run; choose another --output_dir.", code="other_run")
         return None

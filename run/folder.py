@@ -71,15 +71,15 @@ class RunFolder(Ledger):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return True
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() >= deadline:
+                    return False
+                time.sleep(0.1)
             except OSError as error:
-                if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                    logger.warning("This file system has no locks: let no second training use the folder.")
-                    return True
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                     raise
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.1)
+                logger.warning("This file system has no locks: let no second training use the folder.")
+                return True
 
     def owner(self) -> Record:
         """Host, pid, job and start of the training that owns, or last owned, the folder; {} when released."""

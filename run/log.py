@@ -24,8 +24,6 @@ from config.options import Options
 from engine import Progress
 from run.folder import environment
 
-_TRAIN = ("loss", "lr", "min_lr", "weight_decay", "grad_norm", "class_acc", "images_per_second", "data_wait")
-
 
 class Tracker:
     """Rank 0's record of a run; made with `folder=None` it keeps none and only writes to the console.
@@ -48,7 +46,7 @@ class Tracker:
                  terminal: bool | None = None):
         self._owner = folder if folder is None or isinstance(folder, Ledger) else Ledger(folder)
         self.epochs, self.updates_per_epoch = options.epochs, updates_per_epoch
-        self.n_parameters, self.peak_rate = n_parameters, peak_rate
+        self.n_parameters, self.peak_rate, self.main = n_parameters, peak_rate, main
         self.terminal = main and (sys.stderr.isatty() if terminal is None else terminal)
         own = self._owner and self._owner.path
         self._lines: list[dict] = []
@@ -103,15 +101,16 @@ class Tracker:
     def progress(self, p: Progress) -> None:
         """Show the figures so far: every print_freq updates and at the end of an epoch."""
         done, left = p.next_update - p.first_update, self.epochs * self.updates_per_epoch - p.next_update
-        mfu = f"MFU {100 * p.images_per_second / self.peak_rate:.0f} %  " if self.peak_rate else ""
-        values = (f"loss {p.recent_loss:.4f}  lr {p.lr:.3g}  {p.images_per_second:.1f} img/s  {mfu}data wait "
-                  f"{100 * p.data_wait:.0f} %  ETA {duration(left * p.seconds / max(done, 1))}")
+        found, rate = p.figures, p.figures["images_per_second"]
+        mfu = f"MFU {100 * rate / self.peak_rate:.0f} %  " if self.peak_rate else ""
+        values = (f"loss {p.recent_loss:.4f}  lr {found['lr']:.3g}  {rate:.1f} img/s  {mfu}data wait "
+                  f"{100 * found['data_wait']:.0f} %  ETA {duration(left * p.seconds / max(done, 1))}")
         if self.terminal:
             self._bar.set_postfix_str(values)
         else:
             logger.info("epoch %d/%d  update %d/%d  %s", p.epoch + 1, self.epochs,
                         p.next_update - p.epoch * self.updates_per_epoch, self.updates_per_epoch, values)
-        self._scalars({"train/loss": p.recent_loss} | {f"train/{name}": getattr(p, name) for name in (
+        self._scalars({"train/loss": p.recent_loss} | {f"train/{name}": found[name] for name in (
             "lr", "weight_decay", "grad_norm", "images_per_second", "data_wait")}, p.next_update)
 
     def end_epoch(self, p: Progress, results: Mapping[str, float | None], seconds: float) -> None:
@@ -123,11 +122,10 @@ class Tracker:
             seconds: of the epoch with its evaluation.
         """
         self._bar.close()
-        line = {f"train_{name}": getattr(p, name) for name in _TRAIN} | dict(results) | {
+        line = {f"train_{name}": value for name, value in p.figures.items()} | dict(results) | {
             "epoch": p.epoch, "update": p.next_update, "n_parameters": self.n_parameters,
             "nonfinite_updates": p.nonfinite, "seconds": seconds}
-        line |= {f"train_{phase}_share": share for phase, share in p.shares.items()}
-        line |= {"train_mfu": p.images_per_second / self.peak_rate} if self.peak_rate else {}
+        line |= {"train_mfu": p.figures["images_per_second"] / self.peak_rate} if self.peak_rate else {}
         # JSON has no NaN or infinity: they become null.
         line = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}
         self._lines = [old for old in self._lines if old["epoch"] < p.epoch] + [line]
@@ -138,13 +136,13 @@ class Tracker:
                   ("test_box_ap", "box AP"), ("test_mask_ap", "mask AP"))
         shown = [f"{words} {line[name]:.2f}" for name, words in scores if line.get(name) is not None]
         logger.info("epoch %d/%d done in %s  %s", p.epoch + 1, self.epochs, duration(seconds),
-                    "  ".join([f"train loss {p.loss:.4f}", *shown]))
+                    "  ".join([f"train loss {p.figures['loss']:.4f}", *shown]))
 
     # --------------------------------------------------------------------------------- incidents and the end
 
-    def incident(self, kind: str, sentence: str, log: bool = True, **more: object) -> None:
-        """Log something out of the ordinary (unless that was done already) and keep it in events.jsonl."""
-        if log:
+    def incident(self, kind: str, sentence: str, **more: object) -> None:
+        """Log something out of the ordinary and keep it in events.jsonl."""
+        if self.main:
             logger.warning(sentence)
         record = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "kind": kind, "message": sentence, **more}
         self._write("events.jsonl", lambda path: append_json_line(path, record))

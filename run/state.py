@@ -6,6 +6,7 @@ the table: a part's whole state (`model`, `optimizer`), or one value of a part t
 new part. An entry that a file lacks leaves its part as it began. Values are tensors and plain Python only;
 beside them stand `format` and, in a best file, `scored`, the weights that earned it.
 """
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -147,17 +148,14 @@ class Setup(Values):
             self.other_images = (
                 f"The training set has {here} and had {there} when the checkpoint was saved: the run is "
                 "resumed, but not as an undisturbed one would continue; restore the data set to have that.")
-        if then["threads"] != self.threads:
-            # Sums are split by thread, so another number of threads gives other last bits.
-            logger.info("Using %d threads as the run did (this start had %d)", then["threads"], self.threads)
-            torch.set_num_threads(then["threads"])
-            self.threads = then["threads"]
-        if then["kernels"] != self.kernels:  # of any rank
-            logger.warning("The run was computed by kernels for %s so far, here by those for %s: equal up to "
-                           "rounding, but not bit for bit.", then["kernels"], self.kernels)
-        if then["version"] != self.version:
-            logger.info("The checkpoint was saved by version %s of this code, this is %s", then["version"],
-                        self.version)
+        for level, name, more in ((logging.INFO, "threads", "those so far are used, for equal bits"),
+                                  (logging.INFO, "version", "of the code"),
+                                  (logging.WARNING, "kernels", "equal up to rounding, but not bit for bit")):
+            if then[name] != getattr(self, name):  # a warning comes from any rank
+                logger.log(level, "%s so far: %s, here: %s (%s)", name, then[name], getattr(self, name), more)
+        # Sums are split by thread, so another number of threads would give other last bits.
+        self.threads = then["threads"]
+        torch.set_num_threads(self.threads)
 
 
 TABLE: dict[str, Row] = {

@@ -8,7 +8,6 @@ from the run folder: checkpoint-N.pth (entries model, model_ema, optimizer) and 
 import hashlib
 import json
 import os
-import re
 import signal
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from tests.kits.processes import Child, codes, environment, places
+from tests.kits.runs import result
 
 
 def train(argv: list[str], work: Path, world_size: int = 1,
@@ -47,19 +47,12 @@ def console(work: Path) -> str:
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Weights, average and optimizer tensors of the last epoch's checkpoint in a run folder."""
-    names = (re.fullmatch(r"checkpoint-(\d+)\.pth", path.name) for path in folder.iterdir())
-    state = torch.load(folder / f"checkpoint-{max(int(name[1]) for name in names if name)}.pth",
-                       weights_only=True)
+    state = result(folder)
     found = {f"{part}/{name}": value for part in ("model", "model_ema")
              for name, value in (state[part] or {}).items()}
     return found | {f"optimizer/{index}/{name}": value
                     for index, slots in sorted(state["optimizer"]["state"].items())
                     for name, value in slots.items() if isinstance(value, torch.Tensor)}
-
-
-def log(folder: Path) -> list[dict]:
-    """The lines of a run's log.txt."""
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
 def _merged(parts: tuple[dict, ...]) -> dict:

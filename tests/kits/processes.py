@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+import launch.process
 from launch.stop import alive as alive
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -129,6 +130,22 @@ def _run(command: list[str]) -> None:
         sys.argv = command
         sys.path.insert(0, os.path.dirname(command[0]))
         runpy.run_path(command[0], run_name="__main__")
+
+
+def in_processes(work: Callable, world_size: int, folder: Path, *arguments: object) -> list:
+    """`work(process, *arguments)` as `world_size` ranks of one job; what they return, in order of rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{world_size}-{rank}.pt" for rank in range(world_size)]
+    ranks = [Child(_work, (work, path, arguments), environment(**place))
+             for path, place in zip(paths, places(world_size))]
+    assert codes(ranks, 240) == [0] * world_size, [rank.text() for rank in ranks]
+    return [torch.load(path, weights_only=False) for path in paths]
+
+
+def _work(work: Callable, path: Path, arguments: tuple) -> int:
+    with launch.process.start("cpu") as process:
+        torch.save(work(process, *arguments), path)
+    return 0
 
 
 def start_ranks(world_size: int, *command: str | Path, absent: tuple[int, ...] = ()) -> list[Rank]:

@@ -1,16 +1,15 @@
-"""Small parts for tests of the engine: a toy network, in-memory batches and several gloo processes."""
-import os
+"""Small parts for tests of the engine: a toy network and in-memory batches."""
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import engine
 from common.random import key, uniforms
 from config.options import Options
+from launch.process import Process
 from optim.build import build_optimizer
 from optim.ema import Ema
 from optim.finite import FiniteWatch
@@ -50,32 +49,7 @@ class Toy(nn.Module):
         return self.head(x + branch)
 
 
-class Alone:
-    """A process without peers."""
-
-    rank, world_size, device = 0, 1, torch.device("cpu")
-
-    def all_reduce_(self, tensor, op="sum"):
-        return tensor
-
-    def all_gather_object(self, obj):
-        return [obj]
-
-
-class Gloo(Alone):
-    """One of several gloo processes, as `launch.process.Process` is to the engine."""
-
-    def __init__(self, rank, world_size):
-        self.rank, self.world_size = rank, world_size
-
-    def all_reduce_(self, tensor, op="sum"):
-        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, op.upper()))
-        return tensor
-
-    def all_gather_object(self, obj):
-        box = [None] * self.world_size
-        dist.all_gather_object(box, obj)
-        return box
+Alone = partial(Process, device=torch.device("cpu"))  # a process without peers
 
 
 def options(**changes):
@@ -156,22 +130,3 @@ def training(process=None, dtype=torch.float64, global_batch=16, mode="skip", mo
 def train(loop, epoch=0, first_update=0, observer=None):
     """`engine.train_one_epoch`, unobserved unless told otherwise."""
     return engine.train_one_epoch(loop, observer or engine.Observer(), epoch=epoch, first_update=first_update)
-
-
-def _child(rank, work, world_size, folder, arguments):
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    try:
-        torch.save(work(Gloo(rank, world_size), *arguments), f"{folder}/result{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-def in_processes(work, world_size, folder, *arguments):
-    """`work(process, *arguments)` on `world_size` gloo processes; their results in order of rank."""
-    folder.mkdir(parents=True, exist_ok=True)
-    mp.start_processes(_child, (work, world_size, str(folder), arguments), nprocs=world_size,
-                       start_method="fork")
-    return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(world_size)]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tests.kits import numbers
 from tests.kits.images import write_textures
+from tests.kits.runs import result
 
 STORED = Path(__file__).resolve().parents[1] / "data" / "parity" / "same_numbers.json"
 TRAIN, VAL, GLOBAL_BATCH, EPOCHS = 28, 9, 8, 2  # three updates per epoch; four images are left over
@@ -66,7 +67,7 @@ def run(name: str, data: Path, work: Path, stop_after: int | None = None) -> dic
         codes, seen = numbers.train(argv, work, row["processes"], stop)
         assert codes == [0 if last else 75] * row["processes"], numbers.console(work)
         updates += seen
-    return {"updates": updates, "tensors": numbers.tensors(folder), "log": numbers.log(folder)}
+    return {"updates": updates, "tensors": numbers.tensors(folder), "log": result(folder)["log"]}
 
 
 def figures(result: dict) -> dict:

@@ -1,17 +1,14 @@
 """The same run on any number of processes, built from the options as main.py builds it."""
-import os
-
 import pytest
 import torch
 
 from common.outcome import Outcome
 from config.parse import parse
-from launch.process import start as start_process
 from launch.stop import StopRequest
 from launch.watchdog import Watchdog
 from plan import Classification, plan_run
 from tests.kits.images import write_images
-from tests.kits.processes import FORKS, codes, environment, places
+from tests.kits.processes import codes, in_processes
 from tests.kits.runs import arguments, result, start
 from training import Trainer
 
@@ -30,6 +27,7 @@ class Recorded(Trainer):
 
 def train_in_double(data, accumulation: int, process) -> dict:
     """What an epoch in float64 leaves, on `process` among its peers."""
+    torch.manual_seed(process.rank + 100 * accumulation)  # nothing may depend on the global generator
     size = GLOBAL_BATCH // accumulation // process.world_size
     argv = arguments(data, "", batch_size=size, update_freq=None, global_batch=GLOBAL_BATCH, epochs=1,
                      warmup_epochs=0, disable_eval="true", output_dir=None)
@@ -42,27 +40,16 @@ def train_in_double(data, accumulation: int, process) -> dict:
                        watchdog=Watchdog(process, hang_timeout=0))
         run.ema.module.double()
         prepare = run.task.prepare
-
-        def in_double(batch):
-            images, targets = prepare(batch)
-            return images.double(), targets.double()
-
-        run.task.prepare = in_double
+        run.task.prepare = lambda batch: tuple(
+            part.double() if part.is_floating_point() else part for part in prepare(batch))
         assert run.fit() is Outcome.DONE
     state = run.state_dict()
     return {"model": state["model"], "model_ema": state["model_ema"], "schedule": run.schedule,
             "update": state["update"]}
 
 
-def worker(data, folder, place: dict) -> None:
-    os.environ.clear()
-    os.environ.update(environment(**place))
-    torch.set_num_threads(1)
-    with start_process("cpu") as process:
-        for accumulation in ACCUMULATIONS:
-            torch.manual_seed(process.rank + 100 * accumulation)  # nothing may depend on the global generator
-            found = train_in_double(data, accumulation, process)
-            torch.save(found, folder / f"{process.world_size}-{accumulation}-{process.rank}.pth")
+def train_each(process, data) -> dict[int, dict]:
+    return {accumulation: train_in_double(data, accumulation, process) for accumulation in ACCUMULATIONS}
 
 
 @pytest.fixture(scope="module")
@@ -71,38 +58,20 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(images, tmp_path_factory):
-    """{(processes, accumulation, rank): what was left}, made once per number of processes."""
-    folder, found = tmp_path_factory.mktemp("results"), {}
-
-    def of(world_size: int) -> dict:
-        if not any(size == world_size for size, _, _ in found):
-            ranks = [FORKS.Process(target=worker, args=(images, folder, place))
-                     for place in places(world_size)]
-            for rank in ranks:
-                rank.start()
-            for rank in ranks:
-                rank.join(240)
-                rank.kill()
-            assert [rank.exitcode for rank in ranks] == [0] * world_size
-            for path in folder.glob(f"{world_size}-*.pth"):
-                found[tuple(map(int, path.stem.split("-")))] = torch.load(path, weights_only=True)
-        return {key: value for key, value in found.items() if key[0] == world_size}
-    return of
+def whole(images, tmp_path_factory):
+    """What one process leaves, for each accumulation."""
+    return in_processes(train_each, 1, tmp_path_factory.mktemp("one"), images)[0]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_weights_and_schedules_are_those_of_one_process_without_accumulation(results, world_size):
-    whole, split = results(1)[1, 1, 0], results(world_size)
-    assert len(whole["schedule"]) == whole["update"] == UPDATES
-    assert sorted(split) == [(world_size, a, rank) for a in ACCUMULATIONS for rank in range(world_size)]
-    for case, found in split.items():
-        assert found["schedule"] == whole["schedule"], case
-        for part in ("model", "model_ema"):
-            for name, value in whole[part].items():
-                assert value.dtype == torch.float64
-                difference = (found[part][name] - value).abs().max().item()
-                assert difference < 1e-10, (case, part, name, difference)
+def test_weights_and_schedules_are_those_of_one_process_without_accumulation(whole, images, tmp_path, world_size):
+    assert len(whole[1]["schedule"]) == whole[1]["update"] == UPDATES
+    for found in [whole] if world_size == 1 else in_processes(train_each, world_size, tmp_path, images):
+        for accumulation in ACCUMULATIONS:
+            assert found[accumulation]["schedule"] == whole[1]["schedule"]
+            for part in ("model", "model_ema"):
+                assert all(value.dtype == torch.float64 for value in found[accumulation][part].values())
+                torch.testing.assert_close(found[accumulation][part], whole[1][part], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("before, after", [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
@@ -125,6 +94,6 @@ def test_another_number_of_processes_goes_on_with_the_global_batch(images, tmp_p
             torch.testing.assert_close(other[part][name], value, rtol=1e-3, atol=1e-4,
                                        msg=lambda m: f"{name}: {m}")
     for a, b in zip(one["log"], other["log"], strict=True):
-        # Pictures are weighed alike in an epoch's means, whatever number of processes saw them.
+        # Images are weighed alike in an epoch's means, whatever number of processes saw them.
         assert {k: v for k, v in b.items() if v is not None} == pytest.approx(
             {k: v for k, v in a.items() if v is not None}, rel=1e-3)

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from engine import Evaluation, Observer, evaluate
-from tests.kits.toy import CLASSES, Alone, Toy, batch, in_processes
+from tests.kits.processes import in_processes
+from tests.kits.toy import CLASSES, Alone, Toy, batch
 
 COUNT = 23
 

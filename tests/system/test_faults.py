@@ -46,8 +46,6 @@ def owned(place):
 
 @table(
     Row("unknown model", "--model hornet_tny_7x7", "unknown_model", ("hornet_tiny_7x7",), after=untouched),
-    Row("options that contradict each other", "--mixup 0.8 --batch_size 7", "contradiction",
-        ("--batch_size 7",)),
     Row("a batch larger than the data", "--batch_size 64", "batch", ("16", "--batch_size")),
     # These two before the images are indexed, which takes minutes.
     Row("unknown optimizer", "--opt adamww", "invalid_value", ("--opt adamww", "adamw"), absent=("train: ",)),
@@ -56,8 +54,6 @@ def owned(place):
     Row("nothing to evaluate", "--eval true", "missing_checkpoint", ("--resume",), after=untouched),
     Row("run folder that is a file", "--output_dir {data}/train/cat/0.JPEG", "unusable_folder",
         ("--output_dir", "0.JPEG")),
-    Row("report folder that is a file", f"--eval true {LAST} --report {{data}}/train/cat/0.JPEG",
-        "unusable_folder", ("--report",)),
     Row("a check without a published figure", f"--eval true {LAST} --check true", 1, ("--check true",)),
     Row("a log folder that is a file", "--log_dir {data}/train/cat/0.JPEG", 0, ("{data}/train/cat/0.JPEG",)),
     Row("a run folder in use", "", "folder_in_use", ("{run}", f"pid {os.getpid()}", "--output_dir"),
@@ -68,13 +64,6 @@ def test_options_and_machine(row, place, capfd):
     check(row, place, capfd)
 
 
-def test_ranks_without_an_address_to_meet_at(place, capfd, monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    check(Row("no address", "", "environment", ("MASTER_ADDR",)), place, capfd)
-
-
 def test_a_missing_package_for_extra_logging_costs_only_the_log(place, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
@@ -82,26 +71,11 @@ def test_a_missing_package_for_extra_logging_costs_only_the_log(place, capfd, mo
     check(Row("no packages", "--enable_wandb true", 0, names), place, capfd)
 
 
-def test_no_network_names_the_file_to_fetch_by_hand(place, capfd, monkeypatch):
-    monkeypatch.setenv("HORNET_CACHE", str(place.here / "weights"))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    check(Row("offline", "--pretrained true --model hornet_tiny_7x7", "download_failed",
-              ("https://", "{here}/weights"), base="eval"), place, capfd)
-
-
 # --------------------------------------------------------------------------------------------- data and
 # images
 
 def a_class_more(place: Place) -> None:
     fill_folder(place.data / "val" / "emu", 4)
-
-
-def flat(place: Place) -> None:
-    """A val folder without class folders, and its labels."""
-    shutil.rmtree(place.data / "val")
-    fill_folder(place.data / "val", 4)
-    (place.here / "labels.csv").write_text("file,class\n0.JPEG,cat\n1.JPEG,dog\n2.JPEG,dog\n3.JPEG,cat\n")
 
 
 def two_synsets(place: Place) -> None:
@@ -138,12 +112,8 @@ def evaluated(count: int, bad: int = 0):
 @table(
     Row("no such data", "--data_path /nowhere", "missing_data", ("/nowhere/train", "--data_path"),
         after=untouched),
-    Row("no val folder", "", "missing_data", ("{data}/val",),
-        lambda place: shutil.rmtree(place.data / "val")),
     Row("val has a class more, accepted", f"{LAST} {OUT} --allow_class_mismatch true", 0, ("4",),
         a_class_more, evaluated(8), base="eval"),
-    Row("flat val folder with labels", f"{LAST} {OUT} --val_labels {{here}}/labels.csv", 0, (),
-        flat, evaluated(4), base="eval"),
     Row("a 22k head on two classes of ImageNet-1k", f"--model {MODEL} --resume {BAD} {OUT}", 0, (), two_synsets,
         evaluated(2), base="eval"),
     Row("unreadable, in evaluation", f"{LAST} {OUT}", "unreadable_image",
@@ -225,8 +195,6 @@ def events(place: Place, kind: str) -> list[dict]:
     Row("weights that overflow", f"--resume {BAD}", 0, ("8 of 8", "top-1 0.00"),
         weights(lambda name, value: value * 1e30 if name.endswith("weight") else value), base="eval"),
     Row("another recipe in the folder", f"{FURTHER} --lr 1e-3", "other_run", ("lr 0.004", "0.001"), finished,
-        kept),
-    Row("another global batch", f"{FURTHER} --global_batch 16", "batch", ("--global_batch 16", "8"), finished,
         kept),
     Row("the newest has a flipped bit", FURTHER, 0, ("checkpoint-1.pth",), two_epochs),
     Row("a finished run again", "--model_ema true --model_ema_eval true", 0, ("checkpoint-best",), finished,

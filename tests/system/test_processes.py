@@ -5,8 +5,6 @@ import multiprocessing
 import os
 import signal
 
-import pytest
-
 from common.outcome import Outcome
 from run.log import Tracker
 from tests.kits.faults import Row, check
@@ -27,16 +25,6 @@ def after_epoch(monkeypatch, number: int, do) -> None:
 
 def state(place) -> Outcome:
     return Outcome(json.loads((place.run / "status.json").read_text())["state"])
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
-def test_a_signal_pauses_and_the_same_command_resumes(name, place, capfd, monkeypatch):
-    after_epoch(monkeypatch, 0, lambda: os.kill(os.getpid(), getattr(signal, name)))
-    check(Row("stopped", "--epochs 2", 75, (name,)), place, capfd)
-    assert state(place) is Outcome.PAUSED
-    monkeypatch.undo()
-    check(Row("resumed", "--epochs 2", 0), place, capfd)
-    assert [json.loads(line)["epoch"] for line in (place.run / "log.txt").read_text().splitlines()] == [0, 1]
 
 
 def kill_workers() -> None:

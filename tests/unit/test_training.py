@@ -9,6 +9,7 @@ import torch
 
 from common.errors import UserError
 from common.files import read_json_lines
+from common.ledger import Ledger
 from common.log import logger
 from common.outcome import Outcome
 from config.parse import parse
@@ -27,8 +28,7 @@ from training import Trainer
 UPDATES, STOP_AFTER, TIMES = 6, 8, ("seconds", "train_images_per_second", "train_data_wait")
 OPTIONS = {"model": "hornet_pico_7x7", "device": "cpu", "input_size": 32, "epochs": 2, "batch_size": 4,
            "lr": 0.01, "warmup_epochs": 0, "layer_scale_init_value": 0.5, "mixup": 0, "cutmix": 0,
-           "aa": "none", "reprob": 0,
-           "model_ema": "true", "model_ema_decay": 0.9, "num_workers": 0}
+           "aa": "none", "reprob": 0, "model_ema": "true", "model_ema_decay": 0.9, "num_workers": 0}
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +71,7 @@ def trainer(resolved, process, folder, state=None):
     folder.mkdir(parents=True, exist_ok=True)
     plan = plan_run(resolved, process, state)
     return Poisoned(Classification(plan, process, state), plan, process, stop=StopRequest(), state=state,
-                    folder=str(folder), watchdog=Watchdog(process, hang_timeout=0),
-                    checkpoints=Checkpoints(folder, background=False))
+                    folder=Ledger(folder), watchdog=Watchdog(process, hang_timeout=0))
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +132,7 @@ def observe(state, images, process, folder, caplog):
     finally:
         torch.set_num_threads(threads)
     line = read_json_lines(folder / "run" / "log.txt")[-1]
-    return seen | {
-        "state": {name: plain(part.state_dict()) for name, part in run.parts.items()},
+    return seen | {"state": {name: plain(part.state_dict()) for name, part in run.parts.items()},
         "log": {name: value for name, value in line.items() if name not in TIMES and not name.endswith("_share")},
         "events": [event["message"] for event in read_json_lines(folder / "run" / "events.jsonl")],
         "notices": [any(words in record.getMessage() for record in caplog.records)
@@ -164,8 +162,7 @@ def test_a_resumed_run_needs_every_row_of_the_table(row, paused, images, process
     assert (seen == _reference) is (row is None), f"nobody would notice that checkpoints lack {row}"
 
 
-@pytest.mark.parametrize("name", ["position", "model", "model_ema", "optimizer", "scaler", "policy",
-                                  "setup"])
+@pytest.mark.parametrize("name", ["position", "model", "model_ema", "optimizer", "scaler", "policy", "setup"])
 def test_a_part_without_state_dict_cannot_be_saved(name, images, process, tmp_path):
     run = trainer(options(images), process, tmp_path / "run")
     assert set(run.state_dict()) == {"format", *TABLE} and name in run.parts
@@ -268,6 +265,7 @@ def test_where_only_best_files_are_left_the_newest_of_them_is_resumed_and_a_dama
     best.write_bytes(b"")
     run(place, capfd, "--epochs 2", code=2)
     best.write_bytes(content)
+    (place.run / "latest.pth").symlink_to("gone")  # as some programs make it: nothing of ours, and ignored
     run(place, capfd, "--epochs 2 --auto_resume false", code=2)
     run(place, capfd, "--epochs 2")
     assert begun_at(place.run) == [0, 2]

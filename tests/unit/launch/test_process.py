@@ -1,7 +1,5 @@
 """Rank and node from the environments that launchers leave, the meeting of processes, and what they say
 together."""
-import os
-import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,14 +21,10 @@ from launch.process import (
 )
 from tests.kits.processes import (
     PROGRAMS,
-    TOY,
     Rank,
     environment,
-    expected_value,
     finish,
     start_ranks,
-    start_torchrun,
-    wait_for,
 )
 
 SRUN = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "2",
@@ -245,13 +239,3 @@ def test_main_says_in_one_sentence_that_a_port_is_taken(port):
     assert code == 1 and f"port {port}" in output and "Traceback" not in output, output
     [(code, output)] = finish([Rank(argv, dict(env, RANK="zero"))])
     assert code == 2 and "RANK" in output and "Traceback" not in output, output
-
-
-@pytest.mark.slow
-def test_torchrun_starts_a_failed_group_again(tmp_path):
-    launcher = start_torchrun(2, TOY, tmp_path, 60, "pace=0.05", restarts=2)
-    wait_for(lambda: (tmp_path / "now").exists())
-    os.kill(int((tmp_path / "pids" / "1").read_text()), signal.SIGKILL)
-    [(code, output)] = finish([launcher])
-    assert code == 0, output
-    assert str(expected_value(60, 2)) in (tmp_path / "state.json").read_text()

@@ -1,5 +1,4 @@
 """Stop requests: signals, agreement of all ranks, time limits."""
-import json
 import os
 import signal
 import time
@@ -7,17 +6,10 @@ import time
 import pytest
 import torch
 
-from common.ledger import Ledger
-from common.outcome import Outcome
 from launch import stop as stop_module
 from launch.process import Process, start
 from launch.stop import StopRequest, job_end_time
 from tests.kits.processes import (
-    TOY,
-    alive,
-    expected_value,
-    finish,
-    start_torchrun,
     wait_for,
 )
 
@@ -110,24 +102,6 @@ def test_training_stops_before_the_time_limit(monkeypatch):
         assert not stop.requested
         wait_for(lambda: stop.requested)
         assert "time limit" in stop.reason
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target, number", [
-    ("launcher", signal.SIGTERM), ("launcher", signal.SIGUSR2), ("group", signal.SIGUSR2)])
-def test_stop_signals_to_torchrun_lose_nothing(tmp_path, target, number):
-    launcher = start_torchrun(2, TOY, tmp_path, 60, "pace=0.05")
-    pids = tmp_path / "pids"
-    wait_for(lambda: (tmp_path / "now").exists())
-    ranks = [int((pids / str(rank)).read_text()) for rank in range(2)]
-    for pid in [launcher.pid] if target == "launcher" else [launcher.pid, *ranks]:
-        os.kill(pid, number)
-    finish([launcher])
-    wait_for(lambda: not any(alive(pid) for pid in ranks))
-    if Ledger(tmp_path).status()["state"] != Outcome.DONE:
-        [(code, output)] = finish([start_torchrun(2, TOY, tmp_path, 60)])
-        assert code == 0, output
-    assert json.loads((tmp_path / "state.json").read_text())["value"] == expected_value(60, 2)
 
 
 def test_one_process_hears_of_anothers_request_without_waiting_for_it():

@@ -121,8 +121,8 @@ def test_mistakes_are_one_sentence(tmp_path, run):
 @pytest.mark.parametrize("scores, index", [({BEST: 39.0}, 0), ({BEST_EMA: 46.0}, 1)])
 def test_timm_finds_what_scored_in_its_own_ways(tmp_path, two, scores, index):
     """`checkpoint_path` takes the average wherever it finds one, unless the file says otherwise in timm's words."""
-    Checkpoints(tmp_path, background=False).save(
-        {"format": 3, "model": two[0].state_dict(), "model_ema": two[1].state_dict(), "args": {}}, epoch=0, best=scores)
+    Checkpoints(tmp_path).save({"format": 3, "model": two[0].state_dict(), "model_ema": two[1].state_dict(), "args": {},
+                                "epoch": 0}, scores, wait=True)
     best, last = (str(tmp_path / name) for name in (next(iter(scores)), "checkpoint-0.pth"))
     for words, wanted in ((dict(checkpoint_path=best), two[index]), (dict(checkpoint_path=last), models.load(last).model),
                           (dict(pretrained=True, pretrained_cfg_overlay=dict(file=best)), two[index])):

@@ -33,19 +33,19 @@ def follow(model, ema, updates, applied=None):
 def test_formula_over_all_entries(device):
     model = Net()
     ema = Ema(model, 0.9, device)
-    assert all(torch.equal(a, b) for a, b in zip(ema.state_dict().values(), model.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(ema.module.state_dict().values(), model.state_dict().values()))
     expected = follow(model, ema, 5, torch.tensor(True))
-    assert list(ema.state_dict()) == list(model.state_dict())
-    for name, value in ema.state_dict().items():
+    assert list(ema.module.state_dict()) == list(model.state_dict())
+    for name, value in ema.module.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6)
 
 
 def test_an_update_that_was_not_applied_changes_nothing():
     model = Net()
     ema = Ema(model, 0.9)
-    before = {name: value.clone() for name, value in ema.state_dict().items()}
+    before = {name: value.clone() for name, value in ema.module.state_dict().items()}
     follow(model, ema, 2, torch.tensor(False))
-    assert all(torch.equal(before[name], value) for name, value in ema.state_dict().items())
+    assert all(torch.equal(before[name], value) for name, value in ema.module.state_dict().items())
 
 
 @pytest.mark.parametrize("applied", [True, False])

@@ -1,4 +1,5 @@
 """Checkpoints survive what happens to them: damage, full disks, and resuming from the right one."""
+import errno
 import json
 import math
 import os
@@ -14,7 +15,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.errors import UserError
+from common.errors import Failure, UserError
+from common.files import sha256_file
+from datasets import images
+from run import checkpoint
 from run.checkpoint import Checkpoints, Loaded, load, manifest, manifest_path, position, snapshot
 from run.state import BEST, BEST_EMA
 
@@ -23,14 +27,19 @@ def state(n=0.0, size=1000):
     weights = OrderedDict(w=torch.full((size,), float(n)), b=torch.ones(3) * n)
     return {"format": 3, "model": weights, "model_ema": {k: v / 2 for k, v in weights.items()},
             "optimizer": {"state": {0: {"step": torch.tensor(float(n))}}, "param_groups": [{"params": [0]}]},
-            "epoch": int(n), "update": 10 * int(n), "best": {}, "args": {"lr": 4e-3, "model": "hornet_x"}}
+            "epoch": int(n), "update": 10 * int(n), "args": {"lr": 4e-3, "model": "hornet_x"}}
+
+
+def within(epoch, update):
+    return state(epoch - 1) | {"sums": [0.0], "update": update}
 
 
 def saved(folder, epochs=4, **options):
     checkpoints = Checkpoints(folder, **options)
     for epoch in range(epochs):
-        checkpoints.save(state(epoch), epoch=epoch)
-    assert checkpoints.close() == []
+        checkpoints.save(state(epoch))
+    checkpoints.close()
+    assert not checkpoints.unsaved
     return checkpoints
 
 
@@ -44,7 +53,7 @@ def newest(checkpoints) -> str:
 
 def test_a_save_round_trips_and_shares_no_memory(tmp_path):
     content, checkpoints = state(3), Checkpoints(tmp_path)
-    checkpoints.save(content, epoch=3)
+    checkpoints.save(content)
     content["model"]["w"].fill_(-1)
     checkpoints.close()
     loaded = checkpoints.newest_valid()
@@ -57,7 +66,7 @@ def test_a_state_holds_plain_values_and_views_at_their_own_size():
     held = {"v": torch.zeros(1000)[:3], "f": np.float64(2), "p": Path("a"), "t": (1, [torch.ones(1)])}
     copy = snapshot(held)
     assert copy["v"].untyped_storage().nbytes() == 12 and type(copy["f"]) is float
-    assert copy["p"] == "a" and type(copy["t"]) is tuple
+    assert copy["p"] == "a" and copy["t"] == (1, [torch.ones(1)])
 
 
 def test_other_names_are_no_numbered_checkpoints(tmp_path):
@@ -78,8 +87,8 @@ def test_names_order_as_training_goes(first, second, update):
 def test_retention_keeps_the_last_ones_every_fiftieth_and_the_best(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=3, every=5)
     for epoch in range(12):
-        checkpoints.save(state(epoch), epoch=epoch, update=10 * epoch + 5)
-        checkpoints.save(state(epoch), epoch=epoch, best={BEST: 50 + epoch} if epoch == 2 else None)
+        checkpoints.save(within(epoch, 10 * epoch + 5))
+        checkpoints.save(state(epoch), {BEST: 50 + epoch} if epoch == 2 else None)
     checkpoints.close()
     assert names(tmp_path) == sorted([*(f"checkpoint-{n}.pth" for n in (4, 9, 10, 11)), BEST])
     assert len(list(tmp_path.glob("*.json"))) == 5
@@ -90,8 +99,8 @@ def test_two_stay_whatever_is_asked(tmp_path):
     assert names(tmp_path) == ["checkpoint-3.pth", "checkpoint-4.pth"]
     for n in (3, 4):
         (tmp_path / f"checkpoint-{n}.pth").unlink()
-    checkpoints.save(state(5), epoch=5, update=50)
-    checkpoints.save(state(5), epoch=5)
+    checkpoints.save(within(5, 50))
+    checkpoints.save(state(5))
     checkpoints.close()
     assert names(tmp_path) == ["checkpoint-5.pth", "checkpoint-e5u50.pth"]
 
@@ -107,8 +116,7 @@ def folder(path):
     path.mkdir()
 
 
-DAMAGE = {
-    "a flipped bit": flip, "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+DAMAGE = {"a flipped bit": flip, "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
     "empty": lambda path: path.write_bytes(b""), "a folder": folder,
     "no manifest": lambda path: manifest_path(path).unlink(),
     "a manifest of other keys": lambda path: manifest_path(path).write_text('{"sixe": 1}'),
@@ -124,16 +132,35 @@ def test_a_damaged_newest_is_skipped_and_saving_goes_on(tmp_path, damage, caplog
     loaded = checkpoints.newest_valid()
     assert loaded.path.name == "checkpoint-2.pth" and (loaded.state["model"]["w"] == 2).all()
     assert checkpoints.set_aside_newer(loaded) == ["checkpoint-3.pth"] and checkpoints.sweep() == 0
-    checkpoints.save(state(3), epoch=3)
-    assert checkpoints.close() == [] and newest(checkpoints) == "checkpoint-3.pth"
+    checkpoints.save(state(3), wait=True)
+    assert not checkpoints.unsaved and newest(checkpoints) == "checkpoint-3.pth"
+
+
+@pytest.mark.parametrize("failing, passes", [(2, True), (99, False)])
+def test_a_disk_that_does_not_answer_is_waited_for_and_nothing_older_takes_the_place(tmp_path, monkeypatch,
+                                                                                      failing, passes):
+    checkpoints, errors = saved(tmp_path, 2), [OSError(errno.EIO, "Input/output error")] * failing
+    monkeypatch.setattr(images, "PATIENCE", 2.0 if passes else 0.1)
+    monkeypatch.setattr(images, "_patience", images.PATIENCE)
+
+    def digest(path):
+        if errors:
+            raise errors.pop()
+        return sha256_file(path)
+    monkeypatch.setattr(checkpoint, "sha256_file", digest)
+    if passes:
+        assert newest(checkpoints) == "checkpoint-1.pth"
+    else:
+        with pytest.raises(Failure):
+            checkpoints.newest_valid()
 
 
 def test_infinite_weights_are_neither_saved_nor_taken(tmp_path):
-    checkpoints, bad = saved(tmp_path, 2), state(2)
+    failures, bad = [], state(2)
+    checkpoints = saved(tmp_path, 2, failed=failures.append)
     bad["model"]["w"][7] = math.inf
-    checkpoints.save(bad, epoch=2)
-    (failure,) = checkpoints.close()
-    assert "tensor w of model" in failure and checkpoints.unsaved
+    checkpoints.save(bad, wait=True)
+    assert "tensor w of model" in failures[0] and checkpoints.unsaved
     assert newest(checkpoints) == "checkpoint-1.pth"
 
 
@@ -162,8 +189,8 @@ def test_what_resume_names(tmp_path):
             checkpoints.resolve(word)
         assert caught.value.code == "no_valid_checkpoint"
     assert checkpoints.resolve("") is None
-    checkpoints.save(state(1), epoch=1, best={BEST: 70.0, BEST_EMA: 71.5})
-    checkpoints.save(state(2), epoch=2, best={BEST: 71.0})
+    checkpoints.save(state(1), {BEST: 70.0, BEST_EMA: 71.5})
+    checkpoints.save(state(2), {BEST: 71.0})
     checkpoints.close()
     assert checkpoints.resolve("latest").state["epoch"] == 2
     assert Checkpoints(".").resolve(str(tmp_path)).state["epoch"] == 2
@@ -174,7 +201,7 @@ def test_what_resume_names(tmp_path):
 def test_the_best_files_decide_what_is_best(tmp_path):
     """A crash left them newer than the last numbered checkpoint, or somebody removed or damaged them."""
     checkpoints = saved(tmp_path, 2)
-    checkpoints.save(state(2), epoch=2, best={BEST: 80.0, BEST_EMA: 60.0})
+    checkpoints.save(state(2), {BEST: 80.0, BEST_EMA: 60.0})
     checkpoints.close()
     for known in (checkpoints, again := Checkpoints(tmp_path)):
         assert known.better({BEST: 79.9, BEST_EMA: 60.5}) == {BEST_EMA: 60.5}
@@ -196,17 +223,16 @@ def test_a_best_that_could_not_be_saved_is_made_good_by_the_next_better_than_the
         tmp_path, monkeypatch):
     """The save stops between manifest and rename, as in a crash: the older file stays valid meanwhile."""
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(state(0), epoch=0, best=checkpoints.better({BEST: 50.0}))
-    checkpoints.close()
+    checkpoints.save(state(0), checkpoints.better({BEST: 50.0}), wait=True)
     for score in (70.0, 75.0):
         monkeypatch.setattr(os, "replace", _replace_manifests_only)
-        checkpoints.save(state(1), epoch=1, best=checkpoints.better({BEST: score}))
-        assert len(checkpoints.close()) == 2
+        checkpoints.save(state(1), checkpoints.better({BEST: score}), wait=True)
+        assert checkpoints.unsaved
         monkeypatch.undo()
         assert load(tmp_path / BEST).state["epoch"] == 0 and manifest(tmp_path / BEST)["score"] == 50.0
     assert checkpoints.better({BEST: 49.0}) == {}
-    checkpoints.save(state(2), epoch=2, best=checkpoints.better({BEST: 60.0}))
-    assert checkpoints.close() == [] and manifest(tmp_path / BEST)["score"] == 60.0
+    checkpoints.save(state(2), checkpoints.better({BEST: 60.0}), wait=True)
+    assert not checkpoints.unsaved and manifest(tmp_path / BEST)["score"] == 60.0
     assert checkpoints.better({BEST: 60.0}) == {} and Checkpoints(tmp_path).better({BEST: 60.0}) == {}
 
 
@@ -236,32 +262,33 @@ def test_leftovers_are_swept_but_none_of_an_evaluation_beside(tmp_path):
 
 
 def test_a_write_limit_leaves_the_old_file_whole_and_training_continues(tmp_path):
-    checkpoints = saved(tmp_path, 2)
-    checkpoints.save(state(1), epoch=1, best={BEST: 50.0}, wait=True)
+    failures = []
+    checkpoints = saved(tmp_path, 2, failed=failures.append)
+    checkpoints.save(state(1), {BEST: 50.0}, wait=True)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-        checkpoints.save(state(2, size=100_000), epoch=2, best={BEST: 60.0}, wait=True)
+        checkpoints.save(state(2, size=100_000), {BEST: 60.0}, wait=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    failures = checkpoints.failures()
-    assert len(failures) == 2 and checkpoints.failures() == []
+    assert len(failures) == 2
     for words in ("checkpoint-2.pth", "File too large", "checkpoint-1.pth, checkpoint-best.pth"):
         assert words in failures[1]
     assert load(tmp_path / BEST).state["epoch"] == 1 and not list(tmp_path.glob(".*"))
 
 
 def test_a_vanished_folder_or_too_little_memory_raises_nothing(tmp_path):
-    class Huge(dict):
-        def items(self):
+    class Huge(torch.Tensor):
+        def detach(self):
             raise MemoryError("out of memory")
 
-    checkpoints = saved(tmp_path / "run", 0)
+    failures = []
+    checkpoints = saved(tmp_path / "run", 0, failed=failures.append)
     (tmp_path / "run").mkdir()
-    checkpoints.save(Huge(), epoch=1)
+    checkpoints.save(state(1) | {"model": torch.zeros(3).as_subclass(Huge)})
     shutil.rmtree(tmp_path / "run")
-    checkpoints.save(state(1), epoch=1)
-    memory, gone = checkpoints.close()
+    checkpoints.save(state(1), wait=True)
+    memory, gone = failures
     assert "out of memory" in memory and "No such file or directory" in gone
     assert not (tmp_path / "run").exists()
 
@@ -270,7 +297,7 @@ def test_training_waits_only_for_the_copy_of_a_background_save(tmp_path, monkeyp
     checkpoints = Checkpoints(tmp_path)
     monkeypatch.setattr(checkpoints, "_write", lambda *rest: time.sleep(1))
     started = time.monotonic()
-    checkpoints.save(state(), epoch=0)
+    checkpoints.save(state())
     assert time.monotonic() - started < 0.5
     checkpoints.close()
     assert time.monotonic() - started >= 1

@@ -28,10 +28,10 @@ from tests.kits.runs import arguments, start
 
 
 def at(epoch=0, done=10, updates=10, **more):
-    values = dict(loss=2.5, recent_loss=2.0, grad_norm=1.0, lr=4e-3, min_lr=1e-3, weight_decay=0.05,
-                  images_per_second=123.4, data_wait=0.02, seconds=float(done), class_acc=None, nonfinite=0,
-                  outcome=Outcome.DONE, sums=[], epoch=epoch, first_update=epoch * updates)
-    return Progress(next_update=epoch * updates + done, **values | more)
+    figures = dict(loss=2.5, grad_norm=1.0, lr=4e-3, min_lr=1e-3, weight_decay=0.05, images_per_second=123.4,
+                   data_wait=0.02, class_acc=math.nan) | more
+    return Progress(next_update=epoch * updates + done, recent_loss=2.0, seconds=float(done), nonfinite=0, sums=[],
+                    outcome=Outcome.DONE, epoch=epoch, first_update=epoch * updates, figures=figures)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_an_epoch_has_the_published_keys(tmp_path, logged):
 
 def test_shares_of_the_time_and_of_the_peak_where_it_is_known(tmp_path, logged):
     t = tracker(tmp_path, peak_rate=246.8)
-    t.end_epoch(at(0, shares={"forward": 0.25, "other": 0.5}), {}, seconds=61.0)
+    t.end_epoch(at(0, forward_share=0.25, other_share=0.5), {}, seconds=61.0)
     t.progress(at(1, done=5))
     t.close()
     line, = log(tmp_path)
