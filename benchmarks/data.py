@@ -87,7 +87,8 @@ def start_up(repeats: int, clock: str, images: int = IMAGENET) -> list[Row]:
             rows_found.add(classes[number % 1000], f"{classes[number % 1000]}_{number}.JPEG")
         source = Source.of(data)
         os.makedirs(cache)
-        rows_found.index(source, "class folders", ["", *classes]).write(IndexCache(cache).path("folders", source))
+        index = rows_found.index(source, "class folders", ["", *classes])
+        index.write(IndexCache(cache).path("folders", source))
 
         def start() -> None:
             reader = open_reader(Source.of(data), IndexCache(cache, write=False))

@@ -1,6 +1,7 @@
 """The embedded sample data: scikit-learn's handwritten digits as small JPEGs in the ILSVRC2012 layout."""
 import os
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,35 +13,34 @@ from common.log import logger
 SIZE = 64
 
 
-def ensure_sample(folder: str | os.PathLike) -> None:
-    """Write the sample data to `folder` unless it is there.
+def ensure_sample(folder: str | os.PathLike, write: Callable[[Path], None] | None = None,
+                  parts: Sequence[str] = ("train", "val"),
+                  what: str = "1437 + 360 handwritten digits") -> None:
+    """Let `write` (the digits) make sample data at `folder`, unless all its `parts` are there.
 
     The files go to a temporary folder beside it, which is then renamed: `folder` is whole or not there, and
     of several processes that come at the same time the first one's is kept. Raises UserError when `folder`
     holds something else.
     """
     given, folder = folder, Path(folder).absolute()
-    if _complete(folder):
+    complete = lambda: all((folder / part).is_dir() for part in parts)
+    if complete():
         return
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"--data_path {folder} holds other files; name a new one.", "unwritable_folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-            write_digits(Path(temporary, "data"))
+            (write or write_digits)(Path(temporary, "data"))
             try:
                 os.rename(Path(temporary, "data"), folder)
             except OSError:
-                if not _complete(folder):
+                if not complete():
                     raise
-        logger.info("wrote the sample data, 1437 + 360 handwritten digits, to %s", given)
+        logger.info("wrote the sample data, %s, to %s", what, given)
     except OSError as error:
         raise UserError(f"The sample data cannot be written to {folder} ({error.strerror or error}); name "
                         "a folder you may write to with --data_path.", code="unwritable_folder") from error
-
-
-def _complete(folder: Path) -> bool:
-    return (folder / "train").is_dir() and (folder / "val").is_dir()
 
 
 def write_digits(folder: Path) -> None:

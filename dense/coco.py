@@ -244,7 +244,7 @@ def average_precision(file: str, results: Sequence[dict]) -> dict[str, dict]:
 def write_scenes(folder: Path) -> None:
     """Fill `folder` with the drawn scenes: annotations/ and one folder of images for each split."""
     categories = [{"id": number, "name": name} for number, name in enumerate(NAMES, start=1)]
-    (folder / "annotations").mkdir()
+    (folder / "annotations").mkdir(parents=True)
     for split, count in COUNTS.items():
         (folder / split).mkdir()
         images, annotations = [], []

@@ -13,14 +13,15 @@ from torch.utils.data import get_worker_info
 from common.errors import UserError
 from common.random import key, numpy_generator
 from common.text import plural, printable
-from datasets.build import Data
+from datasets.build import Data, check_sample
 from datasets.dataset import UNREADABLE_TARGET, Batch, ImageDataset
 from datasets.images import BadImage, decode, extensions, read_file
+from datasets.sample import ensure_sample
 from datasets.sampler import GlobalBatchSampler, Item, epoch_order
 from dense.inference import scaled_boxes
 from dense.options import SegmentationOptions
 from dense.pixels import Draws, distort, fitted, opencv, resize, resize_labels
-from dense.scenes import write_once, write_segmentation
+from dense.scenes import write_segmentation
 from dense.segmentor import IGNORED
 
 MS_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
@@ -97,7 +98,6 @@ class LabelledImages(ImageDataset):
 
     def __init__(self, pairs: Pairs, classes: int, options: SegmentationOptions):
         self.pairs, self.classes, self.options, self.seed = pairs, classes, options, options.seed
-        self.ratios = MS_RATIOS if options.ms_flip else (1.0,)
 
     def __len__(self) -> int:
         return len(self.pairs.images)
@@ -157,11 +157,7 @@ class LabelledImages(ImageDataset):
         indices, unreadable = torch.tensor([index]), ()
         try:
             image, labels = self.read(index)
-            sizes = [fitted(image.shape[:2], box)
-                     for box in scaled_boxes(self.options.image_scale, self.ratios)]
-            if min(map(min, sizes)) < SMALLEST_SIDE:
-                raise BadImage(f"{min(sizes)} pixels when scaled, and the network needs {SMALLEST_SIDE}")
-            scaled = [torch.from_numpy(np.ascontiguousarray(resize(image, size))) for size in sizes]
+            scaled = at_scales(image, self.options)
         except BadImage as error:
             scaled, unreadable = [], ((index, str(error)),)
             labels = np.zeros((0, 0), np.int16)
@@ -170,6 +166,15 @@ class LabelledImages(ImageDataset):
         none = torch.zeros(0)
         return Batch(scaled, torch.from_numpy(labels)[None], indices, none, none, -1,  # type: ignore[arg-type]
                      unreadable)
+
+
+def at_scales(image: np.ndarray, options: SegmentationOptions) -> list[torch.Tensor]:
+    """The image at each scale of an evaluation, uint8 (h, w, 3). Raises BadImage for one too small."""
+    ratios = MS_RATIOS if options.ms_flip else (1.0,)
+    sizes = [fitted(image.shape[:2], box) for box in scaled_boxes(options.image_scale, ratios)]
+    if min(map(min, sizes)) < SMALLEST_SIDE:
+        raise BadImage(f"{min(sizes)} pixels when scaled, and the network needs {SMALLEST_SIDE}")
+    return [torch.from_numpy(np.array(resize(image, size))) for size in sizes]
 
 
 def read_labels(path: str, classes: int, zero_ignored: bool) -> np.ndarray:
@@ -268,7 +273,7 @@ def find_data(options: SegmentationOptions, classes: list[str] | None, train: bo
     """The splits that are wanted; `classes` are those of a checkpoint. A few pairs of each are read, so that
     label maps of another kind are refused at the start."""
     if options.data_set == "SAMPLE":
-        write_once(options.data_path, write_segmentation, "classes.txt")
+        ensure_sample(options.data_path, write_segmentation, ("images", "annotations"), "drawn scenes")
         options.classes = os.path.join(options.data_path, "classes.txt")
     opencv()  # asked once, before loader processes are forked
     names = class_names(options)
@@ -279,14 +284,9 @@ def find_data(options: SegmentationOptions, classes: list[str] | None, train: bo
     for part in ["train"] * train + ["val"] * evaluate:
         dataset = LabelledImages(find_pairs(options, part), len(names), options)
         notes.append(f"{part}: {len(dataset)} images, {len(names)} classes")
-        bad = []
-        for index in np.unique(np.linspace(0, len(dataset) - 1, 5).astype(int)):
-            try:
-                dataset.read(int(index))
-            except BadImage as error:
-                bad.append(f"{printable(dataset.path(int(index)))}: {error}")
+        bad = sorted(set(check_sample(dataset, 5)[1]))
         if len(bad) > 2:
-            raise UserError(f"{len(bad)} of 5 images cannot be used, such as {bad[0]}; see --classes, "
+            raise UserError(f"Of a few images {bad[0]}, and it is not the only one; see --classes, "
                             "--zero_ignored and --label_path.", code="unreadable_image")
         found[part] = dataset
     return SceneData(found.get("train"), found.get("val"), list(classes or names), notes)

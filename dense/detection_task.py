@@ -14,6 +14,7 @@ from common.random import key
 from config.options import Options
 from datasets.build import Data
 from datasets.dataset import UNREADABLE_TARGET, Batch, make_loader
+from datasets.sample import ensure_sample
 from dense.backbone import replace_batchnorm, same_statistics, start_from
 from dense.coco import CocoSet, average_precision, encoded, read_coco, write_scenes
 from dense.coco_images import CocoImages, DetectionBatch, OrientedSampler, Scales
@@ -22,7 +23,6 @@ from dense.detection_options import DetectionOptions
 from dense.detector import Detections, Detector
 from dense.draw import save_objects
 from dense.optim import DenseSchedule, scale_by_depth
-from dense.scenes import write_once
 from dense.segmentation_task import share
 from dense.zoo import HEADS, detector_filters
 from evaluation import amp_dtype
@@ -49,7 +49,7 @@ def find_data(options: DetectionOptions, classes: list[str] | None, *, train: bo
               ) -> SceneData:
     """The sets that are wanted, with one list of classes; `classes` is that of a checkpoint."""
     if options.data_set == "SAMPLE":
-        write_once(options.data_path, write_scenes, "annotations")
+        ensure_sample(options.data_path, write_scenes, ("annotations",), "drawn scenes")
     scales = Scales(train=options.train_sides, test=options.test_side, longest=options.longest_side,
                     crop=Scales().crop if options.crops else None)
     sets: dict[str, CocoSet] = {}

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from dense.pixels import Size
+from dense.options import SegmentationOptions
+from dense.pixels import Size, normalised
 from dense.segmentor import resized
 
 
@@ -41,6 +42,14 @@ def probabilities(model: nn.Module, variants: Iterable[tuple[Tensor, bool]], siz
         found = resized(slide(model, image, crop, stride), size).softmax(dim=1)
         maps.append(found.flip(3) if flipped else found)
     return torch.stack(maps).mean(dim=0) if len(maps) > 1 else maps[0]
+
+
+def label_map(model: nn.Module, scaled: Sequence[Tensor], size: Size, options: SegmentationOptions) -> Tensor:
+    """Labels int64 (H, W) on the CPU, of an image at each scale, uint8 (h, w, 3), on the device."""
+    variants = [(normalised(image[None]), False) for image in scaled]
+    if options.ms_flip:
+        variants = [pair for x, _ in variants for pair in ((x, False), (x.flip(3), True))]
+    return probabilities(model, variants, size, options.crop_size, options.stride).argmax(1)[0].cpu()
 
 
 def scaled_boxes(box: Sequence[int], ratios: Sequence[float]) -> list[Size]:

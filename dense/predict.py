@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +26,10 @@ from common.safe_load import safe_torch_load
 from common.text import printable
 from datasets.images import BadImage, decode_path
 from dense.coco import run_lengths
-from dense.data import MS_RATIOS, SMALLEST_SIDE
+from dense.data import at_scales
 from dense.draw import overlay, palette
 from dense.evaluation import Trained, load_segmentor
-from dense.inference import probabilities, scaled_boxes
-from dense.pixels import fitted, normalised, resize
+from dense.inference import label_map
 from launch.process import choose_device
 from models.trained import locate
 from models.weights import select_weights
@@ -43,22 +42,13 @@ class SegmentPredictor:
     """A segmentor ready for images of any size: called with one it gives labels, uint8 (H, W)."""
     trained: Trained
     device: torch.device
-    ms_flip: bool = False
 
     @torch.no_grad()
     def __call__(self, image: Image.Image | np.ndarray) -> np.ndarray:
         pixels, options = np.asarray(image), self.trained.options
-        boxes = scaled_boxes(options.image_scale, MS_RATIOS if self.ms_flip else (1.0,))
-        sizes = [fitted(pixels.shape[:2], box) for box in boxes]
-        if min(map(min, sizes)) < SMALLEST_SIDE:
-            raise BadImage(f"{min(sizes)} pixels when scaled, and the network needs {SMALLEST_SIDE}")
-        variants = []
-        for size in sizes:
-            x = normalised(torch.from_numpy(np.array(resize(pixels, size)))[None].to(self.device))
-            variants += [(x, False), (x.flip(3), True)] if self.ms_flip else [(x, False)]
-        found = probabilities(self.trained.model, variants, pixels.shape[:2], options.crop_size,
-                              options.stride)
-        return found.argmax(1)[0].cpu().numpy().astype(np.uint8)
+        scaled = [each.to(self.device) for each in at_scales(pixels, options)]
+        labels = label_map(self.trained.model, scaled, (pixels.shape[0], pixels.shape[1]), options)
+        return labels.numpy().astype(np.uint8)
 
     def save(self, image: np.ndarray, stem: Path) -> tuple[dict, list[dict]]:
         """Write the drawing and the label map; the record in plain words and in COCO's form."""
@@ -82,7 +72,9 @@ def load(source: str | os.PathLike, device: str | torch.device = "cpu", ms_flip:
     if any("roi_head." in name for name in state):
         from dense.predict_boxes import BoxPredictor
         return BoxPredictor.load(path, torch.device(device))
-    return SegmentPredictor(load_segmentor(path, device=device), torch.device(device), ms_flip)
+    trained = load_segmentor(path, device=device)
+    trained = replace(trained, options=replace(trained.options, ms_flip=ms_flip))
+    return SegmentPredictor(trained, torch.device(device))
 
 
 def arguments() -> argparse.ArgumentParser:

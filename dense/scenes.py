@@ -5,16 +5,12 @@
 `write_segmentation` stores them as ADE20K is laid out.
 """
 import colorsys
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from common.errors import UserError
-from common.log import logger
 from common.random import numpy_generator
 from dense.pixels import Size
 
@@ -78,33 +74,6 @@ def label_map(instances: Instances, size: Size = SIZE) -> np.ndarray:
     for kind, seen in instances:
         labels[seen] = kind + 2
     return labels
-
-
-def write_once(folder: str | os.PathLike, write: Callable[[Path], None], marker: str) -> None:
-    """Let `write(path)` fill a folder, unless `marker` is in it. It appears whole or not at all; of several
-    processes the first one's is kept. Raises UserError when `folder` holds something else."""
-    folder = Path(folder).absolute()
-    if (folder / marker).exists():
-        return
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"--data_path {folder} holds other files and not the drawn scenes; name a new "
-                            "folder.", code="unwritable_folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
-            made = Path(work) / "made"
-            made.mkdir()
-            write(made)
-            try:
-                made.rename(folder)
-            except OSError:
-                if not (folder / marker).exists():
-                    raise
-                return
-    except OSError as error:
-        raise UserError(f"--data_path {folder} cannot be written ({error.strerror}); name another folder.",
-                        code="unwritable_folder") from error
-    logger.info("Drew %d scenes into %s", sum(COUNTS.values()), folder)
 
 
 def write_segmentation(folder: Path) -> None:

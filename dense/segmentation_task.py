@@ -18,7 +18,7 @@ from datasets.dataset import Batch, make_loader
 from dense.backbone import replace_batchnorm, same_statistics, start_from
 from dense.data import UpdateSampler, find_data
 from dense.draw import save_sample
-from dense.inference import probabilities
+from dense.inference import label_map
 from dense.optim import DenseSchedule, scale_by_depth
 from dense.options import SegmentationOptions
 from dense.pixels import normalised
@@ -66,7 +66,6 @@ class Evaluation:
 
         In true float32; each rank passes its own share of the images.
         """
-        device, options = self.process.device, self.options
         found = [torch.zeros(self.classes, self.classes + 1, dtype=torch.int64) for _ in networks]
         left = False
         for network in networks:
@@ -80,12 +79,9 @@ class Evaluation:
                 for number, (network, confusion) in enumerate(zip(networks, found)):
                     predicted = torch.full_like(labels, self.classes)
                     if len(batch.images):
-                        variants = [(normalised(image.to(device)[None]), False) for image in batch.images]
-                        if options.ms_flip:
-                            variants = [pair for x, _ in variants for pair in ((x, False), (x.flip(3), True))]
-                        maps = probabilities(network, variants, (labels.shape[0], labels.shape[1]),
-                                             options.crop_size, options.stride)
-                        predicted = maps.argmax(1)[0].cpu()
+                        scaled = [image.to(self.process.device) for image in batch.images]
+                        size = labels.shape[0], labels.shape[1]
+                        predicted = label_map(network, scaled, size, self.options)
                         if keep is not None and number == 0:
                             keep(batch, predicted.numpy().astype(np.uint8))
                     count_pixels(confusion, labels, predicted)

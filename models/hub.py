@@ -30,8 +30,8 @@ def hub_config(trained: Trained, licence: str) -> dict:
             "num_features": trained.model.num_features, "label_names": trained.classes,
             "label_descriptions": dict(zip(trained.classes, class_titles(trained.classes))),
             **(without if trained.settings.layer_scale_init_value == 0 else {}),
-            "pretrained_cfg": {**{name: known[name] for name in _TIMM}, "custom_load": False,
-                               "license": licence}}
+            "pretrained_cfg": {name: known[name] for name in _TIMM} | {
+                "custom_load": False, "license": licence}}
 
 
 def write_hub(trained: Trained, folder: Path, card: str, licence: str) -> None:

@@ -2,7 +2,7 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from timm.models import adapt_input_conv
 from torch import Tensor
@@ -21,8 +21,7 @@ StateDict = dict[str, Tensor]
 Names = Sequence[str] | None
 
 
-@dataclass(frozen=True)
-class LoadReport:
+class LoadReport(NamedTuple):
     """What was loaded: number of tensors, names not in the file, names without a place, the file's entry."""
 
     loaded: int

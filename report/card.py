@@ -31,9 +31,8 @@ def model_card(trained: Trained, name: str, licence: str) -> str:
     recipe = re.search(r"--config[ =](\S+)", command)
     world = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True)
     return world.get_template("card.md").render(
-        trained=trained, name=name, licence=licence, run=run, results=results, score=score,
-        images=images, interval=sampling_interval(score or 0, images), epoch=about.get("epoch"),
-        small=settings.input_size <= ImageSettings.SMALL,
+        trained=trained, name=name, licence=licence, run=run, results=results, score=score, images=images,
+        interval=sampling_interval(score or 0, images), epoch=about.get("epoch"), command=command,
+        small=settings.input_size <= ImageSettings.SMALL, recipe=recipe and recipe[1],
         parameters=sum(p.numel() for p in trained.model.parameters()),
-        command=command, recipe=recipe and recipe[1],
         transform=f"{crop_in_words(settings)}; mean {settings.mean}, deviation {settings.std}")

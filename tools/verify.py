@@ -16,7 +16,7 @@ from PIL import Image
 from common.files import read_json, sha256_file, write_json, write_text
 from common.outcome import ExitCode
 from common.synsets import imagenet_synsets
-from common.text import duration
+from common.text import duration, table
 from config.parse import Resolved, parse
 from evaluation import evaluate_checkpoints
 from launch.process import Process, start
@@ -64,10 +64,8 @@ def changed(stored: Predictions, found: Predictions) -> list[str]:
 
 def as_markdown(rows: list[dict]) -> str:
     """The table, and below it why a model did not pass."""
-    text = f"| {' | '.join([*rows[0]][:9])} |\n{'|---' * 9}|\n"
-    for row in rows:
-        cells = (f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values())
-        text += f"| {' | '.join([*cells][:9])} |\n"
+    text = table([{key: f"{value:.2f}" if isinstance(value, float) else value for key, value in row.items()
+                   if key not in ("departures", "changed")} for row in rows])
     for row in rows:
         for what, found in (("departs from the published protocol", row["departures"]),
                             ("images differ from the stored predictions", row["changed"])):

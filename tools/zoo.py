@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from common.log import logger
+from common.text import table
 from models.download import HUB_WEIGHTS, cache_folder, fetch_published
 from models.hub import push, write_hub
 from models.trained import load
@@ -18,16 +19,14 @@ from tools.command import add_weights_argument, new_parser, run_command
 
 def list_models(args: argparse.Namespace) -> int:
     """A table of all models, what is published of them, and which files are in the folder."""
-    folder, line = cache_folder(args.folder), "{:25}{:>12} {:>10} {:>5} {:>8} {:>6} {:>6} {:>5}  {}\n".format
-    write = sys.stdout.write
-    write(line("model", "parameters", "FLOPs", "size", "classes", "top-1", "top-5", "here", "file"))
-    for name, row in VARIANTS.items():
-        here = any((folder / file.name).exists() for file in row.files)
-        write(line(name, f"{row.params:,}", f"{row.flops / 1e9:.4g} G", row.input_size, row.classes,
-                   row.top1 or "-", row.top5 or "-", "yes" if here else "-",
-                   row.files[0].name if row.files else "none published"))
-    write("top-1 and top-5 in percent on ImageNet-1k, measured by OpenMMLab on the authors' weights; "
-          f"parameters with 1000 classes; files in {folder}\n")
+    folder = cache_folder(args.folder)
+    rows = [{"model": name, "parameters": f"{row.params:,}", "FLOPs": f"{row.flops / 1e9:.4g} G",
+             "size": row.input_size, "classes": row.classes, "top-1": row.top1 or "-",
+             "top-5": row.top5 or "-", "file": row.files[0].name if row.files else "none published",
+             "here": "yes" if any((folder / file.name).exists() for file in row.files) else "-"}
+            for name, row in VARIANTS.items()]
+    sys.stdout.write(f"{table(rows)}top-1 and top-5 in percent on ImageNet-1k, measured by OpenMMLab on the "
+                     f"authors' weights; parameters with 1000 classes; files in {folder}\n")
     return 0
 
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from config.parse import parse
+from datasets.sample import ensure_sample
 from dense import coco, predict, scenes
 from dense.coco_images import OrientedSampler
 from dense.detection import run
@@ -30,7 +31,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for module in (coco, scenes):
             patch.setattr(module, "COUNTS", {"training": 14, "validation": 5})
-        scenes.write_once(path, coco.write_scenes, "annotations")
+        ensure_sample(path, coco.write_scenes, ("annotations",))
     return path
 
 
@@ -69,8 +70,7 @@ def test_any_number_of_processes_sees_the_same_images_and_objects(folder):
     assert sorted(seen[1]) == list(range(6, 12)) and sum(len(row[1]) for row in seen[1].values()) > 6
     for world in (2, 3):
         assert seen[world].keys() == seen[1].keys()
-        assert all(map(torch.equal, row, other) for key, row in seen[1].items()
-                   for row, other in [(row, seen[world][key])])
+        assert all(torch.equal(one, other) for key, row in seen[1].items() for one, other in zip(row, seen[world][key]))
 
 
 def test_neighbours_have_one_orientation_and_no_image_is_left_out():

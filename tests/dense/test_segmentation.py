@@ -9,6 +9,7 @@ from PIL import Image
 
 from config.parse import parse
 from datasets.images import BadImage
+from datasets.sample import ensure_sample
 from dense import scenes
 from dense.data import LabelledImages, UpdateSampler, find_data, find_pairs, pad_into, sample
 from dense.options import SegmentationOptions
@@ -28,7 +29,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("scenes") / "data"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scenes, "COUNTS", {"training": 20, "validation": 7})
-        scenes.write_once(path, scenes.write_segmentation, "classes.txt")
+        ensure_sample(path, scenes.write_segmentation, ("images", "annotations"))
     return path
 
 
@@ -99,7 +100,7 @@ def test_any_number_of_processes_sees_the_same_samples(folder):
     assert len(seen[1]) == 12 and min(seen[1]) == (0, (4 + 2) * 6)
     for world in (2, 3):
         assert seen[world].keys() == seen[1].keys()
-        assert all(map(torch.equal, seen[world][key], seen[1][key]) for key in seen[1])
+        assert all(torch.equal(one, other) for key in seen[1] for one, other in zip(seen[world][key], seen[1][key]))
 
 
 def test_a_pass_leaves_no_image_out():

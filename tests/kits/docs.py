@@ -36,7 +36,7 @@ class Command:
         if "main.py" in words:
             argv = words[words.index("main.py") + 1:]
             return argv[:next((i for i, word in enumerate(argv) if word.endswith(";")), len(argv))]
-        if "launch.run_with_submitit" in words and "status" not in words:
+        if "launch.run_with_submitit" in words and not {"status", "--module"} & {*words}:
             return split(words[words.index("launch.run_with_submitit") + 1:])[1]
         return None
 

@@ -19,6 +19,7 @@ from common.random import key
 from datasets.dataset import Batch
 from datasets.device import EvalPrepare, TrainPrepare
 from datasets.transforms import Erasing
+from launch.process import Process
 from models.dft import use_matrix_filter
 from models.zoo import MODEL_NAMES
 from optim.build import build_loss, build_optimizer
@@ -128,7 +129,7 @@ def test_evaluation_tallies_stay_on_the_device_until_the_end(monkeypatch, dtype)
     with fake_cuda(dtype), NoHostReads():
         to_cuda(model)
         evaluation = engine.Evaluation(EvalPrepare(data_options(), CUDA), CUDA, columns=[1, 2], process=Alone())
-        monkeypatch.setattr(Alone, "all_reduce_", lambda self, tensor, op="sum": 0)
+        monkeypatch.setattr(Process, "all_reduce_", lambda self, tensor, op="sum": 0)
         results = [engine._Tally(evaluation) for _ in range(2)]
         with torch.no_grad():
             for images, targets in [evaluation.prepare(images_of)] * 2:

@@ -48,7 +48,7 @@ def test_ten_images_are_the_limit_and_the_published_protocol_is_insisted_on(acc1
     assert row["verdict"] == verdict and row["changed"] == ["n01/1.JPEG: tench, now goldfish",
                                                             "n01/2.JPEG: goldfish, now unreadable"]
     text = as_markdown([row])
-    assert f"| 82.84 | {acc1 - 82.84:.2f} | 96.24 | 96.24 | {verdict} | 0:01:01 |" in text
+    assert f"82.84|{acc1 - 82.84:.2f}|96.24|96.24|{verdict}|0:01:01|" in text.replace(" ", "")
     assert ("2 images differ from the stored predictions: n01/1.JPEG" in text) == (verdict == "FAIL")
     assert all(words in text for words in departures)
 

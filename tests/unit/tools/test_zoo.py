@@ -15,9 +15,9 @@ def test_list_shows_every_published_model_and_where_files_are(tmp_path, capsys):
     (tmp_path / zoo.PUBLISHED["hornet_tiny_gf"].files[0].name).write_bytes(b"")
     assert main(["--folder", str(tmp_path), "list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:-1]] == list(zoo.VARIANTS)
-    assert "82.98" in lines[2] and " yes " in lines[2] and " yes " not in lines[1]
-    assert "22,409,512" in lines[1] and "none published" in lines[7]
+    assert [line.split()[1] for line in lines[2:-1]] == list(zoo.VARIANTS)
+    assert "82.98" in lines[3] and " yes " in lines[3] and " yes " not in lines[2]
+    assert "22,409,512" in lines[2] and "none published" in lines[8]
 
 
 def test_get_prints_the_path_of_a_checked_file_or_where_to_put_it(tmp_path, monkeypatch, capfd):
