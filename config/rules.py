@@ -139,7 +139,8 @@ def small_data_notice(options: Options, plan: BatchPlan, num_images: int) -> str
     updates = options.updates_per_epoch(num_images, plan.global_batch)
     unused = num_images - updates * plan.global_batch
     few = updates < _FEW_PER_EPOCH and updates * options.epochs < _FEW_UPDATES
-    if unused < num_images // _FEW_PER_EPOCH and not few:
+    passes = updates != num_images // plan.global_batch  # epochs that end anywhere in a pass leave nothing out
+    if passes or unused < num_images // _FEW_PER_EPOCH and not few:
         return None
     return (f"An epoch uses {num_images - unused} of the {num_images} training images in "
             f"{plural(updates, 'update')}, and the run has {plural(updates * options.epochs, 'update')}; for "
