@@ -73,5 +73,7 @@ def _resized(weight: Tensor, height: int, half: int) -> Tensor:
 def _interpolation(source: int, target: int, like: Tensor) -> Tensor:
     """(target, source) weights of linear interpolation."""
     steps = torch.arange(target, device=like.device)
-    place: Tensor = (steps * (source - 1)).float() / torch.sym_max(target - 1, 1)  # type: ignore[assignment]
+    # Older compilers cannot trace sym_max of plain numbers.
+    last = torch.sym_max(target - 1, 1) if isinstance(target, torch.SymInt) else max(target - 1, 1)
+    place: Tensor = (steps * (source - 1)).float() / last  # type: ignore[assignment]
     return (1 - (place[:, None] - torch.arange(source, device=like.device)[None]).abs()).clamp_min(0)
