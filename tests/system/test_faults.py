@@ -214,7 +214,7 @@ def test_hostile_bytes_in_the_records_and_the_index_are_only_text(place, capfd):
         os.utime(folder, (1e9, 1e9))  # a folder that has just changed is not cached
     for _ in range(2):
         assert start(command(EVAL, f"{LAST} {OUT}", place), capfd)[0] == 0
-        [cache] = place.cache.glob("*.npz")
+        [cache] = place.cache.glob("*.index")
         cache.write_bytes(data)
     not_executed(place)
 

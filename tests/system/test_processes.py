@@ -44,7 +44,7 @@ def test_a_killed_loader_worker_is_one_sentence(place, capfd, monkeypatch):
 def test_an_error_in_a_worker_is_the_same_sentence_as_without(place, capfd):
     for path in (place.data / "train").rglob("*.JPEG"):
         path.write_bytes(b"")
-    check(Row("bad", "--num_workers 1", "unreadable_image", ("{data}/train",)), place, capfd)
+    check(Row("bad", "--num_workers 1", 1, ("{data}/train",)), place, capfd)
     (place.data / "val" / "cat" / "1.JPEG").write_bytes(b"")
     check(Row("bad in evaluation", "--num_workers 1 --resume {trained}/checkpoint-0.pth", "unreadable_image",
               ("{data}/val/cat/1.JPEG",), base="eval"), place, capfd)
