@@ -139,7 +139,7 @@ def small_data_notice(options: Options, plan: BatchPlan, num_images: int) -> str
     updates = options.updates_per_epoch(num_images, plan.global_batch)
     unused = num_images - updates * plan.global_batch
     few = updates < _FEW_PER_EPOCH and updates * options.epochs < _FEW_UPDATES
-    passes = updates != num_images // plan.global_batch  # epochs that end anywhere in a pass leave nothing out
+    passes = updates != num_images // plan.global_batch  # where all images are used
     if passes or unused < num_images // _FEW_PER_EPOCH and not few:
         return None
     return (f"An epoch uses {num_images - unused} of the {num_images} training images in "
