@@ -67,10 +67,12 @@ def network(name: str, path: str, args: argparse.Namespace) -> tuple[nn.Module, 
 def steps(model: nn.Module, args: argparse.Namespace) -> tuple[Step, Step]:
     """A training update that marks its phases, and an evaluation pass, of `model` in bf16."""
     device, count, side = torch.device(args.device), args.batch, args.size
-    options = Options(batch_size=count, update_freq=1, clip_grad=1.0, lr=1e-5, warmup_epochs=0, epochs=1, input_size=side)
+    options = Options(batch_size=count, update_freq=1, clip_grad=1.0, lr=1e-5, warmup_epochs=0, epochs=1,
+                      input_size=side)
     places = torch.arange(0, count * side ** 2, 24)  # as many as are erased on average
-    batch = Batch(torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8), *[torch.arange(count)] * 3,
-                  torch.zeros(count, 1, 4, dtype=torch.int32), 0, erased=(places, torch.randn(len(places), 3)))
+    numbers, boxes = torch.arange(count), torch.zeros(count, 1, 4, dtype=torch.int32)
+    batch = Batch(torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8), numbers, numbers, numbers,
+                  boxes, 0, erased=(places, torch.randn(len(places), 3)))
     prepare, criterion = TrainPrepare(options, 1000, device), build_loss(options)
     update = Update(model, build_optimizer(model, options, lambda name: 1.0), Schedule(options, 100), options,
                     ema=Ema(getattr(model, "_orig_mod", model), 0.9999))
@@ -140,7 +142,8 @@ def table(found: list[dict]) -> str:
     """The rows as a Markdown table."""
     forms = {"images_per_second": ",.1f", "gib": ".1f"} | dict.fromkeys(("mfu", *PHASES), ".1%")
     return markdown(", ".join(found[0]), [
-        ["" if value is None else format(value, forms.get(key, "")) for key, value in row.items()] for row in found])
+        ["" if value is None else format(value, forms.get(key, "")) for key, value in row.items()]
+        for row in found])
 
 
 def _work(args: argparse.Namespace) -> int:

@@ -164,8 +164,8 @@ class LabelledImages(ImageDataset):
             with suppress(BadImage):  # then its pixels count as incorrect
                 labels = read_labels(self.pairs.labels[index], self.classes, self.options.zero_ignored)
         none = torch.zeros(0)
-        return Batch(scaled, torch.from_numpy(labels)[None], indices, none, none, -1,  # type: ignore[arg-type]
-                     unreadable)
+        target = torch.from_numpy(labels)[None]
+        return Batch(scaled, target, indices, none, none, -1, unreadable)  # type: ignore[arg-type]
 
 
 def at_scales(image: np.ndarray, options: SegmentationOptions) -> list[torch.Tensor]:
