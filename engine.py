@@ -307,8 +307,8 @@ class Outputs:
 
 @dataclass
 class EvalResult:
-    """Sums over all images of all ranks. `bad` images could not be read and count as incorrect; `nonfinite`
-    ones gave logits that are not numbers and count as incorrect too."""
+    """Counts over all images of all ranks, and their mean `loss`. `bad` images could not be read and count as
+    incorrect; `nonfinite` ones gave logits that are not numbers and count as incorrect too."""
     name: str
     hits1: int
     hits5: int

@@ -7,7 +7,7 @@ from torch import nn
 
 from optim.build import build_optimizer
 from optim.finite import diagnose
-from optim.schedule import build_schedule
+from optim.schedule import Schedule
 from optim.update import Update
 from tests.kits.toy import options
 
@@ -16,7 +16,7 @@ from tests.kits.toy import options
 def test_only_an_applied_update_moves_the_statistics(bad):
     torch.manual_seed(0)
     values, model = options(), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    update = Update(model, build_optimizer(model, values), build_schedule(values, 10), values)
+    update = Update(model, build_optimizer(model, values), Schedule(values, 10), values)
     x = torch.randn(2, 3, 8, 8)
     x[0, 0, 0, 0] = x[0, 0, 0, 0] if bad is None else bad
     before = [buffer.clone() for buffer in model.buffers()]
