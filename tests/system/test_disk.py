@@ -73,6 +73,7 @@ def test_a_full_disk_keeps_what_is_there_and_reports_each_time(small_disk, capfd
                  place, capfd)
     assert text.count("checkpoint-1.pth") == 1 and "checkpoint-2.pth" in text
     whole(place, "checkpoint-0.pth", "checkpoint-best.pth", "checkpoint-best-ema.pth")
+    assert Ledger(place.run).status()["state"] == "FAILED"
     monkeypatch.undo()
     (place.run / "ballast").unlink()
     check(Row("freed", f"{FURTHER} 3", 0), place, capfd)
@@ -89,6 +90,7 @@ def test_inodes_that_are_used_up_are_named(small_disk, capfd, monkeypatch):
                 (place.run / f"empty{number}").touch()
     at_the_end_of_epoch(monkeypatch, 1, fill_with_empty_files)
     check(Row("inodes", f"{FURTHER} 2", 1, ("checkpoint-1.pth", "all 60 inodes")), place, capfd)
+    assert Ledger(place.run).status()["state"] == "FAILED"
     whole(place, "checkpoint-0.pth", "checkpoint-best.pth", "checkpoint-best-ema.pth")
 
 
