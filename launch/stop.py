@@ -50,9 +50,10 @@ class StopRequest:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            if not self.reason or number == signal.SIGINT:
-                signal.signal(number, handler or signal.SIG_DFL)  # pyright: ignore[reportArgumentType]
-        # After a stop the others stay: a second SIGTERM, while the process ends, changes no exit code.
+            # After a stop a second SIGTERM, while the process ends, changes no exit code. Ignored, because
+            # handlers written in Python are removed before the interpreter has quite ended.
+            after = signal.SIG_IGN if self.reason and number != signal.SIGINT else handler or signal.SIG_DFL
+            signal.signal(number, after)  # pyright: ignore[reportArgumentType]
         self._previous.clear()
 
     @property

@@ -1,6 +1,8 @@
 """Stop requests: signals, agreement of all ranks, time limits."""
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -9,16 +11,14 @@ import torch
 from launch import stop as stop_module
 from launch.process import Process, start
 from launch.stop import StopRequest, job_end_time
-from tests.kits.processes import (
-    wait_for,
-)
+from tests.kits.processes import TOY, environment, wait_for
 
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP]
 
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """The handlers as they were: after a stop StopRequest leaves its own, for the process is about to end."""
+    """The handlers as they were: after a stop StopRequest ignores signals, for the process is about to end."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield before
@@ -47,6 +47,15 @@ def test_a_signal_that_comes_late_does_not_change_how_the_process_ends():
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.raise_signal(number)
     assert stop.reason == "SIGTERM"
+
+
+def test_signals_until_the_very_end_of_the_process_change_no_exit_code(tmp_path):
+    program = subprocess.Popen([sys.executable, TOY, tmp_path, "100000"], env=environment())
+    wait_for(lambda: (tmp_path / "now").exists())
+    while program.poll() is None:
+        program.send_signal(signal.SIGTERM)
+        time.sleep(0.0005)
+    assert program.returncode == 75
 
 
 def test_a_signal_within_the_agreement_counts_from_the_next_one_on():
