@@ -16,6 +16,7 @@ from datasets.build import build_data, eval_loader
 from datasets.dataset import make_loader
 from datasets.device import EvalPrepare, TrainPrepare
 from datasets.sampler import GlobalBatchSampler
+from launch.stop import alive
 from tests.kits.errors import refused
 from tests.kits.images import fill_folder, jpeg, write_images
 from tests.kits.options import data_options
@@ -92,7 +93,7 @@ def test_workers_persist_and_follow_the_sampler(folder):
         workers.append([worker.pid for worker in loader._iterator._workers])
     assert workers[0] == workers[1] == workers[2]
     loader.close()
-    assert not any(map(_alive, workers[0]))
+    assert not any(map(alive, workers[0]))
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 7])
@@ -267,7 +268,7 @@ def test_workers_end_with_their_parent_and_let_a_group_signal_pass(folder):
             os.kill(pid, signal.SIGTERM)
             os.kill(pid, signal.SIGUSR2)
         time.sleep(0.3)
-        assert all(_alive(pid) for pid in workers[0])
+        assert all(alive(pid) for pid in workers[0])
         children[0].kill()
         assert [child.wait(20) for child in children] == [-9, 1]
     finally:
@@ -275,14 +276,6 @@ def test_workers_end_with_their_parent_and_let_a_group_signal_pass(folder):
             child.kill()
             child.stdout.close()
     deadline = time.time() + 10
-    while any(map(_alive, sum(workers, []))) and time.time() < deadline:
+    while any(map(alive, sum(workers, []))) and time.time() < deadline:
         time.sleep(0.05)
-    assert not any(map(_alive, sum(workers, [])))
-
-
-def _alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
+    assert not any(map(alive, sum(workers, [])))

@@ -212,9 +212,10 @@ def test_trackio_keeps_the_figures_offline_and_standard_output_stays_for_results
     assert any(path.read_bytes() == b"weights" for path in (tmp_path / "artifacts").rglob("*") if path.is_file())
 
 
-def test_a_missing_package_is_one_line(logged, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    t = tracker(None, enable_wandb=True)
+@pytest.mark.parametrize("name, asked", [("wandb", {"enable_wandb": True}), ("wandb", {"track": "wandb"}), ("trackio", {"track": "trackio"})])
+def test_a_missing_package_is_one_line(logged, monkeypatch, name, asked):
+    monkeypatch.setitem(sys.modules, name, None)
+    t = tracker(None, **asked)
     t.end_epoch(at(0), {}, 1.0)
-    assert len([line for line in logged.messages if "pip install wandb" in line]) == 1
+    assert len([line for line in logged.messages if f"pip install {name}" in line]) == 1
     t.close()
