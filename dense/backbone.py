@@ -4,7 +4,6 @@ import re
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
@@ -110,12 +109,12 @@ def fitted_filters(state: StateDict, target: StateDict) -> StateDict:
             and value.shape != target[name].shape else value for name, value in state.items()}
 
 
-def replace_batchnorm(model: nn.Module, synchronised: bool) -> nn.Module:
-    """The model with SyncBatchNorm where processes on accelerators train together; else as it is.
+def synchronised(process: Process) -> bool:
+    """Whether BatchNorm has the statistics of all processes' images: on accelerators.
 
     SyncBatchNorm refuses CPU tensors, so on CPUs each process normalises with its own images' statistics.
     """
-    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if synchronised else model
+    return process.world_size > 1 and process.device.type == "cuda"
 
 
 def same_statistics(network: nn.Module, process: Process) -> None:

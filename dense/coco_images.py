@@ -1,6 +1,7 @@
 """Images and objects on their way into a detector: the published pipelines on uint8, batches, their order."""
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,9 +10,9 @@ from torch import Tensor
 
 from common.random import key, numpy_generator
 from datasets.dataset import ATTEMPTS, UNREADABLE_TARGET, ImageDataset
-from datasets.images import BadImage
 from datasets.sampler import GlobalBatchSampler, Item
 from dense.coco import CocoSet, Objects
+from dense.data import first_readable
 from dense.detector_losses import Truth, padded
 from dense.pixels import Draws, Size, fitted, normalised, resize, resize_labels
 
@@ -163,7 +164,10 @@ class CocoImages(ImageDataset):
         """A batch from (epoch, index, position) tuples in training or plain indices in evaluation."""
         rows = [item if isinstance(item, tuple) else (-1, item, -1) for item in items]
         bad: list[tuple[int, str]] = []
-        samples = [self._readable(epoch, index, bad) for epoch, index, _ in rows]
+        samples = [first_readable(
+            partial(self.sample, epoch, index), index, bad, lambda _, attempt: key(
+                self.seed, "replace", epoch, index, attempt) % len(self), ATTEMPTS if epoch >= 0 else 1)
+            for epoch, index, _ in rows]
         targets = [UNREADABLE_TARGET if sample is None else 0 for sample in samples]
         indices, positions = torch.tensor([row[1:] for row in rows], dtype=torch.int64).T.contiguous()
         blank = [Sample(np.zeros((32, 32, 3), np.uint8), _nothing(), self.rows.photos[index].size)
@@ -171,17 +175,6 @@ class CocoImages(ImageDataset):
         return DetectionBatch(**_together([sample or none for sample, none in zip(samples, blank)]),
                               targets=torch.tensor(targets), indices=indices, positions=positions,
                               epoch=rows[0][0], unreadable=tuple(bad))
-
-    def _readable(self, epoch: int, index: int, bad: list[tuple[int, str]]) -> Sample | None:
-        """Image `index`, in training another where it cannot be read; None when none could be."""
-        used = index
-        for attempt in range(ATTEMPTS if epoch >= 0 else 1):
-            try:
-                return self.sample(epoch, index, used)
-            except BadImage as error:
-                bad.append((used, str(error)))
-                used = key(self.seed, "replace", epoch, index, attempt) % len(self)
-        return None
 
 
 def _together(samples: Sequence[Sample]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """ADE20K's layout: images and their label maps, as samples of training and of evaluation."""
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from common.errors import UserError
 from common.random import key, numpy_generator
 from common.text import plural, printable
 from datasets.build import Data, check_sample
-from datasets.dataset import UNREADABLE_TARGET, Batch, ImageDataset
+from datasets.dataset import ATTEMPTS, UNREADABLE_TARGET, Batch, ImageDataset
 from datasets.images import BadImage, decode, extensions, read_file
 from datasets.sample import ensure_sample
 from datasets.sampler import GlobalBatchSampler, Item, epoch_order
@@ -28,7 +29,7 @@ MS_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 FOLDERS = {"train": ("training", "train"), "val": ("validation", "val")}
 MOST_OF_ONE_CLASS = 0.75  # of a crop's labelled pixels
 SMALLEST_SIDE = 32
-_ATTEMPTS = 20
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ class LabelledImages(ImageDataset):
         rows = [item for item in items if isinstance(item, tuple)]
         for row, (epoch, index, _) in enumerate(rows):
             draws = numpy_generator(self.seed, "augment", epoch, index)
-            pair = self._readable(epoch, index, unreadable)
+            pair = first_readable(self.read, index, unreadable, lambda used, attempt: key(
+                self.seed, "replace", epoch, used, attempt) % len(self))
             if pair is None:
                 targets[row] = UNREADABLE_TARGET
                 continue
@@ -141,17 +143,6 @@ class LabelledImages(ImageDataset):
             pad_into(targets.numpy()[row], labels, IGNORED)
         indices, positions = torch.tensor([row[1:] for row in rows], dtype=torch.int64).T.contiguous()
         return Batch(images, targets, indices, positions, boxes, rows[0][0], tuple(unreadable))
-
-    def _readable(self, epoch: int, index: int, unreadable: list[tuple[int, str]]
-                  ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Image and labels, in place of an unreadable pair another one's; None when 20 in a row fail."""
-        for attempt in range(_ATTEMPTS):
-            try:
-                return self.read(index)
-            except BadImage as error:
-                unreadable.append((index, str(error)))
-                index = key(self.seed, "replace", epoch, index, attempt) % len(self)
-        return None
 
     def _whole(self, index: int) -> Batch:
         indices, unreadable = torch.tensor([index]), ()
@@ -166,6 +157,19 @@ class LabelledImages(ImageDataset):
         none = torch.zeros(0)
         target = torch.from_numpy(labels)[None]
         return Batch(scaled, target, indices, none, none, -1, unreadable)  # type: ignore[arg-type]
+
+
+def first_readable(read: Callable[[int], T], index: int, bad: list[tuple[int, str]],
+                   replacement: Callable[[int, int], int], attempts: int = ATTEMPTS) -> T | None:
+    """What `read` gives of image `index`, in place of an unreadable one that of `replacement(its index,
+    attempt)`; None when all attempts fail."""
+    for attempt in range(attempts):
+        try:
+            return read(index)
+        except BadImage as error:
+            bad.append((index, str(error)))
+            index = replacement(index, attempt)
+    return None
 
 
 def at_scales(image: np.ndarray, options: SegmentationOptions) -> list[torch.Tensor]:

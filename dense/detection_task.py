@@ -1,34 +1,27 @@
-"""Detection as a task of the Trainer: network, losses, batches, COCO's average precision."""
+"""Detection as a task of the Trainer: network, losses, COCO's average precision."""
 from collections.abc import Callable, Iterable, Sequence
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 import engine
-import native
-from common.devices import float32_products
 from common.errors import UserError
 from common.random import key
-from config.options import Options
-from datasets.build import Data
-from datasets.dataset import UNREADABLE_TARGET, Batch, make_loader
+from datasets.dataset import UNREADABLE_TARGET, Batch
 from datasets.sample import ensure_sample
-from dense.backbone import replace_batchnorm, same_statistics, start_from
 from dense.coco import CocoSet, average_precision, encoded, read_coco, write_scenes
 from dense.coco_images import CocoImages, DetectionBatch, OrientedSampler, Scales
 from dense.data import SceneData
-from dense.detection_options import DetectionOptions
 from dense.detector import Detections, Detector
 from dense.draw import save_objects
-from dense.optim import DenseSchedule, scale_by_depth
-from dense.segmentation_task import share
+from dense.optim import DenseSchedule
+from dense.options import DetectionOptions
+from dense.task import DenseTask, Leaves, Networks, went_through
 from dense.zoo import HEADS, detector_filters
-from evaluation import amp_dtype
 from launch.process import Process
-from optim.build import build_optimizer
-from optim.schedule import Schedule
 from plan import Plan
 from run.state import State
 
@@ -38,11 +31,9 @@ FIGURES = {"box": "bbox", "mask": "segm"}
 def build_detector(options: DetectionOptions, classes: int) -> Detector:
     """The network of the options, freshly initialised from the seed: the same on every rank."""
     torch.manual_seed(key(options.seed, "init"))
-    model = Detector(options.model, classes, detector_filters(options.model), HEADS[options.head],
-                     options.system, options.drop_path, options.head_width, options.layer_scale_init_value,
-                     options.roi_samples)
-    model.set_grad_checkpointing(options.grad_checkpointing)
-    return model
+    return Detector(options.model, classes, detector_filters(options.model), HEADS[options.head],
+                    options.system, options.drop_path, options.head_width, options.layer_scale_init_value,
+                    options.roi_samples)
 
 
 def find_data(options: DetectionOptions, classes: list[str] | None, *, train: bool, evaluate: bool
@@ -67,12 +58,6 @@ def find_data(options: DetectionOptions, classes: list[str] | None, *, train: bo
                          images[options.val_set] if evaluate else None, list(classes or ()), notes)
 
 
-def find_scenes(options: Options, process: Process, state: State) -> Data:
-    """The data of a training, with the classes of the run to resume."""
-    return process.local_first(lambda: find_data(cast(DetectionOptions, options), state.get("classes"),
-                                                 train=True, evaluate=not options.disable_eval))
-
-
 def rows_of(found: Detections, image: int, categories: Sequence[int]) -> list[dict]:
     """Objects of an image as COCO's results have them: bbox x, y, width, height; masks run-length coded."""
     corners = found.boxes.tolist()
@@ -82,42 +67,28 @@ def rows_of(found: Detections, image: int, categories: Sequence[int]) -> list[di
                 corners, found.scores.tolist(), found.labels.tolist(), encoded(found.masks.cpu().numpy()))]
 
 
-@torch.no_grad()
-def results(networks: Sequence[nn.Module], loader: Iterable[Batch], images: CocoSet, process: Process,
-            leaves: Callable[[], bool] = lambda: False,
-            keep: Callable[[int, Detections], object] | None = None) -> list[list[dict]] | None:
+def results(networks: Networks, loader: Iterable[Batch], images: CocoSet, process: Process, leaves: Leaves,
+            keep: Callable[[int, Detections], object]) -> list[list[dict]] | None:
     """COCO's results of each network over all images of all ranks, on every rank; None when `leaves()` said
     so on any rank. In true float32; an unreadable image has no objects. `keep(index, detections)` gets those
     of the first network."""
     categories = list(images.categories)
     found: list[list[dict]] = [[] for _ in networks]
-    left = False
-    for network in networks:
-        network.eval()
-        same_statistics(network, process)
-    with float32_products(False):
-        for batch in cast(Iterable[DetectionBatch], loader):
-            if left := leaves():
-                break
-            if batch.targets[0] == UNREADABLE_TARGET:
-                continue
-            photo, (height, width) = images.photos[int(batch.indices[0])], batch.sizes[0].tolist()
-            for rows, network in zip(found, networks):
-                detections = cast(Detector, network).detect(
-                    batch.network_input(process.device), (height, width), photo.size)
-                rows += rows_of(detections, photo.id, categories)
-                if keep is not None and network is networks[0]:
-                    keep(int(batch.indices[0]), detections)
-    if process.any(left):
+
+    def take(batch: Any) -> None:
+        if batch.targets[0] == UNREADABLE_TARGET:
+            return
+        photo, (height, width) = images.photos[int(batch.indices[0])], batch.sizes[0].tolist()
+        for rows, network in zip(found, networks):
+            detections = cast(Detector, network).detect(
+                batch.network_input(process.device), (height, width), photo.size)
+            rows += rows_of(detections, photo.id, categories)
+            if network is networks[0]:
+                keep(int(batch.indices[0]), detections)
+
+    if not went_through(networks, loader, process, leaves, take):
         return None
     return [[row for part in process.all_gather_object(rows) for row in part] for rows in found]
-
-
-def keeper(folder: str, images: CocoSet, process: Process) -> Callable[[int, Detections], object] | None:
-    """What keeps rank 0's first images with their objects in a run folder, for the report."""
-    if not folder or not process.is_main:
-        return None
-    return lambda index, found: save_objects(folder, images, index, found)
 
 
 def precision(rows: Sequence[dict], images: CocoSet, process: Process) -> dict[str, dict]:
@@ -126,37 +97,16 @@ def precision(rows: Sequence[dict], images: CocoSet, process: Process) -> dict[s
     return {name: figures[kind] for name, kind in FIGURES.items()}
 
 
-class Detection:
-    """The task (see `engine.Task`): losses of anchors and stages, average precision in evaluation."""
+class Detection(DenseTask):
+    """The task: losses of anchors and stages, average precision in evaluation."""
     score = "test_box_ap"
 
     def __init__(self, plan: Plan, process: Process, state: State | None = None):
-        options, data, batch = cast(DetectionOptions, plan.options), plan.data, plan.batch
-        self.seed, self.autocast_dtype, self.process = options.seed, amp_dtype(options), process
-        self.folder = options.output_dir
-        model = build_detector(options, data.num_classes)
-        self.drop_draws = model.num_drop_draws
-        if state is None:
-            start_from(model.backbone, options, process)
-        synchronised = process.world_size > 1 and process.device.type == "cuda"
-        self.model: nn.Module = replace_batchnorm(model, synchronised).to(process.device)
-        self.optimizer = build_optimizer(self.model, options, scale_by_depth(
-            options.decay_rate, options.decay_layers, by="layer"))
-        self.schedule: Schedule = DenseSchedule(
-            options, plan.updates_per_epoch, shape="step", milestones=options.milestones)
-        train = cast(CocoImages, plan.train)
+        options, train = cast(DetectionOptions, plan.options), cast(CocoImages, plan.train)
         landscape = np.array([photo.size[1] > photo.size[0] for photo in train.rows.photos])
-        self.sampler = OrientedSampler(landscape, batch.global_batch, batch.batch_size, batch.update_freq,
-                                       process.rank, process.world_size, options.seed)
-        self.loaders = [make_loader(plan.train, options, self.sampler)]
-        if data.val is not None:
-            self.loaders.append(share(data, options, process))
-            self.images = cast(CocoImages, data.val).rows
-
-    def batches(self, epoch: int, first_update: int) -> Iterable[Batch]:
-        """Micro-batches of `epoch` from `first_update` on."""
-        self.sampler.set_start(epoch, first_update)
-        return self.loaders[0]
+        schedule = DenseSchedule(options, plan.updates_per_epoch, shape="step", milestones=options.milestones)
+        super().__init__(plan, process, state, network=build_detector(options, plan.data.num_classes),
+                         sampler=partial(OrientedSampler, landscape), schedule=schedule, depth="layer")
 
     def losses(self, model: nn.Module, batch: Batch, update: int) -> tuple[Tensor, Tensor | None]:
         """The sum of all losses of a micro-batch."""
@@ -167,22 +117,18 @@ class Detection:
             losses = model(rows.network_input(device), truths, **draws)
         return torch.stack([value.sum() for name, value in losses.items() if "loss" in name]).sum(), None
 
-    def evaluate(self, networks: Sequence[tuple[str, nn.Module]], observer: engine.Observer,
-                 update: int) -> engine.Figures | None:
-        """All networks in one pass over the images, each image on one rank."""
-        def leaves() -> bool:
-            observer.on_phase("evaluation", update)
-            return observer.leaves_evaluation()
+    def measure(self, networks: Networks, leaves: Leaves) -> list[list[dict]] | None:
+        """COCO's results."""
+        return results(networks, self.loaders[1], self.images, self.process, leaves,
+                       partial(save_objects, self.folder, self.images))
 
-        keep = keeper(self.folder, self.images, self.process)
-        with native.packed(*(network for _, network in networks)):
-            found = results([network for _, network in networks], self.loaders[1], self.images, self.process,
-                            leaves, keep)
-        if found is None:
-            return None
-        figures = {}
-        for (suffix, _), rows in zip(networks, found):
-            each = precision(rows, self.images, self.process)
-            figures |= {f"test_{kind}_{name.lower()}{suffix}": 100 * each[kind][name]
-                        for kind in FIGURES for name in ("AP", "AP50", "AP75")}
-        return figures
+    def figures(self, found: list[dict]) -> engine.Figures:
+        """AP, AP50 and AP75 of boxes and masks, in percent."""
+        each = precision(found, self.images, self.process)
+        return {f"{kind}_{name.lower()}": 100 * each[kind][name]
+                for kind in FIGURES for name in ("AP", "AP50", "AP75")}
+
+    @property
+    def images(self) -> CocoSet:
+        """Those of the evaluation."""
+        return cast(CocoImages, self.data.val).rows

@@ -140,10 +140,6 @@ class Detector(nn.Module):
         """Uniform draws per image that drop path takes."""
         return self.backbone.num_drop_draws
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the backbone's blocks in the backward pass."""
-        self.backbone.set_grad_checkpointing(enable)
-
     def forward(self, images: Tensor, truths: Sequence[Truth],
                 drop_draws: Tensor | None = None) -> dict[str, Tensor]:
         """The losses of a batch, each 0-dim or, of the anchors, one per level (5,); they are to be summed."""

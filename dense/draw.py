@@ -30,10 +30,11 @@ def overlay(image: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     return ((image.astype(np.uint16) + palette(classes)[labels]) // 2).astype(np.uint8)
 
 
-def save_sample(folder: str, batch: Batch, labels: np.ndarray, data: Data) -> None:
-    """Keep one of the first evaluated images in `folder`/samples: itself, its labels and the prediction."""
+def save_sample(folder: str, data: Data, batch: Batch, labels: np.ndarray) -> None:
+    """Keep one of the first evaluated images in `folder`/samples: itself, its labels and the prediction; none
+    where `folder` is ""."""
     index = int(batch.indices[0])
-    if index >= SAMPLES or data.val is None:
+    if not folder or index >= SAMPLES or data.val is None:
         return
     given = batch.targets[0].numpy().clip(0, IGNORED)
     image = np.asarray(Image.fromarray(batch.images[0].numpy()).resize(given.shape[::-1]))
@@ -71,8 +72,9 @@ def drawn(image: np.ndarray, found: Detections, names: Sequence[str]) -> np.ndar
 
 
 def save_objects(folder: str, images: CocoSet, index: int, found: Detections) -> None:
-    """Keep one of the first evaluated images in `folder`/samples: itself, its objects and the detections."""
-    if index >= SAMPLES:
+    """Keep one of the first evaluated images in `folder`/samples: itself, its objects and the detections;
+    none where `folder` is ""."""
+    if not folder or index >= SAMPLES:
         return
     image, truth, names = images.pixels(index), images.objects(index), images.class_names
     captions = [names[label] for label in truth.labels]

@@ -1,7 +1,8 @@
-"""`--eval true` of segmentation: find the weights, one pass over the images, mIoU, the published figure."""
+"""`--eval true`: find the weights, one pass over the images, mIoU or average precision, the published
+figure."""
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,19 +20,26 @@ from common.outcome import ExitCode
 from common.safe_load import safe_torch_load
 from config.options import Options, Value, table
 from config.parse import Resolved
+from datasets.build import Data
+from datasets.dataset import Batch, ImageLoader
 from dense.backbone import load_published
-from dense.data import find_data
-from dense.draw import save_sample
-from dense.options import DenseOptions, SegmentationOptions
-from dense.segmentation_task import FIGURES, Evaluation, build_segmentor, scores, share
-from dense.zoo import SEGMENTORS, Published
+from dense.coco_images import CocoImages
+from dense.data import find_data as find_labelled
+from dense.detection_task import Detection, build_detector, precision, results
+from dense.detection_task import find_data as find_objects
+from dense.draw import save_objects, save_sample
+from dense.options import DenseOptions, DetectionOptions, SegmentationOptions
+from dense.segmentation_task import FIGURES, Evaluation, Segmentation, build_segmentor, scores
+from dense.task import Leaves, MakeTask, find_scenes, own_folder, share
+from dense.zoo import DETECTORS, SEGMENTORS, Published
 from evaluation import find_sources
 from launch.process import Process
 from launch.watchdog import Watchdog
+from main import Work
 from models.weights import select_weights
 from models.zoo import VARIANTS
 
-ADE20K_IMAGES = 2000
+ADE20K_IMAGES, COCO_IMAGES = 2000, 5000
 PASS_LIMIT, CLOSE_LIMIT = 0.1, 0.3  # points of mIoU or box AP; published with one decimal
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +51,9 @@ class Kind:
         last: the bias of the last layer by system, "" for segmentors; it has `background` more than classes.
         joined: the layer that HorFPN replaces.
         of_published: those options of a published row.
+        classes_of: the classes that the data must have, where that is known.
+        measure: of the model over all images, in a list.
+        result_of: what eval.json holds, from that and the number of unreadable images.
     """
     noun: str
     options: type[DenseOptions]
@@ -53,6 +64,11 @@ class Kind:
     published: Mapping[str, Published]
     of_published: Callable[[Any], dict[str, Value]]
     build: Callable[[Any, int], nn.Module]
+    task: MakeTask
+    find_data: Callable[..., Data]
+    classes_of: Callable[["Trained"], list[str] | None]
+    measure: Callable[["Subject", ImageLoader, Leaves], list | None]
+    result_of: Callable[["Subject", Any, int], dict]
 
 
 @dataclass(frozen=True)
@@ -66,12 +82,14 @@ class Trained:
     named: bool
 
 
-SEGMENTOR = Kind(
-    noun="segmentor", options=SegmentationOptions, last={"": "decode_head.conv_seg.bias"}, background=0,
-    own=("model", "head", "head_width", "crop_size", "image_scale", "layer_scale_init_value", "zero_ignored"),
-    joined="decode_head.fpn_bottleneck", published=SEGMENTORS, build=build_segmentor,
-    of_published=lambda row: {"model": row.model, "head": row.head, "crop_size": row.crop, "head_width": 512,
-                              "image_scale": (4 * row.crop, row.crop)})
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: a model, the file it is from, its data; `folder` as of `own_folder`."""
+    path: str
+    trained: Trained
+    data: Data
+    process: Process
+    folder: str
 
 
 def load_trained(kind: Kind, path: str | os.PathLike, options: Any = None,
@@ -104,9 +122,6 @@ def load_trained(kind: Kind, path: str | os.PathLike, options: Any = None,
     return Trained(model, options, names, entry, bool(classes))
 
 
-load_segmentor = partial(load_trained, SEGMENTOR)
-
-
 def own_options(checkpoint: Any, kind: type[Options], names: Sequence[str]) -> dict[str, Value] | None:
     """The options of these names that a checkpoint of this project was made with; None for another file."""
     args = checkpoint.get("args") if isinstance(checkpoint, dict) and checkpoint.get("format") else None
@@ -129,15 +144,22 @@ def identify(kind: Kind, state: dict[str, torch.Tensor], system: str) -> Publish
                  if (config.width, config.filters[2] != "conv", row.head, row.system) == found), None)
 
 
-def evaluate_segmentors(resolved: Resolved, process: Process, watchdog: Watchdog) -> ExitCode:
-    """Evaluate each checkpoint of `--resume`, or the best of the run's folder; the exit code."""
-    return evaluate_each(resolved, process, lambda path: _evaluate(path, resolved, process, watchdog))
+def work(kind: Kind, options: Options) -> Work:
+    """What `options` ask for, as in `main.classification`."""
+    from dryrun import check
+    from training import train
+
+    data, evaluate = partial(find_scenes, kind.find_data), partial(evaluate_each, kind)
+    if options.dry_run:
+        return partial(check, data=data, task=kind.task)
+    return evaluate if options.eval else partial(train, data=data, task=kind.task, evaluate=evaluate)
 
 
-def evaluate_each(resolved: Resolved, process: Process, evaluate: Callable[[str], dict]) -> ExitCode:
-    """Write eval.json and print the line of each checkpoint that is asked for; `evaluate(path)` gives what
-    eval.json holds."""
-    results = [*map(evaluate, process.on_rank_zero(lambda: find_sources(resolved)))]
+def evaluate_each(kind: Kind, resolved: Resolved, process: Process, watchdog: Watchdog) -> ExitCode:
+    """Evaluate each checkpoint of `--resume`, or the best of the run's folder: eval.json and a line each; the
+    exit code."""
+    results = [_evaluate(kind, path, resolved, process, watchdog)
+               for path in process.on_rank_zero(lambda: find_sources(resolved))]
     options = resolved.options
     if process.is_main:
         folder = Path(options.output_dir or Path(results[0]["checkpoint"]).parent)
@@ -148,6 +170,26 @@ def evaluate_each(resolved: Resolved, process: Process, evaluate: Callable[[str]
             sys.stdout.write(result["verdict_line"] + "\n")
         sys.stdout.flush()
     return ExitCode.DONE if not options.check or results[0]["verdict"] == "PASS" else ExitCode.FAILED
+
+
+def _evaluate(kind: Kind, path: str, resolved: Resolved, process: Process, watchdog: Watchdog) -> dict:
+    def leaves() -> bool:  # asked before each image
+        watchdog.phase("evaluation", 0)
+        return False
+
+    options = resolved.options
+    trained = load_trained(kind, path, options, resolved.origins, device=process.device)
+    data = process.local_first(lambda: kind.find_data(
+        trained.options, kind.classes_of(trained), train=False, evaluate=True))
+    subject = Subject(path, trained, data, process, own_folder(options, process))
+    loader = share(data, options, process, refuse_bad=not options.allow_bad_images)
+    try:
+        found = kind.measure(subject, loader, leaves)
+        bad = sum(len(part) for part in process.all_gather_object(loader.take_unreadable()))
+    finally:
+        loader.close()
+    assert found is not None
+    return kind.result_of(subject, found[0], bad)
 
 
 def verdict(line: str, name: str, value: float, published: float | None) -> dict:
@@ -161,37 +203,19 @@ def verdict(line: str, name: str, value: float, published: float | None) -> dict
         f"{line} (published {name} {published:.1f}, difference {value - published:+.2f}) {word}")}
 
 
-def heartbeat(watchdog: Watchdog) -> Callable[[], bool]:
-    """What an evaluation asks before each image: a heartbeat, and never to leave."""
-    def leaves() -> bool:
-        watchdog.phase("evaluation", 0)
-        return False
-    return leaves
+def _confusions(subject: Subject, loader: Iterable[Batch], leaves: Leaves) -> list[torch.Tensor] | None:
+    trained = subject.trained
+    return Evaluation(trained.options, subject.process, len(trained.classes)).confusions(
+        [trained.model], loader, leaves, partial(save_sample, subject.folder, subject.data))
 
 
-def _evaluate(path: str, resolved: Resolved, process: Process, watchdog: Watchdog) -> dict:
-    options = cast(SegmentationOptions, resolved.options)
-    trained = load_segmentor(path, options, resolved.origins, device=process.device)
-    data = process.local_first(lambda: find_data(trained.options, trained.classes, train=False,
-                                                 evaluate=True))
-    loader = share(data, options, process, refuse_bad=not options.allow_bad_images)
-    folder = options.output_dir if process.is_main else ""
-    keep = lambda batch, labels: save_sample(folder, batch, labels, data)
-    try:
-        evaluation = Evaluation(trained.options, process, len(trained.classes))
-        found = evaluation.confusions([trained.model], loader, heartbeat(watchdog), keep if folder else None)
-        bad = sum(len(part) for part in process.all_gather_object(loader.take_unreadable()))
-    finally:
-        loader.close()
-    assert found is not None and data.val is not None
-    return result_of(scores(found[0]), trained, path, len(data.val), bad)
-
-
-def result_of(found: dict, trained: Trained, path: str, images: int, bad: int) -> dict:
+def _segmentation_result(subject: Subject, confusion: torch.Tensor, bad: int) -> dict:
     """What eval.json holds: figures, settings, each class, and the comparison with the published mIoU."""
-    options, published = trained.options, trained.options.published
+    trained, options, published = subject.trained, subject.trained.options, subject.trained.options.published
+    images = len(subject.data.val or ())
+    found: dict = scores(confusion)
     result = {name: found[name] for name in FIGURES} | {
-        "checkpoint": path, "weights": trained.entry, "images": images, "bad_images": bad,
+        "checkpoint": subject.path, "weights": trained.entry, "images": images, "bad_images": bad,
         "model": options.model, "head": options.head, "crop_size": options.crop_size,
         "image_scale": list(options.image_scale), "ms_flip": options.ms_flip,
         "per_class": {name: {"iou": _finite(iou), "acc": _finite(acc)}
@@ -204,3 +228,56 @@ def result_of(found: dict, trained: Trained, path: str, images: int, bad: int) -
 
 def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
+
+
+def _objects(subject: Subject, loader: Iterable[Batch], leaves: Leaves) -> list[list[dict]] | None:
+    classes, images = subject.trained.model.classes, cast(CocoImages, subject.data.val).rows
+    if subject.data.num_classes != classes:
+        raise UserError(f"{subject.path} has {classes} classes, the data {subject.data.num_classes}; give "
+                        "the data it was made for.", code="other_classes")
+    return results([subject.trained.model], loader, images, subject.process, leaves,
+                   partial(save_objects, subject.folder, images))
+
+
+def _detection_result(subject: Subject, rows: list[dict], bad: int) -> dict:
+    """What eval.json holds: figures in percent, settings, each class, and the comparison with the published
+    box AP. All objects are in detections.json."""
+    if subject.folder:
+        Path(subject.folder).mkdir(parents=True, exist_ok=True)
+        write_json(Path(subject.folder) / "detections.json", rows)
+    trained, options, published = subject.trained, subject.trained.options, subject.trained.options.published
+    images = cast(CocoImages, subject.data.val).rows
+    found = precision(rows, images, subject.process)
+    result: dict = {f"{kind}_{name.lower()}": 100 * value for kind, figures in found.items()
+                    for name, value in figures.items() if name != "per_category"}
+    each = {name: {f"{kind}_ap": 100 * figures["per_category"][number] for kind, figures in found.items()
+                   if number in figures["per_category"]}
+            for number, name in zip(images.categories, images.class_names)}
+    result |= {
+        "checkpoint": subject.path, "weights": trained.entry, "images": len(images.photos), "bad_images": bad,
+        "model": options.model, "head": options.head, "system": options.system,
+        "test_side": options.test_side, "longest_side": options.longest_side, "per_class": each}
+    line = ", ".join(f"{kind} AP {result[f'{kind}_ap']:.1f} (AP50 {result[f'{kind}_ap50']:.1f})"
+                     for kind in ("box", "mask"))
+    comparable = published and (len(each), len(images.photos), bad) == (80, COCO_IMAGES, 0)
+    there = published.box_ap if published and comparable else None
+    return result | verdict(line, "box AP", result["box_ap"], there)
+
+
+SEGMENTOR = Kind(
+    noun="segmentor", options=SegmentationOptions, last={"": "decode_head.conv_seg.bias"}, background=0,
+    own=("model", "head", "head_width", "crop_size", "image_scale", "layer_scale_init_value", "zero_ignored"),
+    joined="decode_head.fpn_bottleneck", published=SEGMENTORS, build=build_segmentor, task=Segmentation,
+    find_data=find_labelled, classes_of=lambda trained: trained.classes, measure=_confusions,
+    result_of=_segmentation_result,
+    of_published=lambda row: {"model": row.model, "head": row.head, "crop_size": row.crop, "head_width": 512,
+                              "image_scale": (4 * row.crop, row.crop)})
+DETECTOR = Kind(
+    noun="detector", options=DetectionOptions, background=1, joined="neck.fpn_convs.0", published=DETECTORS,
+    last={"cascade_mask_rcnn": "roi_head.bbox_head.0.fc_cls.bias",
+          "mask_rcnn": "roi_head.bbox_head.fc_cls.bias"},
+    own=("model", "head", "system", "head_width", "layer_scale_init_value", "test_side", "longest_side"),
+    of_published=lambda row: {"model": row.model, "head": row.head, "system": row.system, "head_width": 256},
+    build=build_detector, task=Detection, find_data=find_objects, measure=_objects,
+    classes_of=lambda trained: trained.classes if trained.named else None, result_of=_detection_result)
+load_segmentor, load_detector = partial(load_trained, SEGMENTOR), partial(load_trained, DETECTOR)

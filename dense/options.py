@@ -1,13 +1,15 @@
-"""The options of segmentation, and what they share with detection's. No torch in here."""
+"""The options of segmentation and of detection. No torch in here."""
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
 from common.errors import UserError
-from config.options import NOT_NEGATIVE, PART, Accepts, Options, at_least, one_of
-from dense.zoo import HEADS, SEGMENTORS, Published
+from config.options import BELOW_ONE, NOT_NEGATIVE, PART, Accepts, Options, at_least, one_of
+from dense.zoo import DETECTORS, HEADS, SEGMENTORS, Published
 
 T = TypeVar("T")
 SIDES = Accepts("two sides in pixels, such as 2048 512", lambda v: len(v) == 2 and min(v) >= 32)
+SEVERAL_SIDES = Accepts("from 32 pixels on, several in one or more words",
+                        lambda v: len(v) > 0 and min(v) >= 32)
 
 
 def option(group: str, default: T, help: str, accepts: Accepts | None = None) -> T:
@@ -35,6 +37,7 @@ class DenseOptions(Options):
     finetune: str = option(_MODEL, "", "classification checkpoint (path or URL) for the backbone")
     head: str = option(_MODEL, "plain", "how the levels of features are joined: plain 3x3 convolutions, or "
                        "HorFPN's gnConv", one_of(*HEADS))
+    drop_path: float = option(_MODEL, 0.4, "rate of stochastic depth in the last block", BELOW_ONE)
     batch_size: int = option("Batch", 2, "images per process in one forward pass", at_least(1, 2 ** 20))
     lr: float = option(_TRAINING, 1e-4, "highest learning rate, absolute (the recipes' are for 16 images)",
                        Accepts("above 0", lambda v: v > 0))
@@ -74,8 +77,6 @@ class SegmentationOptions(DenseOptions):
                                 "is class k + 1, 255 is none")
     head_width: int = option(_MODEL, 512, "channels of the head; the auxiliary one: half",
                              at_least(8, 8192))
-    drop_path: float = option(_MODEL, 0.4, "rate of stochastic depth in the last block",
-                              Accepts("from 0 to below 1", lambda v: 0 <= v < 1))
     updates: int = option(_TRAINING, 160_000, "updates of the whole training", at_least(1))
     check_every: int = option(_TRAINING, 16_000, "updates between two evaluations", at_least(1))
     crop_size: int = option(_TRAINING, 512, "side of the crops, and of the windows of evaluation",
@@ -106,3 +107,43 @@ class SegmentationOptions(DenseOptions):
         """The published segmentor of these options, if there is one."""
         return next((each for each in SEGMENTORS.values() if (each.model, each.head, each.crop, 512) == (
             self.model, self.head, self.crop_size, self.head_width)), None)
+
+
+@dataclass
+class DetectionOptions(DenseOptions):
+    """The options of `python -m dense.detection`."""
+    USAGE: ClassVar[str] = """dense.detection [--config RECIPE] [--FLAG VALUE ...]
+
+  python -m dense.detection --config recipes/quickstart_detection.yaml
+  python -m dense.detection --config recipes/coco_cascade_tiny_gf.yaml --data_path COCO --output_dir RUN
+  python -m dense.detection --config recipes/coco_cascade_tiny_gf.yaml --data_path COCO \\
+      --eval true --resume CHECKPOINT"""
+    LAYOUT: ClassVar[str] = "annotations/ and the folders of images"
+    QUICKSTART: ClassVar[str] = "quickstart_detection"
+    SAMPLE: ClassVar[str] = "data/scenes-coco"
+
+    data_path: str = option(_DATA, "", "folder of annotations/ (instances_SET.json) and of each "
+                            "SET's images")
+    train_set: str = option(_DATA, "train2017", "the SET to train on")
+    val_set: str = option(_DATA, "val2017", "the SET to evaluate")
+    system: str = option(_MODEL, "cascade_mask_rcnn", "how objects are found",
+                         one_of("mask_rcnn", "cascade_mask_rcnn"))
+    head_width: int = option(_MODEL, 256, "channels of pyramid and heads", at_least(8, 4096))
+    epochs: int = option(_TRAINING, 36, "passes over the training images", at_least(1, 10 ** 6))
+    milestones: tuple[int, ...] = option(_TRAINING, (27, 33), "epochs after which the learning rate is a "
+                                         "tenth")
+    warmup_steps: int = option(_TRAINING, 500, "updates of warm-up", at_least(0))
+    roi_samples: int = option(_TRAINING, 512, "boxes of an image that the heads learn from",
+                              at_least(4, 10 ** 6))
+    train_sides: tuple[int, ...] = option("Augmentation", tuple(range(480, 801, 32)),
+                                          "short sides in training, one of which is drawn", SEVERAL_SIDES)
+    crops: bool = option("Augmentation", True, "half of the images are cropped, as published")
+    test_side: int = option(_EVALUATION, 800, "short side in evaluation", at_least(32, 8192))
+    longest_side: int = option(_EVALUATION, 1333, "limit of the long side, in training too",
+                               at_least(32, 8192))
+
+    @property
+    def published(self) -> Published | None:
+        """The published detector of these options, if there is one."""
+        return next((each for each in DETECTORS.values() if (each.model, each.head, each.system, 256) == (
+            self.model, self.head, self.system, self.head_width)), None)

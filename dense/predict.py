@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common.devices import float32_products
 from common.errors import UserError
 from common.files import write_json
 from common.log import logger
@@ -26,9 +27,12 @@ from common.safe_load import safe_torch_load
 from common.text import printable
 from datasets.images import BadImage, decode_path
 from dense.coco import run_lengths
+from dense.coco_images import Scales, network_input, test_transform
 from dense.data import at_scales
-from dense.draw import overlay, palette
-from dense.evaluation import Trained, load_segmentor
+from dense.detection_task import rows_of
+from dense.detector import Detections
+from dense.draw import drawn, overlay, palette
+from dense.evaluation import Trained, load_detector, load_segmentor
 from dense.inference import label_map
 from launch.process import choose_device
 from models.trained import locate
@@ -38,10 +42,14 @@ from tools.predict import find_images
 
 
 @dataclass(frozen=True)
-class SegmentPredictor:
-    """A segmentor ready for images of any size: called with one it gives labels, uint8 (H, W)."""
+class Predictor:
+    """A model ready for images of any size, on its device."""
     trained: Trained
     device: torch.device
+
+
+class SegmentPredictor(Predictor):
+    """A segmentor ready for images of any size: called with one it gives labels, uint8 (H, W)."""
 
     @torch.no_grad()
     def __call__(self, image: Image.Image | np.ndarray) -> np.ndarray:
@@ -65,13 +73,32 @@ class SegmentPredictor:
                  for label in present])
 
 
+class BoxPredictor(Predictor):
+    """A detector ready for images of any size: called with one it gives its Detections, best first."""
+
+    def __call__(self, image: Image.Image | np.ndarray) -> Detections:
+        pixels, options = np.asarray(image), self.trained.options
+        scaled = test_transform(pixels, Scales(test=options.test_side, longest=options.longest_side))
+        with float32_products():
+            return self.trained.model.detect(network_input(scaled, self.device), scaled.shape[:2],
+                                             pixels.shape[:2])
+
+    def save(self, image: np.ndarray, stem: Path) -> tuple[dict, list[dict]]:
+        """Write the drawing; the record in plain words and in COCO's form."""
+        found, names = self(image), self.trained.classes
+        Image.fromarray(drawn(image, found, names)).save(f"{stem}.jpg", quality=90)
+        rows = rows_of(found, 0, range(1, len(names) + 1))
+        plain = [{"class": names[row["category_id"] - 1], "score": round(row["score"], 4),
+                  "box": [round(side, 1) for side in box]} for row, box in zip(rows, found.boxes.tolist())]
+        return {"objects": plain}, rows
+
+
 def load(source: str | os.PathLike, device: str | torch.device = "cpu", ms_flip: bool = False):
     """The predictor of a run's folder, a file or an address: `SegmentPredictor`, or a detector's."""
     path = locate(source)
     state, _ = select_weights(safe_torch_load(path), str(path))
     if any("roi_head." in name for name in state):
-        from dense.predict_boxes import BoxPredictor
-        return BoxPredictor.load(path, torch.device(device))
+        return BoxPredictor(load_detector(path, device=torch.device(device)), torch.device(device))
     trained = load_segmentor(path, device=device)
     trained = replace(trained, options=replace(trained.options, ms_flip=ms_flip))
     return SegmentPredictor(trained, torch.device(device))

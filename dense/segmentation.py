@@ -12,18 +12,8 @@ def run(argv: list[str] | None = None) -> int:
 
 
 def _work(options: Options) -> Work:
-    from functools import partial
-
-    from dense.evaluation import evaluate_segmentors
-    from dense.segmentation_task import Segmentation, find_scenes
-    from dryrun import check
-    from training import train
-
-    if options.dry_run:
-        return partial(check, data=find_scenes, task=Segmentation)
-    if options.eval:
-        return evaluate_segmentors
-    return partial(train, data=find_scenes, task=Segmentation, evaluate=evaluate_segmentors)
+    from dense.evaluation import SEGMENTOR, work
+    return work(SEGMENTOR, options)
 
 
 if __name__ == "__main__":

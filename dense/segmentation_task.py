@@ -1,6 +1,7 @@
-"""Segmentation as a task of the Trainer: network, losses, batches, mIoU."""
-from collections.abc import Callable, Iterable, Sequence
+"""Segmentation as a task of the Trainer: network, losses, mIoU."""
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -8,26 +9,20 @@ import torch
 from torch import Tensor, nn
 
 import engine
-import native
-from common.devices import float32_products
 from common.errors import UserError
 from common.random import key
-from config.options import Options
-from datasets.build import Data
-from datasets.dataset import Batch, make_loader
-from dense.backbone import replace_batchnorm, same_statistics, start_from
-from dense.data import UpdateSampler, find_data
+from datasets.dataset import Batch
+from dense.backbone import synchronised
+from dense.data import UpdateSampler
 from dense.draw import save_sample
 from dense.inference import label_map
-from dense.optim import DenseSchedule, scale_by_depth
+from dense.optim import DenseSchedule
 from dense.options import SegmentationOptions
 from dense.pixels import normalised
 from dense.segmentor import AUXILIARY_WEIGHT, IGNORED, Segmentor, segmentation_loss
+from dense.task import DenseTask, Leaves, Networks, went_through
 from dense.zoo import HEADS, segmentor_filters
-from evaluation import amp_dtype
 from launch.process import Process
-from optim.build import build_optimizer
-from optim.schedule import Schedule
 from plan import Plan
 from run.state import State
 
@@ -35,18 +30,9 @@ from run.state import State
 def build_segmentor(options: SegmentationOptions, classes: int) -> Segmentor:
     """The network of the options, freshly initialised from the seed: the same on every rank."""
     torch.manual_seed(key(options.seed, "init"))
-    model = Segmentor(options.model, classes, segmentor_filters(options.model), HEADS[options.head],
-                      options.drop_path, options.head_width, options.head_width // 2,
-                      options.layer_scale_init_value)
-    model.set_grad_checkpointing(options.grad_checkpointing)
-    return model
-
-
-def find_scenes(options: Options, process: Process, state: State) -> Data:
-    """The data of a training, with the classes of the run to resume."""
-    options = cast(SegmentationOptions, options)
-    return process.local_first(lambda: find_data(options, state.get("classes"), train=True,
-                                                 evaluate=not options.disable_eval))
+    return Segmentor(options.model, classes, segmentor_filters(options.model), HEADS[options.head],
+                     options.drop_path, options.head_width, options.head_width // 2,
+                     options.layer_scale_init_value)
 
 
 @dataclass(frozen=True)
@@ -56,10 +42,8 @@ class Evaluation:
     process: Process
     classes: int
 
-    @torch.no_grad()
-    def confusions(self, networks: Sequence[nn.Module], loader: Iterable[Batch],
-                   leaves: Callable[[], bool] = lambda: False,
-                   keep: Callable[[Batch, np.ndarray], object] | None = None) -> list[Tensor] | None:
+    def confusions(self, networks: Networks, loader: Iterable[Batch], leaves: Leaves,
+                   keep: Callable[[Batch, np.ndarray], object]) -> list[Tensor] | None:
         """For each network a matrix int64 (classes, classes + 1), on the CPU, over all images of all ranks:
         pixels by label and prediction, the last column for those of unreadable images. None when `leaves()`
         said so on any rank. `keep(batch, labels uint8 (H, W))` gets the first network's predictions.
@@ -67,25 +51,20 @@ class Evaluation:
         In true float32; each rank passes its own share of the images.
         """
         found = [torch.zeros(self.classes, self.classes + 1, dtype=torch.int64) for _ in networks]
-        left = False
-        for network in networks:
-            network.eval()
-            same_statistics(network, self.process)
-        with float32_products():
-            for batch in loader:
-                if left := leaves():
-                    break
-                labels = batch.targets[0].long()
-                for number, (network, confusion) in enumerate(zip(networks, found)):
-                    predicted = torch.full_like(labels, self.classes)
-                    if len(batch.images):
-                        scaled = [image.to(self.process.device) for image in batch.images]
-                        size = labels.shape[0], labels.shape[1]
-                        predicted = label_map(network, scaled, size, self.options)
-                        if keep is not None and number == 0:
-                            keep(batch, predicted.numpy().astype(np.uint8))
-                    count_pixels(confusion, labels, predicted)
-        if self.process.any(left):
+
+        def take(batch: Batch) -> None:
+            labels = batch.targets[0].long()
+            for number, (network, confusion) in enumerate(zip(networks, found)):
+                predicted = torch.full_like(labels, self.classes)
+                if len(batch.images):
+                    scaled = [image.to(self.process.device) for image in batch.images]
+                    size = labels.shape[0], labels.shape[1]
+                    predicted = label_map(network, scaled, size, self.options)
+                    if number == 0:
+                        keep(batch, predicted.numpy().astype(np.uint8))
+                count_pixels(confusion, labels, predicted)
+
+        if not went_through(networks, loader, self.process, leaves, take):
             return None
         for confusion in found:
             self.process.all_reduce_(confusion, "sum")
@@ -117,41 +96,23 @@ def scores(confusion: Tensor) -> dict[str, float | list[float]]:
 FIGURES = ("miou", "macc", "aacc")
 
 
-class Segmentation:
-    """The task (see `engine.Task`): cross-entropy of both heads in training, mIoU in evaluation."""
+class Segmentation(DenseTask):
+    """The task: cross-entropy of both heads in training, mIoU in evaluation."""
     score = "test_miou"
 
     def __init__(self, plan: Plan, process: Process, state: State | None = None):
-        options, data, batch = cast(SegmentationOptions, plan.options), plan.data, plan.batch
-        synchronised = process.world_size > 1 and process.device.type == "cuda"
-        if batch.batch_size == 1 and not synchronised:
+        options, updates = cast(SegmentationOptions, plan.options), plan.updates_per_epoch
+        if plan.batch.batch_size == 1 and not synchronised(process):
             raise UserError("--batch_size 1: BatchNorm has no statistics of one image's 1x1 pooling; give 2 "
                             "or more images per process.", code="contradiction")
-        self.seed, self.autocast_dtype, self.data = options.seed, amp_dtype(options), data
-        model = build_segmentor(options, data.num_classes)
-        self.drop_draws = model.num_drop_draws
-        if state is None:
-            start_from(model.backbone, options, process)
-        self.model: nn.Module = replace_batchnorm(model, synchronised).to(process.device)
-        self.optimizer = build_optimizer(self.model, options, scale_by_depth(
-            options.decay_rate, options.decay_layers, by="stage"))
-        self.schedule: Schedule = DenseSchedule(options, plan.updates_per_epoch)
-        self.sampler = UpdateSampler(len(plan.train), batch.global_batch, batch.batch_size, batch.update_freq,
-                                     process.rank, process.world_size, options.seed,
-                                     updates=plan.updates_per_epoch)
-        self.loaders = [make_loader(plan.train, options, self.sampler)]
-        if data.val is not None:
-            self.loaders.append(share(data, options, process))
-        self.evaluation = Evaluation(options, process, data.num_classes)
-
-    def batches(self, epoch: int, first_update: int) -> Iterable[Batch]:
-        """Micro-batches of the updates from `first_update` of `epoch` on."""
-        self.sampler.set_start(epoch, first_update)
-        return self.loaders[0]
+        super().__init__(plan, process, state, network=build_segmentor(options, plan.data.num_classes),
+                         sampler=partial(UpdateSampler, len(plan.train), updates=updates),
+                         schedule=DenseSchedule(options, updates), depth="stage")
+        self.evaluation = Evaluation(options, process, plan.data.num_classes)
 
     def losses(self, model: nn.Module, batch: Batch, update: int) -> tuple[Tensor, Tensor | None]:
         """Mean loss of a micro-batch of crops."""
-        device = self.evaluation.process.device
+        device = self.process.device
         images, labels = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.targets))
         draws = engine.drop_draws(self.drop_draws, self.seed, update, batch, device)
         with engine.autocast(device, self.autocast_dtype):
@@ -159,27 +120,12 @@ class Segmentation:
         decode, auxiliary = (segmentation_loss(engine.full_precision(x), labels.long()) for x in both)
         return decode + AUXILIARY_WEIGHT * auxiliary, None
 
-    def evaluate(self, networks: Sequence[tuple[str, nn.Module]], observer: engine.Observer,
-                 update: int) -> engine.Figures | None:
-        """All networks in one pass over the images, each image on one rank."""
-        def leaves() -> bool:
-            observer.on_phase("evaluation", update)
-            return observer.leaves_evaluation()
+    def measure(self, networks: Networks, leaves: Leaves) -> list[Tensor] | None:
+        """The confusions."""
+        return self.evaluation.confusions(networks, self.loaders[1], leaves,
+                                          partial(save_sample, self.folder, self.data))
 
-        folder, data = self.evaluation.options.output_dir, self.data
-        keep = lambda batch, labels: save_sample(folder, batch, labels, data)
-        with native.packed(*(network for _, network in networks)):
-            found = self.evaluation.confusions([network for _, network in networks], self.loaders[1], leaves,
-                                               keep if folder and self.evaluation.process.is_main else None)
-        if found is None:
-            return None
-        results = [(suffix, scores(confusion)) for (suffix, _), confusion in zip(networks, found)]
-        return {f"test_{name}{suffix}": cast(float, result[name]) for suffix, result in results
-                for name in FIGURES}
-
-
-def share(data: Data, options: Options, process: Process, refuse_bad: bool = False):
-    """This rank's images of the evaluation, one at a time."""
-    assert data.val is not None
-    mine = range(process.rank, len(data.val), process.world_size)
-    return make_loader(data.val, options, [[index] for index in mine], refuse_bad=refuse_bad)
+    def figures(self, found: Tensor) -> engine.Figures:
+        """mIoU, mAcc and aAcc."""
+        result = scores(found)
+        return {name: cast(float, result[name]) for name in FIGURES}

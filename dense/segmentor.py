@@ -140,20 +140,9 @@ class Segmentor(nn.Module):
         maps = self.backbone(x, draws[0])
         return self.decode_head(maps, draws[1]), self.auxiliary_head(maps[2], draws[2])
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the backbone's blocks in the backward pass."""
-        self.backbone.set_grad_checkpointing(enable)
-
 
 def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of logits (B, C, h, w), resized to labels int64 (B, H, W), over **all** pixels: ignored
     ones (255) add nothing and count in the divisor, as published, so padded crops weigh less."""
     losses = F.cross_entropy(resized(logits, labels.shape[1:]), labels, ignore_index=IGNORED, reduction="sum")
     return losses / labels.numel()
-
-
-def pixel_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Percent of the pixels with a label that are correct."""
-    valid = labels != IGNORED
-    correct = (resized(logits, labels.shape[1:]).argmax(1) == labels) & valid
-    return 100 * correct.sum() / valid.sum().clamp(min=1)

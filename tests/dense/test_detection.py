@@ -13,10 +13,10 @@ from datasets.sample import ensure_sample
 from dense import coco, predict, scenes
 from dense.coco_images import OrientedSampler
 from dense.detection import run
-from dense.detection_evaluation import load_detector
-from dense.detection_options import DetectionOptions
 from dense.detection_task import build_detector, find_data
 from dense.detector import Detector
+from dense.evaluation import load_detector
+from dense.options import DetectionOptions
 from dense.zoo import DETECTORS
 from tests.kits.dense import dense_state
 from tests.kits.errors import refused

@@ -10,7 +10,7 @@ from dense.backbone import load_published
 from dense.inference import probabilities, scaled_boxes, slide
 from dense.optim import DenseSchedule, scale_by_depth
 from dense.pixels import fitted, normalised, resize
-from dense.segmentor import AUXILIARY_WEIGHT, Segmentor, pixel_accuracy, resized, segmentation_loss
+from dense.segmentor import AUXILIARY_WEIGHT, IGNORED, Segmentor, resized, segmentation_loss
 from dense.zoo import HEADS, SEGMENTORS, segmentor_filters
 from optim.groups import param_groups
 from tests.kits.dense import dense_state, filled, given, stored
@@ -82,6 +82,13 @@ def test_image_to_probabilities(name):
     assert np.abs(found[:, :, ::meta["step"], ::meta["step"]].numpy() - arrays["prob"]).max() < 1e-5
     agree = found.argmax(1)[0].numpy() == arrays["labels"]
     assert agree.mean() > 0.999
+
+
+def pixel_accuracy(logits, labels):
+    """Percent of the pixels with a label that are correct."""
+    valid = labels != IGNORED
+    correct = (resized(logits, labels.shape[1:]).argmax(1) == labels) & valid
+    return 100 * correct.sum() / valid.sum().clamp(min=1)
 
 
 def losses(model, images, labels):

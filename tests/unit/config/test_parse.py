@@ -11,8 +11,7 @@ from common.errors import UserError
 from config.options import OPTIONS, Options
 from config.parse import RECIPES, check_model, differences, help_text, parse, published_recipe
 from config.rules import plan_batch
-from dense.detection_options import DetectionOptions
-from dense.options import SegmentationOptions
+from dense.options import DetectionOptions, SegmentationOptions
 from tests.kits.docs import ROOT
 from tests.kits.errors import refused
 
