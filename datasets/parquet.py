@@ -92,12 +92,11 @@ def opened(path: str) -> "ParquetFile":
                                thrift_container_size_limit=limit)
     groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
     columns = [group.column(column) for group in groups for column in range(file.metadata.num_columns)]
-    rows = [group.num_rows for group in groups]
-    packed = [column.total_compressed_size for column in columns]
+    rows, packed = [group.num_rows for group in groups], [column.total_compressed_size for column in columns]
     plain = [column.total_uncompressed_size for column in columns]
-    if sum(rows) != file.metadata.num_rows or max(sum(rows), sum(packed)) > size \
-            or min([*rows, *packed], default=0) < 0 or any(
-                large > min(_LARGEST_GROUP, 1000 * small + 65536) for large, small in zip(plain, packed)):
+    if min([*rows, *packed], default=0) < 0 or not (
+            sum(rows) == file.metadata.num_rows <= size >= sum(packed)) or any(
+            large > min(_LARGEST_GROUP, 1000 * small + 65536) for large, small in zip(plain, packed)):
         raise ValueError("its footer claims more than the file holds")
     return file
 

@@ -15,10 +15,6 @@ PHASES = {"data": UPDATES + 2, "forward": UPDATES + 2, "backward": UPDATES + 2, 
 BRIEF = [("backward", 1), ("data", 0)]
 
 
-def last_line(text: str) -> str:
-    return text.strip().splitlines()[-1]
-
-
 def disturbed(images, tmp_path, phase, rank, what, **changes):
     """Both ranks and the moment at which `rank` was disturbed, by its last heartbeat."""
     at = dict(rank=rank, phase=phase, update=PHASES[phase], do=what)
@@ -40,7 +36,7 @@ def test_a_killed_rank_ends_the_other_which_names_it(images, tmp_path, phase, ra
     assert time.monotonic() - began < 30
     assert_gone(workers)
     # A rank that is killed while the others have no need of it is missed by them when they next do.
-    assert f"rank {rank} (" in last_line(survivor.text()), survivor.text()
+    assert f"rank {rank} (" in survivor.text().strip().splitlines()[-1], survivor.text()
     cause = Ledger(tmp_path / "run").newest()
     # Noticed within 10 s; it is written down when the others have had 8 s to name a cause of their own.
     ended = datetime.strptime(cause["ended"], "%Y-%m-%d %H:%M:%S%z").timestamp()

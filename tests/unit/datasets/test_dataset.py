@@ -17,6 +17,7 @@ from datasets.dataset import make_loader
 from datasets.device import EvalPrepare, TrainPrepare
 from datasets.sampler import GlobalBatchSampler
 from launch.stop import alive
+from tests.kits.batches import prepared
 from tests.kits.errors import refused
 from tests.kits.images import fill_folder, jpeg, write_images
 from tests.kits.options import data_options
@@ -34,22 +35,7 @@ def _options(folder, **changes):
 
 def _epoch(folder, world=1, freq=1, epoch=1, start=0, **changes):
     """Prepared images and targets of an epoch in global order, global batch 64, from all ranks."""
-    options = _options(folder, batch_size=64 // (world * freq), **changes)
-    data = build_data(options, train=True, evaluate=False)
-    prepare = TrainPrepare(options, data.num_classes, "cpu")
-    found = {}
-    for rank in range(world):
-        sampler = GlobalBatchSampler(len(data.train), 64, options.batch_size, freq, rank, world, seed=options.seed)
-        sampler.set_start(epoch, start)
-        loader = make_loader(data.train, options, sampler)
-        for batch in loader:
-            images, targets = prepare(batch)
-            for row, position in enumerate(batch.positions.tolist()):
-                found[position] = images[row], targets[row]
-        loader.close()
-    positions = sorted(found)
-    assert positions == list(range(64 * start, 128))
-    return torch.stack([found[p][0] for p in positions]), torch.stack([found[p][1] for p in positions])
+    return prepared(_options(folder, batch_size=64 // (world * freq), **changes), world, freq, epoch, start)
 
 
 @pytest.mark.parametrize("split", [{"freq": 4}, {"world": 2, "freq": 2}, {"world": 4, "mixup_mode": "elem"},

@@ -12,7 +12,7 @@ import pytest
 from datasets import folders
 from datasets.index import Index, IndexCache, Rows, Source
 from datasets.readers import open_reader
-from tests.kits.errors import refused
+from tests.kits.errors import Hostile, refused
 
 
 @pytest.fixture
@@ -64,16 +64,6 @@ def test_a_folder_that_has_just_changed_is_not_cached(root):
     assert not (root.parent / "cache").exists()
 
 
-class Mine:
-    """A pickle that leaves a file behind when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 def test_damaged_and_hostile_caches_are_scanned_over_and_no_pickle_is_opened(root, scans):
     cache = IndexCache(str(root.parent / "cache"))
     expected = names(open_reader(Source.of(str(root)), cache))
@@ -101,7 +91,7 @@ def test_damaged_and_hostile_caches_are_scanned_over_and_no_pickle_is_opened(roo
         replace(index, **change).write(file)
         scans.clear()
         assert names(open_reader(Source.of(str(root)), IndexCache(cache.folder, write=False))) == expected and scans
-    file.write_bytes(pickle.dumps(Mine(root / "executed")))
+    file.write_bytes(pickle.dumps(Hostile(root / "executed")))
     assert names(open_reader(Source.of(str(root)), cache)) == expected and not (root / "executed").exists()
 
 

@@ -2,7 +2,6 @@
 hint."""
 import fcntl
 import json
-import logging
 import math
 import os
 import pty
@@ -32,14 +31,6 @@ def at(epoch=0, done=10, updates=10, **more):
                    data_wait=0.02, class_acc=math.nan) | more
     return Progress(next_update=epoch * updates + done, recent_loss=2.0, seconds=float(done), nonfinite=0, sums=[],
                     outcome=Outcome.DONE, epoch=epoch, first_update=epoch * updates, figures=figures)
-
-
-@pytest.fixture
-def logged(monkeypatch, caplog):
-    """`logged.messages` are the sentences logged during a test."""
-    monkeypatch.setattr(logger, "propagate", True)
-    caplog.set_level(logging.INFO, logger.name)
-    return caplog
 
 
 def tracker(folder, updates_per_epoch=10, **more):
