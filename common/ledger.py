@@ -5,6 +5,8 @@
 attempt that was killed.
 `progress.json` has every ten seconds how far it is, and at the end how far it came.
 """
+import errno
+import json
 import os
 import socket
 import sys
@@ -124,7 +126,7 @@ class Ledger:
         status = {"state": state, "cause": "", "attempt": self.attempt, "time": now(),
                   "host": socket.gethostname(), "job": job_id(), **more}
         status = {name: value for name, value in status.items() if value is not None}
-        self._guard("status.json", lambda path: write_json(path, status))
+        self._guard("status.json", lambda path: _write_even_if_full(path, status))
 
     def _write_progress(self, state: str, **more: object) -> None:
         record = self.read("progress.json") | {"state": state, "time": time.time(), "job": job_id(), **more}
@@ -136,6 +138,18 @@ class Ledger:
             write(self.own() / name)
         except OSError as error:
             logger.error("%s was not written in %s: %s; the run continues.", name, self.path, error.strerror)
+
+
+def _write_even_if_full(path: Path, record: Record) -> None:
+    """`write_json`; in place where the disk has no room for a second file: no state may stay RUNNING."""
+    try:
+        write_json(path, record)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.is_file():
+            raise
+        with open(path, "r+", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(json.dumps(record, ensure_ascii=False, default=str))
+            file.truncate()
 
 
 def known(state: object) -> str:

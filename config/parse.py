@@ -145,7 +145,7 @@ def _unexpected(token: str, argv: Sequence[str], kind: type[Options]) -> UserErr
 
 def read_recipe(path: str, kind: type[Options] | None = Options) -> dict[str, Value]:
     """Read a recipe: a flat mapping of option names to values or lists of values; without a `kind` of options
-    those that main.py does not know stay texts.
+    names and values that main.py does not know stay texts.
 
     YAML's nodes leave every scalar a string, so that flags and recipes share one conversion, YAML 1.1's traps
     (4e-3 is a string, 0123 octal, 1:30 a number, `on` a boolean) do not arise, and a key given twice is seen.
@@ -170,8 +170,12 @@ def read_recipe(path: str, kind: type[Options] | None = Options) -> dict[str, Va
         if kind and key.value not in known and key.value not in NO_EFFECT:
             hint = did_you_mean(key.value.replace("-", "_"), known) or "; `--help all` lists all options."
             raise UserError(f"recipe {name} has an unknown key {quote(key.value)}{hint}", code="unknown_key")
-        values[key.value] = (known[key.value].convert(texts, f"recipe {name}: {key.value}")
-                             if key.value in known else texts[0])
+        try:
+            values[key.value] = known[key.value].convert(texts, f"recipe {name}: {key.value}")
+        except (KeyError, UserError):
+            if kind and key.value in known:
+                raise
+            values[key.value] = texts[0]
     return values
 
 

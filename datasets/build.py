@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch.utils.data import BatchSampler
 
-from common.errors import UserError
+from common.errors import UserError, kind_of
 from common.log import logger
 from common.synsets import imagenet_synsets
 from common.text import plural, printable
@@ -151,6 +151,8 @@ def _source(options: Options, part: str, resumed: bool) -> Source | None:
         found = source_of(given, part) if given else find_split(options.data_path, part)
         if found is None or not os.path.isdir(found.root):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        if resumed and not found.folders and not found.files:
+            raise OSError(errno.ENODEV, "empty: is its disk mounted?", path)
         return found
 
     try:
@@ -160,6 +162,9 @@ def _source(options: Options, part: str, resumed: bool) -> Source | None:
             return None
         raise no_images(os.path.abspath(path), "does not exist; --data_path must hold train/ and val/ with "
                         "one folder per class, or the tar or parquet files of both") from None
+    except OSError as error:
+        raise kind_of(error)(f"{printable(path)} cannot be read ({error.strerror}).",
+                             code="data_lost") from error
 
 
 def _held_back(reader: Reader, fraction: float) -> np.ndarray:

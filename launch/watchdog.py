@@ -194,6 +194,9 @@ class Watchdog:
         lost = isinstance(error, RuntimeError) and LOST_PEER.search(str(error)) is not None
         if error is not None and (not lost or self._clock() - self._since > 2 * SILENT_AFTER):
             text = f"{self.beat.name} failed in {self.beat.where}: {_sentence(error)}"
+            if lost:  # and nobody is: its own words, of sockets, would name no cause
+                text = (f"{self.beat.name} lost its connection to ranks that run, in {self.beat.where}: "
+                        "check the network between the nodes")
             cause = self._cause(self.beat, text, code=getattr(error, "exit_code", ExitCode.FAILED))
         else:  # two watch on each node, for one may be what hangs
             cause = self._judge(self._beats(), lost) if lost or self.process.local_rank < 2 else None

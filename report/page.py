@@ -73,7 +73,8 @@ class Run:
     def recipe_difference(self) -> dict:
         """The published values of the options in which the run departs from its model's recipe."""
         options = Options(**{name: value for name, value in self.config.items() if name in OPTIONS})
-        return {name: theirs for name, (_, theirs) in differences(options).items()} if self.config else {}
+        other = not self.config or "head" in self.config  # dense/ has recipes of its own
+        return {} if other else {name: theirs for name, (_, theirs) in differences(options).items()}
 
 
 def read_run(path: str | Path) -> Run:

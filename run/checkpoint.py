@@ -244,6 +244,9 @@ class Checkpoints:
         there: list[str] = []
         try:
             free = f"{size / 1e9:.2f} GB needed, {shutil.disk_usage(self.folder).free / 1e9:.2f} GB free"
+            disk = os.statvfs(self.folder)
+            if disk.f_files and not disk.f_favail:  # some file systems have no fixed number: 0 of 0
+                free = f"all {disk.f_files} inodes of this disk are used: remove some files, of any size"
             there = [path.name for path in (*self.numbered()[-1:], *self._best_files())]
         except OSError:
             free = "the folder is gone"

@@ -16,6 +16,7 @@ from dense.options import SegmentationOptions
 from dense.pixels import normalised
 from dense.segmentation import run
 from dense.segmentation_task import build_segmentor, count_pixels, scores
+from report.page import read_run
 from tests.dense.test_pixels import Scripted
 from tests.kits.dense import given, stored
 from tests.kits.errors import refused
@@ -127,6 +128,8 @@ def test_a_killed_run_resumes_with_equal_bits_and_any_ranks_evaluate_alike(folde
     moved = [value for name, value in state.items() if name.endswith("running_var")]
     assert moved and not any(torch.equal(value, torch.ones_like(value)) for value in moved)
     assert (tmp_path / "run" / "samples").is_dir() and (tmp_path / "run" / "report.html").is_file()
+    read = read_run(tmp_path / "run")
+    assert read.config["data_set"] == "files" and not read.recipe_difference
     found = []
     for world in (1, 2, 3):
         code, children = ends(f"eval{world}", world, eval="true", ms_flip="true", image_scale="128 96")

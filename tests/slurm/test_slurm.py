@@ -159,6 +159,17 @@ def test_a_killed_batch_script_is_one_attempt_that_was_saved(cluster, submit):
     assert "state    FAILED; the run: PAUSED" in status and status.count("attempt  1") == 1
 
 
+def test_a_killed_task_is_saved_and_requeued_with_no_word_of_a_time_limit(cluster, submit):
+    job, folder = submit(200, "pace=0.05", 2, 1)
+    wait_for(lambda: (folder / "now").exists() and int((folder / "now").read_text() or 0) > 20)
+    main = int((folder / "pids" / "1").read_text())
+    task = int(Path(f"/proc/{main}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(task, signal.SIGKILL)
+    assert cluster.wait(job) == "COMPLETED", said(folder)
+    assert [requeued for _, requeued in attempts(folder)] == [True, None] and value(folder) == expected_value(200, 2)
+    assert "limit" not in Ledger(folder).attempts()[0]["cause"]
+
+
 def test_a_folder_has_one_job_and_a_queued_one_says_why_it_waits(cluster, submit, capsys):
     job, folder = submit(10, "", 2, 1, "--job_dir", "runs/%j", "--slurm", "hold")
     assert "state    PENDING (JobHeldUser)\n" in run_with_submitit.status(folder)
@@ -169,6 +180,16 @@ def test_a_folder_has_one_job_and_a_queued_one_says_why_it_waits(cluster, submit
     cluster.wait(job)
     assert run_with_submitit.main([*again, "--updates", "1"]) == 0
     cluster.wait(json.loads(Path("runs/one/job.json").read_text())["id"])
+
+
+@pytest.mark.parametrize("flags, words", [(["--partition", "moon"], "invalid partition"), (["--slurm", "moon=1"], "moon"),
+                                          (["--slurm", "nodelist=moon"], "node")])
+def test_what_sbatch_refuses_is_one_sentence(cluster, tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.setattr(run_with_submitit, "ROOT", write_toy_program(tmp_path / "program"))
+    monkeypatch.chdir(tmp_path)
+    assert run_with_submitit.main(["--ngpus", "1", "--cpus_per_task", "1", "--device", "cpu", *flags]) == 2
+    text = capsys.readouterr().err
+    assert words in text.strip().splitlines()[-1] and "Traceback" not in text
 
 
 def test_a_cancelled_job_does_not_come_back(cluster, submit):

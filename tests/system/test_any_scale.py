@@ -1,14 +1,18 @@
 """The same run on any number of processes, built from the options as main.py builds it."""
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
+import main
 from common.outcome import Outcome
 from config.parse import parse
 from launch.stop import StopRequest
 from launch.watchdog import Watchdog
 from plan import Classification, plan_run
 from tests.kits.images import write_images
-from tests.kits.processes import codes, in_processes
+from tests.kits.processes import Child, codes, environment, in_processes, places
 from tests.kits.runs import arguments, result, start
 from training import Trainer
 
@@ -97,3 +101,25 @@ def test_another_number_of_processes_goes_on_with_the_global_batch(images, tmp_p
         # Images are weighed alike in an epoch's means, whatever number of processes saw them.
         assert {k: v for k, v in b.items() if v is not None} == pytest.approx(
             {k: v for k, v in a.items() if v is not None}, rel=1e-3)
+
+
+def on_another_machine(argv: list[str], threads_after: str) -> int:
+    """main.py as rank 1 on a node without compiled kernels, with an older CPU and another number of threads."""
+    os.environ.update(HORNET_NATIVE="0", ATEN_CPU_CAPABILITY="default")  # read at first use
+    torch.set_num_threads(3)
+    code = main.main(argv)
+    Path(threads_after).write_text(str(torch.get_num_threads()))
+    return code
+
+
+def test_a_rank_on_another_machine_takes_rank_0s_threads_and_is_named_where_bits_will_differ(images, tmp_path):
+    argv = arguments(images, tmp_path / "run", epochs=1, batch_size=16, update_freq=1)
+    first, other = (environment(**place) for place in places(2))
+    ranks = [Child(main.main, (argv,), first, tmp_path / "console.0"),
+             Child(on_another_machine, (argv, str(tmp_path / "threads")), other, tmp_path / "console.1")]
+    assert codes(ranks) == [0, 0], [rank.text() for rank in ranks]
+    [notice] = [line for line in ranks[0].text().splitlines() if "on rank 1 (" in line]
+    assert "kernels is " in notice and "DEFAULT on rank 1" in notice
+    saved = result(tmp_path / "run")
+    assert int((tmp_path / "threads").read_text()) == saved["threads"] == 1
+    assert ("kernels=compiled" in ranks[1].text()) == (saved["code_paths"]["kernels"] == "compiled")

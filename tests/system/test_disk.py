@@ -3,6 +3,7 @@ whole."""
 import json
 import shutil
 import subprocess
+from contextlib import suppress
 
 import pytest
 import torch
@@ -30,9 +31,9 @@ def at_the_end_of_epoch(monkeypatch, number: int, do):
 
 @pytest.fixture
 def small_disk(place):
-    """run/ is a disk of its own with 9 MB, a copy of the trained run (4.7 MB) on it."""
+    """run/ is a disk of its own with 9 MB and 60 inodes, a copy of the trained run (4.7 MB) on it."""
     place.run.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(place.run)],
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m,nr_inodes=60", "tmpfs", str(place.run)],
                           capture_output=True,
         text=True)
     if made.returncode:
@@ -72,11 +73,25 @@ def test_a_full_disk_keeps_what_is_there_and_reports_each_time(small_disk, capfd
                  place, capfd)
     assert text.count("checkpoint-1.pth") == 1 and "checkpoint-2.pth" in text
     whole(place, "checkpoint-0.pth", "checkpoint-best.pth", "checkpoint-best-ema.pth")
+    assert Ledger(place.run).status()["state"] == "FAILED"
     monkeypatch.undo()
     (place.run / "ballast").unlink()
     check(Row("freed", f"{FURTHER} 3", 0), place, capfd)
     whole(place, "checkpoint-2.pth")
     assert json.loads((place.run / "status.json").read_text())["state"] == "DONE"
+
+
+def test_inodes_that_are_used_up_are_named(small_disk, capfd, monkeypatch):
+    place = small_disk
+
+    def fill_with_empty_files() -> None:
+        with suppress(OSError):
+            for number in range(100):
+                (place.run / f"empty{number}").touch()
+    at_the_end_of_epoch(monkeypatch, 1, fill_with_empty_files)
+    check(Row("inodes", f"{FURTHER} 2", 1, ("checkpoint-1.pth", "all 60 inodes")), place, capfd)
+    assert Ledger(place.run).status()["state"] == "FAILED"
+    whole(place, "checkpoint-0.pth", "checkpoint-best.pth", "checkpoint-best-ema.pth")
 
 
 def test_a_disk_too_small_is_reported_at_the_start(small_disk, capfd):

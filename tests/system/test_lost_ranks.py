@@ -7,12 +7,21 @@ from datetime import datetime
 import pytest
 
 from common.ledger import Ledger
-from tests.kits.processes import assert_gone, descendants, wait_for
+from tests.kits.processes import assert_gone, codes, descendants, wait_for
 from tests.kits.runs import UPDATES, arguments, now, start
 
 PHASES = {"data": UPDATES + 2, "forward": UPDATES + 2, "backward": UPDATES + 2, "evaluation": UPDATES,
           "saving": UPDATES}
 BRIEF = [("backward", 1), ("data", 0)]
+
+
+def test_a_failure_in_the_evaluation_is_recorded_with_that_phase(images, tmp_path):
+    at = dict(rank=1, phase="evaluation", update=UPDATES, do="raise")
+    argv = arguments(images, tmp_path / "run", update_freq=1)
+    assert codes(start(argv, tmp_path / "console", 2, at=[at])) == [1, 1]
+    for found in (Ledger(tmp_path / "run").newest(), Ledger(tmp_path / "run").status()):
+        assert (found["state"], found["rank"], found["phase"], found["update"]) == ("FAILED", 1, "evaluation", UPDATES)
+        assert "ArithmeticError" in found["cause"]
 
 
 def disturbed(images, tmp_path, phase, rank, what, **changes):

@@ -16,7 +16,7 @@ BRIEF = [("SIGUSR2", "one"), ("SIGTERM", "all")]
 
 
 @pytest.mark.parametrize("name, target", [
-    *BRIEF, *(pytest.param(n, t, marks=pytest.mark.slow) for n in ("SIGTERM", "SIGUSR1", "SIGUSR2")
+    *BRIEF, *(pytest.param(n, t, marks=pytest.mark.slow) for n in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
               for t in ("one", "all") if (n, t) not in BRIEF)])
 def test_a_signal_saves_and_ends_at_one_update(images, tmp_path, name, target):
     """"all" are the loader workers too, as a scheduler signals them."""

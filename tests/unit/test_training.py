@@ -1,5 +1,6 @@
 """A run saves all that resuming it needs, before anything can fail, and never starts from scratch in
 silence."""
+import os
 import shutil
 from pathlib import Path
 
@@ -218,6 +219,17 @@ def test_a_requeued_command_resumes_again_what_it_began_from_while_its_own_folde
         path.unlink()
     run(place, capfd, flags)
     assert begun_at(place.here / "other") == [2, 2]
+
+
+def test_as_many_images_that_came_as_went_are_reported(place, capfd):
+    run(place, capfd)
+    image = place.data / "train" / "cat" / "1.JPEG"
+    run(place, capfd, "--epochs 2")
+    assert not events(place, "images_changed")
+    image.rename(image.with_name("9.JPEG"))
+    os.utime(image.parent)
+    text = run(place, capfd, "--epochs 3")
+    assert len(events(place, "images_changed")) == 1 and "restore the data set" in text
 
 
 def test_frozen_parts_are_as_they_began_and_the_run_resumes_to_the_same_bits(place, capfd):

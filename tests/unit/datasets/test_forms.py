@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -253,6 +254,28 @@ def test_an_outage_of_the_data_is_waited_for_and_then_a_failure(forms, tmp_path,
         build_data(options(tmp_path / "f"), train=True, evaluate=False, order=data.train.order)
     with refused("missing_data"):
         build_data(options(tmp_path / "f"), train=True, evaluate=False)
+
+
+@pytest.mark.parametrize("given", ["", "train"])
+def test_a_disk_that_is_mounted_late_is_waited_for_by_a_run_that_resumes(forms, tmp_path, monkeypatch, given):
+    here = options(tmp_path / given) if not given else data_options(data_set="image_folder", data_path=str(tmp_path / given))
+    (tmp_path / given).mkdir(exist_ok=True)
+    order = build_data(options(forms["folders"]), train=True, evaluate=False).train.order
+    late = ["mount", "--bind", str(forms["folders"] / given), str(tmp_path / given)]
+    if subprocess.run(late, capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    subprocess.run(["umount", late[-1]], check=True)
+    monkeypatch.setattr("datasets.images._patience", 0.3)
+    with pytest.raises(Failure):
+        build_data(here, train=True, evaluate=False, order=order)
+    monkeypatch.setattr("datasets.images._patience", 30.0)
+    thread = threading.Timer(1, subprocess.run, [late])
+    thread.start()
+    try:
+        assert build_data(here, train=True, evaluate=False, order=order).train.order == order
+    finally:
+        thread.join()
+        subprocess.run(["umount", "-l", late[-1]], check=True)
 
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])

@@ -129,10 +129,11 @@ def test_a_port_that_is_taken_is_one_sentence(port):
     assert (error.value.code, error.value.exit_code) == ("port", ExitCode.FAILED)
 
 
-def test_a_listener_that_never_answers_is_left_in_time(port):
+@pytest.mark.parametrize("rank, served", [(0, True), (1, True), (1, False)])  # torchrun's port, and a derived one
+def test_a_listener_that_never_answers_is_left_in_time(port, rank, served):
     began = time.monotonic()
     with pytest.raises(Failure, match=f"port {port}") as error:
-        meet(at(port, 1, served=True), 2)
+        meet(at(port, rank, served=served), 1)
     assert (error.value.code, error.value.exit_code) == ("rendezvous", ExitCode.FAILED)
     assert time.monotonic() - began < 6
 

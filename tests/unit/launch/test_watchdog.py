@@ -12,7 +12,15 @@ from common.ledger import Ledger
 from common.outcome import Outcome
 from launch.process import Process
 from launch.watchdog import LONGEST_STEP, Beat, Cause, RunningClock, Watchdog
-from tests.kits.processes import TOY, expected_value, finish, start_ranks, wait_for
+from tests.kits.processes import (
+    TOY,
+    descendants,
+    expected_value,
+    finish,
+    start_ranks,
+    start_torchrun,
+    wait_for,
+)
 
 
 def beats(*given: dict) -> list[Beat]:
@@ -56,6 +64,16 @@ def test_a_silent_rank_is_named_even_if_it_was_waiting():
     assert (cause.rank, cause.hang) == (1, True) and "gone" in cause.text
     assert judge(found, silent={1: 6}) is None
     assert (judge(found, {1: 6}, lost=True).rank, judge(found, {1: 6}, lost=True).hang) == (1, False)  # it is gone
+
+
+def test_a_connection_that_broke_between_ranks_that_run_is_no_text_of_sockets():
+    watchdog = Watchdog(Process(device=torch.device("cpu"), store=torch.distributed.HashStore()))
+    watchdog._error = RuntimeError("[/pytorch/third_party/gloo/tcp/pair.cc:534] Connection closed by peer [::1]:3")
+    watchdog._send()
+    assert watchdog._look() is None  # a peer that is gone is seen in a moment
+    watchdog._clock = lambda: 60.0
+    cause = watchdog._look()
+    assert cause.rank == 0 and "network" in cause.text and not any(w in cause.text for w in ("gloo", "pair.cc", "peer"))
 
 
 def test_ranks_that_all_wait_for_each_other_are_named():
@@ -141,6 +159,19 @@ def test_a_suspended_job_continues_with_the_same_result(tmp_path, world_size):
         time.sleep(8 if name == "SIGSTOP" else 0)
     assert [code for code, _ in finish(ranks)] == [0] * world_size
     assert str(expected_value(60, world_size)) in (tmp_path / "state.json").read_text()
+    assert Ledger(tmp_path).status()["state"] == Outcome.DONE
+
+
+@pytest.mark.slow
+def test_a_suspended_torchrun_continues_with_the_same_result(tmp_path):
+    agent = start_torchrun(2, TOY, tmp_path, 60, "hang_timeout=4", "pace=0.05")
+    wait_for(lambda: (tmp_path / "now").exists() and int((tmp_path / "now").read_text() or 0) > 20)
+    for name in ("SIGSTOP", "SIGCONT"):
+        for pid in (agent.pid, *descendants(agent.pid)):
+            os.kill(pid, getattr(signal, name))
+        time.sleep(8 if name == "SIGSTOP" else 0)
+    [(code, output)] = finish([agent])
+    assert code == 0 and str(expected_value(60, 2)) in (tmp_path / "state.json").read_text(), output
     assert Ledger(tmp_path).status()["state"] == Outcome.DONE
 
 

@@ -8,14 +8,15 @@ from common.errors import UserError
 from run.start import check_writable, process_problems
 
 
-def test_processes_must_agree():
+@pytest.mark.parametrize("name", ["timm", "kernels", "code"])
+def test_processes_must_agree(name):
     """Rank 0 of two processes, the other being as `change` says."""
     def problems(**change):
         return process_problems(SimpleNamespace(
             node_name="one", device=torch.device("cpu"), all_gather_object=lambda mine: [mine, ("two", mine[1] | change)]))
     assert problems() == []
-    (old,) = problems(timm="0.4")
-    assert old.startswith("timm is ") and "0.4 on rank 1 (two)" in old
+    (old,) = problems(**{name: "0.4"})
+    assert old.startswith(f"{name} is ") and "0.4 on rank 1 (two)" in old
 
 
 def test_writing_is_tried_without_a_trace(tmp_path):

@@ -6,7 +6,7 @@ import torch
 
 from common.errors import UserError
 from run.checkpoint import load
-from run.state import FORMAT, TABLE, Position, check_resumable, check_same_run, finished, upgrade
+from run.state import FORMAT, TABLE, Position, Setup, check_resumable, check_same_run, finished, upgrade
 
 STORED = Path(__file__).parents[2] / "data" / "checkpoints"
 OPTIMIZER = {"state": {}, "param_groups": [{"params": [0]}]}
@@ -53,6 +53,14 @@ def test_an_odd_entry_is_refused_by_name(name, value):
     with pytest.raises(UserError, match=f"entry {name} ") as caught:
         check_resumable(GOOD | {name: value}, "c.pth")
     assert caught.value.code == "not_resumable"
+
+
+@pytest.mark.parametrize("changed, noted", [({}, ""), ({"order": "b" * 64}, "in order bbbb"), ({"images": 9}, "9 images")])
+def test_other_images_are_noted_even_if_they_are_as_many(changed, noted):
+    here = Setup(global_batch=4, images=8, order="a" * 64, classes=["x"], args={}, code_paths={}, threads=torch.get_num_threads(),
+                 kernels="k", version="v")
+    here.load_state_dict(here.state_dict() | changed)
+    assert bool(here.other_images) == bool(changed) and noted in here.other_images
 
 
 def test_another_run_in_the_folder_is_named():
