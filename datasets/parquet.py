@@ -90,11 +90,12 @@ def opened(path: str) -> "ParquetFile":
     limit = min(max(size, 1), 2 ** 31 - 1)
     file = parquet.ParquetFile(path, pre_buffer=False, thrift_string_size_limit=limit,
                                thrift_container_size_limit=limit)
-    columns = [file.metadata.row_group(group).column(column) for group in range(file.metadata.num_row_groups)
-               for column in range(file.metadata.num_columns)]
-    packed = [column.total_compressed_size for column in columns]
+    groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+    columns = [group.column(column) for group in groups for column in range(file.metadata.num_columns)]
+    rows, packed = [group.num_rows for group in groups], [column.total_compressed_size for column in columns]
     plain = [column.total_uncompressed_size for column in columns]
-    if file.metadata.num_rows > size or sum(packed) > size or min(packed, default=0) < 0 or any(
+    if min([*rows, *packed], default=0) < 0 or not (
+            sum(rows) == file.metadata.num_rows <= size >= sum(packed)) or any(
             large > min(_LARGEST_GROUP, 1000 * small + 65536) for large, small in zip(plain, packed)):
         raise ValueError("its footer claims more than the file holds")
     return file

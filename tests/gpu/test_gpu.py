@@ -16,21 +16,15 @@ import torch
 from common.devices import float32_products
 from common.errors import Failure, lacks_in_words
 from models.zoo import MODEL_NAMES, VARIANTS
-from tests.kits.fill import PARITY, parity_input, parity_tensor
+from tests.kits.fill import PARITY, parity_input
 from tests.kits.processes import codes, environment, wait_for
 from tests.kits.runs import EPOCHS, UPDATES, arguments, assert_equal_bits, now, result, start
+from tests.kits.trained import filled
 from tests.parity.test_trajectories import CASES, differing, train
 from tests.unit.test_without_a_gpu import batch, parts
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_GPU = dict(device="cuda", deterministic="true")
-
-
-def filled(name: str) -> torch.nn.Module:
-    model = timm.create_model(name).eval()
-    model.load_state_dict({key: torch.from_numpy(parity_tensor(key, tuple(value.shape)))
-                           for key, value in model.state_dict().items()})
-    return model
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES[:10])

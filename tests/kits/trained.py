@@ -5,6 +5,7 @@ import timm
 import torch
 
 import models  # noqa: F401  registers the models
+from tests.kits.fill import parity_tensor
 
 
 def lively(name: str = "hornet_pico_gf", classes: int = 4, seed: int = 0, **kwargs) -> torch.nn.Module:
@@ -15,6 +16,14 @@ def lively(name: str = "hornet_pico_gf", classes: int = 4, seed: int = 0, **kwar
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
     return model.eval()
+
+
+def filled(name: str, **kwargs) -> torch.nn.Module:
+    """A model in evaluation mode with the weights behind the stored figures."""
+    model = timm.create_model(name, **kwargs).eval()
+    model.load_state_dict({key: torch.from_numpy(parity_tensor(key, tuple(value.shape)))
+                           for key, value in model.state_dict().items()})
+    return model
 
 
 def checkpoint(path: Path, raw: torch.nn.Module, ema: torch.nn.Module | None = None, *, classes=None,

@@ -7,10 +7,10 @@ import pytest
 import timm
 import torch
 
-import models  # noqa: F401  (registers the networks)
 from models.hornet import CONFIGS
 from models.zoo import PUBLISHED
-from tests.kits.fill import PARITY, parity_input, parity_tensor
+from tests.kits.fill import PARITY, parity_input
+from tests.kits.trained import filled
 
 STATE_DICTS = json.loads((PARITY / "state_dicts.json").read_text())
 
@@ -18,13 +18,6 @@ STATE_DICTS = json.loads((PARITY / "state_dicts.json").read_text())
 def on_meta(name: str, **kwargs):
     with torch.device("meta"):
         return timm.create_model(name, **kwargs)
-
-
-def filled(name: str, **kwargs):
-    model = timm.create_model(name, **kwargs).eval()
-    model.load_state_dict({key: torch.from_numpy(parity_tensor(key, tuple(value.shape)))
-                           for key, value in model.state_dict().items()})
-    return model
 
 
 @pytest.mark.parametrize("name", STATE_DICTS)

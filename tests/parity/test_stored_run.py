@@ -3,6 +3,7 @@
 tests/data/run_v2 is its folder; the checkpoints are packed, their values rounded to a few digits so that they
 pack well.
 """
+import hashlib
 import json
 import shutil
 import tarfile
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from common.outcome import Outcome
+from datasets.device import TrainPrepare
 from main import main
 from tests.kits.images import write_textures
+from tools.data import main as tool
 from tools.report import main as report
 
 STORED = Path(__file__).resolve().parents[1] / "data" / "run_v2"
@@ -53,6 +56,24 @@ def test_it_is_resumed_where_it_stood(images, folder):
     log = lines(folder / "log.txt")
     assert log[:1] == before and [line["update"] for line in log] == [UPDATES // 2, UPDATES]
     assert (folder / "checkpoint-1.pth").exists() and (folder / "report.html").exists()
+
+
+def test_it_is_resumed_on_packed_tars_with_the_same_batches(images, folder, tmp_path, monkeypatch):
+    assert tool(["pack", str(images), str(tmp_path / "packed"), "--index_cache", str(tmp_path / "cache")]) == 0
+    seen, prepare = [], TrainPrepare.__call__
+
+    def recorded(self, batch):
+        found = prepare(self, batch)
+        seen.append([hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest() for tensor in found])
+        return found
+
+    monkeypatch.setattr(TrainPrepare, "__call__", recorded)
+    shutil.copytree(folder, tmp_path / "other")
+    for run, data in ((folder, images), (tmp_path / "other", tmp_path / "packed")):
+        assert main(command(data, run, "--index_cache", str(tmp_path / "cache"))) == 0
+    assert len(seen) == 2 * (UPDATES - STOPPED_AT) == 2 * len({*map(tuple, seen)}) and seen[:3] == seen[3:]
+    ends = [lines(run / "log.txt")[-1] for run in (folder, tmp_path / "other")]
+    assert ends[0]["train_loss"] == ends[1]["train_loss"] and ends[0]["test_loss"] == ends[1]["test_loss"]
 
 
 @pytest.mark.parametrize("name, loss, hits", [("checkpoint-best.pth", 1.321328, 3),

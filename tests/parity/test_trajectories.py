@@ -5,27 +5,23 @@ import math
 
 import numpy as np
 import pytest
-import timm
 import torch
 from timm.loss import LabelSmoothingCrossEntropy
 
-import models  # noqa: F401  (registers the networks)
 from config.options import Options
 from optim.build import build_optimizer
 from optim.ema import Ema
 from optim.schedule import Schedule
 from optim.update import Update
-from tests.kits.fill import PARITY, parity_input, parity_tensor
+from tests.kits.fill import PARITY, parity_input
+from tests.kits.trained import filled
 
 CASES = json.loads((PARITY / "trajectories.json").read_text())
 
 
 def train(case, clip_mode, device="cpu"):
     """Losses of all micro-batches, the network and its average after the case's updates."""
-    model = timm.create_model(case["model"], num_classes=1000)
-    model.load_state_dict({name: torch.from_numpy(parity_tensor(name, tuple(value.shape)))
-                           for name, value in model.state_dict().items()})
-    model.to(device)
+    model = filled(case["model"], num_classes=1000).to(device)
     ema = Ema(model, case["ema_decay"])
     updates = case["micro_steps"] // case["update_freq"]
     values = Options(clip_mode=clip_mode, epochs=1, warmup_epochs=0, **{name: case[name] for name in (

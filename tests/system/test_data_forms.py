@@ -13,11 +13,9 @@ import torch
 from common.synsets import imagenet_synsets
 from config.parse import parse
 from datasets.build import build_data
-from datasets.dataset import make_loader
-from datasets.device import TrainPrepare
-from datasets.sampler import GlobalBatchSampler
 from main import main
 from tests.kits import numbers
+from tests.kits.batches import prepared
 from tests.kits.docs import ROOT
 from tests.kits.forms import FORMS, write_all
 from tests.kits.images import jpeg
@@ -46,16 +44,8 @@ def hashes(path, world: int = 1, workers: int = 0, first: int = 0) -> list[str]:
     them, from all ranks."""
     options = data_options(data_set="IMNET", data_path=str(path), input_size=32, batch_size=GLOBAL // world, reprob=0.5,
                            num_workers=workers, allow_slow_parquet=True)
-    data = build_data(options, train=True, evaluate=False)
-    prepare, parts = TrainPrepare(options, data.num_classes, "cpu"), []
-    for rank in range(world):
-        sampler = GlobalBatchSampler(len(data.train), GLOBAL, options.batch_size, 1, rank, world, seed=options.seed)
-        sampler.set_start(3, first)
-        loader = make_loader(data.train, options, sampler)
-        parts.append([prepare(batch) for batch in loader])
-        loader.close()
-    return [hashlib.sha256(b"".join(torch.cat(part).contiguous().numpy().tobytes() for part in zip(*ranks))).hexdigest()
-            for ranks in zip(*parts)]
+    updates = zip(*(values.split(GLOBAL) for values in prepared(options, world, epoch=3, start=first)))
+    return [hashlib.sha256(images.numpy().tobytes() + targets.numpy().tobytes()).hexdigest() for images, targets in updates]
 
 
 @pytest.fixture(scope="module")

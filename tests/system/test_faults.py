@@ -19,6 +19,7 @@ import main
 import models  # noqa: F401
 from common.synsets import imagenet_synsets
 from run.folder import RunFolder
+from tests.kits.errors import Hostile
 from tests.kits.faults import EVAL, MODEL, TRAIN, Place, Row, check, command, start, table
 from tests.kits.images import bomb, encoded, fill_folder, jpeg, noise
 
@@ -128,16 +129,6 @@ def test_data_and_images(row, place, capfd):
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-
-class Hostile:
-    """A pickle that makes a folder when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
 
 def hostile(place: Place) -> None:
     torch.save({"model": Hostile(place.here / "executed")}, place.here / "w.pth")

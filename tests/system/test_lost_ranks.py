@@ -15,10 +15,6 @@ PHASES = {"data": UPDATES + 2, "forward": UPDATES + 2, "backward": UPDATES + 2, 
 BRIEF = [("backward", 1), ("data", 0)]
 
 
-def last_line(text: str) -> str:
-    return text.strip().splitlines()[-1]
-
-
 def test_a_failure_in_the_evaluation_is_recorded_with_that_phase(images, tmp_path):
     at = dict(rank=1, phase="evaluation", update=UPDATES, do="raise")
     argv = arguments(images, tmp_path / "run", update_freq=1)
@@ -49,7 +45,7 @@ def test_a_killed_rank_ends_the_other_which_names_it(images, tmp_path, phase, ra
     assert time.monotonic() - began < 30
     assert_gone(workers)
     # A rank that is killed while the others have no need of it is missed by them when they next do.
-    assert f"rank {rank} (" in last_line(survivor.text()), survivor.text()
+    assert f"rank {rank} (" in survivor.text().strip().splitlines()[-1], survivor.text()
     cause = Ledger(tmp_path / "run").newest()
     # Noticed within 10 s; it is written down when the others have had 8 s to name a cause of their own.
     ended = datetime.strptime(cause["ended"], "%Y-%m-%d %H:%M:%S%z").timestamp()

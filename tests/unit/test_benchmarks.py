@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 
 from benchmarks import __main__ as bench
 from benchmarks import cases, data, gpu, timing
 from benchmarks.reference import PlainHorNet
 from native.runner import product_dtype
-from tests.kits.fill import PARITY, parity_input, parity_tensor
+from tests.kits.fill import PARITY, parity_input
+from tests.kits.trained import filled
 
 RECORD = Path(__file__).resolve().parents[2] / "BENCHMARKS.md"
 
@@ -27,9 +27,7 @@ def one_thread():
 
 @pytest.mark.parametrize("name, size", [("hornet_tiny_7x7", "192x256"), ("hornet_tiny_gf", "288x288")])
 def test_the_reference_gives_the_published_logits(name, size):
-    model = timm.create_model(name).eval()
-    model.load_state_dict({key: torch.from_numpy(parity_tensor(key, tuple(value.shape)))
-                           for key, value in model.state_dict().items()})
+    model = filled(name)
     with torch.inference_mode():
         logits = PlainHorNet(model)(torch.from_numpy(parity_input(2, *map(int, size.split("x")))))
     assert np.abs(logits.numpy() - np.load(PARITY / "logits" / f"{name}_{size}.npz")["logits"]).max() < 1e-5

@@ -13,7 +13,6 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import engine
-import models  # noqa: F401  (registers the models with timm)
 from common.synsets import imagenet_synsets, published_22k_synsets
 from config.parse import parse
 from datasets.labels import real_labels
@@ -25,21 +24,12 @@ from models.weights import to_openmmlab
 from report.results import read_predictions
 from tests.kits.errors import refused
 from tests.kits.runs import arguments
+from tests.kits.trained import lively
 from tools.predict import main as predict
 from tools.report import main as report
 
 SYNSETS = imagenet_synsets()
 DEVICE = ["--device", "cpu", "--num_workers", "0"]
-
-
-def lively(name, classes):
-    """A model whose weights are random and large, so that its answers differ."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=classes)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

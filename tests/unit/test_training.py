@@ -1,6 +1,5 @@
 """A run saves all that resuming it needs, before anything can fail, and never starts from scratch in
 silence."""
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +10,6 @@ import torch
 from common.errors import UserError
 from common.files import read_json_lines
 from common.ledger import Ledger
-from common.log import logger
 from common.outcome import Outcome
 from config.parse import parse
 from dryrun import digest
@@ -138,13 +136,6 @@ def observe(state, images, process, folder, caplog):
         "events": [event["message"] for event in read_json_lines(folder / "run" / "events.jsonl")],
         "notices": [any(words in record.getMessage() for record in caplog.records)
                     for words in (code_version(), "another machine")]}
-
-
-@pytest.fixture
-def logged(caplog, monkeypatch):
-    monkeypatch.setattr(logger, "propagate", True)
-    caplog.set_level(logging.INFO)
-    return caplog
 
 
 _reference = {}

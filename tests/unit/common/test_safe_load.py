@@ -13,21 +13,12 @@ import torch
 
 from common.errors import UserError
 from common.safe_load import safe_torch_load, save_safetensors
+from tests.kits.errors import Hostile
 from tests.kits.errors import refused as sentence
 
 MISSING, OTHER = "missing_checkpoint", "not_a_checkpoint"
 DAMAGED, UNSAFE = "damaged_checkpoint", "unsafe_checkpoint"
 STATE = {"model": OrderedDict(w=torch.arange(6.0).view(2, 3), b=torch.ones(2, dtype=torch.bfloat16))}
-
-
-class Runs:
-    """Pickled, this creates a file when it is loaded."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 def refused(path, code, named=""):
@@ -79,7 +70,7 @@ def test_numpy_scalars_written_by_numpy_1_load_too(tmp_path):
         pickle.dumps(evil, protocol=protocol))) for protocol in (0, 2, 4, 5))])
 def test_no_pickle_is_executed(tmp_path, code, named, write):
     path, mark = tmp_path / "evil.pth", tmp_path / "executed"
-    write(path, Runs(mark))
+    write(path, Hostile(mark))
     refused(path, code, named)
     assert not mark.exists()
 

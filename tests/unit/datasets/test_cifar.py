@@ -1,5 +1,4 @@
 """CIFAR as distributed or pickled by others, read without executing a pickle."""
-import os
 import pickle
 
 import numpy as np
@@ -9,7 +8,7 @@ from datasets.build import build_data, eval_loader
 from datasets.cifar import read_arrays, read_cifar
 from datasets.dataset import make_loader
 from datasets.sampler import GlobalBatchSampler
-from tests.kits.errors import refused
+from tests.kits.errors import Hostile, refused
 from tests.kits.options import data_options
 
 
@@ -60,14 +59,6 @@ def test_the_original_files_written_by_python_2_are_read(tmp_path):
     (tmp_path / "file").write_bytes(b"\x80\x02}(U\x04data" + array + b"U\x06labels](K\x06K\x09eu.")
     content = read_arrays(str(tmp_path / "file"))
     assert content["data"].tolist() == [[65, 66, 67], [68, 69, 70]] and content["labels"] == [6, 9]
-
-
-class Hostile:
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.mark),)
 
 
 def test_what_is_no_cifar_is_one_sentence_and_nothing_of_it_is_executed(tmp_path):

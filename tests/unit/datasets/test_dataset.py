@@ -16,6 +16,8 @@ from datasets.build import build_data, eval_loader
 from datasets.dataset import make_loader
 from datasets.device import EvalPrepare, TrainPrepare
 from datasets.sampler import GlobalBatchSampler
+from launch.stop import alive
+from tests.kits.batches import prepared
 from tests.kits.errors import refused
 from tests.kits.images import fill_folder, jpeg, write_images
 from tests.kits.options import data_options
@@ -33,22 +35,7 @@ def _options(folder, **changes):
 
 def _epoch(folder, world=1, freq=1, epoch=1, start=0, **changes):
     """Prepared images and targets of an epoch in global order, global batch 64, from all ranks."""
-    options = _options(folder, batch_size=64 // (world * freq), **changes)
-    data = build_data(options, train=True, evaluate=False)
-    prepare = TrainPrepare(options, data.num_classes, "cpu")
-    found = {}
-    for rank in range(world):
-        sampler = GlobalBatchSampler(len(data.train), 64, options.batch_size, freq, rank, world, seed=options.seed)
-        sampler.set_start(epoch, start)
-        loader = make_loader(data.train, options, sampler)
-        for batch in loader:
-            images, targets = prepare(batch)
-            for row, position in enumerate(batch.positions.tolist()):
-                found[position] = images[row], targets[row]
-        loader.close()
-    positions = sorted(found)
-    assert positions == list(range(64 * start, 128))
-    return torch.stack([found[p][0] for p in positions]), torch.stack([found[p][1] for p in positions])
+    return prepared(_options(folder, batch_size=64 // (world * freq), **changes), world, freq, epoch, start)
 
 
 @pytest.mark.parametrize("split", [{"freq": 4}, {"world": 2, "freq": 2}, {"world": 4, "mixup_mode": "elem"},
@@ -92,7 +79,7 @@ def test_workers_persist_and_follow_the_sampler(folder):
         workers.append([worker.pid for worker in loader._iterator._workers])
     assert workers[0] == workers[1] == workers[2]
     loader.close()
-    assert not any(map(_alive, workers[0]))
+    assert not any(map(alive, workers[0]))
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 7])
@@ -267,7 +254,7 @@ def test_workers_end_with_their_parent_and_let_a_group_signal_pass(folder):
             os.kill(pid, signal.SIGTERM)
             os.kill(pid, signal.SIGUSR2)
         time.sleep(0.3)
-        assert all(_alive(pid) for pid in workers[0])
+        assert all(alive(pid) for pid in workers[0])
         children[0].kill()
         assert [child.wait(20) for child in children] == [-9, 1]
     finally:
@@ -275,14 +262,6 @@ def test_workers_end_with_their_parent_and_let_a_group_signal_pass(folder):
             child.kill()
             child.stdout.close()
     deadline = time.time() + 10
-    while any(map(_alive, sum(workers, []))) and time.time() < deadline:
+    while any(map(alive, sum(workers, []))) and time.time() < deadline:
         time.sleep(0.05)
-    assert not any(map(_alive, sum(workers, [])))
-
-
-def _alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
+    assert not any(map(alive, sum(workers, [])))

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 
@@ -85,6 +86,12 @@ def test_webdataset_classes_without_names_are_synsets_when_there_are_1000_and_nu
         assert reader.classes == classes and reader.labels.tolist() == list(range(count))
 
 
+def test_parquet_without_pyarrow_is_one_sentence(forms, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with refused("missing_package", "pip install pyarrow"):
+        read(forms["parquet"] / "data")
+
+
 def test_parquet_names_come_from_its_metadata_and_gzipped_and_misnamed_images_are_read(tmp_path):
     tree = {"train": [("cat", "a.png", jpeg(0)), ("dog", "b.JPEG", gzip.compress(jpeg(1))), ("dog", "c.JPEG", jpeg(2))]}
     FORMS["parquet"](tmp_path, tree)
@@ -139,24 +146,38 @@ def test_an_image_that_is_there_twice_is_refused(tmp_path):
         read(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["footer", "truncated", "pages", "columns", "text", "no labels", "label -1"])
+def varint(number: int) -> bytes:
+    """A count as a parquet footer holds it."""
+    return bytes([number]) if number < 128 else bytes([number & 127 | 128]) + varint(number >> 7)
+
+
+@pytest.mark.parametrize("damage", ["footer", "truncated", "pages", "columns", "text", "no labels", "label -1", *(
+    f"terabytes: {count}" for count in ("rows", "rows of a group", "bytes", "bytes unpacked"))])
 def test_broken_parquet_is_one_sentence_without_much_memory(tmp_path, damage):
     import pyarrow
     from pyarrow import parquet
-    path, images = tmp_path / "0.parquet", [{"bytes": jpeg(i), "path": f"{i}.JPEG"} for i in range(20)]
-    columns = {"image" if damage != "columns" else "other": images, "label": [0, 1] * 10 if damage != "label -1" else [-1] * 20}
+    path, images = tmp_path / "0.parquet", [{"bytes": jpeg(i), "path": f"{i}.JPEG"} for i in range(200)]
+    columns = {"image" if damage != "columns" else "other": images, "label": [0, 1] * 100 if damage != "label -1" else [-1] * 200}
     if damage == "no labels":
         del columns["label"]
-    parquet.write_table(pyarrow.table(columns), path, row_group_size=5)
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=150)
     data = bytearray(path.read_bytes())
+    at = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
     if damage == "footer":
         data[-8:-4] = (2 ** 31 - 1).to_bytes(4, "little")
     elif damage == "pages":  # what the footer says about sizes: every varint of it larger
-        at = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
         data[at:-8] = bytes(255 if byte > 127 else byte for byte in data[at:-8])
+    elif damage.startswith("terabytes"):  # a well-formed footer in which one count is another
+        group = parquet.read_metadata(path).row_group(0)
+        claims = {"rows": 200, "rows of a group": 150, "bytes": group.column(0).total_compressed_size,
+                  "bytes unpacked": group.column(0).total_uncompressed_size}
+        footer = data[at:-8].replace(varint(2 * claims[damage[11:]]), varint(2 << 40))
+        assert len(footer) > len(data) - 8 - at
+        data[at:] = footer + len(footer).to_bytes(4, "little") + b"PAR1"
     path.write_bytes({"truncated": bytes(data[:len(data) // 2]), "text": b"PAR1 no parquet"}.get(damage, bytes(data)))
     with refused("unreadable_data invalid_labels", tmp_path):
         read(tmp_path)
+    assert pyarrow.default_memory_pool().max_memory() < 50e6
 
 
 def test_a_container_that_was_replaced_or_grew_is_indexed_again_and_while_running_no_image(forms, tmp_path):

@@ -4,6 +4,7 @@ import os
 import pickle
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from datasets import folders
 from datasets.index import Index, IndexCache, Rows, Source
 from datasets.readers import open_reader
-from tests.kits.errors import refused
+from tests.kits.errors import Hostile, refused
 
 
 @pytest.fixture
@@ -63,16 +64,6 @@ def test_a_folder_that_has_just_changed_is_not_cached(root):
     assert not (root.parent / "cache").exists()
 
 
-class Mine:
-    """A pickle that leaves a file behind when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 def test_damaged_and_hostile_caches_are_scanned_over_and_no_pickle_is_opened(root, scans):
     cache = IndexCache(str(root.parent / "cache"))
     expected = names(open_reader(Source.of(str(root)), cache))
@@ -100,7 +91,7 @@ def test_damaged_and_hostile_caches_are_scanned_over_and_no_pickle_is_opened(roo
         replace(index, **change).write(file)
         scans.clear()
         assert names(open_reader(Source.of(str(root)), IndexCache(cache.folder, write=False))) == expected and scans
-    file.write_bytes(pickle.dumps(Mine(root / "executed")))
+    file.write_bytes(pickle.dumps(Hostile(root / "executed")))
     assert names(open_reader(Source.of(str(root)), cache)) == expected and not (root / "executed").exists()
 
 
@@ -121,7 +112,21 @@ def test_a_path_without_images_is_explained_with_what_lies_there(tmp_path, besid
         open_reader(Source.of(str(tmp_path / "x")), IndexCache(str(tmp_path / "cache")))
 
 
-def test_an_index_of_a_million_images_loads_fast_and_small(tmp_path):
+def private(work) -> int:
+    """KiB that a forked process shares with nobody after `work()`."""
+    here, there = os.pipe()
+    if not os.fork():
+        try:
+            work()
+            lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+            os.write(there, b"%d" % sum(int(line.split()[1]) for line in lines if line.startswith("Private_")))
+        finally:
+            os._exit(0)
+    os.wait()
+    return int(os.read(here, 20))
+
+
+def test_an_index_of_a_million_images_loads_fast_and_small_and_is_shared(tmp_path):
     count, root = 1_280_000, tmp_path / "data"
     (root / "a").mkdir(parents=True)
     age(root)
@@ -135,6 +140,7 @@ def test_an_index_of_a_million_images_loads_fast_and_small(tmp_path):
     assert time.perf_counter() - started < 2 and len(loaded) == count
     assert sum(values.nbytes for values in loaded.index.arrays.values()) < 48e6
     assert loaded.name(count - 1).endswith("/a/n01440764_999999.JPEG")
+    assert private(lambda: [None for i in range(0, count, 50) if not loaded.name(i)]) < private(lambda: None) + 2000
 
 
 def test_the_order_is_by_class_stem_and_extension_and_earlier_checkpoints_keep_theirs(root):

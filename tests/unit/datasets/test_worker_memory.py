@@ -94,7 +94,6 @@ def test_three_passes_cost_no_memory(tmp_path):
     assert here.poll(240), "no answer"
     seen = here.recv()
     process.join(30)
-    print(seen)
     # The first pass fills caches; the three after it must find everything there.
     (first, files, shared), *later = seen
     for workers, own_files, own_shared in later:

@@ -2,7 +2,6 @@
 hint."""
 import fcntl
 import json
-import logging
 import math
 import os
 import pty
@@ -32,14 +31,6 @@ def at(epoch=0, done=10, updates=10, **more):
                    data_wait=0.02, class_acc=math.nan) | more
     return Progress(next_update=epoch * updates + done, recent_loss=2.0, seconds=float(done), nonfinite=0, sums=[],
                     outcome=Outcome.DONE, epoch=epoch, first_update=epoch * updates, figures=figures)
-
-
-@pytest.fixture
-def logged(monkeypatch, caplog):
-    """`logged.messages` are the sentences logged during a test."""
-    monkeypatch.setattr(logger, "propagate", True)
-    caplog.set_level(logging.INFO, logger.name)
-    return caplog
 
 
 def tracker(folder, updates_per_epoch=10, **more):
@@ -212,9 +203,10 @@ def test_trackio_keeps_the_figures_offline_and_standard_output_stays_for_results
     assert any(path.read_bytes() == b"weights" for path in (tmp_path / "artifacts").rglob("*") if path.is_file())
 
 
-def test_a_missing_package_is_one_line(logged, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    t = tracker(None, enable_wandb=True)
+@pytest.mark.parametrize("name, asked", [("wandb", {"enable_wandb": True}), ("wandb", {"track": "wandb"}), ("trackio", {"track": "trackio"})])
+def test_a_missing_package_is_one_line(logged, monkeypatch, name, asked):
+    monkeypatch.setitem(sys.modules, name, None)
+    t = tracker(None, **asked)
     t.end_epoch(at(0), {}, 1.0)
-    assert len([line for line in logged.messages if "pip install wandb" in line]) == 1
+    assert len([line for line in logged.messages if f"pip install {name}" in line]) == 1
     t.close()

@@ -36,9 +36,10 @@ def content(reader):
 def test_pack_keeps_every_byte_name_and_the_order(folders, tmp_path, capsys):
     assert run("pack", folders, tmp_path / "out", "--tar_gb", "0.00002") == 0
     assert "as before" in capsys.readouterr().out
-    plain, packed = (open_reader(source_of(str(path), "train"), IndexCache("/dev/null/none"))
-                     for path in (folders / "train", tmp_path / "out"))
-    assert packed.order == plain.order and packed.classes == plain.classes and content(packed) == content(plain)
+    for order in (None, ""):  # the canonical one, and that of earlier checkpoints
+        plain, packed = (open_reader(source_of(str(path), "train"), IndexCache("/dev/null/none"), order)
+                         for path in (folders / "train", tmp_path / "out"))
+        assert packed.order == plain.order and packed.classes == plain.classes and content(packed) == content(plain)
     info = json.loads((tmp_path / "out" / "_info.json").read_text())["splits"]["train"]
     assert sum(info["shard_lengths"]) == 8 and len(info["filenames"]) > 1 and len(info["sha256"][0]) == 64
     for name in info["filenames"]:  # as other readers group them: the key ends at the first dot of the last part
