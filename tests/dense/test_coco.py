@@ -1,6 +1,7 @@
 """COCO's layout: figures of average precision, the training and test pipelines, mistakes in annotation files."""
 import copy
 import json
+import sys
 import zlib
 
 import numpy as np
@@ -14,6 +15,7 @@ from dense.coco_images import Scales, test_transform, train_transform
 from dense.detector_losses import padded
 from dense.pixels import normalised
 from tests.kits.dense import DENSE, dense_boxes, dense_masks, given, stored
+from tests.kits.errors import refused
 
 test_transform.__test__ = False
 
@@ -24,7 +26,7 @@ def library(request, monkeypatch):
     pytest.importorskip(request.param)
     coco.coco_tools.cache_clear()
     if request.param == "pycocotools":
-        monkeypatch.setitem(__import__("sys").modules, "faster_coco_eval", None)
+        monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     yield request.param
     coco.coco_tools.cache_clear()
 
@@ -40,6 +42,14 @@ def test_average_precision(library):
             assert {str(number): value for number, value in each.items()} == pytest.approx(
                 expected["bbox_per_category"], abs=1e-9)
     assert coco.coco_tools()[0].__module__.split(".")[0] == library
+
+
+def test_without_either_library_is_one_sentence(monkeypatch):
+    for name in ("faster_coco_eval", "pycocotools"):
+        monkeypatch.setitem(sys.modules, name, None)
+    coco.coco_tools.cache_clear()
+    with refused("missing_package", "pip install pycocotools"):
+        coco.coco_tools()
 
 
 class Scripted:

@@ -1,4 +1,5 @@
 """Pipelines give the published pixels: sizes, resizing, labels, photometric distortion, whole samples."""
+import sys
 import zlib
 
 import numpy as np
@@ -66,6 +67,12 @@ def test_photometric_distortion(case):
     draws = Scripted(case["draws"])
     found = distort(given(case["picture"]).numpy(), draws)
     assert not draws.draws and crc(found) == case["crc32_rgb"]
+
+
+def test_a_missing_opencv_is_one_line(logged, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    assert pixels.opencv.__wrapped__() is None
+    assert [("pip install opencv-python-headless" in line) for line in logged.messages] == [True]
 
 
 def test_without_opencv_pixels_are_at_most_one_level_away(monkeypatch):
