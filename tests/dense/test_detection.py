@@ -29,8 +29,7 @@ def folder(tmp_path_factory):
     """Fourteen drawn scenes to train on, five to evaluate, in COCO's layout."""
     path = tmp_path_factory.mktemp("coco") / "data"
     with pytest.MonkeyPatch.context() as patch:
-        for module in (coco, scenes):
-            patch.setattr(module, "COUNTS", {"training": 14, "validation": 5})
+        patch.setattr(coco, "COUNTS", {"training": 14, "validation": 5})
         ensure_sample(path, coco.write_scenes, ("annotations",))
     return path
 
