@@ -24,7 +24,7 @@ from common.text import plural, printable
 from datasets.images import BadImage, decode_path
 from dense.scenes import NAMES, draw
 
-COUNTS = {"training": 1100, "validation": 100}  # drawn scenes; many, as a detector evaluates after each epoch
+COUNTS = {"training": 1000, "validation": 100}  # drawn scenes; many, as a detector evaluates after each epoch
 SMALLEST = 32  # sides of images to train on
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
