@@ -359,7 +359,7 @@ def evaluate(models: Sequence[tuple[str, nn.Module]], loader: Iterable[Batch], e
     models, left in eval mode, wait for no other rank. No results at all when the observer of any rank has
     left the evaluation. Raises RuntimeError when not exactly `expected` images were seen.
     """
-    start, tallies, left = time.perf_counter(), [_Tally(evaluation) for _ in models], False
+    tallies, left = [_Tally(evaluation) for _ in models], False
     with float32_products(evaluation.tf32):
         for _, model in models:
             model.eval()
@@ -373,21 +373,16 @@ def evaluate(models: Sequence[tuple[str, nn.Module]], loader: Iterable[Batch], e
                 with autocast(evaluation.device, evaluation.autocast_dtype):
                     logits = model(images)
                 tally.add(full_precision(logits), targets, batch.indices)
-    if evaluation.process.all_reduce_(torch.tensor(int(left)), "max"):
+    if evaluation.process.any(left):
         return []
-    results = [tally.result(name) for (name, _), tally in zip(models, tallies)]
-    for result in results:
-        result.seconds = time.perf_counter() - start
-        if evaluation.expected not in (None, result.images):
-            raise RuntimeError(f"{result.images} images were evaluated instead of {evaluation.expected}")
-    return results
+    return [tally.result(name) for (name, _), tally in zip(models, tallies)]
 
 
 class _Tally:
     """Integer counts and the loss sum of one model, on the device until the end."""
 
     def __init__(self, evaluation: Evaluation):
-        self.evaluation, device = evaluation, evaluation.device
+        self.evaluation, self.start, device = evaluation, time.perf_counter(), evaluation.device
         self.columns = None if evaluation.columns is None else torch.as_tensor(evaluation.columns).to(device)
         self.counts = torch.zeros(5, dtype=torch.int64, device=device)
         wide = torch.float32 if device.type == "mps" else torch.float64
@@ -413,8 +408,11 @@ class _Tally:
         for total in (self.counts, self.loss):
             self.evaluation.process.all_reduce_(total, "sum")
         hits1, hits5, images, bad, nonfinite = self.counts.tolist()
+        if self.evaluation.expected not in (None, images):
+            raise RuntimeError(f"{images} images were evaluated instead of {self.evaluation.expected}")
         loss = self.loss.item() / (images - bad) if images > bad else np.nan
-        return EvalResult(name, hits1, hits5, images, bad, nonfinite, loss, outputs=self._gather())
+        return EvalResult(name, hits1, hits5, images, bad, nonfinite, loss, outputs=self._gather(),
+                          seconds=time.perf_counter() - self.start)
 
     def _gather(self) -> Outputs | None:
         if not self.evaluation.outputs:

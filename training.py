@@ -14,9 +14,7 @@ from common.ledger import Ledger
 from common.log import logger
 from common.outcome import ExitCode, Outcome
 from common.text import plural
-from config.options import Options
 from config.parse import Resolved
-from datasets.build import Data
 from evaluation import evaluate_checkpoints
 from launch.process import Process
 from launch.stop import OTHERS, StopRequest
@@ -25,16 +23,7 @@ from models.trained import best_checkpoint
 from optim.ema import Ema
 from optim.finite import FiniteWatch
 from optim.update import Update, UpdateStats
-from plan import (
-    Classification,
-    Plan,
-    compiled,
-    find_data,
-    plan_run,
-    rate_at_peak,
-    resumed_schedule_notice,
-    set_numerics,
-)
+from plan import Classification, FindData, Plan, compiled, find_data, plan_run, rate_at_peak, set_numerics
 from report.page import write_report
 from run.checkpoint import Checkpoints, Loaded, open_folder, state_bytes
 from run.folder import RunFolder
@@ -42,7 +31,6 @@ from run.log import Tracker
 from run.start import code_version, kernels, process_problems
 from run.state import BEST, BEST_EMA, Parts, Position, Setup, State, collect, finished, restore
 
-FindData = Callable[[Options, Process, State], Data]
 MakeTask = Callable[[Plan, Process, State | None], engine.Task]
 
 
@@ -162,7 +150,7 @@ class Trainer(engine.Observer):
         except Exception as error:  # of any type, for tensors that do not fit and entries from elsewhere
             raise UserError("the checkpoint's weights or optimizer state do not fit --model "
                             f"{self.options.model} and --opt {self.options.opt}: "
-                            f"{' '.join(str(error).split())[-200:]}", code="invalid_checkpoint") from error
+                            f"{' '.join(str(error).split())[-200:]}.", code="invalid_checkpoint") from error
 
     def save(self, best: Mapping[str, float] | None = None, wait: bool = False) -> None:
         """Save the epoch that was finished last, or the one under way when it has sums; see
@@ -322,7 +310,8 @@ def _introduce(trainer: Trainer, plan: Plan, loaded: Loaded | None) -> None:
         version=code_version(), global_batch=plan.batch.global_batch)
     if loaded is not None:
         logger.info("Resuming at epoch %d, update %d from %s", at.begun + 1, at.update, loaded.path)
-        if notice := resumed_schedule_notice(trainer.task.schedule, loaded.state):
+        epochs = (loaded.state["args"] or {}).get("epochs", options.epochs)
+        if notice := trainer.task.schedule.stretched(epochs, at.update):
             logger.info(notice)
     if trainer.checkpoints is not None:
         state = trainer.state_dict()  # AdamW's two moments come with the first update
@@ -355,14 +344,14 @@ def _fit(trainer: Trainer, folder: RunFolder | None) -> ExitCode:
         logger.info("Stopped at update %d (%s); the same command resumes it from %s.", at.update, cause,
                     "the newest that was saved" if checkpoints and checkpoints.unsaved else "there")
         return ExitCode.PAUSED
-    if checkpoints is not None:
-        for path in (checkpoints.folder / BEST, checkpoints.folder / BEST_EMA, *checkpoints.numbered()[-1:]):
-            trainer.tracker.log_checkpoint(path)
-    if folder is not None:
-        try:
+    try:
+        if checkpoints is not None:
+            for path in (*checkpoints.best_files(), *checkpoints.numbered()[-1:]):
+                trainer.tracker.log_checkpoint(path)
+        if folder is not None:
             logger.info("Report: %s", write_report(folder.own()))
-        except (UserError, OSError) as error:  # a finished training must not fail for the lack of a page
-            logger.warning("No report page was written: %s", error)
+    except (UserError, OSError) as error:  # a finished training must not fail for the lack of a page
+        logger.warning("No report page was written: %s", error)
     return ExitCode.DONE
 
 

@@ -1,17 +1,15 @@
-"""The training loop: the same numbers however an update is split, what observers hear, non-finite updates."""
+"""The training loop: the same numbers however an update is split, non-finite updates."""
 import copy
 import math
 
 import pytest
-import timm
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import models  # noqa: F401  (registers the networks)
 from common.outcome import Outcome
 from engine import Observer
 from tests.kits.processes import in_processes
-from tests.kits.toy import CLASSES, Alone, train, training
+from tests.kits.toy import Alone, train, training
 
 CONFIGS = {"norm": dict(clip_grad=0.4), "agc": dict(clip_grad=0.05, clip_by="agc"),
            "value": dict(clip_grad=0.02, clip_by="value"), "none": {}}
@@ -54,55 +52,22 @@ def test_gradients_are_reduced_only_at_the_last_micro_batch(mode, reduced):
 
 
 class Recorder(Observer):
-    """Keeps what the engine tells and, where `loop` is given, a copy of all that training changes after each
-    update."""
+    """Keeps what the engine tells, and a copy of all that training changes after each update."""
 
-    def __init__(self, loop=None):
-        self.loop, self.update = loop, -1
-        self.phases, self.progress, self.records, self.states, self.finite = [], [], [], [], []
+    def __init__(self, loop):
+        self.loop, self.update, self.records, self.states, self.finite = loop, -1, [], [], []
 
     def on_phase(self, phase, update):
         self.update = update
-        self.phases.append((phase, update))
 
     def after_update(self, update, stats, sums):
         self.finite.append(bool(stats.finite))
-        if self.loop is not None:
-            parts = self.loop.task.model, self.loop.update.ema.module, self.loop.update.optimizer
-            *weights, optimizer = (part.state_dict() for part in parts)
-            self.states.append(copy.deepcopy([*weights, optimizer["state"]]))
-
-    def on_progress(self, progress):
-        self.progress.append(progress)
+        parts = self.loop.task.model, self.loop.update.ema.module, self.loop.update.optimizer
+        *weights, optimizer = (part.state_dict() for part in parts)
+        self.states.append(copy.deepcopy([*weights, optimizer["state"]]))
 
     def on_nonfinite(self, record):
         self.records.append(record)
-
-
-def test_what_an_observer_hears():
-    state, recorder = training(update_freq=2), Recorder()
-    progress = train(state, observer=recorder)
-    micro, figures = ["data", "forward", "backward"], progress.figures
-    assert recorder.phases == [(phase, update) for update in range(4) for phase in micro + micro + ["step"]]
-    assert [p.next_update for p in recorder.progress] == [2, 4] and recorder.progress[-1] == progress
-    recent = [p.recent_loss for p in recorder.progress]
-    assert figures["loss"] == pytest.approx(sum(recent) / 2)
-    assert recent[0] == pytest.approx(recorder.progress[0].figures["loss"])
-    assert figures["lr"] == pytest.approx(state.update.schedule.lr(3)) and 0 <= figures["class_acc"] <= 100
-    assert 0 <= figures["data_wait"] <= 1 and figures["images_per_second"] > 0
-
-
-def test_fp16_trains_like_full_precision():
-    losses = []
-    for autocast in (None, torch.float16):
-        torch.manual_seed(0)
-        model = timm.create_model("hornet_pico_7x7", num_classes=CLASSES, drop_path_rate=0.2)
-        state = training(model=model, dtype=torch.float32, clip_grad=1.0, **(FP16 if autocast else {}))
-        state.task.prepare = lambda b: (torch.nn.functional.interpolate(b.images, (32, 32)), b.targets)
-        state.task.autocast_dtype = autocast
-        losses.append([train(state, epoch).figures["loss"] for epoch in range(2)])
-        assert all(p.dtype == torch.float32 for p in model.parameters())
-    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 def assert_equal_states(a, b):
