@@ -409,7 +409,7 @@ def find_checkpoint(resolved: Resolved, folder: RunFolder | None) -> Loaded | No
         return None
     checkpoints = Checkpoints(folder or ".")
     if not asked and not options.auto_resume:
-        if best_checkpoint(checkpoints.folder):
+        if checkpoints.numbered() or checkpoints._best_files():  # weights of the Hub's layout are no run's
             raise UserError(f"--auto_resume false, but {checkpoints.folder} holds the checkpoints of an "
                             "earlier run; choose another --output_dir.", code="other_run")
         return None
