@@ -94,8 +94,8 @@ def build_data(options: Options, *, train: bool, evaluate: bool, class_names: li
 
 
 def _companion(options: Options, split: _Split, classes: list[str] | None) -> Subset | None:
-    """The one of ImageNet's validation sets that `split` is, when its 1000 classes are the model's, which are
-    `classes`, or among them (ImageNet-22k's); None for other data, and for images held back from training."""
+    """The one of ImageNet's validation sets that `split` is, if its 1000 classes are the model's (`classes`)
+    or among them (ImageNet-22k's); None for any other data, and for images held back from a train folder."""
     if options.data_set != "IMNET" or options.val_labels or options.nb_classes not in (None, 1000):
         return None
     if (split.labels < 0).any() or classes and not {*classes} >= {*imagenet_synsets()}:
