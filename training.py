@@ -2,7 +2,6 @@
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,11 +14,9 @@ from common.log import logger
 from common.outcome import ExitCode, Outcome
 from common.text import plural
 from config.parse import Resolved
-from evaluation import evaluate_checkpoints
 from launch.process import Process
 from launch.stop import OTHERS, StopRequest
 from launch.watchdog import Watchdog
-from models.trained import best_checkpoint
 from optim.ema import Ema
 from optim.finite import FiniteWatch
 from optim.update import Update, UpdateStats
@@ -267,12 +264,10 @@ class Trainer(engine.Observer):
 # ----------------------------------------------------------------------------------------- the command
 
 def train(resolved: Resolved, process: Process, watchdog: Watchdog, *,
-          data: FindData = find_data, task: MakeTask = Classification,
-          evaluate: Callable[[Resolved, Process, Watchdog], ExitCode] = evaluate_checkpoints) -> ExitCode:
+          data: FindData = find_data, task: MakeTask = Classification) -> ExitCode:
     """Train as `resolved` says, or resume the run in its folder; returns the exit code.
 
-    `data` and `task` say what is learned (see `engine.Task`), `evaluate` what follows when a finished run is
-    started again: `resolved` then names its best checkpoint to evaluate.
+    `data` and `task` say what is learned (see `engine.Task`).
     """
     options = resolved.options
     folder = RunFolder(options.output_dir) if options.output_dir and process.is_main else None
@@ -280,10 +275,9 @@ def train(resolved: Resolved, process: Process, watchdog: Watchdog, *,
         loaded = process.on_rank_zero(lambda: open_folder(resolved, folder))
         state = loaded.state if loaded else None
         if loaded is not None and finished(loaded.state, options.epochs):
-            logger.info("This run has finished its %s (%s); raise --epochs to train on. Now evaluating it.",
-                        plural(options.epochs, "epoch"), loaded.path)
-            found = _best_of_finished(resolved, loaded, process)
-            return ExitCode.DONE if options.disable_eval else evaluate(found, process, watchdog)
+            logger.info("This run has finished its %s (%s): raise --epochs to train on, or evaluate its best "
+                        "weights with --eval true.", plural(options.epochs, "epoch"), loaded.path)
+            return ExitCode.DONE
         with StopRequest(options.stop_before_end) as stop:
             plan = plan_run(resolved, process, state, data=data)
             # Not before: a start that is refused leaves nothing there.
@@ -353,15 +347,3 @@ def _fit(trainer: Trainer, folder: RunFolder | None) -> ExitCode:
     except (UserError, OSError) as error:  # a finished training must not fail for the lack of a page
         logger.warning("No report page was written: %s", error)
     return ExitCode.DONE
-
-
-def _best_of_finished(resolved: Resolved, loaded: Loaded, process: Process) -> Resolved:
-    """What starting a finished run again comes to: its best weights are evaluated, the last where there are
-    no best."""
-    options = resolved.options
-    best = process.on_rank_zero(
-        lambda: best_checkpoint(Path(options.output_dir)) if options.output_dir else None)
-    # Not what a fine-tuning began with, and in true float32 as after each epoch, whatever it was trained in.
-    options = replace(options, eval=True, resume=(str(best or loaded.path),), finetune="", pretrained=False,
-                      use_amp=False, fast_math=False)
-    return replace(resolved, options=options)

@@ -188,7 +188,7 @@ def events(place: Place, kind: str) -> list[dict]:
     Row("another recipe in the folder", f"{FURTHER} --lr 1e-3", "other_run", ("lr 0.004", "0.001"), finished,
         kept),
     Row("the newest has a flipped bit", FURTHER, 0, ("checkpoint-1.pth",), two_epochs),
-    Row("a finished run again", "--model_ema true --model_ema_eval true", 0, ("checkpoint-best",), finished,
+    Row("a finished run again", "--model_ema true --model_ema_eval true", 0, ("--epochs", "--eval true"), finished,
         kept),
     Row("more epochs", FURTHER, 0, (), finished, further))
 def test_checkpoints(row, place, capfd):

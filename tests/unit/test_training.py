@@ -76,14 +76,12 @@ def others(images, tmp_path_factory):
 def observe(state, others, folder, caplog):
     """All that a person could see of a run that is resumed from `state` in another environment, with an image
     more, or with others."""
-    threads, resolved, seen = torch.get_num_threads(), options(others[0], update_freq=1), {}
-    for name, call in {
-            "learning rate": lambda: check_same_run(state, resolved.to_dict() | {"lr": 1.0}, ""),
-            "classes": lambda: plan_run(options(others[1]), Alone(), state)}.items():
-        try:
-            call()
-        except UserError as error:
-            seen[name] = error.code
+    threads, resolved = torch.get_num_threads(), options(others[0], update_freq=1)
+    seen = {"differences": check_same_run(state, resolved.to_dict() | {"lr": 1.0}, "", explicit=True)}
+    try:
+        plan_run(options(others[1]), Alone(), state)
+    except UserError as error:
+        seen["other classes"] = error.code
     caplog.clear()
     try:
         check_resumable(state, "paused")
