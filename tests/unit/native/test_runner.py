@@ -87,7 +87,7 @@ def pair(name, fast):
 
 @pytest.mark.parametrize("name, product_dtype", [
     ("hornet_pico_7x7", None), ("hornet_pico_gf", None), ("hornet_pico_7x7", torch.float32)])
-def test_bfloat16_autocast_is_as_close_to_float32_as_the_plain_one(monkeypatch, fast, name, product_dtype):
+def test_bfloat16_and_packed_weights_are_as_close_to_float32_as_plain_pytorch(monkeypatch, fast, name, product_dtype):
     """Also on a CPU without bfloat16 instructions, whose products are float32, in training and packed."""
     if product_dtype:
         monkeypatch.setattr(runner, "product_dtype", lambda dtype: product_dtype)
@@ -100,17 +100,12 @@ def test_bfloat16_autocast_is_as_close_to_float32_as_the_plain_one(monkeypatch, 
     exact, *others = found
     distance = [sum(float((a - b).norm() / (1e-6 + b.norm())) for a, b in zip(each, exact)) for each in others]
     assert distance[1] < 1.3 * distance[0]
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), native.packed(ours, dtype=torch.bfloat16):
-        torch.testing.assert_close(ours(x).float(), exact[0], rtol=0, atol=0.05 * float(exact[0].abs().max()))
-
-
-def test_packed_weights_give_the_same_logits_and_are_dropped_afterwards(fast):
-    ours, plain = pair("hornet_pico_gf", fast)
-    x = torch.randn(2, 3, 64, 64)
-    with torch.inference_mode(), native.packed(ours):
-        assert bool(fast.packed) == fast.onednn
-        for _ in range(2):
-            torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-5)
+    for dtype, limit in ((torch.bfloat16, 0.05), (torch.float32, 1e-4)):
+        half = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+        with torch.inference_mode(), half, native.packed(ours, dtype=dtype):
+            assert bool(fast.packed) == fast.onednn
+            for _ in range(2):
+                torch.testing.assert_close(ours(x).float(), exact[0], rtol=0, atol=limit * float(exact[0].abs().max()))
     with torch.no_grad():
         for parameter in (*ours.parameters(), *plain.parameters()):
             parameter.mul_(1.1)
