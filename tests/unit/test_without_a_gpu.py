@@ -100,7 +100,7 @@ def test_an_epoch_leaves_the_host_alone_but_for_its_reports(monkeypatch, mixup, 
         progress = engine.train_one_epoch(loop, engine.Observer(), epoch=0)
         assert update.optimizer.param_groups[0]["fused"] and not update.host_reads
     assert waits == [False, False, False, True, False] and progress.outcome is Outcome.DONE
-    assert launches.total < 99999
+    assert launches.total < 2600 or "agc" in options.values()  # timm clips by it tensor by tensor
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
