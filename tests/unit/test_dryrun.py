@@ -86,10 +86,12 @@ def test_what_is_wrong_is_one_sentence_and_exit_code_2(two_classes, run, flags, 
 
 
 def test_unreadable_images_are_named_and_are_a_problem_for_an_evaluation_alone(two_classes, tmp_path, run):
-    data, folder = shutil.copytree(two_classes, tmp_path / "data"), tmp_path / "run"
+    data, folder, hub = shutil.copytree(two_classes, tmp_path / "data"), tmp_path / "run", tmp_path / "hub"
     (data / "train" / "class000" / "1.JPEG").write_bytes(b"not an image")
     (data / "val" / "class001" / "2.JPEG").write_bytes(b"")
-    code, text = run(data, *TRAIN, "--dry_run", "true")
+    hub.mkdir()
+    (hub / "model.safetensors").touch()  # is no run's checkpoint, and is in nobody's way
+    code, text = run(data, *TRAIN, "--output_dir", str(hub), "--auto_resume", "false", "--dry_run", "true")
     assert code == 0 and "train/class000/1.JPEG" in text and "val/class001/2.JPEG" in text, text
     code, text = run(data, *TRAIN, "--epochs", "1", "--output_dir", str(folder))
     assert code == 0, text

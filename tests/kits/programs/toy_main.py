@@ -5,6 +5,9 @@
 """
 import argparse
 import sys
+from pathlib import Path
+
+import yaml
 
 
 def main() -> int:
@@ -17,6 +20,9 @@ def main() -> int:
     p.add_argument("--print_config", default="")
     options = p.parse_args()
     if options.print_config:
+        recipe = yaml.safe_load(Path(options.config).read_text()) if options.config else {}
+        output_dir = options.output_dir or recipe.get("output_dir")
+        yaml.safe_dump({"output_dir": output_dir, "device": options.device}, sys.stdout)
         return 0
     import toy_training  # with PyTorch, so only where it is needed
 
