@@ -22,22 +22,24 @@ CLIP = {"upernet_tiny_gf": 1, "upernet_small_gf": 1, "upernet_base_gf": 1, "uper
 def test_recipe(config):
     kind, file, by = (SEGMENTOR, "ade20k", "stage") if config[:3] == "seg" else (DETECTOR, "coco", "layer")
     name, row = next((name, row) for name, row in kind.published.items() if row.config == config[4:])
-    options = parse(["--config", str(RECIPES / f"{file}_{name}.yaml"), "--data_path", "x"], kind.options).options
+    options = parse(["--config", str(RECIPES / f"{file}_{name}.yaml")], kind.options).options
     assert options.published is row and options.lr == GROUPS[config]["base_lr"]
     expected = GROUPS[GROUPS[config].get("same_as", config)]["groups"]
     named = [(each, SimpleNamespace(requires_grad=True, ndim=len(shape))) for each, shape in NAMES[config]
              if not each.endswith(("running_mean", "running_var", "num_batches_tracked"))]
     scale = scale_by_depth(options.decay_rate, options.decay_layers, by)
-    found = {each: [group["lr_scale"], group["weight_decay"]]
-             for group in param_groups(named, options.weight_decay, scale_of=scale) for each in group["names"]}
+    groups = param_groups(named, options.weight_decay, scale_of=scale)
+    found = {each: [group["lr_scale"], group["weight_decay"]] for group in groups for each in group["names"]}
     assert found.keys() == expected.keys()
     assert all(found[each] == pytest.approx(values, rel=1e-12) for each, values in expected.items())
-    assert options.drop_path == next(rate for size, rate in DROP_PATH[config[:3]].items() if size in row.model)
+    rates = DROP_PATH[config[:3]].items()
+    assert options.drop_path == next(rate for size, rate in rates if size in row.model)
     assert (options.clip_grad, options.model_ema) == (CLIP.get(name), False)
     assert (options.batch_size, options.global_batch) == (2, 16)
     if kind is SEGMENTOR:
         assert (options.updates, options.check_every, options.warmup_steps) == (160_000, 16_000, 1500)
-        assert options.stride == {512: 341, 640: 426}[row.crop] and options.image_scale == (4 * row.crop, row.crop)
+        assert options.stride == {512: 341, 640: 426}[row.crop]
+        assert options.image_scale == (4 * row.crop, row.crop)
     else:
         cascade = row.system == "cascade_mask_rcnn"
         assert (options.epochs, options.milestones) == ((36, (27, 33)) if cascade else (12, (8, 11)))
@@ -48,7 +50,8 @@ def test_recipe(config):
 def test_schedules(case):
     poly = case["kind"] == "poly"
     schedule = DenseSchedule(
-        Options(lr=case["lr"], min_lr=0.0, warmup_steps=case["warmup_iters"], epochs=10 if poly else case["epochs"]),
+        Options(lr=case["lr"], min_lr=0.0, warmup_steps=case["warmup_iters"],
+                epochs=10 if poly else case["epochs"]),
         case["max_iters"] // 10 if poly else case["updates_per_epoch"], shape=case["kind"],
         milestones=tuple(case.get("milestones", ())))
     for update, value in case["values"].items():
