@@ -47,8 +47,7 @@ class Job:
         environment.paths.result_pickle.unlink(missing_ok=True)
         setup_logging(environment.global_rank)
         task = Task(self, environment)
-        code = task.run_main()
-        if code != ExitCode.DONE:
+        if (code := task.run_main()) != ExitCode.DONE:
             code = task.after(code)
             raise SystemExit(code if code > 0 else 128 - code)
         return code
@@ -152,7 +151,9 @@ class Task:
     def _refusal(self, own: list[Record], code: int, cause: str) -> str:
         """Why the job whose attempts `own` are isn't requeued; "" when it is."""
         failed = [a for a in own if a["state"] == Outcome.FAILED]
-        if code == ExitCode.USAGE or code == ExitCode.PAUSED and own[-1:] == failed[-1:] != []:
+        # What an earlier attempt accepted may pass: a GPU that is missing, a folder that is mounted late.
+        mistake = code == ExitCode.USAGE and restarts() == 0
+        if mistake or code == ExitCode.PAUSED and own[-1:] == failed[-1:] != []:
             return cause
         if code != ExitCode.PAUSED and len({a["update"] for a in failed[-2:]}) < len(failed[-2:]):
             return f"it failed twice at update {failed[-1]['update']}: {cause}"

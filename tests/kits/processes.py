@@ -27,7 +27,7 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["main", "training", "evaluation", "tests.kits.runs", "tools.report"])
 
 
-def expected_value(updates: int, world_size: int) -> float:
+def expected(updates: int, world_size: int) -> float:
     """What the toy training ends with, computed without processes."""
     value = 0.0
     for update in range(updates):
@@ -198,6 +198,12 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
+
+
+def at_update(folder: Path, update: int = -1, seconds: float = 120) -> None:
+    """Wait until the toy training in `folder` has made update number `update`."""
+    now = folder / "now"
+    wait_for(lambda: now.exists() and int(now.read_text() or -2) >= update, seconds)
 
 
 def write_toy_program(folder: Path) -> Path:

@@ -13,7 +13,7 @@ import pytest
 
 from common.ledger import Ledger
 from launch import run_with_submitit
-from tests.kits.processes import TOY, expected_value, wait_for, write_toy_program
+from tests.kits.processes import TOY, expected, wait_for, write_toy_program
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -62,7 +62,7 @@ def final_code(job: str) -> str:
 def test_two_nodes_with_two_tasks_each_run_to_the_end(cluster, submit):
     job, folder = submit(20)
     assert cluster.wait(job) == "COMPLETED", said(folder)
-    assert value(folder) == expected_value(20, 4)
+    assert value(folder) == expected(20, 4)
     assert len(list((folder / "pids").iterdir())) == 4
     assert "state    COMPLETED" in run_with_submitit.status(folder)
 
@@ -94,7 +94,7 @@ def test_survivors_of_a_lost_node_requeue_the_job(cluster, submit):
     finally:
         cluster.control("node-up", "127.0.0.12")
     assert cluster.wait(job) == "COMPLETED", said(folder)
-    assert value(folder) == expected_value(100, 2)
+    assert value(folder) == expected(100, 2)
 
 
 @pytest.mark.parametrize("part", ["--batch", "--full"])
@@ -103,7 +103,7 @@ def test_a_signal_to_the_batch_script_saves_and_requeues(cluster, submit, part):
     wait_for(lambda: (folder / "now").exists())
     subprocess.run(["scancel", part, "--signal=USR2", job], check=True)
     assert cluster.wait(job) == "COMPLETED", said(folder)
-    assert attempts(folder) == [("PAUSED", True), ("DONE", None)] and value(folder) == expected_value(120, 2)
+    assert attempts(folder) == [("PAUSED", True), ("DONE", None)] and value(folder) == expected(120, 2)
 
 
 def test_a_time_limit_too_short_to_train_ends_the_job(cluster, submit, monkeypatch):
@@ -143,7 +143,7 @@ def test_without_scontrol_slurm_requeues_a_preempted_job(cluster, submit, withou
     urgent = ["sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"]
     subprocess.run(urgent, check=True, capture_output=True)
     assert cluster.wait(job) == "COMPLETED", said(folder)
-    assert attempts(folder) == [("PAUSED", True), ("DONE", None)] and value(folder) == expected_value(400, 2)
+    assert attempts(folder) == [("PAUSED", True), ("DONE", None)] and value(folder) == expected(400, 2)
 
 
 def test_a_killed_batch_script_is_one_attempt_that_was_saved(cluster, submit):
@@ -166,7 +166,7 @@ def test_a_killed_task_is_saved_and_requeued_with_no_word_of_a_time_limit(cluste
     task = int(Path(f"/proc/{main}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(task, signal.SIGKILL)
     assert cluster.wait(job) == "COMPLETED", said(folder)
-    assert [requeued for _, requeued in attempts(folder)] == [True, None] and value(folder) == expected_value(200, 2)
+    assert [requeued for _, requeued in attempts(folder)] == [True, None] and value(folder) == expected(200, 2)
     assert "limit" not in Ledger(folder).attempts()[0]["cause"]
 
 
@@ -211,24 +211,24 @@ def test_a_suspended_job_continues_when_it_is_resumed(cluster, submit):
     assert (folder / "now").read_text() == stood
     subprocess.run(["scontrol", "resume", job], check=True)
     assert cluster.wait(job) == "COMPLETED", said(folder)
-    assert attempts(folder) == [("DONE", None)] and value(folder) == expected_value(300, 2)
+    assert attempts(folder) == [("DONE", None)] and value(folder) == expected(300, 2)
 
 
 def test_two_jobs_at_once_on_one_node(cluster, submit):
     jobs = [submit(40, "", 1, 2, "--slurm", "nodelist=127.0.0.11") for _ in range(2)]
     for job, folder in jobs:
         assert cluster.wait(job) == "COMPLETED", said(folder)
-        assert value(folder) == expected_value(40, 2)
+        assert value(folder) == expected(40, 2)
 
 
 def test_srun_without_submitit_and_plain_python_inside_an_allocation(cluster, tmp_path):
     srun = ["srun", "-N2", "--ntasks-per-node=2", sys.executable, TOY, tmp_path / "a", "10"]
-    assert subprocess.run(srun, timeout=300).returncode == 0 and value(tmp_path / "a") == expected_value(10, 4)
+    assert subprocess.run(srun, timeout=300).returncode == 0 and value(tmp_path / "a") == expected(10, 4)
     script = tmp_path / "job.sh"
     script.write_text(f"#!/bin/bash\n{sys.executable} {TOY} {tmp_path / 'b'} 10\n")
     batch = ["sbatch", "--wait", "-N2", "--ntasks-per-node=2", "-o", str(tmp_path / "log"), str(script)]
     assert subprocess.run(batch, timeout=300).returncode == 0, (tmp_path / "log").read_text()
-    assert value(tmp_path / "b") == expected_value(10, 1)
+    assert value(tmp_path / "b") == expected(10, 1)
 
 
 def test_the_time_limit_of_a_job_is_known(cluster, tmp_path):

@@ -5,13 +5,20 @@
 """
 import argparse
 import sys
+from pathlib import Path
+
+import yaml
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     for name in ("config", "output_dir", "device", "updates", "faults", "print_config"):
         parser.add_argument(f"--{name}", default="20" if name == "updates" else "")
     options = parser.parse_args()
-    if not options.print_config:
+    if options.print_config:
+        recipe = yaml.safe_load(Path(options.config).read_text()) if options.config else {}
+        output_dir = options.output_dir or recipe.get("output_dir")
+        yaml.safe_dump({"output_dir": output_dir, "device": options.device or None}, sys.stdout)
+    else:
         import toy_training  # with PyTorch, so only where it is needed
 
         sys.exit(toy_training.main([options.output_dir, options.updates, *options.faults.split()]))
