@@ -63,6 +63,7 @@ def test_numpy_scalars_written_by_numpy_1_load_too(tmp_path):
     (UNSAFE, "mkdir", lambda path, evil: torch.save({"args": evil}, path)),
     (UNSAFE, "mkdir", lambda path, evil: torch.save({"args": evil}, path, _use_new_zipfile_serialization=False)),
     (UNSAFE, "mkdir", lambda path, evil: torch.save({"args": argparse.Namespace(lr=evil)}, path)),
+    (f"{OTHER} {UNSAFE}", "", lambda path, evil: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(path))),
     *((f"{OTHER} {UNSAFE} {DAMAGED}", "", lambda path, evil, protocol=protocol: path.write_bytes(
         pickle.dumps(evil, protocol=protocol))) for protocol in (0, 2, 4, 5))])
 def test_no_pickle_is_executed(tmp_path, code, named, write):
