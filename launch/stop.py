@@ -120,30 +120,25 @@ def job_end_time(env: Mapping[str, str]) -> float:
     """
     if env.get("SLURM_JOB_END_TIME", "").isdigit():
         return float(env["SLURM_JOB_END_TIME"])
-    if "SLURM_JOB_ID" not in env or env.get("SLURM_PROCID", "0") != "0":
-        return float("inf")
-    try:
-        return datetime.fromisoformat(squeue(env["SLURM_JOB_ID"], "%e")).timestamp()
-    except ValueError:  # of N/A, and of no answer
-        return float("inf")
+    if "SLURM_JOB_ID" in env and env.get("SLURM_PROCID", "0") == "0":
+        with suppress(ValueError):  # of N/A, and of no answer
+            return datetime.fromisoformat(squeue(env["SLURM_JOB_ID"], "%e")).timestamp()
+    return float("inf")
 
 
 def squeue(job: str, what: str) -> str:
     """What Slurm says of a job, past ones included, in squeue's format; "" where nobody answers."""
     command = ["squeue", "--noheader", "--states=all", f"--jobs={job}", f"--format={what}"]
-    try:
+    with suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    return ""
 
 
 def alive(pid: int) -> bool:
     """Whether a process of this machine runs; one that ended but wasn't collected by its parent doesn't."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
+    with suppress(OSError), open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    return False
 
 
 def end_now(code: int) -> None:

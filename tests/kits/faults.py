@@ -14,6 +14,7 @@ import pytest
 
 import main
 from common.log import logger
+from run.log import Tracker
 from tests.kits.images import fill_folder
 
 MODEL = "hornet_pico_7x7"
@@ -111,3 +112,14 @@ def check(row: Row, place: Place, capture) -> str:
     if row.after is not None:
         row.after(place)
     return text
+
+
+def at_the_end_of_epoch(monkeypatch, number: int, do: Callable[[], object]) -> None:
+    """`do()` just before the files of epoch `number` are written."""
+    real = Tracker.end_epoch
+
+    def end_epoch(self, progress, *rest, **named):
+        if progress.epoch == number:
+            do()
+        return real(self, progress, *rest, **named)
+    monkeypatch.setattr(Tracker, "end_epoch", end_epoch)

@@ -120,12 +120,9 @@ class Rank(Child):
 
 
 def _run(command: list[str]) -> None:
-    if command[0] == "-c":
-        exec(command[1], {"__name__": "__main__"})
-    else:
-        sys.argv = command
-        sys.path.insert(0, os.path.dirname(command[0]))
-        runpy.run_path(command[0], run_name="__main__")
+    sys.argv = command
+    sys.path.insert(0, os.path.dirname(command[0]))
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def in_processes(work: Callable, world_size: int, folder: Path, *arguments: object) -> list:

@@ -1,30 +1,12 @@
-"""Signals and dying processes, as far as one process shows them; several processes have tests of their
+"""Dying and failing loader workers, as far as one process shows them; several processes have tests of their
 own."""
-import json
 import multiprocessing
 import os
 import signal
 
-from common.outcome import Outcome
-from run.log import Tracker
-from tests.kits.faults import Row, check
+from common.ledger import Ledger
+from tests.kits.faults import Row, at_the_end_of_epoch, check
 from tests.kits.processes import wait_for
-
-
-def after_epoch(monkeypatch, number: int, do) -> None:
-    """`do()` when epoch `number` has been written down."""
-    real = Tracker.end_epoch
-
-    def end_epoch(self, progress, *rest, **named):
-        line = real(self, progress, *rest, **named)
-        if progress.epoch == number:
-            do()
-        return line
-    monkeypatch.setattr(Tracker, "end_epoch", end_epoch)
-
-
-def state(place) -> Outcome:
-    return Outcome(json.loads((place.run / "status.json").read_text())["state"])
 
 
 def kill_workers() -> None:
@@ -33,9 +15,9 @@ def kill_workers() -> None:
 
 
 def test_a_killed_loader_worker_is_one_sentence(place, capfd, monkeypatch):
-    after_epoch(monkeypatch, 0, kill_workers)
+    at_the_end_of_epoch(monkeypatch, 0, kill_workers)
     check(Row("killed", "--epochs 2 --num_workers 1", 1, ("--num_workers",)), place, capfd)
-    assert state(place) is Outcome.FAILED
+    assert Ledger(place.run).status()["state"] == "FAILED"
     monkeypatch.undo()
     check(Row("resumed", "--epochs 2 --num_workers 1", 0), place, capfd)
     wait_for(lambda: not multiprocessing.active_children(), 10)
