@@ -138,7 +138,7 @@ def readable(path: str, kind: str) -> Iterator[None]:
         number = getattr(error, "errno", None)
         if isinstance(error, (UserError, MemoryError)) or number not in (None, errno.ENOENT):
             raise
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{printable(path)} cannot be read as {kind} ({reason}); copy or make it again.",
                         code="unreadable_data") from error
 

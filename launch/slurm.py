@@ -21,7 +21,7 @@ import submitit
 from common.ledger import Ledger, Record, restarts
 from common.log import logger, setup_logging
 from common.outcome import ExitCode, Outcome
-from launch.stop import end_now, job_end_time, squeue
+from launch.stop import job_end_time, squeue
 
 # Seconds a requeued task waits for Slurm to end it; an exit would make the job "failed" or "completed".
 # Longer than the task that decides may need to reach a busy controller.
@@ -84,7 +84,7 @@ class Task:
             if os.getppid() != parent:  # slurmstepd is gone
                 self.child.terminate()  # main.py saves
                 self.child.wait()
-                end_now(ExitCode.FAILED)
+                os._exit(ExitCode.FAILED)
             time.sleep(0.2)
         return ExitCode.PAUSED if -code in self.signals else code
 

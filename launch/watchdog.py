@@ -23,7 +23,7 @@ from common.ledger import Ledger
 from common.log import logger
 from common.outcome import ExitCode
 from launch.process import Process
-from launch.stop import alive, end_now
+from launch.stop import alive
 
 BEAT_EVERY = 1.0
 LONGEST_STEP = 2.0  # seconds between two ticks of the clock beyond which the process did not run
@@ -101,7 +101,7 @@ class Watchdog:
 
     def __init__(self, process: Process, folder: Ledger | str | Path | None = None,
                  hang_timeout: float = 180.0):
-        self.process, self.hang_timeout = process, float(hang_timeout)
+        self.process, self.hang_timeout = process, hang_timeout or float("inf")
         self.beat = Beat(process.rank, process.node_name, os.getpid())
         self.record_in(folder)
         self._store: dist.Store = dist.HashStore()
@@ -165,9 +165,9 @@ class Watchdog:
             if self.process.launcher != "none" and os.getppid() != self._parent:
                 os.kill(os.getpid(), signal.SIGTERM)  # so that training saves
                 if not self._stop.wait(GRACE_WITHOUT_LAUNCHER):
-                    end_now(ExitCode.FAILED)
+                    os._exit(ExitCode.FAILED)
                 return
-            if self.hang_timeout and self._clock() - self._asked > self.hang_timeout:
+            if self._clock() - self._asked > self.hang_timeout:
                 self._end(self._store_gone(f"no answer for {self.hang_timeout:.0f} s"))
 
     def _watch(self) -> None:
@@ -207,7 +207,7 @@ class Watchdog:
     def _send(self) -> None:
         beat = self.beat
         times = PATIENCE.get(beat.phase, 3 if beat.update <= self._first_update else 1)
-        beat.patience = self.hang_timeout * times or float("inf")
+        beat.patience = self.hang_timeout * times
         beat.age, beat.waits_in = self._clock() - self._since, self.process.waits_in
         beat.count += 1
         self._store.set(f"watchdog/{beat.rank}", json.dumps(dataclasses.asdict(beat)))
@@ -271,7 +271,7 @@ class Watchdog:
             text, own = str(own), None
         logger.error("%s%s", "" if mine else f"{self.beat.name} ends: ", text, exc_info=own)
         time.sleep((LINGER + (not mine)) * (self.process.world_size > 1))
-        end_now(cause.code)
+        os._exit(cause.code)  # without waiting for threads or collectives; loader workers end with it
 
     def _record(self, cause: Cause) -> None:
         if self.ledger is not None and self.ledger.path.is_dir():

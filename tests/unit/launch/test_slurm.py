@@ -154,6 +154,10 @@ def test_what_main_could_not_record_the_task_does(tmp_path, monkeypatch):
     task.after(-signal.SIGKILL)
     status = trained.status()
     assert (status["state"], status["update"], status["rank"]) == ("FAILED", 36, 0) and "SIGKILL" in status["cause"]
+    monkeypatch.setattr(slurm, "HOLD", 60)
+    began = time.monotonic()
+    assert Task(job(folder, run), _Environment(1, [])).after(ExitCode.FAILED) == 1  # it knows what was decided
+    assert time.monotonic() - began < 30
 
 
 def test_a_signal_before_main_handles_any_loses_nothing(tmp_path):

@@ -84,16 +84,6 @@ def failed(folder) -> dict:
     return status
 
 
-def test_an_exception_ends_all_ranks_and_every_log_names_it(tmp_path):
-    """With the watchdog for hangs switched off."""
-    (code, output), (other_code, other) = reversed(finish(start_ranks(2, TOY, tmp_path, 1000, "raise=1@5", "hang_timeout=0")))
-    assert (code, other_code) == (1, 1) and output.strip().endswith("ArithmeticError: one divided by nothing")
-    last = other.strip().splitlines()[-1]
-    assert "rank 0" in last and "rank 1" in last and "ArithmeticError" in last
-    assert (failed(tmp_path)["rank"], failed(tmp_path)["update"]) == (1, 5)
-    assert "ArithmeticError: one divided by nothing" in failed(tmp_path)["cause"]
-
-
 def test_a_users_mistake_on_one_rank_is_one_sentence(tmp_path):
     results = finish(start_ranks(2, TOY, tmp_path, 1000, "user_error=1@5"))
     assert [code for code, _ in results] == [2, 2]
