@@ -1,4 +1,5 @@
 """`--eval true`: find the weights, evaluate them in one pass over the images, compare with the published."""
+import os
 import re
 import sys
 from contextlib import closing
@@ -19,9 +20,9 @@ from common.safe_load import safe_torch_load
 from common.synsets import imagenet_synsets
 from config.options import ImageSettings, Options, from_checkpoint
 from config.parse import Resolved, check_model
-from datasets.build import Data, build_data, eval_loader, val_subset
+from datasets.build import Data, build_data, eval_loader
 from datasets.device import EvalPrepare
-from datasets.labels import Subset, real_labels
+from datasets.labels import real_labels
 from launch.process import Process
 from launch.watchdog import Watchdog
 from models import MODEL_NAMES
@@ -40,8 +41,6 @@ from run.start import check_writable
 # What a checkpoint of ours knows about its own network and data, taken unless a flag or recipe names it; the
 # data only together, and only from a run's own folder.
 _NETWORK = ("model", *(field.name for field in fields(ImageSettings)))
-SUITE = {"imagenet": "imagenet-val", "v2": "imagenet-v2", "a": "imagenet-a", "r": "imagenet-r",
-         "sketch": "imagenet-sketch"}
 _DATA = ("data_set", "data_path", "eval_data_path", "val_fraction", "val_labels", "nb_classes",
          "allow_class_mismatch")
 
@@ -56,11 +55,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The evaluation of one set of images, up to reading them: `options` include the checkpoint's own
-    settings, `subset` is the one of ImageNet's validation sets that the images are, if any."""
+    """The evaluation of one set of images, up to reading them; `options` include the checkpoint's own
+    settings."""
     options: Options
     data: Data
-    subset: Subset | None
     candidates: list[Candidate]
     evaluation: engine.Evaluation
 
@@ -100,10 +98,10 @@ def _evaluate(prepared: Prepared, process: Process) -> list[engine.EvalResult]:
     networks = [(candidate.weights, candidate.network) for candidate in prepared.candidates]
     quiet = None if process.is_main else True  # None leaves the bar out where nobody watches a terminal
     with closing(eval_loader(prepared.data, options, process.rank, process.world_size,
-                             refuse_bad=not options.allow_bad_images)) as loader:
-        with native.packed(*(network for _, network in networks), dtype=evaluation.autocast_dtype):
-            watched = tqdm(loader, "evaluation", unit="batch", leave=False, disable=quiet)
-            return engine.evaluate(networks, watched, evaluation)
+                             refuse_bad=not options.allow_bad_images)) as loader, \
+            native.packed(*(network for _, network in networks), dtype=evaluation.autocast_dtype):
+        watched = tqdm(loader, "evaluation", unit="batch", leave=False, disable=quiet)
+        return engine.evaluate(networks, watched, evaluation)
 
 
 def prepare_evaluation(resolved: Resolved, process: Process, observer: engine.Observer) -> list[Prepared]:
@@ -120,18 +118,21 @@ def prepare_evaluation(resolved: Resolved, process: Process, observer: engine.Ob
             and all_options.nb_classes in (None, len(classes))):
         classes = None
     sets, candidates = [], []
-    for options, subset in process.on_rank_zero(lambda: find_sets(all_options, classes)):
+    for options, wanted in process.on_rank_zero(lambda: find_sets(all_options)):
         data = process.local_first(lambda: build_data(
-            options, train=False, evaluate=True, rank_zero=process.local_rank == 0,
-            class_names=list(subset.folders) if subset else classes))
+            options, train=False, evaluate=True, rank_zero=process.local_rank == 0, class_names=classes,
+            companions=True))
+        subset = data.subset
         names = list(imagenet_synsets()) if subset else data.class_names
         imagenet = tuple(names) == imagenet_synsets()
-        if options.suite and not imagenet:
-            raise UserError("--suite is for models with ImageNet's 1000 classes.", code="unexpected_classes")
+        if wanted and (not imagenet or (subset.name if subset else "imagenet-val") != wanted):
+            raise UserError(f"--suite: {options.eval_data_path or options.data_path} is not {wanted}, or the "
+                            "model lacks ImageNet's 1000 classes; name the folder with NAME=FOLDER.",
+                            code="unexpected_classes")
         candidates = candidates or [
             c for path in sources for c in load_candidates(path, options, names, process.device)]
         assert data.val is not None
-        sets.append(Prepared(options, data, subset, candidates, engine.Evaluation(
+        sets.append(Prepared(options, data, candidates, engine.Evaluation(
             EvalPrepare(options, process.device), process.device, amp_dtype(options), tf32=options.fast_math,
             columns=subset.columns if subset else None, outputs=bool(options.report or imagenet),
             expected=len(data.val), observer=observer, process=process)))
@@ -183,42 +184,27 @@ def with_checkpoint_settings(resolved: Resolved, checkpoint: dict, path: str) ->
     return options
 
 
-def find_sets(options: Options, classes: list[str] | None) -> list[tuple[Options, Subset | None]]:
-    """The options and, where it is one of ImageNet's, the kind of each set of images to evaluate.
+def find_sets(options: Options) -> list[tuple[Options, str]]:
+    """The options of each set of images to evaluate, and for those of `--suite` what they have to be.
 
     A set of `--suite` lies where `name=FOLDER` says, `imagenet` where the options say, any other in or beside
     `--data_path` in a folder such as imagenet-a, imagenetv2-matched-frequency-format-val or sketch.
     """
-    if not options.suite:
-        return [(options, companion(options, classes))]
-    found = []
+    found = [] if options.suite else [(options, "")]
     home = Path(options.data_path or options.eval_data_path or ".").absolute()
-    for name, _, folder in (entry.partition("=") for entry in options.suite.split(",")):
-        own = replace(options, report=options.report and str(Path(options.report, SUITE[name])))
+    for name, _, folder in (entry.partition("=") for entry in options.suite.split(",") if entry):
+        wanted = "imagenet-val" if name == "imagenet" else f"imagenet-{name}"
+        own = replace(options, report=options.report and str(Path(options.report, wanted)))
         if folder or name != "imagenet":
-            near = re.compile(rf"(imagenet)?{name}(matched.*)?")
-            near = [str(place) for place in (*home.glob("*/"), *home.parent.glob("*/"))
-                    if near.fullmatch(re.sub(r"[^a-z0-9]", "", place.name.lower()))]
-            own = replace(own, eval_data_path=folder or next(iter(near), str(home / name)), val_labels=None)
-        subset = companion(own, classes)
-        if (subset.name if subset else "imagenet-val") != SUITE[name]:
-            raise UserError(f"--suite {name}: {own.eval_data_path} is not {SUITE[name]}, or the model lacks "
-                            f"its classes; name the folder with {name}=FOLDER.", code="missing_data")
-        found.append((own, subset))
+            likely = re.compile(rf"(imagenet)?{name}(matched.*)?")
+            near = (str(place) for place in (*home.glob("*/"), *home.parent.glob("*/"))
+                    if likely.fullmatch(re.sub(r"[^a-z0-9]", "", place.name.lower())))
+            if not os.path.isdir(folder := folder or next(near, str(home / wanted))):
+                raise UserError(f"--suite {name}: {folder} is no folder; name the one that has it "
+                                f"with {name}=FOLDER.", code="missing_data")
+            own = replace(own, eval_data_path=folder, val_labels=None)
+        found.append((own, wanted))
     return found
-
-
-def companion(options: Options, classes: list[str] | None) -> Subset | None:
-    """ImageNet's validation set, V2, -A, -R or -Sketch, when its 1000 classes are the model's or among them
-    (ImageNet-22k's); else None."""
-    if options.data_set != "IMNET" or options.val_labels or options.nb_classes not in (None, 1000):
-        return None
-    if classes and not {*classes} >= {*imagenet_synsets()}:
-        return None
-    subset = val_subset(options)
-    if subset and subset.columns:
-        logger.info("%s: evaluated among its %d classes alone", subset.name, len(subset.columns))
-    return subset
 
 
 def load_candidates(path: str, options: Options, class_names: list[str], device: torch.device
@@ -245,7 +231,7 @@ def amp_dtype(options: Options) -> torch.dtype | None:
 # ------------------------------------------------------------------------------------- results
 
 def _result(prepared: Prepared, candidate: Candidate, found: engine.EvalResult) -> dict:
-    options, data, subset = prepared.options, prepared.data, prepared.subset
+    options, data, subset = prepared.options, prepared.data, prepared.data.subset
     imagenet = tuple(data.class_names) == imagenet_synsets()
     protocol = reported.Protocol(
         model=options.model, num_classes=data.num_classes, images=ImageSettings.of(options),
@@ -276,8 +262,8 @@ def _write(prepared: Prepared, results: list[dict], own: list[dict], first: engi
     """eval.json (all `results` so far; `own`, of this set, in the report), the report's files and page; False
     when a folder that was asked for could not take them."""
     options, beside = prepared.options, Path(prepared.candidates[0].path).parent
-    asked = {options.output_dir: results, options.report: own}
-    asked = {folder: part for folder, part in asked.items() if folder}
+    found = ((options.output_dir, results), (options.report, own))
+    asked = {folder: part for folder, part in found if folder}
     try:
         # Beside a downloaded file there is no folder of the user's.
         for folder, part in (asked or ({} if beside == cache_folder() else {beside: results})).items():

@@ -26,13 +26,14 @@ from datasets.transforms import Erasing, eval_transform, train_transform
 
 @dataclass(frozen=True)
 class Data:
-    """`train` and `val` (None when not asked for), the class names in logit order, and notes for the
-    console."""
+    """`train` and `val` (None when not asked for), the class names in logit order, notes for the console, and
+    which of ImageNet's validation sets `val` is, where that was asked for."""
 
     train: ImageDataset | None
     val: ImageDataset | None
     class_names: list[str]
     notes: list[str] = field(default_factory=list)
+    subset: Subset | None = None
 
     @property
     def num_classes(self) -> int:
@@ -64,12 +65,13 @@ class _Split:
 
 
 def build_data(options: Options, *, train: bool, evaluate: bool, class_names: list[str] | None = None,
-               rank_zero: bool = True, order: str | None = None) -> Data:
+               rank_zero: bool = True, order: str | None = None, companions: bool = False) -> Data:
     """Find the images and their classes.
 
     class_names: the checkpoint's list in logit order, which then decides; the data must fit it. rank_zero:
     only this process of a node writes the index cache. order: of a run to resume, its `train.order`, "" when
-    its checkpoint has none; None for a new run.
+    its checkpoint has none; None for a new run. companions: ImageNet's V2, -A, -R and -Sketch, which are
+    recognised, keep their own class folders, to be judged by a model with ImageNet's classes.
     Raises UserError for everything the user can fix; Failure for data of a resumed run that are not there.
     """
     if options.data_set == "SAMPLE":
@@ -77,7 +79,8 @@ def build_data(options: Options, *, train: bool, evaluate: bool, class_names: li
     cache = IndexCache(options.index_cache, options.reindex, rank_zero)
     notes: list[str] = []
     splits = [_split(options, part, cache, order, notes) for part in ["train"] * train + ["val"] * evaluate]
-    names = class_names
+    subset = _companion(options, splits[0], class_names) if companions else None
+    names = list(subset.folders) if subset else class_names
     if names is None:
         names, found = classes_of(
             _deciding_classes(options, splits[0]), options.nb_classes, evaluating=not train,
@@ -85,17 +88,19 @@ def build_data(options: Options, *, train: bool, evaluate: bool, class_names: li
             allow_mismatch=options.allow_class_mismatch)
         notes += found
     built = {split.part: _dataset(options, split, names, notes) for split in splits}
-    return Data(built.get("train"), built.get("val"), list(names), notes)
+    if subset and subset.columns:
+        notes.append(f"val: {subset.name}, evaluated among its {len(subset.columns)} classes alone")
+    return Data(built.get("train"), built.get("val"), list(names), notes, subset)
 
 
-def val_subset(options: Options) -> Subset | None:
-    """Which of ImageNet's validation sets the evaluation images are; None for any other or missing data."""
-    try:
-        source = _source(options, "val", False)
-        cache = IndexCache(options.index_cache, options.reindex)
-        return recognise(open_reader(source, cache)) if source else None
-    except UserError:
+def _companion(options: Options, split: _Split, classes: list[str] | None) -> Subset | None:
+    """The one of ImageNet's validation sets that `split` is, if its 1000 classes are the model's (`classes`)
+    or among them (ImageNet-22k's); None for any other data, and for images held back from a train folder."""
+    if options.data_set != "IMNET" or options.val_labels or options.nb_classes not in (None, 1000):
         return None
+    if (split.labels < 0).any() or classes and not {*classes} >= {*imagenet_synsets()}:
+        return None
+    return recognise(split.reader)
 
 
 def _split(options: Options, part: str, cache: IndexCache, order: str | None, notes: list[str]) -> _Split:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from types import FunctionType
 from typing import cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +35,9 @@ def compile_blocks(model: HorNet, shape: tuple[int, int, int, int], dtype: torch
     choice `from_first` brings; no weight, gradient or random draw is touched. Returns the numbers of the
     compiled stages, from 1, such as "1 3 4"; given as `saved`, they are taken without timing.
     """
-    stages, trouble, chosen = [cast(Stage, stage) for stage in model.stages], "", ""
-    before = [(block, block.runner) for stage in stages for block in stage]
+    trouble, chosen = "", ""
+    blocks = [[cast(Block, block) for block in cast(Stage, stage)] for stage in model.stages]
+    before = [(block, block.runner) for stage in blocks for block in stage]
     try:
         with float32_products():
             exact = _passes(model, shape, None)
@@ -49,15 +49,13 @@ def compile_blocks(model: HorNet, shape: tuple[int, int, int, int], dtype: torch
     try:
         if chosen and not trouble:
             for number in map(int, chosen.split()):
-                _use(compiled_runner(number), *stages[number - 1])
+                _use(compiled_runner(number), *blocks[number - 1])
             trouble = _furthest(model, _passes(model, shape, dtype), eager, exact)
     except Exception as error:
         trouble = _first_lines(error)
     model.train()
     if agree(not trouble):
-        logger.info("Compiled: %s", f"the blocks of stage {', '.join(chosen.split())} of 4" + (
-            "" if len(chosen.split()) == 4 else "; the others are faster as they are") if chosen else
-            "nothing, all is faster as it is")
+        logger.info("Compiled where it is faster: the blocks of stages %s", chosen or "none")
         return chosen
     logger.warning("--compile is not used, training continues without it: %s",
                    trouble or "another process has failed")
@@ -67,11 +65,11 @@ def compile_blocks(model: HorNet, shape: tuple[int, int, int, int], dtype: torch
     return ""
 
 
-def _use(runner: Callable, *blocks: nn.Module) -> None:
+def _use(runner: Callable, *blocks: Block) -> None:
     """Let `blocks` compute on `runner`, a compiled one, without Fourier transforms."""
     for block in blocks:
         use_matrix_filter(block)
-        block.runner = runner  # type: ignore
+        block.runner = runner
 
 
 def compiled_runner(number: int) -> Callable:
@@ -85,14 +83,10 @@ def compiled_runner(number: int) -> Callable:
     code = compute.__code__.replace(co_name=name)
     compiled = torch.compile(FunctionType(code, compute.__globals__, name), fullgraph=True)
 
-    inner: WeakKeyDictionary[Block, list[nn.Module]] = WeakKeyDictionary()
-
     def run(block: Block, x: Tensor, keep: Tensor | None) -> Tensor:
-        if block not in inner:
-            inner[block] = [*block.modules()][1:]
         # Compiled code would not call hooks, and nothing within it is seen by a counter.
         if (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-                or any(m._forward_hooks for m in inner[block])):
+                or any(module._forward_hooks for module in block.modules() if module is not block)):
             return NotImplemented
         if block.gamma1 is not None:  # the first block of a stage may get a narrower type than the others
             x = x.to(torch.promote_types(x.dtype, block.gamma1.dtype))

@@ -24,30 +24,26 @@ def matrix_filter(x: Tensor, weight: Tensor) -> Tensor:
 
     The matrices are made in the graph from the feature map's size, so that an exported size stays free.
     """
-    with without_autocast(x.device.type):
-        return _matrix_filter(x.float(), weight.float())
-
-
-def _matrix_filter(x: Tensor, weight: Tensor) -> Tensor:
     height, width = x.shape[2], x.shape[3]
     half = width // 2 + 1
-    x = x.contiguous()  # no branch on strides in the exported graph
-    cos_w, sin_w = _turns(half, width, width, x.device)
-    cos_h, sin_h = _turns(height, height, height, x.device)
-    real, imaginary = F.linear(x, cos_w), -F.linear(x, sin_w)  # along the width, half the spectrum
-    real, imaginary = real.transpose(2, 3).contiguous(), imaginary.transpose(2, 3).contiguous()
-    real, imaginary = (F.linear(real, cos_h) + F.linear(imaginary, sin_h),
-                       F.linear(imaginary, cos_h) - F.linear(real, sin_h))
-    weight = _resized(weight, height, half)  # (2, C, half, height)
-    real, imaginary = (real * weight[0] - imaginary * weight[1], real * weight[1] + imaginary * weight[0])
-    real, imaginary = (F.linear(real, cos_h) - F.linear(imaginary, sin_h),
-                       F.linear(imaginary, cos_h) + F.linear(real, sin_h))
-    real, imaginary = real.transpose(2, 3).contiguous(), imaginary.transpose(2, 3).contiguous()
-    # Columns strictly between 0 and width / 2 stand for two of the full spectrum.
-    column = torch.arange(half, device=x.device)
-    twice = 1.0 + ((column > 0) & (2 * column != width)).float()
-    back_cos, back_sin = (cos_w * twice[:, None]).T.contiguous(), (sin_w * twice[:, None]).T.contiguous()
-    return (F.linear(real, back_cos) - F.linear(imaginary, back_sin)) / (height * width)
+    with without_autocast(x.device.type):
+        x = x.float().contiguous()  # no branch on strides in the exported graph
+        cos_w, sin_w = _turns(half, width, width, x.device)
+        cos_h, sin_h = _turns(height, height, height, x.device)
+        real, imaginary = F.linear(x, cos_w), -F.linear(x, sin_w)  # along the width, half the spectrum
+        real, imaginary = real.transpose(2, 3).contiguous(), imaginary.transpose(2, 3).contiguous()
+        real, imaginary = (F.linear(real, cos_h) + F.linear(imaginary, sin_h),
+                           F.linear(imaginary, cos_h) - F.linear(real, sin_h))
+        a, b = _resized(weight.float(), height, half)  # real and imaginary part, (C, half, height)
+        real, imaginary = real * a - imaginary * b, real * b + imaginary * a
+        real, imaginary = (F.linear(real, cos_h) - F.linear(imaginary, sin_h),
+                           F.linear(imaginary, cos_h) + F.linear(real, sin_h))
+        real, imaginary = real.transpose(2, 3).contiguous(), imaginary.transpose(2, 3).contiguous()
+        # Columns strictly between 0 and width / 2 stand for two of the full spectrum.
+        column = torch.arange(half, device=x.device)
+        twice = 1.0 + ((column > 0) & (2 * column != width)).float()
+        back_cos, back_sin = (cos_w * twice[:, None]).T.contiguous(), (sin_w * twice[:, None]).T.contiguous()
+        return (F.linear(real, back_cos) - F.linear(imaginary, back_sin)) / (height * width)
 
 
 def _turns(rows: int, columns: int, period: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,6 @@ from common.errors import UserError
 from models.dft import use_matrix_filter
 from models.hornet import HorNet
 
-Function = Callable[[Tensor], Tensor]
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-ONNX_OPSET = 18
 TOLERANCE = 1e-4  # of outputs in float32
 SMALLEST_SIDE = 64  # below it the last feature map is one pixel wide, for torch.export another program
 
@@ -30,13 +27,12 @@ def exported_program(model: HorNet, input_size: int = 224, softmax: bool = False
     """
     model = model.float().cpu().eval()
     use_matrix_filter(model)
+    wrapped, free = nn.Sequential(model, nn.Softmax(-1)) if softmax else model, torch.export.Dim.DYNAMIC
+    side, height = free(min=SMALLEST_SIDE, max=4096), max(input_size, SMALLEST_SIDE)
+    # Height and width differ here, so that the graph cannot tie them together.
+    example = torch.zeros(2, model.in_chans, height, height + 32)
     with torch.no_grad():
-        wrapped = nn.Sequential(model, nn.Softmax(-1)) if softmax else model
-        side, height = torch.export.Dim.DYNAMIC(min=SMALLEST_SIDE, max=4096), max(input_size, SMALLEST_SIDE)
-        # Height and width differ here, so that the graph cannot tie them together.
-        example = torch.zeros(2, model.in_chans, height, height + 32)
-        program = torch.export.export(
-            wrapped, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC, 2: side, 3: side},))
+        program = torch.export.export(wrapped, (example,), dynamic_shapes=({0: free, 2: side, 3: side},))
     use_matrix_filter(model, False)
     return program
 
@@ -46,19 +42,19 @@ def export_onnx(program: ExportedProgram, path: str | Path, metadata: dict[str, 
 
     Raises UserError (`missing_package`).
     """
-    missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise UserError(f"ONNX export needs {' and '.join(missing)}: pip install {' '.join(missing)}",
                         code="missing_package")
-    converted = torch.onnx.export(program, dynamo=True, opset_version=ONNX_OPSET, input_names=["images"],
-                                  output_names=["output"], external_data=False, verbose=False,
-                                  dynamic_shapes=({0: "batch", 2: "height", 3: "width"},))
+    converted = torch.onnx.export(
+        program, dynamo=True, opset_version=18, input_names=["images"], output_names=["output"],
+        external_data=False, verbose=False, dynamic_shapes=({0: "batch", 2: "height", 3: "width"},))
     assert converted is not None
     converted.model.metadata_props.update(metadata)
     converted.save(str(path), external_data=False)
 
 
-def check_exported(model: HorNet, exported: Function, side: int, softmax: bool) -> float:
+def check_exported(model: HorNet, exported: Callable[[Tensor], Tensor], side: int, softmax: bool) -> float:
     """Largest difference of an exported function from the model: a batch, a single image, two other sizes.
 
     Relative to the largest output where that is above 1. Raises UserError (`export_differs`) above TOLERANCE.
@@ -78,7 +74,7 @@ def check_exported(model: HorNet, exported: Function, side: int, softmax: bool) 
     return max(found)
 
 
-def onnx_function(path: str | Path) -> Function:
+def onnx_function(path: str | Path) -> Callable[[Tensor], Tensor]:
     """The exported file in ONNX Runtime on the CPU: float32 (B, 3, H, W) → (B, classes)."""
     import onnxruntime
 

@@ -57,10 +57,10 @@ class GnConv(nn.Module):
     def __init__(self, dim: int, order: int = 5, kernel_size: int = 7, scale: float = 1 / 3,
                  out_dim: int | None = None, filter: str | tuple[int, int] = "conv", in_dim: int = 0):
         super().__init__()
-        self.dim, self.order, self.scale, self.in_dim = dim, order, scale, in_dim or dim
+        self.dim, self.order, self.scale = dim, order, scale
         self.dims = gnconv_dims(dim, order)
         total = sum(self.dims)
-        self.proj_in = nn.Conv2d(self.in_dim, 2 * dim, kernel_size=1)
+        self.proj_in = nn.Conv2d(in_dim or dim, 2 * dim, kernel_size=1)
         if filter == "conv":
             if kernel_size < 1 or kernel_size % 2 == 0:
                 raise ValueError(f"gnConv kernel_size {kernel_size}: an odd number is needed, to keep sizes")
@@ -77,7 +77,6 @@ class GnConv(nn.Module):
         self.pws = nn.ModuleList(nn.Conv2d(a, b, kernel_size=1) for a, b in zip(self.dims, self.dims[1:]))
 
     def forward(self, x: Tensor) -> Tensor:
-        check_channels(x, self.in_dim)
         p, q = self.proj_in(x).split((self.dims[0], sum(self.dims)), dim=1)
         q = self.dwconv(q)
         if not computes_in_float16(self.proj_out):
@@ -182,13 +181,6 @@ def gnconv_dims(dim: int, order: int) -> list[int]:
             f"gnConv of order {order} halves its width {order - 1} times, and dim {dim} is not a multiple of "
             f"{step}; the nearest width is {nearest}, the largest order for {dim} is {largest}")
     return [dim // 2 ** i for i in reversed(range(order))]
-
-
-@torch.fx.wrap
-def check_channels(x: Tensor, dim: int) -> None:
-    """ValueError unless x is (B, dim, H, W)."""
-    if x.ndim != 4 or x.shape[1] != dim:
-        raise ValueError(f"gnConv needs an input (batch, {dim}, height, width), not {tuple(x.shape)}")
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import Compose
 
+from common.errors import UserError
 from config.options import ImageSettings
 from models.hornet import HorNet
 from models.zoo import default_classes
@@ -77,10 +78,18 @@ def image_transform(model: HorNet) -> Transform:
 
 
 def as_rgb(image: Image.Image | str | os.PathLike) -> Image.Image:
-    """An image, or that in a file, as RGB; 16-bit grey is scaled to 8 bits. Raises what Pillow raises."""
+    """An image, or that in a file, as RGB; 16-bit grey is scaled to 8 bits, as in a training.
+
+    Raises what Pillow raises, and UserError (`unreadable_image`) for 32-bit pixels, whose range nobody knows.
+    """
     image = image if isinstance(image, Image.Image) else Image.open(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    # Pillow opens PNG and PPM with 16 bits as mode I, too, which has 32.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        pixels = (np.asarray(image).astype(np.uint32) + 128) // 257
+        image = Image.fromarray(pixels.astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise UserError(f"{getattr(image, 'filename', '') or 'the image'} has 32-bit pixels, which have no "
+                        "common range; save it with 8 or 16 bits.", code="unreadable_image")
     return image.convert("RGB")
 
 

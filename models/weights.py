@@ -10,7 +10,6 @@ from torch import Tensor
 from common.errors import UserError
 from common.log import logger
 from common.safe_load import safe_torch_load
-from models.download import local_file
 from models.gnconv import resize_filter
 from models.hornet import HorNet
 from models.zoo import VARIANTS, synsets
@@ -36,11 +35,10 @@ class LoadReport(NamedTuple):
                 f"from '{self.source_key}'")
 
 
-def load_for_model(model: HorNet, path_or_url: str | os.PathLike, *, model_key: str = MODEL_KEY,
-                   prefix: str = "", weights: str = "auto", allow_partial: bool = False,
-                   class_names: Names = None, new_head: bool = False,
-                   checkpoint: object = None) -> LoadReport:
-    """Load a checkpoint file, local or at an https address, into a HorNet, which keeps its device and dtype.
+def load_for_model(model: HorNet, path: str | os.PathLike, *, model_key: str = MODEL_KEY, prefix: str = "",
+                   weights: str = "auto", allow_partial: bool = False, class_names: Names = None,
+                   new_head: bool = False, checkpoint: object = None) -> LoadReport:
+    """Load a checkpoint file into a HorNet, which keeps its device and dtype.
 
     Args:
         model_key: entries to look for, separated by "|"; anything but the default overrules `weights`.
@@ -55,7 +53,7 @@ def load_for_model(model: HorNet, path_or_url: str | os.PathLike, *, model_key: 
     Raises UserError (`missing_weights`, `other_model`, `other_classes`, `nonfinite_weights`, and those of
     `safe_torch_load`).
     """
-    path = local_file(path_or_url)
+    path = str(path)
     checkpoint = safe_torch_load(path) if checkpoint is None else checkpoint
     state, key = select_weights(checkpoint, path, model_key=model_key, weights=weights)
     own_names = checkpoint.get("classes") if isinstance(checkpoint, dict) else None

@@ -15,6 +15,7 @@ from models.inspect import (
     overlay,
     predict,
 )
+from tests.kits.errors import refused
 from tests.kits.trained import lively
 
 CLASSES = ["ant", "bee", "猫", "dog"]
@@ -64,6 +65,10 @@ def test_16_bit_images_are_scaled_not_cut_off(tmp_path):
     found = np.asarray(as_rgb(tmp_path / "deep.png"))
     assert np.array_equal(found, np.asarray(as_rgb(Image.open(tmp_path / "deep.png"))))
     assert found.shape == (64, 64, 3) and (found[0, 0, 0], found[-1, -1, 0]) == (0, 255) and found.std() > 70
+    for other in (np.int32, np.float32):
+        Image.fromarray(pixels.astype(other)).save(tmp_path / "wide.tif")
+        with refused("unreadable_image", "wide.tif"):
+            as_rgb(tmp_path / "wide.tif")
 
 
 def test_imagenet_names_come_from_timm():
