@@ -86,13 +86,10 @@ class Ledger:
     def attempts(self) -> list[Record]:
         """One dict per attempt, oldest first: what its lines say, later over earlier, and its `state`."""
         found: dict[int, Record] = {}
-        try:
-            lines = read_json_lines(self.own() / "attempts.jsonl")
-        except (OSError, UserError):
-            return []
-        for line in lines:
-            if isinstance(line.get("attempt"), int):
-                found.setdefault(line["attempt"], {"state": RUNNING}).update(line)
+        with suppress(OSError, UserError):
+            for line in read_json_lines(self.own() / "attempts.jsonl"):
+                if isinstance(line.get("attempt"), int):
+                    found.setdefault(line["attempt"], {"state": RUNNING}).update(line)
         for attempt in found.values():
             attempt["state"] = known(attempt["state"])
         return [found[number] for number in sorted(found)]
@@ -113,10 +110,9 @@ class Ledger:
 
     def read(self, name: str) -> Record:
         """The record in the file `name`; {} when there is none, or none that can be read."""
-        try:
+        found = None
+        with suppress(OSError, UserError):
             found = read_json(self.own() / name, max_bytes=1 << 20)
-        except (OSError, UserError):
-            return {}
         return found if isinstance(found, dict) else {}
 
     def _append(self, **line: object) -> None:

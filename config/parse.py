@@ -98,20 +98,19 @@ def check_model(name: str, known: Sequence[str]) -> None:
 
 def _parser(kind: type[Options], shown: Collection[str] = (), end: str = "") -> argparse.ArgumentParser:
     """argparse for the table; values stay text. Help lists the options in `shown`."""
-    parser = argparse.ArgumentParser(
-        usage=kind.USAGE, add_help=False, allow_abbrev=False, exit_on_error=False, epilog=end,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=partial(argparse.HelpFormatter, max_help_position=30))
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for name, option in table(kind).items():
-        group = groups[option.group] = groups.get(option.group) or parser.add_argument_group(option.group)
+    parser = argparse.ArgumentParser(usage=kind.USAGE, epilog=end, add_help=False, allow_abbrev=False,
+                                     exit_on_error=False, argument_default=argparse.SUPPRESS,
+                                     formatter_class=partial(argparse.HelpFormatter, max_help_position=30))
+    options = table(kind)
+    groups = {title: parser.add_argument_group(title) for title in {o.group: 0 for o in options.values()}}
+    for name, option in options.items():
         words = f": {option.accepts.words}" if option.accepts and option.element is str else ""
         default = "none" if option.default in (None, "", ()) else _yaml(option.default)
         about = f"{option.help}{words} [{default}]"
-        group.add_argument(f"--{name}", metavar=KINDS[option.element][0],
-                           nargs="?" if option.element is bool else "+" if option.several else None,
-                           const="true" if option.element is bool else None,
-                           help=about.replace("%", "%%") if name in shown else argparse.SUPPRESS)
+        groups[option.group].add_argument(
+            f"--{name}", metavar=KINDS[option.element][0], const="true" if option.element is bool else None,
+            nargs="?" if option.element is bool else "+" if option.several else None,
+            help=about.replace("%", "%%") if name in shown else argparse.SUPPRESS)
     parser.add_argument("-h", "--help", nargs="?", const="", help=argparse.SUPPRESS)
     for name in NO_EFFECT:
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", const="true",

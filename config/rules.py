@@ -93,8 +93,8 @@ def plan_batch(resolved: "Resolved", world_size: int, checkpoint_batch: int | No
             raise UserError(f"--global_batch {wanted} is not a multiple of {size * world_size} = "
                             f"--batch_size {size} x {plural(world_size, 'process')}; "
                             f"{_fitting(o, world_size, wanted)}.", code="batch")
-        fine = (b for b in range(size, 0, -1) if wanted % (b * world_size) == 0 and b % _step(o) == 0)
-        size = next(fine, 0)
+        pairs = 1 + mixes(o)
+        size = next((b for b in range(size, 0, -1) if not wanted % (b * world_size) and not b % pairs), 0)
         if not size:
             raise UserError(f"The checkpoint's global batch of {wanted} cannot be divided by "
                             f"{plural(world_size, 'process')}; use a number that divides it.", code="batch")
@@ -108,14 +108,10 @@ def plan_batch(resolved: "Resolved", world_size: int, checkpoint_batch: int | No
     return plan if o.global_batch or wanted == given else replace(plan, notices=(kept,))
 
 
-def _step(options: Options) -> int:
-    """Batch sizes are multiples of this: images are mixed in pairs."""
-    return 2 if mixes(options) else 1
-
-
 def _fitting(options: Options, world_size: int, most: int) -> str:
     """The fix: flags for the largest global batch of at most `most` images."""
-    size = min(options.batch_size, most // world_size // _step(options) * _step(options))
+    pairs = 1 + mixes(options)
+    size = min(options.batch_size, most // world_size // pairs * pairs)
     if size == 0:
         return "use fewer processes or more images"
     total = most // (size * world_size) * size * world_size

@@ -14,7 +14,7 @@ import pytest
 from common.outcome import Outcome
 from datasets.device import TrainPrepare
 from main import main
-from tests.kits.images import write_textures
+from tests.kits.images import write_images
 from tools.data import main as tool
 from tools.report import main as report
 
@@ -24,7 +24,7 @@ TRAIN, VAL, STOPPED_AT, UPDATES = 22, 9, 7, 10
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return write_textures(tmp_path_factory.mktemp("images"), TRAIN, VAL)
+    return write_images(tmp_path_factory.mktemp("images"), TRAIN, VAL)
 
 
 @pytest.fixture
