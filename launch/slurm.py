@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -221,7 +222,6 @@ class Task:
 
 def last_lines(log: Path, count: int) -> list[str]:
     """The end of a log; [] where there is none."""
-    with suppress(OSError), open(log, "rb") as file:
-        file.seek(-min(os.path.getsize(log), 1 << 16), os.SEEK_END)
-        return file.read().decode(errors="replace").splitlines()[-count:]
+    with suppress(OSError), open(log, errors="replace") as file:
+        return [line.rstrip("\n") for line in deque(file, count)]
     return []

@@ -63,7 +63,8 @@ def main(argv: list[str]) -> int:
     with start("cpu", 30) as process:
         setup_logging(process.rank)
         (folder / "pids" / str(process.rank)).write_text(str(os.getpid()))
-        with StopRequest() as stop, Watchdog(process, folder, float(given.get("hang_timeout", 60))) as watchdog:
+        with StopRequest() as stop, Watchdog(process, float(given.get("hang_timeout", 60))) as watchdog:
+            watchdog.record_in(str(folder))
             return train(process, watchdog, stop, folder, updates, given)
 
 

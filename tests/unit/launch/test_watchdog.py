@@ -43,7 +43,7 @@ def test_a_silent_rank_is_named_even_if_it_was_waiting():
 
 def test_start_the_first_update_and_saving_get_more_patience():
     """And the order grows with work, not with signs of life."""
-    watchdog, off = (Watchdog(Process(device=torch.device("cpu")), None, seconds) for seconds in (10, 0))
+    watchdog, off = (Watchdog(Process(device=torch.device("cpu")), seconds) for seconds in (10, 0))
     found = []
     for phase in [("start", -1), ("data", 7), ("saving", 7), ("data", 8), ("evaluation", 8), ("evaluation", 8)]:
         watchdog.phase(*phase)
