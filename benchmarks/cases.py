@@ -14,7 +14,7 @@ import native
 from benchmarks.reference import PlainHorNet, plain_update
 from benchmarks.timing import Row, interleave, peak_bandwidth, peak_flops, rows
 from config.options import Options
-from models.inspect import complexity
+from models.inspect import flops
 from models.zoo import VARIANTS
 from native.runner import product_dtype
 from optim.ema import Ema
@@ -86,7 +86,7 @@ def network(name: str, setting: Setting, train: bool) -> list[Row]:
         first = {case: call() for case, call in cases.items()}
         times = interleave(cases, setting.repeats, setting.clock)
     found = rows(f"{'train' if train else 'evaluate'} {name}", times, setting.batch, "img")
-    work = (6 if train else 2) * setting.batch * complexity(plain, x.shape[-1]).flops
+    work = (6 if train else 2) * setting.batch * flops(plain, x.shape[-1])
     for row in found:
         limit = product_dtype(torch.bfloat16 if "bf16" in row["case"] else torch.float32)
         row["share"] = work / (row["median"] / 1e3) / peak_flops(limit, setting.clock)

@@ -25,8 +25,8 @@ from datasets.device import TrainPrepare
 from dryrun import peak_memory
 from engine import drop_draws
 from launch.process import choose_device
+from models import inspect
 from models.compile import compile_blocks
-from models.inspect import complexity
 from models.zoo import PUBLISHED, VARIANTS
 from optim.build import build_loss, build_optimizer
 from optim.ema import Ema
@@ -123,7 +123,7 @@ def rows(name: str, path: str, args: argparse.Namespace, best: float) -> list[di
         torch.accelerator.reset_peak_memory_stats(device)
     name = "convnext_tiny" if "convnext" in path else name
     model, note = network(name, path, args)
-    flops = complexity(timm.create_model(name), args.size).flops if name in VARIANTS else 0
+    flops = inspect.flops(timm.create_model(name), args.size) if name in VARIANTS else 0
     found = []
     for work, step, passes in zip(("train", "evaluate"), steps(model, args), (3, 1)):
         phases = timed(step, device, args.repeats)

@@ -28,12 +28,12 @@ def apply(diff: str, folder) -> None:
 
 VARIANT = """
 import models, timm
-from models.inspect import complexity
+from models.inspect import flops
 from models.zoo import VARIANTS
 row = VARIANTS["hornet_micro_7x7"]
 model = timm.create_model("hornet_micro_7x7")
 params = sum(p.numel() for p in model.parameters())
-assert (params, round(complexity(model, row.input_size).flops, -3)) == (row.params, row.flops)"""
+assert (params, round(flops(model, row.input_size), -3)) == (row.params, row.flops)"""
 SCHEDULE = """
 from config.parse import parse
 from optim.schedule import Schedule

@@ -79,6 +79,5 @@ def test_features_are_what_the_classifier_sees_and_mode_and_gradients_are_left_a
     inspect.predict(model, x, class_names=CLASSES)
     torch.testing.assert_close(model.head(inspect.extract_features(model, x, batch_size=2)), model(x), rtol=1e-5, atol=1e-5)
     assert inspect.extract_features(model, x, pooled=False).shape == (3, model.num_features, 2, 3)
-    assert inspect.complexity(model, (64, 96)).flops > inspect.complexity(model, 64).flops
     assert inspect.overlay(Image.new("RGB", (300, 200)), inspect.heatmap(model, x)[2]).size == (96, 64)
     assert model.training and all(p.grad is None for p in model.parameters())

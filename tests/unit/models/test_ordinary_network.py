@@ -22,7 +22,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import models
 import native
-from models.inspect import complexity
+from models.inspect import flops
 from models.zoo import PUBLISHED
 from tests.kits.trained import lively
 
@@ -77,20 +77,16 @@ def test_a_hook_on_a_single_module_fires_and_what_it_returns_is_used_and_a_repla
 
 
 @pytest.mark.parametrize("name", PICO)
-def test_lora_adapters_get_gradients_and_train(name):
-    model = network(name)
-    x, y = torch.randn(8, 3, 64, 64), torch.arange(8)
+def test_lora_adapters_get_gradients_and_are_merged(name):
+    model, x = network(name), torch.randn(2, 3, 64, 64)
     layers = r".*(proj_in|proj_out|pws\.\d+|pwconv1|pwconv2|head)"
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=layers))
     adapters = [p for p in adapted.parameters() if p.requires_grad]
     assert len(adapters) == 2 * (4 * 4 + 10 + 1)  # two matrices at 4 layers per block, 10 `pws` and the head
-    optimizer, losses = torch.optim.AdamW(adapters, lr=1e-2), []
-    for _ in range(12):
-        optimizer.zero_grad()
-        losses.append(nn.functional.cross_entropy(adapted.train()(x), y))
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[-1] < 0.7 * losses[0] and all(p.grad is not None for p in adapters)
+    for adapter in adapters:
+        nn.init.normal_(adapter, std=0.1)
+    adapted.train()(x).square().sum().backward()
+    assert all(adapter.grad.any() for adapter in adapters)
     wanted, merged = adapted.eval()(x), adapted.merge_and_unload()
     torch.testing.assert_close(merged(x), wanted, rtol=1e-3, atol=1e-4)
 
@@ -121,11 +117,8 @@ def test_linear_layers_are_quantised_dynamically():
 
 @pytest.mark.parametrize("name", PICO)
 def test_timm_and_torchvision_get_the_features(name):
-    x, model = torch.randn(2, 3, 64, 96), network(name)
-    getter = timm.create_model(name, features_only=True).eval()
+    x, model, getter = torch.randn(2, 3, 64, 96), network(name), network(name, attach=False, features_only=True)
     assert (getter.feature_info.channels(), getter.feature_info.reduction()) == ([8, 16, 32, 64], [4, 8, 16, 32])
-    getter.load_state_dict({f"model.{key}": value for key, value in model.state_dict().items()
-                            if not key.startswith(("head", "norm"))})
     with torch.no_grad():
         wanted = model.forward_intermediates(x, intermediates_only=True)
         for extractor in (
@@ -149,7 +142,7 @@ def test_grad_cam_explains_it():
 def test_counters_find_the_operations():
     """thop counts norms too, fvcore knows no fft: both stay near ours."""
     model, x = network("hornet_nano_7x7"), torch.randn(1, 3, 64, 64)
-    ours = complexity(model, 64).flops
+    ours = flops(model, 64)
     counted = fvcore.nn.FlopCountAnalysis(network("hornet_nano_7x7"), x).unsupported_ops_warnings(False)
     assert counted.total() == pytest.approx(ours, rel=0.05)
     assert counted.by_module()["stages.2.1.gnconv.dwconv"] > 0
