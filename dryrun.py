@@ -6,10 +6,8 @@ line by line. Exit code 0: all is well; 2: one sentence names what is wrong.
 import hashlib
 import os
 import resource
-import shutil
 import sys
 import tempfile
-import textwrap
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -99,12 +97,9 @@ class DryRun(Heartbeats):
         return images / max(seconds - waited, 1e-9), waited / max(seconds, 1e-9)
 
     def row(self, label: str, *sentences: str, mark: str = "  ") -> None:
-        """What was found, each sentence on lines of its own."""
-        width = max(60, min(shutil.get_terminal_size((110, 24)).columns, 120))
+        """What was found, each sentence on a line of its own."""
         for text in sentences:
-            logger.info("%s", textwrap.fill(
-                text, width, initial_indent=f"{mark}{label:16s}", subsequent_indent=18 * " ",
-                break_long_words=False, break_on_hyphens=False))
+            logger.info("%s%-16s%s", mark, label, text)
 
     def problems(self, label: str, sentences: list[str]) -> None:
         """What would spoil the run; the dry run ends with exit code 2."""

@@ -98,10 +98,10 @@ def _evaluate(prepared: Prepared, process: Process) -> list[engine.EvalResult]:
     networks = [(candidate.weights, candidate.network) for candidate in prepared.candidates]
     quiet = None if process.is_main else True  # None leaves the bar out where nobody watches a terminal
     with closing(eval_loader(prepared.data, options, process.rank, process.world_size,
-                             refuse_bad=not options.allow_bad_images)) as loader:
-        with native.packed(*(network for _, network in networks), dtype=evaluation.autocast_dtype):
-            watched = tqdm(loader, "evaluation", unit="batch", leave=False, disable=quiet)
-            return engine.evaluate(networks, watched, evaluation)
+                             refuse_bad=not options.allow_bad_images)) as loader, \
+            native.packed(*(network for _, network in networks), dtype=evaluation.autocast_dtype):
+        watched = tqdm(loader, "evaluation", unit="batch", leave=False, disable=quiet)
+        return engine.evaluate(networks, watched, evaluation)
 
 
 def prepare_evaluation(resolved: Resolved, process: Process, observer: engine.Observer) -> list[Prepared]:
@@ -262,8 +262,8 @@ def _write(prepared: Prepared, results: list[dict], own: list[dict], first: engi
     """eval.json (all `results` so far; `own`, of this set, in the report), the report's files and page; False
     when a folder that was asked for could not take them."""
     options, beside = prepared.options, Path(prepared.candidates[0].path).parent
-    asked = {options.output_dir: results, options.report: own}
-    asked = {folder: part for folder, part in asked.items() if folder}
+    found = ((options.output_dir, results), (options.report, own))
+    asked = {folder: part for folder, part in found if folder}
     try:
         # Beside a downloaded file there is no folder of the user's.
         for folder, part in (asked or ({} if beside == cache_folder() else {beside: results})).items():

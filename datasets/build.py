@@ -94,7 +94,7 @@ def build_data(options: Options, *, train: bool, evaluate: bool, class_names: li
 
 
 def _companion(options: Options, split: _Split, classes: list[str] | None) -> Subset | None:
-    """The one of ImageNet's validation sets that `split` is, when its 1000 classes are the model's (`classes`)
+    """The one of ImageNet's validation sets that `split` is, if its 1000 classes are the model's (`classes`)
     or among them (ImageNet-22k's); None for any other data, and for images held back from a train folder."""
     if options.data_set != "IMNET" or options.val_labels or options.nb_classes not in (None, 1000):
         return None

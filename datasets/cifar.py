@@ -10,9 +10,9 @@ from collections.abc import Callable
 import numpy as np
 
 from common.errors import UserError
-from common.text import printable
 from datasets.images import read_file
 from datasets.readers import Reader
+from datasets.tars import readable
 
 _FILES = {  # classes: folder, train files, val files, names file, key of the names, key of the labels
     10: ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"], "batches.meta",
@@ -47,24 +47,22 @@ def read_cifar(root: str, num_classes: int, train: bool) -> Cifar:
         raise UserError(f"CIFAR has 10 or 100 classes, not --nb_classes {num_classes}.", "unexpected_classes")
     subfolder, train_files, val_files, meta, names_key, labels_key = _FILES[num_classes]
     folder = os.path.join(root, subfolder) if os.path.isdir(os.path.join(root, subfolder)) else root
-    name, pixels, labels = "", [], []
-    try:
-        for name in train_files if train else val_files:
-            content = read_arrays(os.path.join(folder, name))
-            data, found = content["data"], np.asarray(content[labels_key], dtype=np.int32)
-            if data.dtype != np.uint8 or len(found) != len(data) or not set(found) <= set(range(num_classes)):
-                raise ValueError("its labels or pixels are out of range")
-            pixels.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-            labels.append(found)
-        name = meta
-        classes = [text.decode() if isinstance(text, bytes) else text
-                   for text in read_arrays(os.path.join(folder, meta))[names_key]]
-        if len(set(classes)) != num_classes:
-            raise ValueError(f"it does not name {num_classes} classes")
-    except Exception as error:  # Damaged or hostile pickles raise nearly anything; none is executed.
-        path = printable(os.path.join(folder, name))
-        raise UserError(f"{path} is no file of CIFAR-{num_classes} ({error}); unpack the python version of "
-                        "CIFAR there.", code="unreadable_data") from error
+    pixels, labels, classes = [], [], []
+    for name in (*(train_files if train else val_files), meta):
+        path = os.path.join(folder, name)
+        with readable(path, f"a file of the python version of CIFAR-{num_classes}"):
+            content = read_arrays(path)
+            if name == meta:
+                classes = [text.decode() if isinstance(text, bytes) else text for text in content[names_key]]
+                if len(set(classes)) != num_classes:
+                    raise ValueError(f"it does not name {num_classes} classes")
+            else:
+                data, found = content["data"], np.asarray(content[labels_key], dtype=np.int32)
+                known = len(found) == len(data) and set(found) <= set(range(num_classes))
+                if data.dtype != np.uint8 or not known:
+                    raise ValueError("its labels or pixels are out of range")
+                pixels.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+                labels.append(found)
     return Cifar(np.ascontiguousarray(np.concatenate(pixels)), np.concatenate(labels), classes,
                  os.path.join(folder, "train" if train else "test"))
 

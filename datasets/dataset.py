@@ -108,9 +108,6 @@ class ImageDataset(Dataset[Batch]):
         except Exception as error:
             raise RuntimeError(f"transforming {printable(self.path(index))} failed: {error}") from error
 
-    def __getitem__(self, item: Item | int) -> Batch:
-        return self.__getitems__([item])
-
     def __getitems__(self, items: Sequence[Item | int]) -> Batch:
         """A Batch from (epoch, index, position) tuples in training or plain indices in evaluation."""
         count, size = len(items), self.size

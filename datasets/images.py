@@ -69,7 +69,7 @@ def read_file(path: str, limit: int = LARGEST_FILE, there: str | None = None) ->
         with open(path, "rb", buffering=0) as file:
             return file.read()
 
-    with _failures_are_the_images():
+    with failures_are_the_images():
         return read() if there is None else retried(read, there)
 
 
@@ -108,7 +108,7 @@ def decode(data: bytes, exif_orientation: bool = False) -> Image.Image:
     Raises BadImage for whatever Pillow says about the bytes, a decompression bomb (more than twice
     `Image.MAX_IMAGE_PIXELS`, 179 million pixels) included, and for 32-bit pixels, whose range nobody knows.
     """
-    with _failures_are_the_images(), warnings.catch_warnings():
+    with failures_are_the_images(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = Image.open(io.BytesIO(unzipped(data)), formats=FORMATS)
         kind = image.format
@@ -133,7 +133,8 @@ def unzipped(data: bytes) -> bytes:
 
 
 @contextmanager
-def _failures_are_the_images() -> Iterator[None]:
+def failures_are_the_images() -> Iterator[None]:
+    """BadImage for whatever reading or decoding raises, but for what the machine lacks and lost disks."""
     try:
         yield
     except (BadImage, Failure):

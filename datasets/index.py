@@ -12,6 +12,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -98,8 +99,7 @@ class Rows:
         """The index of all rows in canonical order. seen: containers in their order, then whatever else the
         index depends on. Raises UserError for an image that is there twice."""
         classes = sorted(self.classes)
-        rank = np.empty(len(classes), np.int64)
-        rank[[self.classes[name] for name in classes]] = np.arange(len(classes))
+        rank = np.argsort([self.classes[name] for name in classes])  # class by appearance → its place as text
         columns = (rank[np.array(self.labels, np.int32)], self.blob, self.ends, *self.places,
                    stamps(source.root, seen).ravel())
         found = Index(root=source.root, form=form, classes=classes, members=members, order="",
@@ -267,18 +267,15 @@ class IndexCache:
 def _load(path: Path, source: Source, packed: bool = False) -> Index | None:
     """The stored index, or None when there is none, it is damaged, or anything of `seen` has changed. One
     that was packed with its tars may have been copied: these need the same sizes and no later times."""
-    try:
+    with suppress(Exception):  # Whatever a damaged file raises, scanning again is the answer.
         index = Index.read(path)
-        now, tars = stamps(source.root, index.seen).ravel(), source.ending(".tar")
+        now, before, tars = stamps(source.root, index.seen), index.arrays["stamps"], source.ending(".tar")
         if packed:
-            part = slice(0, 2 * len(tars))
-            times, before = now[part][::2], index.arrays["stamps"][part]
-            same = index.seen == [*tars, "", "_info.json"] and (times <= path.stat().st_mtime_ns).all() \
-                and np.array_equal(now[part][1::2], before[1::2])
+            own, was = now[:len(tars)], before.reshape(-1, 2)[:len(tars)]
+            same = index.seen == [*tars, "", "_info.json"] and np.array_equal(own[:, 1], was[:, 1]) \
+                and (own[:, 0] <= path.stat().st_mtime_ns).all()
         else:
-            same = index.root == os.path.realpath(source.root) and np.array_equal(index.arrays["stamps"], now)
+            same = index.root == os.path.realpath(source.root) and np.array_equal(before, now.ravel())
         if same:
-            return replace(index, root=source.root, arrays=index.arrays | {"stamps": now})
-    except Exception:  # Whatever a damaged file raises, scanning again is the answer.
-        pass
+            return replace(index, root=source.root, arrays=index.arrays | {"stamps": now.ravel()})
     return None

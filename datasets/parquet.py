@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from common.text import listed, plural, printable
-from datasets.images import LARGEST_FILE, BadImage, retried
+from datasets.images import LARGEST_FILE, BadImage, failures_are_the_images, retried
 from datasets.index import Index, Rows, Source
 from datasets.readers import Reader, check_unchanged
 from datasets.tars import count_beside, readable
@@ -59,10 +59,8 @@ class Images(Reader):
         """The bytes of image `index`, read with its group of rows; BadImage when that is damaged."""
         path, stamp = self.container(index), self.stamps[self.containers[index]].tolist()
         group, row = int(self.offsets[index]), int(self.index.arrays["lengths"][index])
-        try:
+        with failures_are_the_images():
             data = retried(lambda: _group(path, group, *stamp), path)[row].as_py()
-        except (UserError, OSError, ValueError, LookupError) as error:
-            raise BadImage(" ".join(str(error).split())[:200]) from error
         if not data or len(data) > LARGEST_FILE:
             raise BadImage("no bytes, or more than any image has")
         return data

@@ -72,9 +72,6 @@ class Erasing:
     probability: float = 0.25
     count: int = 1
     mode: str = "pixel"
-    min_area: float = 0.02
-    max_area: float = 1 / 3
-    min_aspect: float = 0.3
 
     def boxes(self, height: int, width: int) -> np.ndarray:
         """int32 (count, 4) of top, left, height, width; unused rows are zero."""
@@ -82,11 +79,10 @@ class Erasing:
         if random.random() > self.probability:
             return boxes
         used = 1 if self.count == 1 else random.randint(1, self.count)
-        log_aspect = math.log(self.min_aspect), math.log(1 / self.min_aspect)
         for number in range(used):
             for _ in range(10):
-                area = random.uniform(self.min_area, self.max_area) * height * width / used
-                aspect = math.exp(random.uniform(*log_aspect))
+                area = random.uniform(0.02, 1 / 3) * height * width / used
+                aspect = math.exp(random.uniform(math.log(0.3), math.log(1 / 0.3)))
                 h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
                 if w < width and h < height:
                     boxes[number] = random.randint(0, height - h), random.randint(0, width - w), h, w

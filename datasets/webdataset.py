@@ -6,7 +6,7 @@ else 1000 labels are ImageNet's synsets in their order; else it is a number.
 import json
 import os
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import groupby, islice
 from tarfile import TarInfo
 
 from common.errors import UserError
@@ -45,10 +45,9 @@ def scan(source: Source) -> Index:
         with readable(path, "a WebDataset tar"), open(path, "rb") as file:
             for key, parts in _samples(path):
                 _add(rows, file.fileno(), number, key, parts, folders)
-        found, expected = len(rows) - before, counts.get(tar)
-        if expected not in (None, found):
-            raise UserError(f"{printable(path)} has {found} images of the {expected} in {info[0]}; copy it "
-                            f"again, or remove {info[0]}.", code="unreadable_data")
+            found, expected = len(rows) - before, counts.get(tar)
+            if expected not in (None, found):
+                raise ValueError(f"{found} images of the {expected} in {info[0]}")
     rows.classes = class_names(source.root, rows.classes, folders)
     return rows.index(source, f"WebDataset tars ({plural(len(tars), 'file')})", [*tars, "", *info])
 
@@ -77,20 +76,19 @@ def class_names(root: str, labels: dict[str, int], folders: dict[str, set[str]],
 
 def _samples(path: str) -> Iterator[tuple[str, dict[str, TarInfo]]]:
     """The key of each sample, and its members by what follows the key's dot."""
-    key, parts = "", {}
-    for _, member in members(path):
+    def key(member: TarInfo) -> str:
         above, slash, name = member.name.removeprefix("./").rpartition("/")
-        stem, _, kind = name.partition(".")
-        if not stem or not member.isreg() or member.issparse():
-            continue
-        if above + slash + stem != key:
-            if parts:
-                yield key, parts
-            key, parts = above + slash + stem, {}
-        if parts.setdefault(kind.lower(), member) is not member:
-            raise ValueError(f"{member.name} is there twice")
-    if parts:
-        yield key, parts
+        return above + slash + name.partition(".")[0]
+
+    plain = (member for _, member in members(path) if member.isreg() and not member.issparse()
+             and not os.path.basename(member.name).startswith("."))
+    for sample, group in groupby(plain, key):
+        parts = {}
+        for member in group:
+            kind = os.path.basename(member.name).partition(".")[2].lower()
+            if parts.setdefault(kind, member) is not member:
+                raise ValueError(f"{member.name} is there twice")
+        yield sample, parts
 
 
 def _add(rows: Rows, file: int, container: int, key: str, parts: dict[str, TarInfo],
@@ -102,10 +100,10 @@ def _add(rows: Rows, file: int, container: int, key: str, parts: dict[str, TarIn
         return os.pread(file, parts[kind].size, parts[kind].offset_data) if kind in parts else b""
 
     images = [kind for kind in parts if is_image(f"x.{kind}")]
-    rows.left_out["further images of a sample" if images else "samples without an image"] += (
-        len(images) - 1 if images else 1)
     if not images:
+        rows.left_out["samples without an image"] += 1
         return
+    rows.left_out["further images of a sample"] += len(images) - 1
     about = json.loads(read("json") or b"{}")
     number = read("cls") or about.get("label")
     if number is None:

@@ -26,7 +26,6 @@ from common.errors import Failure, UserError
 from common.log import logger
 from common.random import key
 
-BACKENDS = {"cuda": "nccl", "xpu": "xccl", "cpu": "gloo", "mps": "gloo"}
 T = TypeVar("T")
 
 
@@ -43,7 +42,8 @@ class Place:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    node_name: str = dataclasses.field(default_factory=socket.gethostname)
+    node_name: str = dataclasses.field(
+        default_factory=lambda: os.environ.get("SLURMD_NODENAME") or socket.gethostname())
     master_addr: str = "127.0.0.1"
     port: int = 0
     served: bool = False
@@ -177,7 +177,8 @@ def start(device: str = "auto", rendezvous_timeout: float = 180.0) -> Process:
         # On one node nothing needs to listen on an outside interface.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    process.store, process.backend = meet(place, rendezvous_timeout), BACKENDS[chosen.type]
+    process.store = meet(place, rendezvous_timeout)
+    process.backend = dist.get_default_backend_for_device(chosen)
     limit = timedelta(seconds=rendezvous_timeout)
     # No device_id: NCCL would connect at once and fail on a shared device before it can be named below.
     dist.init_process_group(process.backend, store=process.store, timeout=limit,
@@ -197,9 +198,8 @@ def start(device: str = "auto", rendezvous_timeout: float = 180.0) -> Process:
 
 # The variables of rank, number of processes, rank on this node, number on this node.
 VARIABLES = {
-    "torchrun": "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE",
-    "mpirun": re.sub(r"(\w+)", r"OMPI_COMM_WORLD_\1", "RANK SIZE LOCAL_RANK LOCAL_SIZE"),
-}
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "mpirun": tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))}
 
 
 def find_place(env: Mapping[str, str] = os.environ) -> Place:
@@ -209,68 +209,56 @@ def find_place(env: Mapping[str, str] = os.environ) -> Place:
     SLURM_NTASKS may say otherwise: only srun's own step variables count. Raises UserError (code
     "environment") for variables that are missing, no numbers, or out of range.
     """
-    node_name = env.get("SLURMD_NODENAME") or socket.gethostname()
-    for launcher, names in VARIABLES.items():
-        rank, size, local_rank, local_size = names.split()
-        if rank in env and size in env:
-            world = number(env, size, 1)
-            local = number(env, local_size, 1, world, default=world)
-            place = Place(launcher, number(env, rank, 0, world - 1), world,
-                          number(env, local_rank, 0, local - 1, default=0), local, node_name)
-            if world == 1:
-                return place
-            if not env.get("MASTER_ADDR"):
-                raise _odd(env, "MASTER_ADDR", "the name of rank 0's node")
-            return dataclasses.replace(place, master_addr=env["MASTER_ADDR"],
-                                       port=number(env, "MASTER_PORT", 1, 65535),
-                                       served=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+    for launcher, (rank, size, local_rank, local_size) in VARIABLES.items():
+        if rank not in env or size not in env:
+            continue
+        env = {local_rank: "0", local_size: env[size], **env}
+        world = number(env, size, 1)
+        local = number(env, local_size, 1, world)
+        place = Place(launcher, number(env, rank, 0, world - 1), world, number(env, local_rank, 0, local - 1),
+                      local)
+        return place if world == 1 else dataclasses.replace(
+            place, master_addr=checked(env, "MASTER_ADDR", "the name of rank 0's node", bool),
+            port=number(env, "MASTER_PORT", 1, 65535),
+            served=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
     if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env and "SLURM_PTY_PORT" not in env:
-        return _slurm(env, node_name)
+        return _slurm(env)
     return Place()
 
 
-def _slurm(env: Mapping[str, str], node_name: str) -> Place:
-    world, counts = number(env, "SLURM_STEP_NUM_TASKS", 1), tasks_per_node(env)
+def _slurm(env: Mapping[str, str]) -> Place:
+    # "2(x3),1" are nodes with 2, 2, 2 and 1 tasks.
+    part = r"([1-9]\d{0,4})(?:\(x([1-9]\d{0,4})\))?"
+    tasks = checked(env, "SLURM_STEP_TASKS_PER_NODE", "numbers such as 2(x3),1",
+                    lambda text: re.fullmatch(f"{part}(,{part})*", text))
+    counts = [int(count) for count, times in re.findall(part, tasks) for _ in range(int(times or 1))]
+    # Rank 0 runs on the first node: of "gpu[07-09,12],login1" on gpu07.
+    names = checked(env, "SLURM_STEP_NODELIST", "names such as gpu[07-09]", bool)
+    first = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", names).partition(",")[0]
+    world = number(env, "SLURM_STEP_NUM_TASKS", 1)
     local = counts[number(env, "SLURM_NODEID", 0, len(counts) - 1)]
     # Two steps of one job must not meet, nor an attempt what is left of the one before; and a job whose port
     # is taken finds another when it is requeued.
     start = " ".join(env.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
     return Place("submitit-slurm" if env.get("SUBMITIT_EXECUTOR") == "slurm" else "srun",
                  number(env, "SLURM_PROCID", 0, world - 1), world, number(env, "SLURM_LOCALID", 0, local - 1),
-                 local, node_name, first_node(env) if len(counts) > 1 else "127.0.0.1",
-                 20000 + key(0, start) % 12000)
+                 local, master_addr=first if len(counts) > 1 else "127.0.0.1",
+                 port=20000 + key(0, start) % 12000)
 
 
-def tasks_per_node(env: Mapping[str, str]) -> list[int]:
-    """Slurm's "2(x3),1" as [2, 2, 2, 1]."""
-    text, part = env.get("SLURM_STEP_TASKS_PER_NODE", ""), r"([1-9]\d{0,4})(?:\(x([1-9]\d{0,4})\))?"
-    if not re.fullmatch(f"{part}(,{part})*", text):
-        raise _odd(env, "SLURM_STEP_TASKS_PER_NODE", "numbers such as 2(x3),1")
-    return [int(count) for count, times in re.findall(part, text) for _ in range(int(times or 1))]
+def number(env: Mapping[str, str], name: str, least: int, most: int = 99999) -> int:
+    """The whole number from `least` to `most` in an environment variable."""
+    return int(checked(env, name, f"a whole number from {least} to {most}",
+                       lambda text: re.fullmatch(r"\d{1,9}", text) and least <= int(text) <= most))
 
 
-def first_node(env: Mapping[str, str]) -> str:
-    """The first name of a Slurm node list: "gpu[07-09,12],login1" gives gpu07. Rank 0 runs there."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", env.get("SLURM_STEP_NODELIST", ""))
-    if first is None:
-        raise _odd(env, "SLURM_STEP_NODELIST", "names such as gpu[07-09]")
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group())
-
-
-def number(env: Mapping[str, str], name: str, least: int, most: int = 99999, *,
-           default: int | None = None) -> int:
-    """The whole number from `least` to `most` in an environment variable; `default` where it is not set."""
-    if default is not None and name not in env:
-        return default
-    if re.fullmatch(r"-?\d{1,9}", env.get(name, "")) and least <= int(env[name]) <= most:
-        return int(env[name])
-    raise _odd(env, name, f"a whole number from {least} to {most}")
-
-
-def _odd(env: Mapping[str, str], name: str, expected: str) -> UserError:
+def checked(env: Mapping[str, str], name: str, expected: str, accepts: Callable[[str], object]) -> str:
+    """The environment variable `name`; UserError saying what is `expected` where its text isn't accepted."""
+    if accepts(env.get(name, "")):
+        return env[name]
     found = f"is {env[name][:80]!r}" if name in env else "is missing"
-    return UserError(f"the environment variable {name} {found}; expected is {expected}: start with torchrun, "
-                     "srun, or python -m launch.run_with_submitit.", code="environment")
+    raise UserError(f"the environment variable {name} {found}; expected is {expected}: start with torchrun, "
+                    "srun, or python -m launch.run_with_submitit.", code="environment")
 
 
 # ----------------------------------------------------------------------------------------------- devices
@@ -322,22 +310,19 @@ def refuse_shared_devices(found: list[tuple[str, str]]) -> None:
 def meet(place: Place, limit: float) -> dist.Store:
     """A store shared by all processes, once all are there.
 
-    Raises Failure: code "rendezvous" after `limit` seconds, naming the missing ranks; code "port" on rank 0
-    where it cannot listen, mostly because another program does.
+    Raises Failure: code "rendezvous" after `limit` seconds, on rank 0 naming the missing ranks; code "port"
+    on rank 0 where it cannot listen, mostly because another program does.
     """
     try:
         store = _serve(place) if place.rank == 0 and not place.served else _connect(place, limit)
         return dist.PrefixStore(name_this_start(store, place, limit), store)
     except (TimeoutError, RuntimeError):
-        raise _absent(place, f"found no rank 0 at {place.master_addr}, port {place.port}, within {limit:.0f} "
-                      "s: check that it runs and is within reach (--rendezvous_timeout)") from None
-
-
-def _absent(place: Place, what: str) -> Failure:
-    failure = Failure(f"rank {place.rank} ({place.node_name}) {what}.", code="rendezvous")
-    if place.rank:  # which else leaves it to rank 0 to speak, and that may be the one that is missing
-        logger.error("%s", failure)
-    return failure
+        failure = Failure(f"rank {place.rank} ({place.node_name}) found no rank 0 at {place.master_addr}, "
+                          f"port {place.port}, that has met all ranks within {limit:.0f} s: check that all "
+                          "run and are within reach (--rendezvous_timeout).", code="rendezvous")
+        if place.rank:  # which else leaves it to rank 0 to speak, and that may be the one that is missing
+            logger.error("%s", failure)
+        raise failure from None
 
 
 def _serve(place: Place) -> dist.Store:
@@ -393,7 +378,8 @@ def name_this_start(store: dist.Store, place: Place, limit: float) -> str:
                 return start
         time.sleep(0.03)
     if place.rank:
-        raise _absent(place, f"did not meet all others within {limit:.0f} s (--rendezvous_timeout)")
+        raise TimeoutError
     missing = [str(rank) for rank, name in enumerate(answers, 1) if not store.check([name])]
-    raise _absent(place, f"met {len(answers) - len(missing)} of {len(answers)} others within {limit:.0f} s; "
-                  f"missing rank(s): {', '.join(missing)} (--rendezvous_timeout)")
+    raise Failure(f"rank 0 ({place.node_name}) met {len(answers) - len(missing)} of {len(answers)} others "
+                  f"within {limit:.0f} s; missing rank(s): {', '.join(missing)} (--rendezvous_timeout).",
+                  code="rendezvous")

@@ -15,6 +15,7 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import chdir
 from pathlib import Path
 from typing import NoReturn, cast
 
@@ -69,8 +70,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--module", default="", choices=("", "dense.segmentation", "dense.detection"),
                    help="what to run in place of main.py")
     p.add_argument("--use_volta32", action="store_true", help="published flag: accepted with a notice")
-    for name in ("config", "output_dir", "device"):  # main.py's, which the launcher reads too
-        p.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    p.add_argument("--config", help=argparse.SUPPRESS)  # main.py's, of which the job gets a copy
     return p
 
 
@@ -85,22 +85,19 @@ def split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError(f"--timeout {options.timeout:g} (hours) is less than the {START_UP} s in which a job "
                         f"starts and the {margin(seconds):.0f} s in which it is saved; give 0.05 or more.",
                         code="invalid_value")
-    for name in ("config", "output_dir", "device"):
-        rest += [f"--{name}", value] if (value := getattr(options, name)) else []
-    return options, rest
+    return options, rest + (["--config", options.config] if options.config else [])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Submit, or show a job's status. Returns the exit code: 2 for a user's mistake."""
     setup_logging()
-    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        if argv[:1] == ["status"]:
-            if len(argv) != 2:
-                raise UserError("status takes one folder, the job's.", code="missing_value")
-            sys.stdout.write(status(Path(argv[1])))
-            return ExitCode.DONE
-        return submit(*split(argv))
+        if argv[:1] != ["status"]:
+            return submit(*split(argv))
+        if len(argv) != 2:
+            raise UserError("status takes one folder, the job's.", code="missing_value")
+        sys.stdout.write(status(Path(argv[1])))
+        return ExitCode.DONE
     except UserError as error:
         logger.error("%s", error)
         return error.exit_code
@@ -113,13 +110,11 @@ def submit(options: argparse.Namespace, argv: list[str]) -> int:
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise UserError("there is no sbatch on this machine; without Slurm start main.py with torchrun on "
                         "each node (TRAINING.md).", code="no_slurm")
-    check_main_options(argv, options.module)
-    folder, before = str(Path(options.job_dir).expanduser().absolute()), os.getcwd()
-    recipe = Path(options.config) if options.config and Path(options.config).is_file() else None
-    given = options.output_dir or recipe and (yaml.safe_load(recipe.read_text()) or {}).get("output_dir")
-    output_dir = str(Path(given).expanduser().absolute()) if given else folder
+    resolved = resolve(argv, options.module)
+    folder = str(Path(options.job_dir).expanduser().absolute())
+    output_dir = str(Path(resolved["output_dir"] or folder).expanduser().absolute())
     argv += ["--output_dir", output_dir]  # of two the last counts
-    executor = build_executor(folder, options)
+    executor = build_executor(folder, options, gpus=resolved["device"] != "cpu")
     if options.dry_run == "true":
         text = executor._make_submission_file_text(executor._submitit_command_str, "dry_run")
         sys.stdout.write(f"{text}# each task then runs: {options.module or 'main.py'} {shlex.join(argv)}\n")
@@ -130,14 +125,14 @@ def submit(options: argparse.Namespace, argv: list[str]) -> int:
                         "or give each job a folder of its own with %j, as in runs/%j.", code="folder_in_use")
     try:
         code = snapshot(folder)
-        if recipe:
-            argv += ["--config", str(shutil.copy2(recipe, code / "submitted_config.yaml"))]
-        job = Job(argv, before, str(code), folder, output_dir, options.max_requeue, options.module)
-        os.chdir(code)  # the job's tasks unpickle and import from here
-        submitted = executor.submit(job)
-        record = {"id": submitted.job_id, "code": job.code, "output_dir": output_dir}
+        if options.config and os.path.isfile(options.config):
+            argv += ["--config", str(shutil.copy2(options.config, code / "submitted_config.yaml"))]
+        job = Job(argv, os.getcwd(), str(code), folder, output_dir, options.max_requeue, options.module)
+        with chdir(code):  # the job's tasks unpickle and import from here
+            submitted = executor.submit(job)
         write_json(submitted.paths.folder / "job.json",
-                   {name: value.replace("%j", submitted.job_id) for name, value in record.items()})
+                   {"id": submitted.job_id, "code": job.code,
+                    "output_dir": output_dir.replace("%j", submitted.job_id)})
     except OSError as error:
         raise UserError(f"--job_dir {options.job_dir} cannot be used ({error.filename or folder}: "
                         f"{error.strerror}); choose a folder that all nodes can write to.",
@@ -145,22 +140,21 @@ def submit(options: argparse.Namespace, argv: list[str]) -> int:
     except FailedJobError as error:
         reason = " ".join(str(error).split())[-400:]
         raise UserError(f"sbatch refuses the job: {reason}", code="sbatch") from None
-    finally:
-        os.chdir(before)
     logger.info("Submitted job %s. Its logs: %s", submitted.job_id, submitted.paths.folder)
     logger.info("python -m launch.run_with_submitit status %s", shlex.quote(str(submitted.paths.folder)))
     return ExitCode.DONE
 
 
-def check_main_options(argv: list[str], module: str = "") -> None:
-    """Let main.py, or a module, check its options now: a mistake should not wait in a queue for hours."""
+def resolve(argv: list[str], module: str = "") -> Record:
+    """main.py's options, or a module's, which checks them now: a mistake should not wait in a queue for
+    hours."""
     command = [*program(str(ROOT), module), "--print_config", "true", *argv]
     answer = subprocess.run(command, capture_output=True, text=True,
                             env={**os.environ, "PYTHONPATH": str(ROOT)})
-    if answer.returncode == 0:
-        return
-    raise UserError((answer.stderr.splitlines() or [f"main.py ended with {answer.returncode}"])[-1]
-                    .removeprefix("error: "), code="main_options")
+    if answer.returncode != 0:
+        sentence = (answer.stderr.splitlines() or [f"main.py ended with {answer.returncode}"])[-1]
+        raise UserError(sentence.removeprefix("error: "), code="main_options")
+    return yaml.safe_load(answer.stdout)
 
 
 def snapshot(folder: str) -> Path:
@@ -176,21 +170,18 @@ def snapshot(folder: str) -> Path:
     return code
 
 
-def build_executor(folder: str, options: argparse.Namespace) -> SlurmExecutor:
+def build_executor(folder: str, options: argparse.Namespace, *, gpus: bool) -> SlurmExecutor:
     """submitit's executor with the launcher's options in Slurm's terms."""
     extra = dict(requeue=True)
     for pair in options.slurm:
         key, equals, value = pair.partition("=")
-        if not key:
-            raise UserError(f"--slurm {pair}: KEY=VALUE is accepted, such as --slurm account=vision.",
-                            code="invalid_value")
         extra[key.lstrip("-").replace("-", "_")] = value if equals else True
-    no_gpus = options.device == "cpu" or any(key.startswith(("gres", "gpus")) for key in extra)
+    gpus = gpus and not any(key.startswith(("gres", "gpus")) for key in extra)
     executor = submitit.AutoExecutor(folder, cluster="slurm")
     executor.update_parameters(
         name=options.job_name, timeout_min=max(1, round(options.timeout * 60)), nodes=options.nodes,
         tasks_per_node=options.ngpus, cpus_per_task=options.cpus_per_task,
-        gpus_per_node=None if no_gpus else options.ngpus, slurm_partition=options.partition,
+        gpus_per_node=options.ngpus if gpus else None, slurm_partition=options.partition,
         slurm_comment=options.comment, slurm_additional_parameters=extra, slurm_setup=SETUP,
         slurm_signal_delay_s=round(margin(options.timeout * 3600)))
     return cast(SlurmExecutor, executor._executor)
@@ -240,4 +231,4 @@ def job_state(job: Record, last: Record) -> tuple[str, bool]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

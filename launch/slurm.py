@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +22,7 @@ import submitit
 from common.ledger import Ledger, Record, restarts
 from common.log import logger, setup_logging
 from common.outcome import ExitCode, Outcome
-from launch.stop import end_now, job_end_time, squeue
+from launch.stop import job_end_time, squeue
 
 # Seconds a requeued task waits for Slurm to end it; an exit would make the job "failed" or "completed".
 # Longer than the task that decides may need to reach a busy controller.
@@ -47,8 +48,7 @@ class Job:
         environment.paths.result_pickle.unlink(missing_ok=True)
         setup_logging(environment.global_rank)
         task = Task(self, environment)
-        code = task.run_main()
-        if code != ExitCode.DONE:
+        if (code := task.run_main()) != ExitCode.DONE:
             code = task.after(code)
             raise SystemExit(code if code > 0 else 128 - code)
         return code
@@ -85,7 +85,7 @@ class Task:
             if os.getppid() != parent:  # slurmstepd is gone
                 self.child.terminate()  # main.py saves
                 self.child.wait()
-                end_now(ExitCode.FAILED)
+                os._exit(ExitCode.FAILED)
             time.sleep(0.2)
         return ExitCode.PAUSED if -code in self.signals else code
 
@@ -152,7 +152,9 @@ class Task:
     def _refusal(self, own: list[Record], code: int, cause: str) -> str:
         """Why the job whose attempts `own` are isn't requeued; "" when it is."""
         failed = [a for a in own if a["state"] == Outcome.FAILED]
-        if code == ExitCode.USAGE or code == ExitCode.PAUSED and own[-1:] == failed[-1:] != []:
+        # What an earlier attempt accepted may pass: a GPU that is missing, a folder that is mounted late.
+        mistake = code == ExitCode.USAGE and restarts() == 0
+        if mistake or code == ExitCode.PAUSED and own[-1:] == failed[-1:] != []:
             return cause
         if code != ExitCode.PAUSED and len({a["update"] for a in failed[-2:]}) < len(failed[-2:]):
             return f"it failed twice at update {failed[-1]['update']}: {cause}"
@@ -220,7 +222,6 @@ class Task:
 
 def last_lines(log: Path, count: int) -> list[str]:
     """The end of a log; [] where there is none."""
-    with suppress(OSError), open(log, "rb") as file:
-        file.seek(-min(os.path.getsize(log), 1 << 16), os.SEEK_END)
-        return file.read().decode(errors="replace").splitlines()[-count:]
+    with suppress(OSError), open(log, errors="replace") as file:
+        return [line.rstrip("\n") for line in deque(file, count)]
     return []

@@ -28,6 +28,7 @@ from models.inspect import class_titles
 from models.trained import best_checkpoint
 from report.metrics import Predictions, compare, confusion_pairs, sampling_interval
 from report.results import per_class, read_predictions, summary_line
+from run.log import SCORES
 
 T = TypeVar("T")
 COLORS = ("#2457c5", "#d6540c", "#16803c", "#8a3ab9", "#b07d00", "#0c8599", "#c2255c", "#5c6675")
@@ -83,32 +84,28 @@ def read_run(path: str | Path) -> Run:
     folder, log = (path, path / "log.txt") if path.is_dir() else (path.parent, path)
     # Of an epoch that stands twice the last counts.
     epochs = {row["epoch"]: row for row in read_json_lines(log) if isinstance(row.get("epoch"), int)}
-    status, environment, data, evaluation = (_read(folder / f"{name}.json", _object) or {}
+    status, environment, data, evaluation = (_read(folder / f"{name}.json", read_json, {})
                                              for name in ("status", "environment", "data", "eval"))
     if not path.exists() or not epochs and not evaluation:
         raise UserError(f"{path} has neither a log.txt with epochs nor an eval.json: name the --output_dir "
                         "of a run, or the --report of an evaluation.", code="missing_run")
-    config, origins = _read(folder / "config.yaml", _config) or ({}, {})
+    config, origins = _read(folder / "config.yaml", _config, ({}, {}))
     flat = {name: value for key, entry in environment.items()
             for name, value in (entry.items() if isinstance(entry, dict) else [(key, entry)])}
     return Run(name=folder.resolve().name, folder=folder, log=[epochs[epoch] for epoch in sorted(epochs)],
                events=read_json_lines(folder / "events.jsonl"), attempts=Ledger(folder).attempts(),
                status=status, environment=flat, data=data, evaluation=evaluation, config=config,
-               origins=origins, predictions=_read(folder / "predictions.npz", read_predictions))
+               origins=origins, predictions=_read(folder / "predictions.npz", read_predictions, None))
 
 
-def _read(path: Path, read: Callable[[Path], T]) -> T | None:
-    """What `read` makes of a file; None where it is missing or, which is logged, of no use."""
+def _read(path: Path, read: Callable[[Path], T], missing: T) -> T:
+    """What `read` makes of a file; `missing` where there is none or, which is logged, one of no use."""
     try:
-        return read(path) if path.exists() else None
+        found = read(path) if path.exists() else missing
+        return found if missing is None or isinstance(found, type(missing)) else missing
     except UserError as error:
         logger.warning("%s", error)
-        return None
-
-
-def _object(path: Path) -> dict:
-    value = read_json(path)
-    return value if isinstance(value, dict) else {}
+        return missing
 
 
 def _config(path: Path) -> tuple[dict, dict]:
@@ -122,10 +119,8 @@ def _config(path: Path) -> tuple[dict, dict]:
 def headline(run: Run) -> dict[str, tuple[str, str]]:
     """The figures that a reader looks for first, by their labels, each with a remark. Epochs count from 1."""
     found = {}
-    for key, label in (("test_acc1", "top-1"), ("test_acc1_ema", "top-1 of the EMA"), ("test_miou", "mIoU"),
-                       ("test_miou_ema", "mIoU of the EMA"), ("test_box_ap", "box AP"),
-                       ("test_mask_ap", "mask AP")):
-        if scores := run.finite(key):
+    for key, label in SCORES.items():
+        if "acc5" not in key and (scores := run.finite(key)):
             epoch = next(row["epoch"] for row in run.log if row.get(key) == max(scores))
             found[f"best {label}"] = f"{max(scores):.2f} %", f"epoch {epoch + 1}"
             found[f"last {label}"] = f"{scores[-1]:.2f} %", ""
@@ -172,23 +167,21 @@ def charts(runs: list[Run]) -> list[tuple[str, str]]:
     """(title, SVG text) of each chart for which a log has values."""
     drawn = []
     for title, y_label, from_zero, keys in _CHARTS:
-        lines = []
-        for r, run in enumerate(runs):
-            for k, (key, label) in enumerate(keys):
-                if run.finite(key) and (key != "train_min_lr" or run.values(key) != run.values("train_lr")):
-                    looks = {"label": label, "color": COLORS[k]} if len(runs) == 1 else _looks(
-                        r, run, label if len(keys) > 1 else "")
-                    looks["linestyle"] = LINES[k]
-                    lines.append(([row["epoch"] + 1 for row in run.log], run.values(key), looks))
+        lines = [([row["epoch"] + 1 for row in run.log], run.values(key),
+                  _looks(runs, r, k, label if len(keys) > 1 or len(runs) == 1 else ""))
+                 for r, run in enumerate(runs) for k, (key, label) in enumerate(keys)
+                 if run.finite(key) and (key != "train_min_lr" or run.values(key) != run.values("train_lr"))]
         if lines:
             drawn.append((title, _draw(title, {"epoch": lines}, y_label, from_zero, 4 - min(len(runs), 2))))
     return drawn
 
 
-def _looks(number: int, run: Run, label: str = "") -> dict[str, str]:
-    """Of a line in a chart of several runs. A dollar would begin a formula."""
-    return {"label": f"{printable(run.name[:18])}{label and ': '}{label}".replace("$", r"\$"),
-            "color": COLORS[number % len(COLORS)]}
+def _looks(runs: list[Run], number: int, line: int = 0, label: str = "") -> dict[str, str]:
+    """Of a run's line in a chart; runs differ in colour, and so do the lines of a lone run."""
+    name = "" if label and len(runs) == 1 else printable(runs[number].name[:18])
+    # A dollar would begin a formula.
+    return {"label": ": ".join(filter(None, (name, label))).replace("$", r"\$"),
+            "color": COLORS[(number if len(runs) > 1 else line) % len(COLORS)], "linestyle": LINES[line]}
 
 
 def _draw(title: str, panels: dict[str, list[tuple[list[float], list[float], dict]]], y_label: str,
@@ -227,7 +220,7 @@ def best(run: Run) -> dict | None:
     path = best_checkpoint(run.folder)
     if path is None:
         return None
-    return {"score": None, "epoch": None, **(_read(Path(f"{path}.json"), _object) or {}), "name": path.name,
+    return {"score": None, "epoch": None, **_read(Path(f"{path}.json"), read_json, {}), "name": path.name,
             "folder": shlex.quote(str(run.folder)), "file": shlex.quote(str(path))}
 
 
@@ -328,7 +321,7 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path | None = Non
     runs = [read_run(folder) for folder in folders]
     rows, sentences = comparison(runs, price_per_hour)
     taken = [effort(run, price_per_hour) for run in runs]
-    panels = {label: [(taken[r][label], run.accuracy, _looks(r, run)) for r, run in enumerate(runs)]
+    panels = {label: [(taken[r][label], run.accuracy, _looks(runs, r)) for r, run in enumerate(runs)]
               for label in taken[0]}
     path = _write("compare.html", Path(out or runs[0].folder), "comparison.html", runs=runs, head=[*rows[0]],
                   rows=[[*row.values()] for row in rows], sentences=sentences, price=price_per_hour,

@@ -113,16 +113,12 @@ def summary_line(result: dict) -> str:
 
 def suite_table(results: list[dict]) -> str:
     """The results on several sets as one table; ReaL's labels are a row of their own."""
-    rows = []
-    for result in results:
-        for name, found in ((result["dataset"], result), ("imagenet-real", result.get("real"))):
-            if found:
-                acc1, acc5, images = (found[key] for key in ("acc1", "acc5", "images"))
-                file = Path(result["checkpoint"]).name
-                rows.append({"set": name, "file": file, "weights": result["weights"], "images": images,
-                             "top-1": f"{acc1:.2f}", "top-5": f"{acc5:.2f}",
-                             "±": f"{sampling_interval(acc1, images):.2f}"})
-    return table(rows)
+    real = ({**result, **result["real"], "dataset": "imagenet-real"} if "real" in result else None
+            for result in results)
+    rows = (row for both in zip(results, real) for row in both if row)
+    return table([{"set": row["dataset"], "file": Path(row["checkpoint"]).name, "weights": row["weights"],
+                   "images": row["images"], "top-1": f"{row['acc1']:.2f}", "top-5": f"{row['acc5']:.2f}",
+                   "±": f"{sampling_interval(row['acc1'], row['images']):.2f}"} for row in rows])
 
 
 # ----------------------------------------------------------------------------------------------------- files
@@ -151,7 +147,7 @@ def read_predictions(path: str | Path) -> Predictions:
                                file["classes"].tolist())
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not a predictions.npz of this project ({error}): make one with "
-                        "--eval true --report DIR", code="unreadable_predictions") from error
+                        "--eval true --report DIR.", code="unreadable_predictions") from error
 
 
 def per_class(predictions: Predictions, titles: list[str]) -> list[dict]:
@@ -174,14 +170,12 @@ def per_class(predictions: Predictions, titles: list[str]) -> list[dict]:
 
 def write_report_files(folder: str | Path, predictions: Predictions, titles: list[str]) -> None:
     """What `--report DIR` leaves: predictions.npz, per_class.csv and confusion.csv."""
-    folder, names = Path(folder), [*predictions.classes, "unreadable"]  # whose answer is -1
-    write_predictions(folder / "predictions.npz", predictions)
-    confusions = [{"true": names[true], "predicted": names[answer], "images": n}
+    classes, names = per_class(predictions, titles), [*predictions.classes, "unreadable"]  # it is answer -1
+    write_predictions(Path(folder, "predictions.npz"), predictions)
+    confusions = [(names[true], names[answer], n)
                   for true, answer, n in confusion_pairs(predictions.labels, predictions.top5[:, 0])]
-    for name, columns, rows in (("per_class", None, per_class(predictions, titles)),
-                                ("confusion", ("true", "predicted", "images"), confusions)):
+    for name, rows in (("per_class", [classes[0], *(row.values() for row in classes)]),
+                       ("confusion", [("true", "predicted", "images"), *confusions])):
         text = io.StringIO()
-        table = csv.DictWriter(text, columns or rows[0], lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-        write_text(folder / f"{name}.csv", text.getvalue())
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        write_text(Path(folder, f"{name}.csv"), text.getvalue())

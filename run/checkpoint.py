@@ -76,8 +76,7 @@ def manifest(path: Path) -> State | None:
     """
     try:
         entries = _entries(path)
-        found = retried(lambda: (path.stat().st_size, sha256_file(path)), str(path.parent))
-        entry = next((e for e in entries if (e["size"], e["sha256"]) == found), None)
+        found = retried(lambda: {"size": path.stat().st_size, "sha256": sha256_file(path)}, str(path.parent))
     except FileNotFoundError:
         return None
     except Failure:
@@ -85,10 +84,11 @@ def manifest(path: Path) -> State | None:
     except _UNREADABLE as error:
         raise kind_of(error)(f"{path} or its manifest cannot be read ({error}).",
                              code="damaged_checkpoint") from error
-    if entry is None:
-        raise UserError(f"{path} is not the file that was saved: size or sha256 differ from its manifest.",
-                        code="damaged_checkpoint")
-    return entry
+    for entry in entries:
+        if found.items() <= entry.items():
+            return entry
+    raise UserError(f"{path} is not the file that was saved: size or sha256 differ from its manifest.",
+                    code="damaged_checkpoint")
 
 
 def _entries(path: Path) -> list[State]:
@@ -96,12 +96,18 @@ def _entries(path: Path) -> list[State]:
     return [{k: v for k, v in e.items() if k != "previous"} for e in (entry, *entry.get("previous", []))]
 
 
+def _has_its_size(path: Path) -> bool:
+    try:
+        return any(entry["size"] == path.stat().st_size for entry in _entries(path))
+    except _UNREADABLE:
+        return False
+
+
 def _noted(path: Path, what: str) -> float:
     """A number in a checkpoint's manifest, such as its score; -inf where the file is damaged or has none."""
-    try:
+    found = None
+    with suppress(UserError):
         found = (manifest(path) or {}).get(what)
-    except UserError:
-        found = None
     return found if isinstance(found, (int, float)) else -math.inf
 
 
@@ -226,10 +232,9 @@ class Checkpoints:
             write_json(manifest_path(path), {"file": path.name, "sha256": digest, "size": size, **about,
                                              "score": score, "previous": previous})
 
-        try:
+        before: list[State] = []
+        with suppress(*_UNREADABLE):
             before = _entries(path) if path.exists() else []
-        except _UNREADABLE:
-            before = []
         # timm.create_model(checkpoint_path=...) takes `state_dict_ema` before `model_ema`: here it finds what
         # scored, the same tensors, which are written once.
         content = state | {"state_dict_ema": state.get(state.get("scored") or "model")}
@@ -261,7 +266,7 @@ class Checkpoints:
         # Those within an epoch that has ended since are kept only where there would be fewer than two.
         useful = [*ends, *numbered[numbered.index(ends[-1]) + 1 if ends else 0:]]
         by_use = sorted(numbered, key=useful.__contains__)
-        whole = [path for path in by_use if self._has_its_size(path)]  # others were damaged meanwhile
+        whole = [path for path in by_use if _has_its_size(path)]  # others were damaged meanwhile
         keep = {*by_use[-2:], *whole[-2:], *ends[-self.keep:]}
         keep |= {path for path in ends if (_at(path)[0] + 1) % self.every == 0}
         for path in numbered:
@@ -271,13 +276,6 @@ class Checkpoints:
                     manifest_path(path).unlink(missing_ok=True)
                 except OSError as error:
                     logger.warning(f"{path} is no longer needed but cannot be removed ({error.strerror}).")
-
-    @staticmethod
-    def _has_its_size(path: Path) -> bool:
-        try:
-            return any(entry["size"] == path.stat().st_size for entry in _entries(path))
-        except _UNREADABLE:
-            return False
 
     def disk_estimate(self, size: int, epochs: int) -> tuple[str, bool]:
         """What the checkpoints of `epochs` epochs take at most for states of `size` bytes, and whether it
@@ -291,8 +289,12 @@ class Checkpoints:
     # Finding
 
     def numbered(self) -> list[Path]:
-        """The numbered checkpoints, oldest first by (epoch, update)."""
-        return sorted((path for path in self.folder.glob("checkpoint-*.pth") if position(path.name)), key=_at)
+        """The numbered checkpoints, oldest first by (epoch, update). Raises OSError where the disk does not
+        answer (Path.glob of newer Pythons would find nothing there)."""
+        folder, names = self.folder, []
+        with suppress(FileNotFoundError):
+            names = os.listdir(folder)
+        return sorted((folder / name for name in names if position(name)), key=_at)
 
     def _best_files(self) -> list[Path]:
         return [self.folder / name for name in _SCORED if (self.folder / name).is_file()]
@@ -314,11 +316,15 @@ class Checkpoints:
         none at all.
 
         Raises UserError when there are some and none can be used: a run must never start from scratch in
-        silence.
+        silence. Raises Failure when the disk does not answer.
         """
         passed: list[str] = []
-        by_epoch = sorted(self._best_files(), key=lambda path: _noted(path, "epoch"))
-        for path in reversed(self.numbered() or by_epoch):
+        try:
+            numbered, best = retried(lambda: (self.numbered(), self._best_files()), str(self._owner.path))
+        except OSError as error:
+            raise kind_of(error)(f"{self._owner.path} cannot be read ({error}).",
+                                 code="unusable_folder") from error
+        for path in reversed(numbered or sorted(best, key=lambda path: _noted(path, "epoch"))):
             try:
                 loaded = load(path, needs_manifest=True)
                 check_finite(loaded.state)
@@ -330,7 +336,7 @@ class Checkpoints:
                 logger.warning(f"Skipped {path.name}: {error}")
         if passed:
             raise UserError(f"None of the {len(passed)} checkpoints in {self.folder} can be used: "
-                            f"{' '.join(passed)} Name one with --resume, or start from scratch in another "
+                            f"{passed[0]} Name one with --resume, or start from scratch in another "
                             "--output_dir.", code="no_valid_checkpoint")
         return None
 

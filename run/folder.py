@@ -38,48 +38,40 @@ class RunFolder(Ledger):
         when another training has it (code "folder_in_use"), or why it cannot be used ("unusable_folder").
         """
         try:
-            descriptor, locked = self._take(wait)
+            self._lock = self._take(wait)
         except OSError as error:
             raise UserError(f"--output_dir {self.path} cannot be used: {error.strerror}; choose another.",
                             code="unusable_folder") from error
         last = self.owner()
-        if not locked:
-            os.close(descriptor)
-            raise UserError(f"{self.path} is in use by another training ({_describe(last)}); wait for it, "
-                            "stop it, or choose another --output_dir.", code="folder_in_use")
-        self._lock = descriptor
         # Loader workers are forks and would hold the lock on after this process was killed.
         os.register_at_fork(after_in_child=self._forget)
         self._write_owner({"host": socket.gethostname(), "pid": os.getpid(), "job": job_id(), "since": now()})
         return f"The last training in {self.path} ({_describe(last)}) ended without a word." if last else None
 
-    def _take(self, wait: float) -> tuple[int, bool]:
-        """(descriptor of owner.json, whether it is locked); again where an owner removed it meanwhile."""
+    def _take(self, wait: float) -> int:
+        """The descriptor of owner.json, locked; made again where an owner removed it meanwhile."""
+        deadline = time.monotonic() + wait
         while True:
             self._made = self._made or not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path / "owner.json", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            locked = self._try_lock(descriptor, wait)
-            if not locked or os.fstat(descriptor).st_nlink:
-                return descriptor, locked
-            os.close(descriptor)
-
-    @staticmethod
-    def _try_lock(descriptor: int, wait: float) -> bool:
-        deadline = time.monotonic() + wait
-        while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
+                if os.fstat(descriptor).st_nlink:
+                    return descriptor
             except (BlockingIOError, PermissionError):
                 if time.monotonic() >= deadline:
-                    return False
+                    os.close(descriptor)
+                    raise UserError(f"{self.path} is in use by another training ({_describe(self.owner())}); "
+                                    "wait for it, stop it, or choose another --output_dir.",
+                                    code="folder_in_use") from None
                 time.sleep(0.1)
             except OSError as error:
                 if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                     raise
                 logger.warning("This file system has no locks: let no second training use the folder.")
-                return True
+                return descriptor
+            os.close(descriptor)
 
     def owner(self) -> Record:
         """Host, pid, job and start of the training that owns, or last owned, the folder; {} when released."""

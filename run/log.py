@@ -24,6 +24,10 @@ from config.options import Options
 from engine import Progress
 from run.folder import environment
 
+SCORES = {"test_acc1": "top-1", "test_acc5": "top-5", "test_acc1_ema": "EMA top-1",
+          "test_acc5_ema": "EMA top-5", "test_miou": "mIoU", "test_miou_ema": "EMA mIoU",
+          "test_box_ap": "box AP", "test_mask_ap": "mask AP"}
+
 
 class Tracker:
     """Rank 0's record of a run; made with `folder=None` it keeps none and only writes to the console.
@@ -131,10 +135,7 @@ class Tracker:
         self._lines = [old for old in self._lines if old["epoch"] < p.epoch] + [line]
         self._write("log.txt", self._write_log)
         self._scalars({f"epoch/{k}": line[k] for k in line if k not in ("epoch", "update")}, p.next_update)
-        scores = (("test_acc1", "top-1"), ("test_acc5", "top-5"), ("test_acc1_ema", "EMA top-1"),
-                  ("test_acc5_ema", "EMA top-5"), ("test_miou", "mIoU"), ("test_miou_ema", "EMA mIoU"),
-                  ("test_box_ap", "box AP"), ("test_mask_ap", "mask AP"))
-        shown = [f"{words} {line[name]:.2f}" for name, words in scores if line.get(name) is not None]
+        shown = [f"{words} {line[name]:.2f}" for name, words in SCORES.items() if line.get(name) is not None]
         logger.info("epoch %d/%d done in %s  %s", p.epoch + 1, self.epochs, duration(seconds),
                     "  ".join([f"train loss {p.figures['loss']:.4f}", *shown]))
 

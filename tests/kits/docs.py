@@ -1,7 +1,6 @@
 """The fenced commands of README.md and TRAINING.md, for the tests that hold them to what they say.
 
-Every ```bash block carries `run`, `dry-run` or `not-run: reason`, as an HTML comment above the fence or as a
-comment in its first line.
+Every ```bash block carries `run`, `dry-run` or `not-run: reason` as an HTML comment above the fence.
 """
 import re
 import shlex
@@ -11,10 +10,7 @@ from pathlib import Path
 from launch.run_with_submitit import split
 
 ROOT = Path(__file__).resolve().parents[2]
-_BLOCK = re.compile(r"(?:<!--\s*(?P<above>[^\n]*?)\s*-->\n)?```(?:bash|sh|shell|console)\n(?P<body>.*?)```",
-                    re.DOTALL)
-_SHELL = re.compile(r"\[|(done|do|fi|then)\b")
-_MARK = re.compile(r"(run|dry-run|not-run)(?::\s*(.*))?$")
+_BLOCK = re.compile(r"(?:<!-- (run|dry-run|not-run)(?:: ([^\n]*))? -->\n)?```(?:bash|sh|shell|console)\n(.*?)```", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -34,30 +30,20 @@ class Command:
         """The options for `main.py` in this command, None when it starts something else."""
         words = self.words
         if "main.py" in words:
-            argv = words[words.index("main.py") + 1:]
-            return argv[:next((i for i, word in enumerate(argv) if word.endswith(";")), len(argv))]
+            return words[words.index("main.py") + 1:]
         if "launch.run_with_submitit" in words and not {"status", "--module"} & {*words}:
             return split(words[words.index("launch.run_with_submitit") + 1:])[1]
         return None
 
 
-def commands(*names: str) -> list[Command]:
-    """All commands of the named files (default README.md and TRAINING.md), continued lines joined."""
+def commands() -> list[Command]:
+    """All commands of both files, continued lines joined."""
     found = []
-    for name in names or ("README.md", "TRAINING.md"):
-        path = ROOT / name
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        for block in _BLOCK.finditer(text):
-            found += parse_block(name, block["above"] or "", block["body"])
+    for name in ("README.md", "TRAINING.md"):
+        for mark, reason, body in _BLOCK.findall((ROOT / name).read_text(encoding="utf-8")):
+            for line in body.replace("\\\n", " ").splitlines():
+                # Of a loop, the command that it repeats.
+                text = " ".join(line.split()).removeprefix("until ").removesuffix("; do")
+                if text and not text.startswith(("#", "[", "done")):
+                    found.append(Command(name, mark, reason, text))
     return found
-
-
-def parse_block(name: str, above: str, body: str) -> list[Command]:
-    """The commands of one fenced block."""
-    lines = body.replace("\\\n", " ").splitlines()
-    first = lines[0].lstrip("# ") if lines and lines[0].startswith("#") else ""
-    mark = _MARK.match(above) or _MARK.match(first)
-    texts = [re.sub(r"\s+", " ", re.sub(r"^\$ ", "", line)).strip() for line in lines]
-    texts = [text for text in texts if text and not text.startswith("#") and not _SHELL.match(text)]
-    texts = [re.sub(r";\s*do$", "", re.sub(r"^(until|while) ", "", text)) for text in texts]
-    return [Command(name, mark[1] if mark else "", (mark[2] or "") if mark else "", text) for text in texts]

@@ -5,15 +5,16 @@ A row runs in this process, because a start costs seconds and tests the same.
 """
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 import main
-from common.errors import UserError
+from common.log import logger
+from run.log import Tracker
 from tests.kits.images import fill_folder
 
 MODEL = "hornet_pico_7x7"
@@ -54,7 +55,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Row:
-    """One fault: the command `argv` (added to the defaults of `base`, which may be empty) and how it ends.
+    """One fault: the command `argv` (added to the defaults of `base`) and how it ends.
 
     `end` is the code of the UserError that ends it with exit code 2, or another exit code. `names` all stand
     in what a person reads (for a UserError in its one sentence): flags, paths, values, the fix; `absent` must
@@ -72,16 +73,13 @@ class Row:
 
 def table(*rows: Row):
     """Parametrize a test with rows, named by them."""
-    names = [row.name for row in rows]
-    assert len(set(names)) == len(names)
-    return pytest.mark.parametrize("row", rows, ids=[re.sub(r"\W+", "_", name) for name in names])
+    return pytest.mark.parametrize("row", rows, ids=[re.sub(r"\W+", "_", row.name) for row in rows])
 
 
 def command(base: dict[str, str] | str, argv: str, place: Place) -> list[str]:
-    """The command line: defaults of `base`, overridden by the row's flags; `''` in a row stands for an empty
-    value."""
-    base = {"train": TRAIN, "eval": EVAL, "": {}}.get(base, base) if isinstance(base, str) else base
-    given = [place.fill(word) if word != "''" else "" for word in argv.split(" ") if word]
+    """The command line: defaults of `base`, overridden by the row's flags."""
+    base = {"train": TRAIN, "eval": EVAL}.get(base, base) if isinstance(base, str) else base
+    given = [place.fill(word) for word in argv.split()]
     kept = {name: value for name, value in base.items() if f"--{name}" not in given}
     return [word for name, value in kept.items() for word in (f"--{name}", place.fill(value))] + given
 
@@ -98,18 +96,17 @@ def check(row: Row, place: Place, capture) -> str:
     """Run a row and compare; returns the text."""
     if row.prepare is not None:
         row.prepare(place)
-    with _noted() as errors:
+    with patch.object(logger, "error", wraps=logger.error) as logged:
         code, text = start(command(row.base, row.argv, place), capture)
     assert code == (2 if isinstance(row.end, str) else row.end), text
-    said = text
+    read = text
     if code == 2:
         # One sentence, and it is the last thing on the screen.
-        said = text[text.index("error: "):].removeprefix("error: ").rstrip()
-        assert len(said.splitlines()) == 1, text
-        found = {error.code for error in errors if str(error) == said}
-        assert row.end in found, f"code {found}: {said}"
+        read = text[text.index("error: "):].removeprefix("error: ").rstrip()
+        error = logged.call_args.args[-1]
+        assert len(read.splitlines()) == 1 and (str(error), error.code) == (read, row.end), text
     for words in row.names:
-        assert place.fill(words) in said, f"{words!r} is not in:\n{text}"
+        assert place.fill(words) in read, f"{words!r} is not in:\n{text}"
     for words in ("Traceback", *row.absent):
         assert words not in text, text
     if row.after is not None:
@@ -117,16 +114,12 @@ def check(row: Row, place: Place, capture) -> str:
     return text
 
 
-@contextmanager
-def _noted() -> Iterator[list[UserError]]:
-    """The UserErrors made meanwhile: main.py shows a person the sentence alone."""
-    made, init = [], UserError.__init__
+def at_the_end_of_epoch(monkeypatch, number: int, do: Callable[[], object]) -> None:
+    """`do()` just before the files of epoch `number` are written."""
+    real = Tracker.end_epoch
 
-    def note(self, *args, **named):
-        init(self, *args, **named)
-        made.append(self)
-    UserError.__init__ = note
-    try:
-        yield made
-    finally:
-        UserError.__init__ = init
+    def end_epoch(self, progress, *rest, **named):
+        if progress.epoch == number:
+            do()
+        return real(self, progress, *rest, **named)
+    monkeypatch.setattr(Tracker, "end_epoch", end_epoch)

@@ -11,13 +11,17 @@ from scipy.io import savemat
 
 from datasets.index import IndexCache
 from datasets.pack import pack
+from datasets.readers import Reader, open_reader, source_of
+from tests.kits.images import jpeg
 
+PUBLIC = {"train": "train", "val": "validation"}  # what others call the splits
+NO_CACHE = IndexCache("/dev/null/none")
 Tree = dict[str, list[tuple[str, str, bytes]]]  # split → (class, name, bytes) in the order of class and name
 
 
-def read_tree(root: Path) -> Tree:
-    return {part: [(path.parent.name, path.name, path.read_bytes()) for path in sorted((root / part).glob("*/*"))]
-            for part in ("train", "val")}
+def read(root: Path, cache: IndexCache = NO_CACHE, order: str | None = None) -> Reader:
+    """The training images in the folder `root`, by default without a kept index."""
+    return open_reader(source_of(str(root), "train"), cache, order)
 
 
 def tar_bytes(members) -> bytes:
@@ -54,16 +58,20 @@ def tar_per_class(root: Path, tree: Tree) -> None:
             write_tar(root / part / f"{name}.tar", [(file, data) for folder, file, data in rows if folder == name])
 
 
+def meta_file(ids: dict[str, int]) -> bytes:
+    """The devkit's meta.mat for these synsets and their ILSVRC2012_IDs."""
+    kinds = [("ILSVRC2012_ID", object), ("WNID", object), ("words", object)]
+    buffer = io.BytesIO()
+    savemat(buffer, {"synsets": np.array([(number, name, "words") for name, number in ids.items()], kinds)})
+    return buffer.getvalue()
+
+
 def devkit(path: Path, synsets: list[str], order: list[str]) -> None:
     """The labels of validation images whose synsets in order of name are `order`."""
     ids = {name: 2 * number + 1 for number, name in enumerate(shuffled(synsets))}
-    entries = np.array([(number, name, "words") for name, number in ids.items()],
-                       dtype=[("ILSVRC2012_ID", object), ("WNID", object), ("words", object)])
-    buffer = io.BytesIO()
-    savemat(buffer, {"synsets": entries})
     truth = "".join(f"{ids[name]}\n" for name in order).encode()
-    files = {"meta.mat": buffer.getvalue(), "ILSVRC2012_validation_ground_truth.txt": truth}
-    path.write_bytes(gzip.compress(tar_bytes((f"ILSVRC2012_devkit_t12/data/{name}", data) for name, data in files.items())))
+    path.write_bytes(gzip.compress(tar_bytes((f"ILSVRC2012_devkit_t12/data/{name}", data) for name, data in (
+        ("meta.mat", meta_file(ids)), ("ILSVRC2012_validation_ground_truth.txt", truth)))))
 
 
 def originals(root: Path, tree: Tree) -> None:
@@ -78,23 +86,16 @@ def originals(root: Path, tree: Tree) -> None:
 
 def webdataset(root: Path, tree: Tree, info: bool = False) -> None:
     """As timm publishes it: mixed samples, `.jpg` whatever the file was called, its name in the json."""
-    root.mkdir(parents=True)
-    splits = {}
+    classes, splits = sorted({row[0] for row in tree["train"]}), {}
     for part, rows in tree.items():
-        public, label = {"train": "train", "val": "validation"}[part], {}
-        for name in sorted({row[0] for row in tree["train"]}):
-            label[name] = len(label)
-        files, lengths = [], []
-        for number in range(3):
-            samples = shuffled(rows)[number::3]
-            files.append(f"imagenet1k-{public}-{number:04}.tar")
-            lengths.append(len(samples))
-            write_tar(root / files[-1], [
-                (f"{Path(file).stem}.{kind}", content) for name, file, data in samples for kind, content in (
-                    ("jpg", data), ("cls", str(label[name]).encode()),
-                    ("json", json.dumps({"label": label[name], "filename": f"{name}/{file}"}).encode()))])
-        splits[public] = {"name": public, "num_samples": sum(lengths), "filenames": files, "shard_lengths": lengths,
-                          "alt_label": ""}
+        parts = {f"imagenet1k-{PUBLIC[part]}-{number:04}.tar": shuffled(rows)[number::3] for number in range(3)}
+        for file, samples in parts.items():
+            write_tar(root / file, [
+                (f"{Path(image).stem}.{kind}", content) for name, image, data in samples for kind, content in (
+                    ("jpg", data), ("cls", str(classes.index(name)).encode()),
+                    ("json", json.dumps({"label": classes.index(name), "filename": f"{name}/{image}"}).encode()))])
+        splits[PUBLIC[part]] = {"name": PUBLIC[part], "num_samples": len(rows), "alt_label": "", "filenames": [*parts],
+                                "shard_lengths": [*map(len, parts.values())]}
     if info:
         (root / "_info.json").write_text(json.dumps({"name": "imagenet1k", "splits": splits}))
 
@@ -107,21 +108,20 @@ def parquet(root: Path, tree: Tree, group: int = 7) -> None:
     classes = sorted({row[0] for row in tree["train"]})
     features = {"image": {"_type": "Image"}, "label": {"names": [f"text {n}" for n in classes], "_type": "ClassLabel"}}
     for part, rows in tree.items():
-        rows, public = shuffled(rows), {"train": "train", "val": "validation"}[part]
         for number in range(2):
-            mine = rows[number::2]
+            mine = shuffled(rows)[number::2]
             images = [{"bytes": data, "path": f"{Path(file).stem}_{name}.JPEG"} for name, file, data in mine]
             table = pyarrow.table({"image": images, "label": [classes.index(name) for name, _, _ in mine]})
             table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-            parquet.write_table(table, root / "data" / f"{public}-{number:05}-of-00002.parquet", row_group_size=group)
+            parquet.write_table(table, root / "data" / f"{PUBLIC[part]}-{number:05}-of-00002.parquet", row_group_size=group)
 
 
 def packed(root: Path, tree: Tree) -> None:
     """What tools.data makes of class folders."""
-    folders(root.with_name(f"{root.name}-source"), tree)
-    pack(str(root.with_name(f"{root.name}-source")), str(root), tar_bytes=100_000, resize=0,
-         cache=IndexCache("/dev/null/none"))
-    shutil.rmtree(root.with_name(f"{root.name}-source"))
+    source = root.with_name(f"{root.name}-source")
+    folders(source, tree)
+    pack(str(source), str(root), tar_bytes=100_000, resize=0, cache=NO_CACHE)
+    shutil.rmtree(source)
 
 
 def folders(root: Path, tree: Tree) -> None:
@@ -136,8 +136,15 @@ FORMS = {"folders": folders, "tars": tars, "tar per class": tar_per_class, "orig
          "parquet": parquet, "packed": packed}
 
 
-def write_all(root: Path, tree: Tree) -> dict[str, Path]:
-    """Every form below `root`: its name → its folder."""
+def write_all(root: Path, classes: list[str], train: int, val: int) -> dict[str, Path]:
+    """So many JPEGs of `classes` in every form below `root`, in names of ImageNet's pattern: form → its folder."""
+    tree = {"train": [], "val": []}
+    for number in range(train):
+        name = classes[number % len(classes)]
+        tree["train"].append((name, f"{name}_{number * 7}.JPEG", jpeg(number, (40 + number % 9, 36))))
+    for number in range(val):
+        tree["val"].append((classes[number * 3 % len(classes)], f"ILSVRC2012_val_{number + 1:08}.JPEG", jpeg(10 ** 6 + number)))
+    tree = {part: sorted(rows) for part, rows in tree.items()}
     for name, write in FORMS.items():
         write(root / name.replace(" ", "_"), tree)
     return {name: root / name.replace(" ", "_") for name in FORMS}

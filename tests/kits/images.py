@@ -12,8 +12,7 @@ from tests.kits.fill import parity_image
 
 def noise(seed: int, size: tuple[int, int] = (40, 36)) -> Image.Image:
     """An RGB image of `size` (width, height)."""
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3),
-                                                                dtype=np.uint8))
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
 
 
 def encoded(image: Image.Image, kind: str, **arguments) -> bytes:
@@ -30,12 +29,9 @@ def jpeg(seed: int, size: tuple[int, int] = (40, 36)) -> bytes:
 
 def bomb() -> bytes:
     """A PNG whose header claims 30000 x 30000 pixels."""
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
-    data = zlib.compress(b"\0" * 1000)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    data = encoded(noise(0), "PNG")
+    header = b"IHDR" + struct.pack(">II", 30000, 30000) + data[24:29]
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
 
 
 def fill_folder(folder: Path, count: int) -> None:
@@ -46,25 +42,12 @@ def fill_folder(folder: Path, count: int) -> None:
 
 
 def write_images(folder: Path, train: int = 52, val: int = 14) -> Path:
-    """train/ and val/ with PNGs of noise in three classes."""
-    rng = np.random.default_rng(0)
-    for path, _, _ in _places(folder, train, val):
-        Image.fromarray(rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(path)
-    return folder
-
-
-def write_textures(folder: Path, train: int, val: int) -> Path:
     """train/ and val/ with textured PNGs of several sizes, some of them gray, in three classes; always the
     same bits."""
-    for path, number, index in _places(folder, train, val):
-        pixels = parity_image(number, 34 + 5 * (index % 4), 30 + 7 * (index % 3))
-        Image.fromarray(pixels).convert("L" if index % 7 == 3 else "RGB").save(path)
-    return folder
-
-
-def _places(folder: Path, train: int, val: int):
     for part, count, first in (("train", train, 0), ("val", val, 1000)):
         for index in range(count):
             path = folder / part / f"class{index % 3}" / f"{index:03}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            yield path, first + index, index
+            pixels = parity_image(first + index, 34 + 5 * (index % 4), 30 + 7 * (index % 3))
+            Image.fromarray(pixels).convert("L" if index % 7 == 3 else "RGB").save(path)
+    return folder

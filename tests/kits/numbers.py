@@ -1,21 +1,14 @@
-"""The few places where tests/parity/test_same_numbers.py touches the program.
-
-A training is started through `main.main(argv)`, in one child process per rank. Two methods are wrapped there
-for as long as that child lives: `datasets.device.TrainPrepare.__call__(batch) → (images, targets)` shows each
-prepared micro-batch, `optim.update.Update.step(update) → .loss, .grad_norm` each update. The rest is read
-from the run folder: checkpoint-N.pth (entries model, model_ema, optimizer) and log.txt.
-"""
+"""A training with plain operators, and what stands in tests/data/parity/same_numbers.json about it: a hash of
+each global batch, loss and gradient norm of each update; the rest is read from the run folder."""
 import hashlib
 import json
-import os
-import signal
+import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from tests.kits.processes import Child, codes, environment, places
-from tests.kits.runs import result
+from tests.kits.processes import codes
+from tests.kits.runs import result, start
 
 
 def train(argv: list[str], work: Path, world_size: int = 1,
@@ -27,22 +20,27 @@ def train(argv: list[str], work: Path, world_size: int = 1,
     `batch` of the global batch: images as the network gets them, targets and erased boxes in order of
     position.
     """
-    ranks = []
-    for rank, place in enumerate(places(world_size) if world_size > 1 else [{}]):
-        # No compiler on the path: plain operators, Pillow's decoder.
-        variables = environment(**place, PATH="/nonexistent", CXX="")
-        (work / f"rank{rank}.txt").unlink(missing_ok=True)
-        ranks.append(Child(_train, (argv, work / f"rank{rank}.json", stop_after if rank == 0 else None),
-                           variables, work / f"rank{rank}.txt"))
+    seen, rows, updates = Path(tempfile.mkdtemp(dir=work)), {}, {}
+    at = [] if stop_after is None else [{"phase": "step", "update": stop_after, "do": "SIGUSR1"}]
+    (seen / "batches").mkdir()
+    ranks = start(argv, seen / "console", world_size, at=at, native="0", batches=str(seen / "batches"), losses=str(seen))
     ended = codes(ranks)
-    seen = [json.loads(path.read_text()) if path.exists() else [] for path in
-            (work / f"rank{rank}.json" for rank in range(world_size))]
-    return ended, [_merged(parts) for parts in zip(*seen)]
+    (work / "console").write_text(ranks[0].text())
+    for path in (seen / "batches").iterdir():
+        for update, position, digest in map(str.split, path.read_text().splitlines()):
+            rows.setdefault(int(update), []).append((int(position), digest))
+    for path in seen.glob("losses-*"):
+        for line in map(json.loads, path.read_text().splitlines()):
+            updates.setdefault(line["update"], []).append(line)
+    return ended, [
+        {"update": update, "loss": sum(part["loss"] for part in parts) / world_size, "grad_norm": parts[0]["grad_norm"],
+         "batch": hashlib.sha256("".join(digest for _, digest in sorted(rows[update])).encode()).hexdigest()}
+        for update, parts in sorted(updates.items())]
 
 
 def console(work: Path) -> str:
     """What rank 0 printed in the last training."""
-    return (work / "rank0.txt").read_text()
+    return (work / "console").read_text()
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -53,49 +51,3 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return found | {f"optimizer/{index}/{name}": value
                     for index, slots in sorted(state["optimizer"]["state"].items())
                     for name, value in slots.items() if isinstance(value, torch.Tensor)}
-
-
-def _merged(parts: tuple[dict, ...]) -> dict:
-    rows = {int(position): digest for part in parts for position, digest in part["rows"].items()}
-    joined = "".join(digest for _, digest in sorted(rows.items()))
-    return {"update": parts[0]["update"], "batch": hashlib.sha256(joined.encode()).hexdigest(),
-            "loss": sum(part["loss"] for part in parts) / len(parts), "grad_norm": parts[0]["grad_norm"]}
-
-
-def _train(argv: list[str], output: Path, stop_after: int | None) -> int:
-    torch.backends.mkldnn.is_available = lambda: False  # plain operators on AMD CPUs too
-    seen = _record(stop_after)
-    import main
-    code = main.main(argv)
-    output.write_text(json.dumps(seen))
-    return code
-
-
-def _record(stop_after: int | None) -> list[dict]:
-    """A list that fills with this rank's updates while it trains."""
-    from datasets.device import TrainPrepare
-    from optim.update import Update
-
-    seen: list[dict] = []
-    rows: dict[int, str] = {}
-    prepare, step = TrainPrepare.__call__, Update.step
-
-    def prepared(self, batch):
-        images, targets = prepare(self, batch)
-        for row, position in enumerate(batch.positions.tolist()):
-            parts = (images[row].permute(1, 2, 0), targets[row], batch.boxes[row])
-            rows[position] = hashlib.sha256(b"".join(
-                np.ascontiguousarray(part.numpy()).tobytes() for part in parts)).hexdigest()
-        return images, targets
-
-    def stepped(self, update):
-        stats = step(self, update)
-        seen.append({"update": update, "loss": stats.loss.item(), "grad_norm": stats.grad_norm.item(),
-                     "rows": dict(rows)})
-        rows.clear()
-        if update == stop_after:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return stats
-
-    TrainPrepare.__call__, Update.step = prepared, stepped
-    return seen

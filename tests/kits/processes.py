@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -26,11 +27,11 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["main", "training", "evaluation", "tests.kits.runs", "tools.report"])
 
 
-def expected_value(updates: int, world_size: int) -> float:
+def expected(updates: int, world_size: int) -> float:
     """What the toy training ends with, computed without processes."""
     value = 0.0
     for update in range(updates):
-        value = value * 0.9 + float(sum(update + rank for rank in range(world_size)))
+        value = value * 0.9 + sum(update + rank for rank in range(world_size))
     return value
 
 
@@ -48,37 +49,51 @@ def places(world_size: int) -> list[dict[str, str]]:
         port = random.randrange(20000, 32000)  # below those that the system hands out
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
             break
-    return [dict(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size),
-                 MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in range(world_size)]
+    return [dict(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_PORT=str(port),
+                 LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1") for rank in range(world_size)]
 
 
-class Child:
+class Child(FORKS.Process):
     """`function(*arguments)` in a process of its own that ends with what it returns; its output goes to
-    `console`."""
+    `console`. It is waited for as a `subprocess.Popen`."""
+
+    wait = BaseProcess.join
+    returncode = BaseProcess.exitcode
 
     def __init__(self, function: Callable[..., int], arguments: tuple, variables: dict[str, str],
                  console: Path | None = None):
-        self.console = console or Path(tempfile.mkdtemp(prefix="child")) / "console"
-        self._process = FORKS.Process(target=_child, args=(function, arguments, variables, str(self.console)))
-        self._process.start()
+        super().__init__(target=function, args=arguments)
+        self.variables, self.console = variables, console or Path(tempfile.mkdtemp(prefix="child")) / "console"
+        self.start()
         atexit.register(self.kill)
-        self.pid = self._process.pid
+
+    def run(self) -> None:
+        """In the new process."""
+        file = os.open(self.console, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.environ.clear()
+        os.environ.update(self.variables)
+        torch.set_num_threads(1)
+        try:
+            code = self._target(*self._args)
+        finally:
+            atexit._run_exitfuncs()  # as at the end of a program; multiprocessing's children skip this
+            sys.stdout.flush()
+        sys.exit(code)
 
     def poll(self) -> int | None:
         """Exit code, negative for a signal; None while it runs."""
-        return self._process.exitcode
-
-    returncode = property(poll)
+        return self.exitcode
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
     def end(self, seconds: float = 120) -> int:
         """Wait for the end; AssertionError (and kill -9) when there is none within `seconds`."""
-        self.wait(seconds)
-        code = self.poll()
-        if code is None:
-            self.kill()
+        self.join(seconds)
+        code = self.exitcode
+        self.kill()
         assert code is not None, f"no end within {seconds:.0f} s:\n{self.text()}"
         return code
 
@@ -89,12 +104,8 @@ class Child:
 
     def kill(self) -> None:
         """SIGKILL, if it still runs."""
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join(10)
-
-    def wait(self, seconds: float | None = None) -> None:
-        self._process.join(seconds)
+        super().kill()
+        self.join(10)
 
     def text(self) -> str:
         """What it has printed so far."""
@@ -108,28 +119,10 @@ class Rank(Child):
         super().__init__(_run, (command,), variables)
 
 
-def _child(function: Callable[..., int], arguments: tuple, variables: dict[str, str], console: str) -> None:
-    file = os.open(console, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.environ.clear()
-    os.environ.update(variables)
-    torch.set_num_threads(1)
-    try:
-        code = function(*arguments)
-    finally:
-        atexit._run_exitfuncs()  # as at the end of a program; multiprocessing's children skip this
-        sys.stdout.flush()
-    sys.exit(code)
-
-
 def _run(command: list[str]) -> None:
-    if command[0] == "-c":
-        exec(command[1], {"__name__": "__main__"})
-    else:
-        sys.argv = command
-        sys.path.insert(0, os.path.dirname(command[0]))
-        runpy.run_path(command[0], run_name="__main__")
+    sys.argv = command
+    sys.path.insert(0, os.path.dirname(command[0]))
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def in_processes(work: Callable, world_size: int, folder: Path, *arguments: object) -> list:
@@ -185,11 +178,9 @@ def descendants(pid: int) -> list[int]:
     """The running processes below `pid`: loader workers, ranks below a launcher."""
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = [int(child) for child in task.read_text().split()]
-        except OSError:
-            continue
-        found += [p for child in children for p in (child, *descendants(child))]
+        with suppress(OSError):
+            for child in map(int, task.read_text().split()):
+                found += [child, *descendants(child)]
     return [p for p in found if alive(p)]
 
 
@@ -204,6 +195,12 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
+
+
+def at_update(folder: Path, update: int = -1, seconds: float = 120) -> None:
+    """Wait until the toy training in `folder` has made update number `update`."""
+    now = folder / "now"
+    wait_for(lambda: now.exists() and int(now.read_text() or -2) >= update, seconds)
 
 
 def write_toy_program(folder: Path) -> Path:

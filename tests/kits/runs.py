@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from tests.kits.processes import Child, environment, places
 from tests.kits.programs import hooked_main
@@ -59,19 +60,18 @@ def result(folder: Path) -> dict:
     return {key: value for key, value in state.items() if key not in ("args", "version")} | {"log": log}
 
 
-def assert_equal_bits(one, other, where: str = "") -> None:
-    """Tensors, dicts and lists equal to the last bit; NaN equals NaN."""
-    assert type(one) is type(other), f"{where}: {one} and {other}"
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype and torch.equal(one.view(torch.uint8) if one.ndim else one,
-                                                        other.view(torch.uint8) if one.ndim else other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_equal_bits(one[key], other[key], f"{where}/{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where
-        for index, (a, b) in enumerate(zip(one, other)):
-            assert_equal_bits(a, b, f"{where}/{index}")
-    else:
-        assert one == other, f"{where}: {one} and {other}"
+def assert_equal_bits(one, other) -> None:
+    """Dicts and lists of tensors and plain values equal to the last bit; of tensors NaN equals NaN."""
+    def flat(tree) -> dict:
+        leaves, _ = tree_flatten_with_path(tree, is_leaf=lambda value: not isinstance(value, torch.Tensor) and not value)
+        return {keystr(path): value for path, value in leaves}
+
+    ours, theirs = flat(one), flat(other)
+    assert ours.keys() == theirs.keys()
+    for place, a in ours.items():
+        b = theirs[place]
+        same = type(a) is type(b) and a == b
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            same = (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(
+                a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+        assert same, f"{place}: {a} and {b}"

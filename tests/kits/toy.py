@@ -1,6 +1,5 @@
 """Small parts for tests of the engine: a toy network and in-memory batches."""
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,21 +8,17 @@ from torch import nn
 import engine
 from common.random import key, uniforms
 from config.options import Options
+from datasets.dataset import Batch
+from datasets.sampler import GlobalBatchSampler
 from launch.process import Process
 from optim.build import build_optimizer
 from optim.ema import Ema
 from optim.finite import FiniteWatch
 from optim.schedule import Schedule
 from optim.update import Update
+from plan import Classification
 
 CLASSES, SIZE, IMAGES = 7, 6, 64
-
-
-class Batch(NamedTuple):
-    images: torch.Tensor
-    targets: torch.Tensor
-    indices: torch.Tensor
-    positions: torch.Tensor
 
 
 class Toy(nn.Module):
@@ -59,23 +54,17 @@ def options(**changes):
     return Options(**{**values, **changes})
 
 
-class Sampler:
-    """Global batches in keyed order; rank r takes the r-th contiguous part of each."""
+class Sampler(GlobalBatchSampler):
+    """Micro-batches of the toy images in keyed order."""
 
     def __init__(self, global_batch, update_freq, process):
-        self.global_batch, self.update_freq, self.process = global_batch, update_freq, process
-        self.set_start(0, 0)
-
-    def set_start(self, epoch, update):
-        self.epoch, self.first = epoch, update
+        super().__init__(IMAGES, global_batch, global_batch // process.world_size // update_freq, update_freq,
+                         process.rank, process.world_size)
 
     def __iter__(self):
-        order = np.random.default_rng(self.epoch).permutation(IMAGES)
-        size = self.global_batch // self.process.world_size // self.update_freq
-        for update in range(self.first, IMAGES // self.global_batch):
-            for micro in range(self.update_freq):
-                start = update * self.global_batch + (self.process.rank * self.update_freq + micro) * size
-                yield batch(order[start:start + size], np.arange(start, start + size))
+        for items in super().__iter__():
+            _, indices, positions = zip(*items)
+            yield batch(indices, positions)
 
 
 def batch(indices, positions):
@@ -83,15 +72,15 @@ def batch(indices, positions):
     images = uniforms(1, "images", 0, np.asarray(indices), 3 * SIZE * SIZE).reshape(-1, 3, SIZE, SIZE)
     targets = [key(2, "label", int(index)) % CLASSES for index in indices]
     return Batch(torch.from_numpy(images), torch.tensor(targets, dtype=torch.int64), torch.as_tensor(indices),
-                 torch.as_tensor(positions))
+                 torch.as_tensor(positions), torch.zeros(len(targets), 0, 4), epoch=-1)
 
 
 class ToyTask:
     """Labels smoothed by a tenth. `prepare` and `criterion` may be replaced."""
-    score, loaders, autocast_dtype = "test_acc1", (), None
+    losses, seed, autocast_dtype = Classification.losses, 0, None
 
-    def __init__(self, model, values, sampler, dtype, seed=0):
-        self.model, self.sampler, self.seed = model, sampler, seed
+    def __init__(self, model, values, sampler, dtype):
+        self.model, self.sampler, self.drop_draws = model, sampler, getattr(model, "num_drop_draws", 0)
         self.optimizer = build_optimizer(model, values)
         self.schedule = Schedule(values, IMAGES // sampler.global_batch)
         self.prepare = lambda b: (b.images.to(dtype), b.targets)
@@ -100,18 +89,6 @@ class ToyTask:
     def batches(self, epoch, first_update):
         self.sampler.set_start(epoch, first_update)
         return self.sampler
-
-    def losses(self, model, batch, update):
-        images, targets = self.prepare(batch)
-        count = getattr(getattr(model, "module", model), "num_drop_draws", 0)
-        draws = engine.drop_draws(count, self.seed, update, batch, images.device)
-        with engine.autocast(images.device, self.autocast_dtype):
-            logits = model(images, **draws)
-        hits = None if targets.is_floating_point() else (logits.detach().argmax(1) == targets).sum()
-        return self.criterion(engine.full_precision(logits), targets), hits
-
-    def evaluate(self, networks, observer, update):
-        return {}
 
 
 def training(process=None, dtype=torch.float64, global_batch=16, mode="skip", model=None, wrap=None, ema=0.9,

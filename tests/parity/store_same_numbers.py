@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tests.kits import numbers
-from tests.kits.images import write_textures
+from tests.kits.images import write_images
 from tests.kits.runs import result
 
 STORED = Path(__file__).resolve().parents[1] / "data" / "parity" / "same_numbers.json"
@@ -109,7 +109,7 @@ def write(rows: dict[str, dict]) -> None:
 
 def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        data = write_textures(Path(folder) / "data", TRAIN, VAL)
+        data = write_images(Path(folder) / "data", TRAIN, VAL)
         results = {name: run(name, data, Path(folder) / name) for name in ROWS}
     if "--bits" in argv:
         sys.stdout.writelines(f"{bits(result)}  {name}\n" for name, result in results.items())

@@ -7,7 +7,7 @@ one machine.
 """
 import pytest
 
-from tests.kits.images import write_textures
+from tests.kits.images import write_images
 from tests.parity import store_same_numbers as store
 
 STORED = store.read()
@@ -15,7 +15,7 @@ STORED = store.read()
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return write_textures(tmp_path_factory.mktemp("images") / "data", store.TRAIN, store.VAL)
+    return write_images(tmp_path_factory.mktemp("images") / "data", store.TRAIN, store.VAL)
 
 
 def assert_same(found: dict, stored: dict, *, exact: bool) -> None:

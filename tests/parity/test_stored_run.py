@@ -12,7 +12,7 @@ import pytest
 
 from common.outcome import Outcome
 from main import main
-from tests.kits.images import write_textures
+from tests.kits.images import write_images
 from tests.kits.runs import assert_equal_bits, result
 from tools.data import main as tool
 from tools.report import main as report
@@ -23,7 +23,7 @@ TRAIN, VAL, STOPPED_AT, UPDATES = 22, 9, 7, 10
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return write_textures(tmp_path_factory.mktemp("images"), TRAIN, VAL)
+    return write_images(tmp_path_factory.mktemp("images"), TRAIN, VAL)
 
 
 @pytest.fixture

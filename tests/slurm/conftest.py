@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -22,28 +23,29 @@ class Cluster:
 
     def control(self, *arguments: str) -> str:
         """slurm_cluster.sh ARGUMENT FOLDER ARGUMENT…; what it prints."""
-        command = [SCRIPT, arguments[0], self.folder, *arguments[1:]]
+        return self._run(SCRIPT, arguments[0], self.folder, *arguments[1:])
+
+    @staticmethod
+    def _run(*command: str | Path) -> str:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=240)
         assert answer.returncode == 0, answer.stdout + answer.stderr
         return answer.stdout
 
-    def state(self, job: str) -> str:
-        """PENDING, RUNNING, COMPLETED …"""
-        return self.field(job, "%T")
-
     def field(self, job: str, form: str) -> str:
         """What squeue says of `job` in its format `form`."""
-        command = ["squeue", "--noheader", "--states=all", f"--jobs={job}", f"--format={form}"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+        return self._run("squeue", "--noheader", "--states=all", f"--jobs={job}", f"--format={form}").strip()
 
-    def wait(self, job: str, states: str = "COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL", seconds: float = 300) -> str:
-        """The state of `job` as soon as it is one of `states`; AssertionError after `seconds`."""
+    def wait(self, job: str, seconds: float = 300) -> str:
+        """The state of `job` as soon as it is a final one; AssertionError after `seconds`."""
         deadline = time.monotonic() + seconds
-        while not re.fullmatch(states, state := self.state(job)):
+        while (state := self.field(job, "%T")) not in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"):
             assert time.monotonic() < deadline, f"job {job} is {state} after {seconds} s"
             time.sleep(0.5)
         return state
 
+    def exit_code(self, job: str) -> int:
+        """The job's own, as Slurm knows it."""
+        return int(re.search(r"ExitCode=(\d+):", self._run("scontrol", "show", "job", job))[1])
 
     def left_over(self) -> list[str]:
         """Command lines of processes that name this cluster's folder."""
@@ -60,16 +62,13 @@ def cluster():
     if missing:
         pytest.skip(f"{', '.join(missing)} not found: apt-get install slurm-wlm munge")
     folder = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))  # short: its sockets' paths have a limit
-    cluster, old = Cluster(folder), dict(os.environ)
+    cluster = Cluster(folder)
+    found = environment(SLURM_CONF=str(folder / "slurm.conf"), PATH=f"{folder / 'bin'}:{os.environ['PATH']}")
     try:
         cluster.control("start")
-        clean = environment(SLURM_CONF=str(folder / "slurm.conf"), PATH=f"{folder / 'bin'}:{old['PATH']}")
-        os.environ.clear()
-        os.environ.update(clean)
-        yield cluster
+        with patch.dict(os.environ, found, clear=True):
+            yield cluster
     finally:
-        os.environ.clear()
-        os.environ.update(old)
         cluster.control("stop")
         shutil.rmtree(folder, ignore_errors=True)
     assert not cluster.left_over()

@@ -1,4 +1,4 @@
-"""kill -9 while saving, flipped bits and truncations: the short form of tests/soak/test_saving.py."""
+"""kill -9 while saving, flipped bits and truncations: the short form of tests/soak/."""
 import os
 import random
 import signal

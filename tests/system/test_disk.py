@@ -9,89 +9,61 @@ import pytest
 import torch
 
 from common.ledger import Ledger
-from run.log import Tracker
 from run.state import FORMAT
-from tests.kits.faults import Row, check
+from tests.kits.faults import Row, at_the_end_of_epoch, check
 from tests.kits.processes import codes, wait_for
 from tests.kits.runs import arguments, assert_equal_bits, now, result, start
 
 FURTHER = "--model_ema true --model_ema_eval true --output_dir {run} --save_ckpt_num 1 --epochs"
 
 
-def at_the_end_of_epoch(monkeypatch, number: int, do):
-    """`do()` just before the files of epoch `number` are written."""
-    real = Tracker.end_epoch
-
-    def end_epoch(self, progress, *rest, **named):
-        if progress.epoch == number:
-            do()
-        return real(self, progress, *rest, **named)
-    monkeypatch.setattr(Tracker, "end_epoch", end_epoch)
-
-
 @pytest.fixture
 def small_disk(place):
     """run/ is a disk of its own with 9 MB and 60 inodes, a copy of the trained run (4.7 MB) on it."""
     place.run.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m,nr_inodes=60", "tmpfs", str(place.run)],
-                          capture_output=True,
-        text=True)
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m,nr_inodes=60", "tmpfs", place.run],
+                          capture_output=True, text=True)
     if made.returncode:
         pytest.skip(f"a small disk cannot be mounted here: {made.stderr.strip()}")
     try:
         shutil.copytree(place.trained, place.run, dirs_exist_ok=True)
         yield place
     finally:
-        subprocess.run(["umount", "-l", str(place.run)], check=True)
+        subprocess.run(["umount", "-l", place.run], check=True)
 
 
-def remount(place, how: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{how}", str(place.run)], check=True)
-
-
-def fill(place) -> None:
-    """Leave no room on the disk."""
-    try:
+def use_up(place, what: str) -> None:
+    """Leave no room on the disk, or no inodes."""
+    with suppress(OSError):
+        if what == "inodes":
+            for number in range(100):
+                (place.run / f"ballast{number}").touch()
         with open(place.run / "ballast", "wb", buffering=0) as file:
             while file.write(b"\0" * 4096):
                 pass
-    except OSError:
-        pass
 
 
-def whole(place, *names: str) -> None:
+def assert_whole(place, *names: str) -> None:
     for name in names:
         assert torch.load(place.run / name, weights_only=True)["format"] in (2, FORMAT)
     assert not list(place.run.glob(".checkpoint*"))
 
 
-def test_a_full_disk_keeps_what_is_there_and_reports_each_time(small_disk, capfd, monkeypatch):
+@pytest.mark.parametrize("what, names", [("room", ("checkpoint-0.pth", "No space left on device")),
+                                         ("inodes", ("all 60 inodes",))])
+def test_a_full_disk_keeps_what_is_there_and_reports_each_time(small_disk, capfd, monkeypatch, what, names):
     place = small_disk
-    at_the_end_of_epoch(monkeypatch, 1, lambda: fill(place))
-    text = check(Row("full", f"{FURTHER} 3", 1,
-                     ("checkpoint-0.pth", "checkpoint-1.pth", "No space left on device")),
-                 place, capfd)
-    assert text.count("checkpoint-1.pth") == 1 and "checkpoint-2.pth" in text
-    whole(place, "checkpoint-0.pth", "checkpoint-best.pth", "checkpoint-best-ema.pth")
+    at_the_end_of_epoch(monkeypatch, 1, lambda: use_up(place, what))
+    text = check(Row("full", f"{FURTHER} 3", 1, ("checkpoint-1.pth", "checkpoint-2.pth", *names)), place, capfd)
+    assert text.count("checkpoint-1.pth") == 1
+    assert_whole(place, "checkpoint-0.pth", "checkpoint-best.pth", "checkpoint-best-ema.pth")
     assert Ledger(place.run).status()["state"] == "FAILED"
     monkeypatch.undo()
-    (place.run / "ballast").unlink()
+    for path in place.run.glob("ballast*"):
+        path.unlink()
     check(Row("freed", f"{FURTHER} 3", 0), place, capfd)
-    whole(place, "checkpoint-2.pth")
-    assert json.loads((place.run / "status.json").read_text())["state"] == "DONE"
-
-
-def test_inodes_that_are_used_up_are_named(small_disk, capfd, monkeypatch):
-    place = small_disk
-
-    def fill_with_empty_files() -> None:
-        with suppress(OSError):
-            for number in range(100):
-                (place.run / f"empty{number}").touch()
-    at_the_end_of_epoch(monkeypatch, 1, fill_with_empty_files)
-    check(Row("inodes", f"{FURTHER} 2", 1, ("checkpoint-1.pth", "all 60 inodes")), place, capfd)
-    assert Ledger(place.run).status()["state"] == "FAILED"
-    whole(place, "checkpoint-0.pth", "checkpoint-best.pth", "checkpoint-best-ema.pth")
+    assert_whole(place, "checkpoint-2.pth")
+    assert Ledger(place.run).status()["state"] == "DONE"
 
 
 def test_a_disk_too_small_is_reported_at_the_start(small_disk, capfd):
@@ -101,7 +73,7 @@ def test_a_disk_too_small_is_reported_at_the_start(small_disk, capfd):
 
 
 def test_a_read_only_folder_is_refused_for_a_training_and_serves_an_evaluation(small_disk, capfd):
-    remount(small_disk, "ro")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk.run], check=True)
     names = ("{run}", "Read-only file system")
     check(Row("training", f"{FURTHER} 2", "unusable_folder", ("--output_dir", *names)), small_disk, capfd)
     check(Row("beside", "--resume {run}/checkpoint-0.pth", 0, names, base="eval"), small_disk, capfd)

@@ -1,5 +1,7 @@
-"""A real run of two processes, one of which is killed, stopped or fails: the other ends, and says why
-last."""
+"""A real run of two processes, one of which is killed or fails: the other ends, and says why last. So it is
+when a loader worker is killed."""
+import multiprocessing
+import os
 import signal
 import time
 from datetime import datetime
@@ -7,38 +9,39 @@ from datetime import datetime
 import pytest
 
 from common.ledger import Ledger
+from tests.kits.faults import Row, at_the_end_of_epoch, check
 from tests.kits.processes import assert_gone, codes, descendants, wait_for
 from tests.kits.runs import UPDATES, arguments, now, start
 
-PHASES = {"data": UPDATES + 2, "forward": UPDATES + 2, "backward": UPDATES + 2, "evaluation": UPDATES,
-          "saving": UPDATES}
-BRIEF = [("backward", 1), ("data", 0)]
+AGAIN = UPDATES + 2
+SLOW = [("forward", AGAIN, 0), ("evaluation", UPDATES, 0), ("evaluation", UPDATES, 1), ("saving", UPDATES, 0),
+        ("saving", UPDATES, 1)]
 
 
-def test_a_failure_in_the_evaluation_is_recorded_with_that_phase(images, tmp_path):
-    at = dict(rank=1, phase="evaluation", update=UPDATES, do="raise")
-    argv = arguments(images, tmp_path / "run", update_freq=1)
-    assert codes(start(argv, tmp_path / "console", 2, at=[at])) == [1, 1]
+def disturbed(images, tmp_path, what: str, phase: str, update: int, rank: int, **changes):
+    argv = arguments(images, tmp_path / "run", update_freq=1, num_workers=1, **changes)
+    at = dict(rank=rank, phase=phase, update=update, do=what)
+    return start(argv, tmp_path / "console", 2, at=[at], now=str(tmp_path))
+
+
+def test_a_failure_ends_all_ranks_and_every_record_names_it(images, tmp_path):
+    """Also where the watchdog for hangs is switched off."""
+    ranks = disturbed(images, tmp_path, "raise", "evaluation", UPDATES, 1, hang_timeout=0)
+    assert codes(ranks) == [1, 1]
+    other, own = (rank.text().strip().splitlines()[-1] for rank in ranks)
+    assert own.endswith("ArithmeticError: one divided by nothing")
+    assert all(words in other for words in ("rank 0", "rank 1", "ArithmeticError: one divided by nothing"))
     for found in (Ledger(tmp_path / "run").newest(), Ledger(tmp_path / "run").status()):
         assert (found["state"], found["rank"], found["phase"], found["update"]) == ("FAILED", 1, "evaluation", UPDATES)
         assert "ArithmeticError" in found["cause"]
 
 
-def disturbed(images, tmp_path, phase, rank, what, **changes):
-    """Both ranks and the moment at which `rank` was disturbed, by its last heartbeat."""
-    at = dict(rank=rank, phase=phase, update=PHASES[phase], do=what)
-    argv = arguments(images, tmp_path / "run", update_freq=1, num_workers=1, **changes)
-    ranks = start(argv, tmp_path / "console", 2, at=[at], now=str(tmp_path))
-    wait_for(lambda: now(tmp_path, rank)[:2] == (phase, PHASES[phase]), 120)
-    return ranks, time.monotonic()
-
-
-@pytest.mark.parametrize("phase, rank", [
-    *BRIEF,
-    *(pytest.param(p, r, marks=pytest.mark.slow) for p in PHASES for r in (0, 1) if (p, r) not in BRIEF)])
-def test_a_killed_rank_ends_the_other_which_names_it(images, tmp_path, phase, rank):
-    ranks, began = disturbed(images, tmp_path, phase, rank, "SIGKILL")
-    killed = time.time() - (time.monotonic() - began)
+@pytest.mark.parametrize("phase, update, rank", [
+    ("backward", AGAIN, 1), ("data", AGAIN, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
+def test_a_killed_rank_ends_the_other_which_names_it(images, tmp_path, phase, update, rank):
+    ranks = disturbed(images, tmp_path, "SIGKILL", phase, update, rank)
+    wait_for(lambda: now(tmp_path, rank)[:2] == (phase, update), 120)
+    killed, began = time.time(), time.monotonic()
     workers = [pid for each in ranks for pid in descendants(each.pid)]
     survivor = ranks[1 - rank]
     assert survivor.end(60) == 1 and ranks[rank].end(1) == -signal.SIGKILL
@@ -50,3 +53,17 @@ def test_a_killed_rank_ends_the_other_which_names_it(images, tmp_path, phase, ra
     # Noticed within 10 s; it is written down when the others have had 8 s to name a cause of their own.
     ended = datetime.strptime(cause["ended"], "%Y-%m-%d %H:%M:%S%z").timestamp()
     assert cause["rank"] == rank and f"rank {rank} (" in cause["cause"] and ended - killed < 18
+
+
+def kill_workers() -> None:
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGKILL)
+
+
+def test_a_killed_loader_worker_is_one_sentence(place, capfd, monkeypatch):
+    at_the_end_of_epoch(monkeypatch, 0, kill_workers)
+    check(Row("killed", "--epochs 2 --num_workers 1", 1, ("--num_workers",)), place, capfd)
+    assert Ledger(place.run).status()["state"] == "FAILED"
+    monkeypatch.undo()
+    check(Row("resumed", "--epochs 2 --num_workers 1", 0), place, capfd)
+    wait_for(lambda: not multiprocessing.active_children(), 10)

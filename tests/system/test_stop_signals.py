@@ -1,6 +1,5 @@
 """A real run of two processes that is asked to stop: one checkpoint, of the update under way, and nobody is
 left."""
-import json
 import os
 import signal
 import time
@@ -8,16 +7,14 @@ import time
 import pytest
 import torch
 
-from common.outcome import Outcome
+from common.ledger import Ledger
 from tests.kits.processes import assert_gone, codes, descendants, wait_for
 from tests.kits.runs import UPDATES, arguments, now, start
 
-BRIEF = [("SIGUSR2", "one"), ("SIGTERM", "all")]
-
 
 @pytest.mark.parametrize("name, target", [
-    *BRIEF, *(pytest.param(n, t, marks=pytest.mark.slow) for n in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
-              for t in ("one", "all") if (n, t) not in BRIEF)])
+    ("SIGUSR2", "one"), ("SIGTERM", "all"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [("SIGUSR1", "all"), ("SIGHUP", "one")])])
 def test_a_signal_saves_and_ends_at_one_update(images, tmp_path, name, target):
     """"all" are the loader workers too, as a scheduler signals them."""
     folder = tmp_path / "run"
@@ -32,25 +29,22 @@ def test_a_signal_saves_and_ends_at_one_update(images, tmp_path, name, target):
     assert codes(ranks, 60) == [75, 75], ranks[0].text()
     assert time.monotonic() - began < 20
     assert_gone(workers + [rank.pid for rank in ranks])
-    status = json.loads((folder / "status.json").read_text())
     (last, update, _), (_, other, _) = now(tmp_path, 0), now(tmp_path, 1)
-    assert Outcome(status["state"]) is Outcome.PAUSED
-    assert status["update"] == update == other and last == "saving"
+    assert update == other and last == "saving"
+    [attempt], status = Ledger(folder).attempts(), Ledger(folder).status()
+    assert (status["state"], status["update"], attempt["update"]) == ("PAUSED", update, update)
     newest = max(folder.glob("checkpoint-*.pth"), key=lambda path: path.stat().st_mtime)
     assert torch.load(newest, weights_only=True)["update"] == update
-    assert [line["update"] for line in map(json.loads, (folder / "attempts.jsonl").read_text().splitlines())
-            if "update" in line] == [update]
 
 
 def test_a_signal_to_one_rank_ends_an_evaluation_on_all(images, tmp_path):
     """It is left at the next batch, saved, and made when the run goes on: not once it has gone through all
     images."""
     folder = tmp_path / "run"
-    argv = arguments(images, folder, update_freq=1)
     at = dict(rank=1, phase="evaluation", update=UPDATES, do="SIGUSR1")
-    ranks = start(argv, tmp_path / "console", 2, at=[at], now=str(tmp_path))
+    ranks = start(arguments(images, folder, update_freq=1), tmp_path / "console", 2, at=[at])
     assert codes(ranks, 60) == [75, 75], ranks[0].text()
-    status = json.loads((folder / "status.json").read_text())
-    assert (Outcome(status["state"]), status["update"], status["epoch"]) == (Outcome.PAUSED, UPDATES, 0)
+    status = Ledger(folder).status()
+    assert (status["state"], status["update"], status["epoch"]) == ("PAUSED", UPDATES, 0)
     assert status["cause"] in ("SIGUSR1", "another process was asked to stop")
     assert (folder / f"checkpoint-e0u{UPDATES}.pth").exists() and not (folder / "log.txt").read_text()

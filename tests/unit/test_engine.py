@@ -36,29 +36,29 @@ def test_accumulation_changes_nothing(config):
             assert figures[name] == pytest.approx(summary[name], rel=1e-5)
 
 
-def test_gradients_are_reduced_only_at_the_last_micro_batch(tmp_path):
-    for seen in in_processes(_reductions, 2, tmp_path):
-        assert seen == {"step": [False, False, True], "official": [True, True, True]}
+class Wrapped(DistributedDataParallel):
+    """Knows when gradients would be reduced, and has no peers."""
+
+    def __init__(self, module):
+        torch.nn.Module.__init__(self)
+        self.module = module
 
 
-def _reductions(process):
-    seen = {}
-    for mode in ("step", "official"):
-        state = training(process, update_freq=2, clip_grad=1.0, clip_mode=mode, wrap=DistributedDataParallel)
-        flags = []
-        for last in (False, False, True):
-            with state.update.micro_batch(last):
-                flags.append(state.model.require_backward_grad_sync)
-        seen[mode] = flags
-    return seen
+@pytest.mark.parametrize("mode, reduced", [("step", [False, False, True]), ("official", [True, True, True])])
+def test_gradients_are_reduced_only_at_the_last_micro_batch(mode, reduced):
+    state, seen = training(clip_grad=1.0, clip_mode=mode, wrap=Wrapped), []
+    for last in (False, False, True):
+        with state.update.micro_batch(last):
+            seen.append(state.model.require_backward_grad_sync)
+    assert seen == reduced
 
 
 class Recorder(Observer):
-    """Keeps what the engine tells, and where `loop` is given a copy of all that training changes after each
-    update; stops after some updates."""
+    """Keeps what the engine tells and, where `loop` is given, a copy of all that training changes after each
+    update."""
 
-    def __init__(self, loop=None, after=()):
-        self.loop, self.after, self.update = loop, after, -1
+    def __init__(self, loop=None):
+        self.loop, self.update = loop, -1
         self.phases, self.progress, self.records, self.states, self.finite = [], [], [], [], []
 
     def on_phase(self, phase, update):
@@ -71,7 +71,6 @@ class Recorder(Observer):
             parts = self.loop.task.model, self.loop.update.ema.module, self.loop.update.optimizer
             *weights, optimizer = (part.state_dict() for part in parts)
             self.states.append(copy.deepcopy([*weights, optimizer["state"]]))
-        return update in self.after
 
     def on_progress(self, progress):
         self.progress.append(progress)
@@ -81,23 +80,16 @@ class Recorder(Observer):
 
 
 def test_what_an_observer_hears():
-    state = training(update_freq=2)
-    recorder = Recorder()
+    state, recorder = training(update_freq=2), Recorder()
     progress = train(state, observer=recorder)
-    micro = ["data", "forward", "backward"]
+    micro, figures = ["data", "forward", "backward"], progress.figures
     assert recorder.phases == [(phase, update) for update in range(4) for phase in micro + micro + ["step"]]
-    assert [p.next_update for p in recorder.progress] == [2, 4]
-    assert recorder.progress[-1] == progress and progress.outcome is Outcome.DONE
+    assert [p.next_update for p in recorder.progress] == [2, 4] and recorder.progress[-1] == progress
     recent = [p.recent_loss for p in recorder.progress]
-    figures = progress.figures
     assert figures["loss"] == pytest.approx(sum(recent) / 2)
     assert recent[0] == pytest.approx(recorder.progress[0].figures["loss"])
     assert figures["lr"] == pytest.approx(state.update.schedule.lr(3)) and 0 <= figures["class_acc"] <= 100
     assert 0 <= figures["data_wait"] <= 1 and figures["images_per_second"] > 0
-
-
-def test_a_stop_after_the_last_update_leaves_the_epoch_complete():
-    assert train(training(), observer=Recorder(after=[3])).outcome is Outcome.DONE
 
 
 def test_fp16_trains_like_full_precision():
@@ -161,28 +153,18 @@ def test_nothing_changes(changes, kind):
     assert all(torch.isfinite(value).all() for value in seen.states[-1][0].values())
 
 
-@pytest.mark.parametrize("kind", ["loss", "gradient", "value"])
-def test_one_rank_of_two(tmp_path, kind):
-    results = in_processes(_poisoned_second_rank, 2, tmp_path, kind)
-    for finite, states, _ in results:
-        assert finite == [True, False, True, True]
-        assert_equal_states(states[0], states[1])
-        assert_equal_states(states[-1], results[0][1][-1])
-    assert [records[0]["reproduced"] for _, _, records in results] == [False, True]
+def test_one_rank_of_two(tmp_path):
+    for kind, *results in zip(("loss", "gradient", "value"), *in_processes(_poisoned_second_rank, 2, tmp_path)):
+        for finite, states, _ in results:
+            assert finite == [True, False, True, True], kind
+            assert_equal_states(states[0], states[1])
+            assert_equal_states(states[-1], results[0][1][-1])
+        assert [records[0]["reproduced"] for _, _, records in results] == [False, True]
 
 
-def _poisoned_second_rank(process, kind):
-    _, seen, _ = poisoned({1}, 1, process, kind=kind, clip_grad=1.0)
-    return seen.finite, seen.states, seen.records
-
-
-def test_the_record_names_the_place_and_the_images():
-    record, = poisoned({1}, update_freq=2)[1].records
-    assert record["update"] == 1 and record["epoch"] == 0 and record["action"] == "skip"
-    assert record["first_module"] == "stem" and record["module_type"] == "Conv2d" and record["reproduced"]
-    assert record["learning_rate"] > 0 and record["loss_scale"] == 1.0 and record["loss"] != record["loss"]
-    assert len(record["images"]) == len(record["indices"]) == 16
-    assert record["images"][0] == f"image{record['indices'][0]}.JPEG"
+def _poisoned_second_rank(process):
+    seen = [poisoned({1}, 1, process, kind=kind, clip_grad=1.0)[1] for kind in ("loss", "gradient", "value")]
+    return [(each.finite, each.states, each.records) for each in seen]
 
 
 @pytest.mark.parametrize("policy,updates,outcome,last", [

@@ -3,9 +3,10 @@
     hooked_main.py '{"at": [{"rank": 1, "phase": "data", "update": 7, "do": "SIGKILL"}]}' <options of main.py>
 
 `do` is a signal for the process itself, "raise", or "infinite_input"/"infinite_loss" for the update's forward
-pass. "now": FOLDER keeps the last "phase update pid" of each rank in FOLDER/now-RANK; "states": FOLDER keeps
-the weights and their average after each update in FOLDER/RANK-UPDATE.pth; "batches": FOLDER appends a line
-"update position hash" for each image as the network gets it. "brake": FILE makes updates slow while it exists.
+pass. "now": FOLDER keeps the last "phase update pid" of each rank in FOLDER/now-RANK; "losses": FOLDER
+appends loss and gradient norm of each update to FOLDER/losses-RANK; "batches": FOLDER appends a line "update
+position hash" to FOLDER/PID for each image as the network gets it, its target and the boxes erased from it.
+"brake": FILE makes updates slow while it exists; "native": "0" takes plain operators.
 """
 import hashlib
 import importlib
@@ -14,51 +15,49 @@ import os
 import signal
 import sys
 import time
-
-import torch
+from pathlib import Path
 
 
 def hooked(base: type, hook: dict) -> type:
     """The trainer `base`, disturbed as `hook` says."""
+    folders = {name: Path(hook[name]) for name in ("now", "losses", "batches", "brake") if name in hook}
 
     class Hooked(base):
         def on_phase(self, phase: str, update: int) -> None:
             super().on_phase(phase, update)
             self.update_under_way = update
-            if phase == "data" and os.path.exists(hook.get("brake", "")):
+            if phase == "data" and "brake" in folders and folders["brake"].exists():
                 time.sleep(0.4)
-            if "now" in hook:
-                with open(os.path.join(hook["now"], f"now-{self.process.rank}"), "w") as file:
-                    file.write(f"{phase} {update} {os.getpid()}\n")
+            if "now" in folders:
+                (folders["now"] / f"now-{self.process.rank}").write_text(f"{phase} {update} {os.getpid()}\n")
             for entry in hook.get("at", []):
-                if (entry.get("rank", 0), entry["phase"], entry["update"]) == (self.process.rank, phase,
-                                                                               update):
+                if (entry.get("rank", 0), entry["phase"], entry["update"]) == (self.process.rank, phase, update):
                     _do(self, entry["do"])
 
         def __init__(self, *arguments, **named) -> None:
             super().__init__(*arguments, **named)
-            if "batches" in hook:
-                _note_batches(self, hook["batches"])
+            if "batches" in folders:
+                _note_batches(self, folders["batches"] / str(os.getpid()))
 
         def after_update(self, update: int, stats, sums) -> bool:
-            if "states" in hook:
-                state = self.state_dict()
-                parts = {"model": state["model"], "model_ema": state["model_ema"],
-                         "optimizer": state["optimizer"]["state"], "finite": bool(stats.finite)}
-                torch.save(parts, os.path.join(hook["states"], f"{self.process.rank}-{update}.pth"))
+            if "losses" in folders:
+                with open(folders["losses"] / f"losses-{self.process.rank}", "a") as file:
+                    file.write(json.dumps({"update": update, "loss": stats.loss.item(),
+                                           "grad_norm": stats.grad_norm.item()}) + "\n")
             return super().after_update(update, stats, sums)
 
     return Hooked
 
 
-def _note_batches(trainer, folder: str) -> None:
+def _note_batches(trainer, path: Path) -> None:
     prepare = trainer.task.prepare
 
     def noted(batch):
         images, targets = prepare(batch)
-        with open(os.path.join(folder, str(os.getpid())), "a") as file:
-            for position, image, target in zip(batch.positions.tolist(), images, targets):
-                digest = hashlib.sha256(image.numpy().tobytes() + target.numpy().tobytes()).hexdigest()
+        with open(path, "a") as file:
+            for row, position in enumerate(batch.positions.tolist()):
+                parts = (images[row].permute(1, 2, 0), targets[row], batch.boxes[row])
+                digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
                 file.write(f"{trainer.update_under_way} {position} {digest}\n")
         return images, targets
 
@@ -68,12 +67,10 @@ def _note_batches(trainer, folder: str) -> None:
 def _do(disturbed, what: str) -> None:
     if what == "raise":
         raise ArithmeticError("one divided by nothing")
-    if what in ("infinite_input", "infinite_loss"):
-        _poison(disturbed, what)
-    else:
-        if what == "SIGSTOP":
-            time.sleep(2.5)  # a heartbeat a second names the phase: this one first, then silence
+    if what.startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, what))
+    else:
+        _poison(disturbed, what)
 
 
 def _poison(disturbed, what: str) -> None:
@@ -102,6 +99,7 @@ def run(argv: list[str], hook: dict) -> int:
     import main
     import training
 
+    os.environ.setdefault("HORNET_NATIVE", hook.get("native", "1"))
     training.Trainer = hooked(training.Trainer, hook)
     program = hook.get("program")
     return importlib.import_module(program).run(argv) if program else main.main(argv)

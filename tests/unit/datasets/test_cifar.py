@@ -6,49 +6,39 @@ import pytest
 
 from datasets.build import build_data, eval_loader
 from datasets.cifar import read_arrays, read_cifar
-from datasets.dataset import make_loader
-from datasets.sampler import GlobalBatchSampler
 from tests.kits.errors import Hostile, refused
 from tests.kits.options import data_options
 
-
-def write(root, protocol=3, as_text=False, labels=list):
-    """CIFAR-100 with 8 + 4 images, as distributed (a pickle of bytes keys) or with text keys and names."""
-    where = root / "cifar-100-python"
-    where.mkdir(exist_ok=True)
-    rng, pixels = np.random.default_rng(0), {}
-    spell = (lambda text: text) if as_text else str.encode
-    for name, count in (("train", 8), ("test", 4)):
-        pixels[name] = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
-        content = {spell("data"): pixels[name], spell("fine_labels"): labels(range(count)), spell("batch_label"): b"",
-                   spell("filenames"): [spell("x.png")] * count}
-        (where / name).write_bytes(pickle.dumps(content, protocol))
-    names = {spell("fine_label_names"): [spell(f"class{i:02}") for i in range(100)]}
-    (where / "meta").write_bytes(pickle.dumps(names, protocol))
-    return pixels
+PIXELS = np.random.default_rng(0).integers(0, 256, (8, 3072), dtype=np.uint8)
 
 
-def options(root, **changes):
-    return data_options(data_set="CIFAR", data_path=str(root), input_size=32, batch_size=4, **changes)
+def write(root, protocol=3, spell=str.encode, labels=list):
+    """CIFAR-100 with 8 + 4 images, as distributed: a pickle with `spell`ed keys and names."""
+    (root / "cifar-100-python").mkdir(exist_ok=True)
+    files = {name: {spell("data"): PIXELS[:count], spell("fine_labels"): labels(range(count)), spell("batch_label"): b""}
+             for name, count in (("train", 8), ("test", 4))}
+    files["meta"] = {spell("fine_label_names"): [spell(f"class{i:02}") for i in range(100)]}
+    for name, content in files.items():
+        (root / "cifar-100-python" / name).write_bytes(pickle.dumps(content, protocol))
 
 
 def test_cifar_is_read_as_it_is(tmp_path):
-    pixels = write(tmp_path)
-    data = build_data(options(tmp_path), train=True, evaluate=True)
+    write(tmp_path)
+    options = data_options(data_set="CIFAR", data_path=str(tmp_path), input_size=32, batch_size=4)
+    data = build_data(options, train=True, evaluate=True)
     assert data.num_classes == 100 and data.class_names[3] == "class03"
     assert data.train.targets.tolist() == list(range(8)) and data.val.path(2).endswith("test[2]")
-    batch = next(iter(eval_loader(data, options(tmp_path))))
-    assert np.array_equal(batch.images.numpy().transpose(0, 3, 1, 2).reshape(4, -1), pixels["test"])
-    loader = make_loader(data.train, options(tmp_path), GlobalBatchSampler(8, 4, 4, 1))
-    assert sum(len(batch.images) for batch in loader) == 8
+    batch = next(iter(eval_loader(data, options)))
+    assert np.array_equal(batch.images.numpy().transpose(0, 3, 1, 2).reshape(4, -1), PIXELS[:4])
+    assert data.train.pixels(7, 0).shape == (32, 32, 3)
 
 
 @pytest.mark.parametrize("protocol", range(2, 6))
 @pytest.mark.parametrize("labels", [list, np.array, lambda values: [np.int64(value) for value in values]])
 def test_pickles_of_python_3_are_read(tmp_path, protocol, labels):
-    pixels = write(tmp_path, protocol, as_text=True, labels=labels)
+    write(tmp_path, protocol, str, labels)
     reader = read_cifar(str(tmp_path), 100, train=True)
-    assert np.array_equal(reader.pixels.transpose(0, 3, 1, 2).reshape(8, -1), pixels["train"])
+    assert np.array_equal(reader.pixels.transpose(0, 3, 1, 2).reshape(8, -1), PIXELS)
     assert reader.labels.tolist() == list(range(8)) and reader.classes[99] == "class99"
 
 
@@ -70,7 +60,7 @@ def test_what_is_no_cifar_is_one_sentence_and_nothing_of_it_is_executed(tmp_path
         with refused("unreadable_data", file):
             read_cifar(str(tmp_path), 100, train=True)
     write(tmp_path)
-    (tmp_path / "cifar-100-python" / "meta").write_bytes(pickle.dumps({"label_names": ["a"]}))
+    (tmp_path / "cifar-100-python" / "meta").write_bytes(pickle.dumps({"fine_label_names": ["a"]}))
     for classes, code in ((100, "unreadable_data"), (10, "unreadable_data"), (7, "unexpected_classes")):
         with refused(code):
             read_cifar(str(tmp_path), classes, train=True)

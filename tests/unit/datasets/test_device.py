@@ -3,14 +3,11 @@ batch."""
 import numpy as np
 import pytest
 import torch
-from torchvision import transforms
 
 from common.random import key
-from config.options import ImageSettings
 from datasets.dataset import Batch
-from datasets.device import GroupMixup, Normalise, TrainPrepare
+from datasets.device import GroupMixup, TrainPrepare
 from datasets.transforms import Erasing
-from tests.kits.devices import Launches
 from tests.kits.options import data_options
 
 COUNT, SIZE = 192, 12
@@ -22,46 +19,34 @@ def group_mixup(**changes):
     return GroupMixup(data_options(**changes), 10)
 
 
-def _mixed(mixup, splits, first=64):
-    images, targets = [], []
-    for part in np.split(np.arange(COUNT), splits):
-        x, y = mixup(IMAGES[part].clone(), TARGETS[part], 2, first + part)
-        images.append(x)
-        targets.append(y)
-    return torch.cat(images), torch.cat(targets)
+def mixed(mixup, splits, first=64):
+    parts = [mixup(IMAGES[part].clone(), TARGETS[part], 2, first + part) for part in np.split(np.arange(COUNT), splits)]
+    return [torch.cat(values) for values in zip(*parts)]
 
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 @pytest.mark.parametrize("minmax", [None, (0.2, 0.8)])
-def test_no_split_of_the_global_batch_changes_a_bit(mode, minmax):
+def test_neighbours_are_mixed_by_the_same_share_and_no_split_of_the_global_batch_changes_a_bit(mode, minmax):
     mixup = group_mixup(seed=5, mixup_mode=mode, cutmix_minmax=minmax, mixup_prob=0.8)
-    whole = _mixed(mixup, [])
+    images, targets = mixed(mixup, [])
     for splits in ([64, 128], [2, 6, 70, 100, 190], list(range(2, COUNT, 2))):
-        parts = _mixed(mixup, splits)
-        assert torch.equal(parts[0], whole[0]) and torch.equal(parts[1], whole[1])
-    assert not torch.equal(_mixed(mixup, [], first=66)[0], whole[0])
-
-
-@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
-def test_images_and_labels_are_mixed_with_the_neighbour_by_the_same_share(mode):
-    mixup = group_mixup(seed=3, mixup_mode=mode)
-    positions = np.arange(COUNT)
-    images, targets = mixup(IMAGES.clone(), TARGETS, 0, positions)
+        assert all(map(torch.equal, mixed(mixup, splits), (images, targets)))
+    assert not torch.equal(mixed(mixup, [], first=66)[0], images)
     hot = torch.full((COUNT, 10), 0.01).scatter_(1, TARGETS[:, None], 0.91)
-    plan = mixup.plan(0, positions, SIZE, SIZE)
+    plan = mixup.plan(2, 64 + np.arange(COUNT), SIZE, SIZE)
     for i, (lam, box) in enumerate(plan):
-        own, other = IMAGES[i], IMAGES[i ^ 1]
+        expected, other = IMAGES[i].clone(), IMAGES[i ^ 1]
         if box is None:
-            expected = own * lam + other * (1 - lam)
+            expected = expected * lam + other * (1 - lam)
         else:
             top, bottom, left, right = box
-            expected = own.clone()
             expected[top:bottom, left:right] = other[top:bottom, left:right]
             assert lam == pytest.approx(1 - (bottom - top) * (right - left) / SIZE ** 2)
         assert torch.equal(images[i], expected)
         torch.testing.assert_close(targets[i], hot[i] * lam + hot[i ^ 1] * (1 - lam))
     assert any(box for _, box in plan)
-    assert torch.allclose(targets.sum(1), torch.ones(COUNT))
+    with pytest.raises(ValueError, match="3 positions"):
+        mixup.plan(0, np.arange(3), SIZE, SIZE)
 
 
 @pytest.mark.parametrize("mode, units", [("batch", 1), ("pair", 32), ("elem", 64)])
@@ -80,60 +65,26 @@ def test_shares_are_distributed_as_in_timm(mode, units):
     assert np.mean(cut) > 0.5  # Boxes are cut off at the borders, so more of the own image stays than lam said.
 
 
-def test_off_partly_on_and_impossible():
-    assert TrainPrepare(data_options(mixup=0.0, cutmix=0.0), 10, "cpu").mixup is None
-    only_mixup = group_mixup(mixup=0.8, cutmix=0.0)
-    assert all(box is None for group in range(50) for _, box in only_mixup.choices(0, group, 32, 32))
-    only_cutmix = group_mixup(mixup=0.0, cutmix=1.0)
-    assert all(box is not None for group in range(50) for _, box in only_cutmix.choices(0, group, 32, 32))
-    with pytest.raises(ValueError, match="3 positions"):
-        only_mixup.plan(0, np.arange(3), 32, 32)
-
-
-@pytest.mark.parametrize("imagenet", [True, False])
-def test_normalisation_is_bit_equal_to_totensor_and_normalize(imagenet):
-    pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3).contiguous()
-    settings = ImageSettings(imagenet_default_mean_and_std=imagenet)
-    expected = transforms.Normalize(settings.mean, settings.std)(transforms.ToTensor()(pixels[0].numpy()))
-    assert torch.equal(Normalise(settings, "cpu")(pixels)[0].permute(2, 0, 1), expected)
-
-
-def _batch(pixels, boxes=None, epoch=0, indices=None, mode="pixel"):
-    count = len(pixels)
-    boxes = torch.zeros(count, 1, 4, dtype=torch.int32) if boxes is None else boxes
-    indices = torch.arange(count) if indices is None else indices
-    seeds = [key(0, "erase", epoch, index) for index in indices.tolist()]
-    return Batch(images=torch.from_numpy(pixels.copy()), targets=torch.zeros(count, dtype=torch.int64),
-                 indices=indices, positions=torch.arange(count), boxes=boxes, epoch=epoch,
-                 erased=Erasing(mode=mode).fill(boxes.numpy(), seeds, 32, 32))
+def batch(pixels, boxes, rows, mode, epoch=0):
+    boxes = boxes[rows]
+    erased = Erasing(mode=mode).fill(boxes.numpy(), [key(0, "erase", epoch, row) for row in rows], 32, 32)
+    return Batch(torch.from_numpy(pixels[rows]), torch.zeros(len(rows), dtype=torch.int64), torch.tensor(rows),
+                 torch.arange(len(rows)), boxes, epoch, erased=erased)
 
 
 @pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
 def test_erased_boxes_are_filled_by_images_not_by_batch(mode):
-    prepare = TrainPrepare(data_options(mixup=0, cutmix=0), 10, "cpu")
+    prepare, rows = TrainPrepare(data_options(mixup=0, cutmix=0), 10, "cpu"), [0, 1, 2, 3]
     pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     boxes = torch.tensor([[[2, 3, 8, 9], [4, 4, 2, 2]], [[0, 0, 0, 0]] * 2, [[5, 5, 20, 4], [0, 0, 0, 0]],
                           [[0, 0, 31, 31], [0, 0, 0, 0]]], dtype=torch.int32)
-    whole, targets = prepare(_batch(pixels, boxes, mode=mode))
+    whole, targets = prepare(batch(pixels, boxes, rows, mode))
+    plain, _ = prepare(batch(pixels, torch.zeros_like(boxes), rows, mode))
     assert targets.dtype == torch.int64
-    plain, _ = prepare(_batch(pixels))
     assert torch.equal(whole[1], plain[1]) and torch.equal(whole[0, :, 10:], plain[0, :, 10:])
     box = whole[0, :, 2:10, 3:12]
     assert len(box.unique()) == {"pixel": 3 * 72, "rand": 6, "const": 1}[mode]
     assert len(box[:, 2:4, 1:3].unique()) == {"pixel": 12, "rand": 3, "const": 1}[mode]  # the second is on top
-    for row in range(4):
-        alone, _ = prepare(_batch(pixels[row:row + 1], boxes[row:row + 1], indices=torch.tensor([row]), mode=mode))
-        assert torch.equal(alone[0], whole[row])
-    other_epoch, _ = prepare(_batch(pixels, boxes, epoch=1, mode=mode))
-    assert torch.equal(other_epoch, whole) == (mode == "const")
-
-
-@pytest.mark.parametrize("images", [2, 64])
-def test_the_number_of_operations_does_not_depend_on_the_number_of_images(images):
-    prepare = TrainPrepare(data_options(mixup_mode="elem"), 10, "cpu")
-    boxes = torch.tensor([[2, 3, 8, 9]] * images, dtype=torch.int32)[:, None]
-    batch = _batch(np.zeros((images, 32, 32, 3), dtype=np.uint8), boxes)
-    prepare(batch)
-    with Launches() as launches:
-        prepare(batch)
-    assert launches.total == 22
+    for row in rows:
+        assert torch.equal(prepare(batch(pixels, boxes, [row], mode))[0][0], whole[row])
+    assert torch.equal(prepare(batch(pixels, boxes, rows, mode, epoch=1))[0], whole) == (mode == "const")

@@ -1,13 +1,12 @@
 """From folder names to logits: ImageNet's and the 22k order, one's own classes, mismatches, label files."""
 import os
 
-import numpy as np
 import pytest
-from scipy.io import savemat
 
 from common.synsets import imagenet_synsets, published_22k_synsets
-from datasets.labels import classes_of, map_folders, read_val_labels
+from datasets.labels import classes_of, read_val_labels
 from tests.kits.errors import refused
+from tests.kits.forms import meta_file
 
 
 def test_the_22k_order_has_the_published_tail():
@@ -18,17 +17,12 @@ def test_the_22k_order_has_the_published_tail():
     assert tuple(names) == listed and not notes
 
 
-@pytest.mark.parametrize("nb_classes, expected", [(None, 1000), (1000, 1000), (3, 3)])
-def test_nb_classes_decides_whether_synsets_are_imagenets(nb_classes, expected):
-    names, _ = classes_of([imagenet_synsets()[i] for i in (0, 417, 999)], nb_classes, imagenet_layout=True)
-    assert len(names) == expected
-
-
-def test_without_nb_classes_own_folders_count_and_image_folder_counts_synsets_too():
-    assert classes_of(["n10000000", "n10001111"], None, imagenet_layout=True)[0] == ["n10000000", "n10001111"]
-    assert len(classes_of(list(imagenet_synsets()[:5]), None, imagenet_layout=False)[0]) == 5
-    padded = sorted(f"{i:02d}" for i in range(11))
-    assert not classes_of(padded, None, imagenet_layout=True, evaluating=True)[1]
+@pytest.mark.parametrize("folders, nb_classes, layout, expected", [
+    (imagenet_synsets()[:3], None, True, 1000), (imagenet_synsets()[:3], 1000, True, 1000), (imagenet_synsets()[:3], 3, True, 3),
+    (imagenet_synsets()[:5], None, False, 5), (["n10000000", "n10001111"], None, True, 2),
+    ([f"{i:02d}" for i in range(11)], None, True, 11)])
+def test_nb_classes_and_layout_decide_whether_synsets_are_imagenets(folders, nb_classes, layout, expected):
+    assert len(classes_of(list(folders), nb_classes, imagenet_layout=layout, evaluating=True)[0]) == expected
 
 
 def test_a_stray_folder_among_synsets_is_named():
@@ -38,12 +32,6 @@ def test_a_stray_folder_among_synsets_is_named():
     assert len(classes_of(folders, None, imagenet_layout=True, allow_mismatch=True)[0]) == 1000
     with refused("unexpected_classes", "--nb_classes 7", "--nb_classes 2"):
         classes_of(["a", "b"], 7, imagenet_layout=True)
-
-
-def test_mapping_gives_minus_one_only_when_allowed():
-    with refused("unexpected_classes", "folders of no known class: z"):
-        map_folders(["a", "z"], ["a", "b"], partial=True, allow_mismatch=False, what="x")
-    assert map_folders(["a", "z"], ["b", "a"], partial=True, allow_mismatch=True, what="x").tolist() == [1, -1]
 
 
 FILES = [f"ILSVRC2012_val_0000000{i + 1}.JPEG" for i in range(3)]
@@ -56,16 +44,13 @@ def write(path, text):
     return str(path)
 
 
-@pytest.mark.parametrize("text", [
-    ROWS, ROWS.replace(".JPEG", ""), ROWS.replace(".JPEG", ".jpg"), ROWS.replace("ILSV", "val/ILSV"),
-    "ImageId,PredictionString\n" + ROWS.replace(".JPEG", "").replace("\n", " 85 1 499 272\n"), ROWS + "other.JPEG,n01440764\n"])
-def test_label_files_of_each_kind_are_read(tmp_path, text):
-    assert read_val_labels(write(tmp_path / "labels.csv", text), FILES) == LABELS
-
-
-def test_two_files_that_differ_in_their_endings_have_labels_of_their_own(tmp_path):
-    path = write(tmp_path / "labels.csv", "a.png,cat\na.jpg,dog\n")
-    assert read_val_labels(path, ["a.jpg", "a.png"]) == ["dog", "cat"]
+@pytest.mark.parametrize("text, files, labels", [
+    *((text, FILES, LABELS) for text in (
+        ROWS, ROWS.replace(".JPEG", ""), ROWS.replace(".JPEG", ".jpg"), ROWS.replace("ILSV", "val/ILSV"),
+        "ImageId,PredictionString\n" + ROWS.replace(".JPEG", "").replace("\n", " 85 1 499 272\n"), ROWS + "other.JPEG,n01440764\n")),
+    ("a.png,cat\na.jpg,dog\n", ["a.jpg", "a.png"], ["dog", "cat"])])
+def test_label_files_of_each_kind_are_read(tmp_path, text, files, labels):
+    assert read_val_labels(write(tmp_path / "labels.csv", text), files) == labels
 
 
 @pytest.mark.parametrize("text, word", [
@@ -73,9 +58,8 @@ def test_two_files_that_differ_in_their_endings_have_labels_of_their_own(tmp_pat
     (b"\xff\xd8\xff\xe0", "cannot be read"), (ROWS + ROWS[:ROWS.index("\n") + 1], f"{FILES[0]} twice"),
     (ROWS + ROWS[:ROWS.index("\n") + 1].replace(".JPEG", ""), "twice"), ("490\n361\n490\n", "meta.mat")])
 def test_unfitting_label_files_are_refused(tmp_path, text, word):
-    path = write(tmp_path / "labels.txt", text)
-    with refused("invalid_labels", path if "meta" not in word else "labels.txt", word):
-        read_val_labels(path, FILES)
+    with refused("invalid_labels", "labels.txt", word):
+        read_val_labels(write(tmp_path / "labels.txt", text), FILES)
 
 
 def test_only_regular_files_are_read_as_labels(tmp_path):
@@ -83,20 +67,18 @@ def test_only_regular_files_are_read_as_labels(tmp_path):
     with open(tmp_path / "huge.csv", "wb") as file:
         file.truncate(1 << 40)
     for path in ("/dev/zero", tmp_path / "fifo", tmp_path / "huge.csv", tmp_path, tmp_path / "missing"):
-        with refused("invalid_labels", str(path)):
+        with refused("invalid_labels", path):
             read_val_labels(str(path), FILES)
 
 
 def test_the_devkits_numbers_are_explained_by_its_meta_file(tmp_path):
-    truth = write(tmp_path / "ILSVRC2012_validation_ground_truth.txt", "490\n361\n490\n")
-    synsets = np.array([(490, LABELS[0], "x"), (361, LABELS[1], "y")],
-                       dtype=[("ILSVRC2012_ID", object), ("WNID", object), ("words", object)])
-    savemat(tmp_path / "meta.mat", {"synsets": synsets})
+    truth, meta = write(tmp_path / "ILSVRC2012_validation_ground_truth.txt", "490\n361\n490\n"), tmp_path / "meta.mat"
+    meta.write_bytes(meta_file({LABELS[0]: 490, LABELS[1]: 361}))
     assert read_val_labels(truth, FILES) == LABELS
-    write(tmp_path / "meta.mat", "damaged")
+    meta.write_bytes(b"damaged")
     with refused("invalid_labels", "meta.mat"):
         read_val_labels(truth, FILES)
-    (tmp_path / "meta.mat").unlink()
-    os.mkfifo(tmp_path / "meta.mat")
+    meta.unlink()
+    os.mkfifo(meta)
     with refused("invalid_labels", "meta.mat"):
         read_val_labels(truth, FILES)

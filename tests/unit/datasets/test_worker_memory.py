@@ -1,104 +1,92 @@
-"""Loader workers over an index of a million images: memory, open files and shared memory stay where they
-are."""
-import multiprocessing
+"""An index of a million images loads fast, and costs a worker no memory: it is mapped and shared."""
 import os
-from dataclasses import replace
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from datasets.dataset import ImageDataset, make_loader
-from datasets.index import Rows, Source
-from datasets.readers import Reader
+from datasets.index import IndexCache, Rows, Source
 from datasets.sampler import epoch_order
+from datasets.tars import members
 from datasets.transforms import Erasing, train_transform
+from tests.kits.forms import read, write_tar
+from tests.kits.images import jpeg
 from tests.kits.options import data_options
+from tests.kits.processes import Child, environment
 
-ENTRIES, FILES, EVERY = 1_000_000, 10, 400
-
-
-class Sparse:
-    """Every 400th image of an epoch's order over all entries, in batches of 50."""
-
-    epoch = 0
-
-    def __len__(self):
-        return ENTRIES // EVERY // 50
-
-    def __iter__(self):
-        order = epoch_order(ENTRIES, 0, self.epoch)[::EVERY].tolist()
-        for start in range(0, len(order), 50):
-            yield [(self.epoch, index, start + i) for i, index in enumerate(order[start:start + 50])]
+COUNT = 1_280_000
+pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux' /proc")
 
 
-def reader(folder: Path) -> Reader:
-    """A million entries in a thousand classes that are links to one folder of ten images."""
-    rng = np.random.default_rng(0)
-    (folder / "class").mkdir(parents=True)
-    for number in range(FILES):
-        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / "class" / f"{number}.jpg")
-    classes = [f"class{number:03}" for number in range(1000)]
-    for name in classes:
-        (folder / name).symlink_to("class")
-    name = np.frombuffer(b"".join(b"%d.jpg" % number for number in range(FILES)), dtype=np.uint8)
-    ends = np.arange(1, ENTRIES + 1, dtype=np.int64) * 5
-    labels = (np.arange(ENTRIES) // (ENTRIES // 1000)).astype(np.int32)
-    empty = Rows().index(Source.of(str(folder)), "class folders", [""])
-    return Reader(replace(empty, classes=classes, arrays=empty.arrays | {
-        "labels": labels, "ends": ends, "blob": np.tile(name, ENTRIES // FILES)}))
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """data/ with a tar of ten images, and cache/ with an index in which they are 1.28 million."""
+    folder = tmp_path_factory.mktemp("million")
+    write_tar(folder / "data" / "0.tar", [(f"{number}.jpg", jpeg(number, (32, 32))) for number in range(10)])
+    os.utime(folder / "data", (time.time() - 3600,) * 2)
+    found, rows, source = [member for _, member in members(str(folder / "data" / "0.tar"))], Rows(), Source.of(str(folder / "data"))
+    for number in range(COUNT):
+        place = found[number % 10]
+        rows.add(f"class{number // 1280:03}", f"n01440764_{number}.JPEG", 0, place.offset_data, place.size)
+    (folder / "cache").mkdir()
+    rows.index(source, "tar files", ["0.tar", ""]).write(IndexCache(str(folder / "cache")).path("tars", source))
+    return folder
 
 
-def footprint(pid: int) -> tuple[int, int, int]:
-    """(memory in KiB with its part of what is shared, memory that it shares with nobody, open files)."""
-    rows = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
-    private = sum(int(rows[name].split()[0]) for name in ("Private_Clean", "Private_Dirty"))
-    return int(rows["Pss"].split()[0]), private, len(os.listdir(f"/proc/{pid}/fd"))
+def footprint(pid: int | str = "self") -> dict[str, int]:
+    """KiB that a process shares with nobody, and of shared memory (batches on their way); its open files."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    rows = {name: int(rest.split()[0]) for name, rest in (line.split(":", 1) for line in lines)}
+    return {"private": rows["Private_Clean"] + rows["Private_Dirty"], "shared memory": rows["Pss_Shmem"],
+            "files": len(os.listdir(f"/proc/{pid}/fd"))}
 
 
-def shared_memory() -> int:
-    """KiB of shared memory that this process maps (batches on their way from the workers)."""
-    text = Path("/proc/self/smaps_rollup").read_text()
-    return int(next(line.split()[1] for line in text.splitlines() if line.startswith("Pss_Shmem:")))
+def private(work) -> int:
+    """KiB that a forked process shares with nobody after `work()`."""
+    here, there = os.pipe()
+    if not os.fork():
+        try:
+            work()
+            os.write(there, b"%d" % footprint()["private"])
+        finally:
+            os._exit(0)
+    os.wait()
+    return int(os.read(here, 20))
 
 
-def measure(folder: Path, answer) -> None:
-    """Footprints of workers and parent after each of four passes. In a process of its own: workers forked
-    from a test runner share its gigabytes, whose pages they copy one by one as the counts of references in
-    them change."""
-    options = data_options(num_workers=2, input_size=32, pin_mem=False)
-    source = reader(folder)
-    dataset = ImageDataset(source, source.labels.astype(np.int64), train_transform(options), 32, seed=0,
-                             erasing=Erasing(0.25, 1))
-    sampler = Sparse()
-    loader, seen = make_loader(dataset, options, sampler), []
-    try:
-        for epoch in range(4):
-            sampler.epoch = epoch
-            assert sum(len(batch.images) for batch in loader) == ENTRIES // EVERY
-            workers = [worker.pid for worker in loader._iterator._workers]
-            seen.append(([footprint(pid) for pid in workers], len(os.listdir("/proc/self/fd")), shared_memory()))
-    finally:
-        loader.close()
-    answer.send(seen)
+def test_an_index_of_a_million_images_loads_fast_and_small_and_is_shared(folder):
+    started = time.perf_counter()
+    reader = read(folder / "data", IndexCache(str(folder / "cache")))
+    assert time.perf_counter() - started < 2 and len(reader) == COUNT
+    assert sum(values.nbytes for values in reader.index.arrays.values()) < 72e6
+    assert private(lambda: [None for i in range(0, COUNT, 50) if not reader.name(i)]) < private(lambda: None) + 2000
+
+
+def passes(folder) -> int:
+    """Four passes over parts of an epoch: the first fills caches, and the others must find everything there."""
+    options, reader = data_options(num_workers=2, input_size=32, pin_mem=False), read(folder / "data", IndexCache(str(folder / "cache")))
+    dataset = ImageDataset(reader, reader.labels.astype(np.int64), train_transform(options), 32, erasing=Erasing(0.25, 1))
+    batches, seen = [], []
+    loader = make_loader(dataset, options, batches)
+    for epoch in range(4):
+        order = epoch_order(COUNT, 0, epoch)[::512]
+        batches[:] = [[(epoch, index, 0) for index in part.tolist()] for part in np.split(order, 50)]
+        assert sum(len(batch.images) for batch in loader) == len(order)
+        seen.append([footprint(), *(footprint(worker.pid) for worker in loader._iterator._workers)])
+    (first, *workers), *later = seen
+    for own, *workers_now in later:
+        assert own["files"] <= first["files"] and own["shared memory"] <= first["shared memory"] + 1024, seen
+        for now, before in zip(workers_now, workers, strict=True):
+            # Python strings for the paths would be copied by the page as they are read: 10 MB per pass.
+            assert now["private"] < before["private"] + 1500 and now["files"] <= before["files"], seen
+    return 0
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux' /proc")
-def test_three_passes_cost_no_memory(tmp_path):
-    spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=measure, args=(tmp_path / "train", there))
-    process.start()
-    assert here.poll(240), "no answer"
-    seen = here.recv()
-    process.join(30)
-    # The first pass fills caches; the three after it must find everything there.
-    (first, files, shared), *later = seen
-    for workers, own_files, own_shared in later:
-        for (whole, private, opened), (whole_now, private_now, opened_now) in zip(first, workers):
-            assert whole_now < 1.02 * whole, f"{whole} KiB after one pass, {whole_now} after more"
-            # Python strings for the paths would be copied by the page as they are read: 10 MB per pass.
-            assert private_now < private + 1500 and opened_now <= opened
-        assert own_files <= files and own_shared <= shared + 1024
+def test_three_passes_cost_no_memory(folder):
+    """In a process of its own: workers forked from a test runner share its gigabytes, whose pages they copy one by
+    one as the counts of references in them change."""
+    child = Child(passes, (folder,), environment())
+    assert child.end(240) == 0, child.text()

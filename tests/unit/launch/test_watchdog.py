@@ -3,7 +3,6 @@ these."""
 import os
 import signal
 import time
-import types
 
 import pytest
 import torch
@@ -12,58 +11,47 @@ from common.ledger import Ledger
 from common.outcome import Outcome
 from launch.process import Process
 from launch.watchdog import LONGEST_STEP, Beat, Cause, RunningClock, Watchdog
-from tests.kits.processes import (
-    TOY,
-    descendants,
-    expected_value,
-    finish,
-    start_ranks,
-    start_torchrun,
-    wait_for,
-)
+from tests.kits.processes import TOY, at_update, descendants, expected, finish, start_ranks, start_torchrun
+
+INSIDE = {"waits_in": "all_reduce", "order": 31}
 
 
-def beats(*given: dict) -> list[Beat]:
-    return [Beat(**{"rank": rank, "node": f"node{rank:02}", "pid": 1, "phase": "backward", "update": 9, "order": 30,
-                    **more}) for rank, more in enumerate(given)]
-
-
-def judge(found: list[Beat], silent: dict[int, float] = {}, hang_timeout: float = 180.0, lost: bool = False) -> Cause | None:  # noqa: B006
-    watchdog = Watchdog(Process(device=torch.device("cpu")), None, hang_timeout)
-    for beat in found:
-        beat.patience, beat.silence = hang_timeout or float("inf"), silent.get(beat.rank, 0.0)
-    return watchdog._judge(found, lost)
+def judge(*beats: dict, silent: dict[int, float] = {}, patience: float = 180.0, lost: bool = False) -> Cause | None:  # noqa: B006
+    """Whom the watchdog blames when the ranks' heartbeats are `beats`."""
+    found = [Beat(**{"rank": rank, "node": f"node{rank:02}", "pid": 1, "phase": "backward", "update": 9, "order": 30,
+                     "patience": patience, "silence": silent.get(rank, 0.0), **more}) for rank, more in enumerate(beats)]
+    return Watchdog(Process(device=torch.device("cpu")))._judge(found, lost)
 
 
 def test_the_rank_that_keeps_the_others_waiting_is_named():
-    cause = judge(beats({"age": 211}, {"age": 212, "phase": "data", "order": 29},
-                        {"age": 210, "waits_in": "all_reduce", "order": 31}))
+    cause = judge({"age": 211}, {"age": 212, "phase": "data", "order": 29}, {"age": 210, **INSIDE})
     assert (cause.rank, cause.phase, cause.update, cause.hang) == (1, "data", 9, True)
     for words in ("rank 1 (node01)", "phase data, update 9", "212 s", "rank 2 in all_reduce", "--hang_timeout"):
         assert words in cause.text
-
-
-def test_nobody_is_named_while_the_slowest_still_has_time():
-    assert judge(beats({"age": 400, "waits_in": "all_reduce", "order": 31}, {"age": 100, "phase": "data"})) is None
-    assert judge(beats({"age": 400}), hang_timeout=0) is None
-
-
-def test_start_the_first_update_and_saving_get_more_patience():
-    watchdog = Watchdog(Process(device=torch.device("cpu")), None, 10)
-    patience = []
-    for phase in [("start", -1), ("data", 7), ("saving", 7), ("data", 8), ("evaluation", 8), ("saving", 8)]:
-        watchdog.phase(*phase)
-        watchdog._send()
-        patience.append(watchdog.beat.patience)
-    assert patience == [100, 30, 30, 10, 10, 30]
+    text = judge({"age": 200, "waits_in": "all_reduce"}, {"age": 200, "waits_in": "barrier"}).text  # for each other
+    assert "rank 0" in text and "all_reduce" in text and "rank 1 in barrier" in text
+    # Nobody while the slowest still has time.
+    assert judge({"age": 400, **INSIDE}, {"age": 100, "phase": "data"}) is None
 
 
 def test_a_silent_rank_is_named_even_if_it_was_waiting():
-    found = beats({"age": 5, "waits_in": "all_reduce"}, {"age": 200, "waits_in": "all_reduce"})
-    cause = judge(found, silent={1: 190})
-    assert (cause.rank, cause.hang) == (1, True) and "gone" in cause.text
-    assert judge(found, silent={1: 6}) is None
-    assert (judge(found, {1: 6}, lost=True).rank, judge(found, {1: 6}, lost=True).hang) == (1, False)  # it is gone
+    found = {"age": 5, "waits_in": "all_reduce"}, {"age": 200, "waits_in": "all_reduce"}
+    cause, gone = judge(*found, silent={1: 190}), judge(*found, silent={1: 6}, lost=True)
+    assert (cause.rank, cause.hang, gone.rank, gone.hang) == (1, True, 1, False) and "gone" in cause.text
+    assert judge(*found, silent={1: 6}) is None
+
+
+def test_start_the_first_update_and_saving_get_more_patience():
+    """And the order grows with work, not with signs of life."""
+    watchdog, off = (Watchdog(Process(device=torch.device("cpu")), seconds) for seconds in (10, 0))
+    found = []
+    for phase in [("start", -1), ("data", 7), ("saving", 7), ("data", 8), ("evaluation", 8), ("evaluation", 8)]:
+        watchdog.phase(*phase)
+        watchdog._send()
+        found.append((watchdog.beat.patience, watchdog.beat.order))
+    assert found == [(100, 0), (30, 1), (30, 2), (10, 3), (10, 4), (10, 4)]
+    off._send()
+    assert off.beat.patience == float("inf")
 
 
 def test_a_connection_that_broke_between_ranks_that_run_is_no_text_of_sockets():
@@ -74,20 +62,6 @@ def test_a_connection_that_broke_between_ranks_that_run_is_no_text_of_sockets():
     watchdog._clock = lambda: 60.0
     cause = watchdog._look()
     assert cause.rank == 0 and "network" in cause.text and not any(w in cause.text for w in ("gloo", "pair.cc", "peer"))
-
-
-def test_ranks_that_all_wait_for_each_other_are_named():
-    text = judge(beats({"age": 200, "waits_in": "all_reduce"}, {"age": 200, "waits_in": "barrier"})).text
-    assert "rank 0" in text and "all_reduce" in text and "rank 1 in barrier" in text
-
-
-def test_order_grows_with_work_and_not_with_signs_of_life():
-    watchdog = Watchdog(types.SimpleNamespace(rank=0, node_name="n"))
-    orders = []
-    for name, update in [("data", 0), ("forward", 0), ("evaluation", 0), ("evaluation", 0), ("data", 1)]:
-        watchdog.phase(name, update)
-        orders.append(watchdog.beat.order)
-    assert orders == [1, 2, 3, 3, 4]
 
 
 def test_the_clock_stands_still_while_the_process_does(monkeypatch):
@@ -110,82 +84,12 @@ def failed(folder) -> dict:
     return status
 
 
-def last_line(output: str) -> str:
-    return output.strip().splitlines()[-1]
-
-
-def test_an_exception_ends_all_ranks_and_every_log_names_it(tmp_path):
-    rank = 1
-    results = finish(start_ranks(2, TOY, tmp_path, 1000, f"raise={rank}@5"))
-    assert [code for code, _ in results] == [1, 1]
-    assert last_line(results[rank][1]).endswith("ArithmeticError: one divided by nothing")
-    other = last_line(results[1 - rank][1])
-    assert f"rank {1 - rank}" in other and f"rank {rank}" in other and "ArithmeticError" in other
-    assert (failed(tmp_path)["rank"], failed(tmp_path)["update"]) == (rank, 5)
-    assert "ArithmeticError: one divided by nothing" in failed(tmp_path)["cause"]
-
-
 def test_a_users_mistake_on_one_rank_is_one_sentence(tmp_path):
     results = finish(start_ranks(2, TOY, tmp_path, 1000, "user_error=1@5"))
     assert [code for code, _ in results] == [2, 2]
-    assert last_line(results[1][1]) == "[rank 1] the value 7 is not accepted: use 8."
+    assert results[1][1].strip().splitlines()[-1] == "[rank 1] the value 7 is not accepted: use 8."
     assert not any("Traceback" in output for _, output in results)
     assert "the value 7" in failed(tmp_path)["cause"]
-
-
-def test_the_watchdog_can_be_switched_off(tmp_path):
-    assert [code for code, _ in finish(start_ranks(2, TOY, tmp_path, 5, "hang_timeout=0"))] == [0, 0]
-
-
-def test_a_rank_that_hangs_in_loading_is_named_with_everyones_stacks(tmp_path):
-    results = finish(start_ranks(2, TOY, tmp_path, 10000, "sleep=1@60:data", "hang_timeout=4"))
-    assert [code for code, _ in results] == [1, 1]
-    for _, output in results:
-        assert "rank 1 in phase data, update 60" in output and "rank 0 in all_reduce" in output
-    assert (failed(tmp_path)["rank"], failed(tmp_path)["phase"], failed(tmp_path)["update"]) == (1, "data", 60)
-    assert "in train" in (tmp_path / "stacks-rank1.txt").read_text()
-    assert "all_reduce" in (tmp_path / "stacks-rank0.txt").read_text()
-
-
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_suspended_job_continues_with_the_same_result(tmp_path, world_size):
-    """Ctrl-Z and scontrol suspend stop every process, here for twice the patience, and not at one moment."""
-    ranks = start_ranks(world_size, TOY, tmp_path, 60, "hang_timeout=4", "pace=0.05")
-    wait_for(lambda: int((tmp_path / "now").read_text() or 0) > 20 if (tmp_path / "now").exists() else False)
-    for name in ("SIGSTOP", "SIGCONT"):
-        for rank in ranks:
-            os.kill(rank.pid, getattr(signal, name))
-            time.sleep(0.3)
-        time.sleep(8 if name == "SIGSTOP" else 0)
-    assert [code for code, _ in finish(ranks)] == [0] * world_size
-    assert str(expected_value(60, world_size)) in (tmp_path / "state.json").read_text()
-    assert Ledger(tmp_path).status()["state"] == Outcome.DONE
-
-
-@pytest.mark.slow
-def test_a_suspended_torchrun_continues_with_the_same_result(tmp_path):
-    agent = start_torchrun(2, TOY, tmp_path, 60, "hang_timeout=4", "pace=0.05")
-    wait_for(lambda: (tmp_path / "now").exists() and int((tmp_path / "now").read_text() or 0) > 20)
-    for name in ("SIGSTOP", "SIGCONT"):
-        for pid in (agent.pid, *descendants(agent.pid)):
-            os.kill(pid, getattr(signal, name))
-        time.sleep(8 if name == "SIGSTOP" else 0)
-    [(code, output)] = finish([agent])
-    assert code == 0 and str(expected_value(60, 2)) in (tmp_path / "state.json").read_text(), output
-    assert Ledger(tmp_path).status()["state"] == Outcome.DONE
-
-
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_stopped_rank_is_named_and_wakes_to_no_other_blame(tmp_path, rank):
-    processes = start_ranks(2, TOY, tmp_path, 10000, "hang_timeout=4")
-    wait_for(lambda: (tmp_path / "now").exists() and int((tmp_path / "now").read_text() or 0) > 60)
-    processes[rank].send_signal(signal.SIGSTOP)
-    [(code, output)] = finish([processes[1 - rank]])
-    assert code == 1 and failed(tmp_path)["rank"] == rank, output
-    blame = failed(tmp_path)
-    processes[rank].send_signal(signal.SIGCONT)
-    assert finish([processes[rank]], 30)[0][0] != 0
-    assert failed(tmp_path) == blame
 
 
 def test_a_lone_process_that_fails_is_recorded(tmp_path):
@@ -193,8 +97,43 @@ def test_a_lone_process_that_fails_is_recorded(tmp_path):
     assert (failed(tmp_path)["rank"], failed(tmp_path)["update"]) == (0, 5)
 
 
-@pytest.mark.slow
-def test_a_lone_process_that_hangs_says_where(tmp_path):
-    [(code, output)] = finish(start_ranks(1, TOY, tmp_path, 10000, "sleep=0@60:data", "hang_timeout=4"))
-    assert code == 1 and "phase data, update 60" in output
-    assert "in train" in (tmp_path / "stacks-rank0.txt").read_text() and failed(tmp_path)["phase"] == "data"
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_rank_that_hangs_in_loading_is_named_with_everyones_stacks(tmp_path, world_size):
+    last = world_size - 1
+    for code, output in finish(start_ranks(world_size, TOY, tmp_path, 10000, f"sleep={last}@60:data", "hang_timeout=4")):
+        assert code == 1 and f"rank {last} in phase data, update 60" in output
+        assert "rank 0 in all_reduce" in output or world_size == 1
+    assert (failed(tmp_path)["rank"], failed(tmp_path)["phase"], failed(tmp_path)["update"]) == (last, "data", 60)
+    assert "in train" in (tmp_path / f"stacks-rank{last}.txt").read_text()
+    assert "all_reduce" in (tmp_path / "stacks-rank0.txt").read_text() or world_size == 1
+
+
+@pytest.mark.parametrize("launcher, world_size", [
+    pytest.param("none", 1, marks=pytest.mark.slow), ("none", 2), pytest.param("torchrun", 2, marks=pytest.mark.slow)])
+def test_a_suspended_job_continues_with_the_same_result(tmp_path, launcher, world_size):
+    """Ctrl-Z and scontrol suspend stop every process, here for twice the patience, and not at one moment."""
+    command = (world_size, TOY, tmp_path, 60, "hang_timeout=4", "pace=0.05")
+    processes = [start_torchrun(*command)] if launcher == "torchrun" else start_ranks(*command)
+    at_update(tmp_path, 20)
+    pids = [pid for process in processes for pid in (process.pid, *descendants(process.pid))]
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for pid in pids:
+            os.kill(pid, number)
+            time.sleep(0.3)
+        time.sleep(8 if number == signal.SIGSTOP else 0)
+    for code, output in finish(processes):
+        assert code == 0, output
+    assert str(expected(60, world_size)) in (tmp_path / "state.json").read_text()
+    assert Ledger(tmp_path).status()["state"] == Outcome.DONE
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_stopped_rank_is_named_and_wakes_to_no_other_blame(tmp_path, rank):
+    processes = start_ranks(2, TOY, tmp_path, 10000, "hang_timeout=4")
+    at_update(tmp_path, 60)
+    processes[rank].send_signal(signal.SIGSTOP)
+    [(code, output)] = finish([processes[1 - rank]])
+    assert code == 1 and failed(tmp_path)["rank"] == rank, output
+    blame = failed(tmp_path)
+    processes[rank].send_signal(signal.SIGCONT)
+    assert finish([processes[rank]], 30)[0][0] != 0 and failed(tmp_path) == blame

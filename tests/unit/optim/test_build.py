@@ -1,92 +1,77 @@
-"""Which tensors decay and how layers scale the learning rate, against the published groups."""
+"""The optimizer by name, its groups against the published ones, and which states it takes over."""
 import json
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+from torch import nn
 
 import models  # noqa: F401  (registers the networks)
-from common.errors import UserError
 from config.options import Options
 from optim.build import build_optimizer
 from optim.groups import count_layers, layer_id, param_groups
-from optim.schedule import Schedule
+from tests.kits.errors import refused
+from tests.kits.fill import PARITY
 
-PUBLISHED = json.loads((Path(__file__).parents[2] / "data/parity/param_groups.json").read_text())
-
-
-def network(name):
-    with torch.device("meta"):
-        return timm.create_model(name)
+PUBLISHED = json.loads((PARITY / "param_groups.json").read_text())
 
 
 @pytest.mark.parametrize("case", PUBLISHED)
 def test_published_groups_in_published_order(case):
     name, decay = case.split("|layer_decay=")
-    groups = param_groups(network(name).named_parameters(), 0.05, float(decay))
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    groups = param_groups(model.named_parameters(), 0.05, float(decay))
     ours = {name: [g["weight_decay"], g["lr_scale"]] for g in groups for name in g["names"]}
     assert ours == PUBLISHED[case]
     assert list(ours) == list(PUBLISHED[case])  # the order in which optimizer states are numbered
-    model = network(name)
     model.freeze("stages.1-2")  # which changes nothing for the others
     kept = {name: group["lr_scale"] for group in param_groups(model.named_parameters(), 0.05, float(decay))
             for name in group["names"]}
     assert kept == {name: ours[name][1] for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("depth,last", [(1, 4), (2, 4), (3, 5), (9, 8), (18, 12), (27, 12)])
+@pytest.mark.parametrize("depth, last", [(1, 4), (2, 4), (3, 5), (9, 8), (18, 12), (27, 12)])
 def test_layers_of_other_depths(depth, last):
     names = [f"stages.2.{block}.norm1.weight" for block in range(depth)]
-    assert count_layers(names) == last
     ids = [layer_id(name, last) for name in names]
-    assert ids == sorted(ids) and ids[0] == 3 and ids[-1] == last - 1
-    assert layer_id("stages.3.0.gamma1", last) == last and layer_id("head.weight", last) == last + 1
-    assert layer_id("downsample_layers.3.1.weight", last) == last
+    assert count_layers(names) == last and ids == sorted(ids) and (ids[0], ids[-1]) == (3, last - 1)
+    assert [layer_id(name, last) for name in ("downsample_layers.3.1.weight", "stages.3.0.gamma1", "head.weight")] == [
+        last, last, last + 1]
 
 
-def settings(**changes):
-    return Options(**{**dict(lr=1e-3, opt_eps=1e-6, momentum=0.8), **changes})
-
-
-def test_scales_reach_the_optimizer_and_end_at_zero_decay():
-    model = torch.nn.Sequential(torch.nn.Linear(3, 3))
-    optimizer = build_optimizer(model, settings())
-    schedule = Schedule(Options(lr=1e-3, min_lr=0.0, weight_decay_end=0.0, epochs=1, warmup_epochs=0), 4)
-    for update in (0, 3, 9, 1):
-        schedule.apply(optimizer, update)
-        decaying, plain = optimizer.param_groups
-        assert decaying["weight_decay"] == schedule.weight_decay(update) and plain["weight_decay"] == 0
-        assert decaying["lr"] == schedule.lr(update)
+def trained(model=None, **changes):
+    """An optimizer by our options after one step of a Linear(3, 3)."""
+    model = model or nn.Linear(3, 3)
+    optimizer = build_optimizer(model, Options(**{**dict(lr=1e-3, opt_eps=1e-6, momentum=0.8), **changes}))
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    return optimizer
 
 
 @pytest.mark.parametrize("opt", ["adamw", "sgd", "momentum", "lamb", "lion", "nadam", "lookahead_adamw"])
 def test_optimizers_by_name(opt):
-    model = torch.nn.Linear(3, 3)
-    optimizer = build_optimizer(model, settings(opt=opt, opt_betas=[0.8, 0.9]))
+    model = nn.Linear(3, 3)
     before = model.weight.detach().clone()
-    model(torch.ones(2, 3)).sum().backward()
-    optimizer.step()
-    assert not torch.equal(before, model.weight)
-    group = optimizer.param_groups[0]
+    group = trained(model, opt=opt, opt_betas=[0.8, 0.9]).param_groups[0]
+    assert not torch.equal(before, model.weight) and group.get("eps", 1e-6) == 1e-6
     assert group.get("betas", (0.8, 0.9)) == (0.8, 0.9) and group.get("momentum", 0.8) == 0.8
-    assert group.get("eps", 1e-6) == 1e-6
 
 
 @pytest.mark.parametrize("opt", ["adamww", "adahessian", "nonsense"])
 def test_unknown_optimizer_is_one_sentence(opt):
-    with pytest.raises(UserError, match=f"--opt {opt} .*adam|--opt {opt} .*accepted"):
-        build_optimizer(torch.nn.Linear(2, 2), settings(opt=opt))
+    with refused("invalid_value", f"--opt {opt}", "adam"):
+        trained(opt=opt)
 
 
-def test_optimizer_state_of_an_unfused_run_keeps_our_kernel():
-    model = torch.nn.Linear(3, 3)
-    optimizer = build_optimizer(model, settings())
-    groups = param_groups(model.named_parameters(), 0.05)
-    plain = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups]
-    theirs = torch.optim.AdamW(plain, lr=7.0)
+def test_the_state_of_an_unfused_run_keeps_our_kernel():
+    model = nn.Linear(3, 3)
+    groups = [{"params": g["params"], "weight_decay": g["weight_decay"]}
+              for g in param_groups(model.named_parameters(), 0.05)]
+    theirs = torch.optim.AdamW(groups, lr=7.0)
     model(torch.ones(2, 3)).sum().backward()
     theirs.step()
+    optimizer = build_optimizer(model, Options(lr=1e-3))
     optimizer.load_state_dict(theirs.state_dict())
     assert optimizer.param_groups[0]["fused"] and optimizer.param_groups[0]["lr"] == 1e-3
     assert torch.equal(optimizer.state[model.weight]["exp_avg"], theirs.state[model.weight]["exp_avg"])
@@ -94,11 +79,12 @@ def test_optimizer_state_of_an_unfused_run_keeps_our_kernel():
     assert optimizer.state[model.weight]["step"] == 2
 
 
-def test_optimizer_state_of_another_model_is_refused():
-    wide = build_optimizer(torch.nn.Linear(3, 4), settings())
-    for model in (torch.nn.Linear(3, 3), torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))):
-        optimizer = build_optimizer(model, settings())
-        model(torch.ones(2, 3)).sum().backward()
-        optimizer.step()
-        with pytest.raises(UserError, match="checkpoint's optimizer state"):
-            wide.load_state_dict(optimizer.state_dict())
+@pytest.mark.parametrize("moment", [None, torch.zeros(1, 1, 1), torch.zeros(3, 4), torch.zeros(3, 3).to_sparse(), 1.0])
+def test_a_damaged_state_or_one_of_another_model_is_refused(moment):
+    optimizer = trained()
+    state = optimizer.state_dict()
+    state["state"][0]["exp_avg"] = moment
+    with refused("invalid_checkpoint", "exp_avg of tensor 0", "--model"):
+        optimizer.load_state_dict(state)
+    with refused("other_run", "--layer_decay"):
+        optimizer.load_state_dict(trained(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))).state_dict())

@@ -1,19 +1,9 @@
 """Figures from the answer for every image, against loops and closed forms, and the paired test of two
 evaluations."""
-import math
-
 import numpy as np
 import pytest
-from scipy.stats import binomtest
 
-from report.metrics import (
-    Predictions,
-    calibration_error,
-    compare,
-    confusion_pairs,
-    metrics,
-    multi_label_accuracy,
-)
+from report.metrics import Predictions, calibration_error, compare, confusion_pairs, metrics
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox"]
 
@@ -27,12 +17,6 @@ def predictions(n=200, seed=0, correct=0.7, paths=None):
     probabilities = np.sort(rng.dirichlet(np.ones(6), n).astype(np.float32), axis=1)[:, ::-1][:, :5]
     paths = np.array(paths or [f"/data/val/{CLASSES[c]}/{i}.png" for i, c in enumerate(labels)])
     return Predictions(paths, labels, top5, probabilities, rng.random(n).astype(np.float32), CLASSES)
-
-
-def test_hits_equal_a_loop_over_the_images():
-    p = predictions()
-    assert p.hit1.tolist() == [row[0] == label for row, label in zip(p.top5, p.labels)]
-    assert p.hit5.tolist() == [label in row for row, label in zip(p.top5, p.labels)]
 
 
 def test_unlabelled_unreadable_and_undefined_answers_are_never_hits():
@@ -61,12 +45,6 @@ def test_calibration_error_of_known_cases():
     assert calibration_error(np.array([0.9, 0.9, 0.3, 0.3]), np.array([1, 1, 0, 0])) == pytest.approx(0.2)
 
 
-def test_several_correct_answers_and_images_without_any():
-    top5 = np.array([[3, 1, 2, 0, 4]] * 3)
-    found = multi_label_accuracy(top5, [[3, 5], [], [0, 5]])
-    assert (found["hits1"], found["hits5"], found["images"]) == (1, 2, 2) and found["acc1"] == 50.0
-
-
 def test_confusion_pairs_are_counted_and_sorted():
     labels, answers = np.array([0, 0, 0, 1, 1, 2]), np.array([1, 1, 0, 0, 2, 2])
     assert confusion_pairs(labels, answers) == [(0, 1, 2), (1, 0, 1), (1, 2, 1)]
@@ -78,12 +56,7 @@ def test_paired_comparison_matches_images_by_class_folder_and_name():
     moved = Predictions(np.array([p.replace("/data/val", "/elsewhere") for p in second.paths])[::-1].copy(),
                         second.labels[::-1], second.top5[::-1], second.probabilities[::-1], second.nll[::-1], CLASSES)
     same = compare(first, second)
-    assert same == compare(first, moved)
-    difference = 100.0 * (second.hit1.astype(float) - first.hit1)
-    only_first, only_second = (difference < 0).sum(), (difference > 0).sum()
-    assert same.p_value == binomtest(only_first, only_first + only_second).pvalue < 1e-6
-    assert same.difference == pytest.approx(difference.mean())
-    assert same.margin == pytest.approx(1.96 * difference.std() / math.sqrt(2000))
+    assert same == compare(first, moved) and same.p_value < 1e-6
     for found in (same.sentence("old", "new"), compare(second, first).sentence("new", "old")):
         assert found.startswith("new is better than old")
     assert compare(first, first, 9).sentence("a", "b").startswith("a and b cannot be distinguished")

@@ -1,8 +1,9 @@
 """A run folder has one owner, who alone writes there."""
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
-import threading
 import time
 
 import pytest
@@ -11,17 +12,7 @@ from common.errors import UserError
 from common.ledger import Ledger
 from common.outcome import Outcome
 from run.folder import RunFolder
-from tests.kits.processes import wait_for
-
-
-def child(work) -> int:
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-        finally:
-            os._exit(1)
-    return pid
+from tests.kits.processes import Child, environment, wait_for
 
 
 def refused(path) -> UserError:
@@ -30,76 +21,68 @@ def refused(path) -> UserError:
     return error.value
 
 
-def test_a_second_training_is_refused_with_the_owner_named(tmp_path, monkeypatch):
+@pytest.fixture
+def folder(tmp_path):
+    made = RunFolder(tmp_path / "run")
+    yield made
+    made.release()
+
+
+def test_a_second_training_is_refused_with_the_owner_named(folder, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    first = RunFolder(tmp_path / "run")
-    assert first.lock() is None
-    error = refused(tmp_path / "run")
+    assert folder.lock() is None
+    error = refused(folder.path)
     assert error.code == "folder_in_use" and f"pid {os.getpid()}" in str(error) and "job 77" in str(error)
-    first.release()
-    second = RunFolder(tmp_path / "run")
-    assert second.lock() is None
-    second.release()
 
 
-def test_a_killed_owner_leaves_no_lock_though_its_workers_live_on(tmp_path):
-    def train():
-        folder = RunFolder(tmp_path)
-        folder.lock()
-        worker = child(lambda: time.sleep(30))
-        (tmp_path / "worker").write_text(str(worker))
-        os.rename(tmp_path / "worker", tmp_path / "ready")
-        time.sleep(30)
-    owner = child(train)
-    wait_for((tmp_path / "ready").exists)
+def own_with_a_worker(path, worker) -> int:
+    """Lock the folder and write down the worker's process id; both stay for a while."""
+    RunFolder(path).lock()
+    if pid := os.fork():
+        worker.write_text(f"{pid}\n")
+    time.sleep(30)
+    os._exit(1)
+
+
+def test_a_killed_owner_leaves_no_lock_though_its_workers_live_on(folder):
+    worker = folder.path.with_name("worker")
+    owner = Child(own_with_a_worker, (folder.path, worker), environment())
+    wait_for(lambda: worker.exists() and worker.read_text().endswith("\n"))
     try:
-        assert f"pid {owner}" in str(refused(tmp_path))
-        shell = ["flock", "-n", tmp_path / "owner.json", "true"]  # by which a script may tell
+        assert f"pid {owner.pid}" in str(refused(folder.path))
+        shell = ["flock", "-n", folder.path / "owner.json", "true"]  # by which a script may tell
         assert subprocess.run(shell).returncode == 1
-        os.kill(owner, signal.SIGKILL)
-        os.waitpid(owner, 0)
+        owner.kill()
         assert subprocess.run(shell).returncode == 0
-        folder = RunFolder(tmp_path)
-        assert f"pid {owner}" in folder.lock() and folder.owner()["pid"] == os.getpid()
-        folder.release()
+        assert f"pid {owner.pid}" in folder.lock() and folder.owner()["pid"] == os.getpid()
     finally:
-        os.kill(int((tmp_path / "ready").read_text()), signal.SIGKILL)
+        os.kill(int(worker.read_text()), signal.SIGKILL)
 
 
-def test_a_start_that_was_refused_leaves_no_folder(tmp_path):
-    folder = RunFolder(tmp_path / "run")
-    folder.lock()
-    folder.release()
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("used", [False, True])
-def test_a_folder_that_was_there_or_has_been_used_stays(tmp_path, used):
-    folder = RunFolder(tmp_path / "run")
-    if not used:
+@pytest.mark.parametrize("there, used", [(False, False), (True, False), (False, True)])
+def test_a_start_that_was_refused_leaves_no_folder_but_what_was_there_or_has_been_used(folder, there, used):
+    if there:
         folder.path.mkdir()
     folder.lock()
     if used:
         folder.begin(update=0, epoch=0)
     folder.release()
-    assert folder.path.exists() and folder.owner() == {}
+    assert folder.path.exists() == (there or used) and folder.owner() == {}
 
 
-def test_who_waits_for_a_folder_that_its_owner_removes_makes_it_again(tmp_path):
-    first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
-    first.lock()
-    waiting = threading.Thread(target=second.lock, kwargs={"wait": 30})
-    waiting.start()
-    time.sleep(0.3)
-    first.release()
-    waiting.join(30)
-    assert second.owner()["pid"] == os.getpid()
-    assert refused(tmp_path / "run").code == "folder_in_use"
-    second.release()
-    assert not (tmp_path / "run").exists()
+def test_a_folder_that_its_owner_removes_at_that_moment_is_made_again(folder, monkeypatch):
+    real = fcntl.flock
+
+    def flock(descriptor: int, how: int) -> None:
+        monkeypatch.undo()
+        shutil.rmtree(folder.path)  # the owner made nothing there, and gives it back
+        real(descriptor, how)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    folder.lock()
+    assert folder.owner()["pid"] == os.getpid() and refused(folder.path).code == "folder_in_use"
 
 
-@pytest.mark.parametrize("name", ["file", "file/run", "/proc/run", "folder"])
+@pytest.mark.parametrize("name", ["file/run", "/proc/run", "folder"])
 def test_a_folder_that_cannot_be_used_is_named(tmp_path, name):
     (tmp_path / "file").touch()
     (tmp_path / "folder" / "owner.json").mkdir(parents=True)
@@ -108,39 +91,29 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path, name):
 
 
 @pytest.mark.parametrize("replaced", [True, False])
-def test_a_folder_that_was_taken_away_is_not_written_to(tmp_path, replaced):
-    folder, other = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+def test_a_folder_that_was_taken_away_is_not_written_to(folder, replaced):
+    path, other = folder.path, RunFolder(folder.path)
     folder.lock()
     folder.begin(update=0)
-    assert folder.own() == folder.path
-    os.rename(tmp_path / "run", tmp_path / "elsewhere")
+    assert folder.own() == path
+    path.rename(path.with_name("elsewhere"))
     if replaced:
         other.lock()
         other.begin(update=0)
     folder.end(Outcome.FAILED, update=5)
-    assert folder.own() != folder.path and folder.status()["update"] == folder.newest()["update"] == 5
-    assert (tmp_path / "run").exists() == replaced
+    assert folder.own() != path and folder.status()["update"] == folder.newest()["update"] == 5
+    assert path.exists() == replaced
     if replaced:
+        # Nor by the ranks other than 0, which hold no lock.
+        Ledger(path).fail("rank 1 is gone", pid=other.owner()["pid"] + 1, update=3, rank=1)
         assert len(other.attempts()) == 1 and other.status()["state"] == "RUNNING" and other.owner()
         other.release()
     else:  # it is back, as a disk may be
-        os.rename(tmp_path / "elsewhere", tmp_path / "run")
-        assert folder.own() == folder.path
-    folder.release()
+        path.with_name("elsewhere").rename(path)
+        assert folder.own() == path
 
 
-def test_a_failure_is_not_recorded_in_anothers_folder(tmp_path):
-    """By the ranks other than 0, which hold no lock."""
-    other = RunFolder(tmp_path)
-    other.lock()
-    other.begin(update=0)
-    Ledger(tmp_path).fail("rank 1 is gone", pid=other.owner()["pid"] + 1, update=3, rank=1)
-    assert other.status()["state"] == "RUNNING" and len(other.attempts()) == 1
-    other.release()
-
-
-def test_a_requeued_job_does_not_begin_again_from_what_it_resumed(tmp_path):
-    RunFolder(tmp_path).begin(update=0, resume="a.pth")
-    folder = RunFolder(tmp_path)
-    assert folder.has_resumed("a.pth")
-    assert not folder.has_resumed("b.pth") and not folder.has_resumed("")
+def test_a_requeued_job_does_not_begin_again_from_what_it_resumed(folder):
+    folder.path.mkdir()
+    RunFolder(folder.path).begin(update=0, resume="a.pth")
+    assert folder.has_resumed("a.pth") and not folder.has_resumed("b.pth") and not folder.has_resumed("")

@@ -1,15 +1,11 @@
 """What a person sees: console lines, a bar, one log.txt line per epoch whatever happens, incidents, one
 hint."""
-import fcntl
 import json
 import math
 import os
-import pty
-import select
+import re
 import sqlite3
-import struct
 import sys
-import termios
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -20,10 +16,10 @@ from common.log import logger, setup_logging
 from common.outcome import Outcome
 from config.options import Options
 from engine import Progress
+from report.page import write_report
 from run.log import Tracker
 from tests.kits.errors import refused
-from tests.kits.images import write_images
-from tests.kits.runs import arguments, start
+from tests.kits.runs import arguments
 
 
 def at(epoch=0, done=10, updates=10, **more):
@@ -72,14 +68,20 @@ def test_an_epoch_has_the_published_keys(tmp_path, logged):
     assert "train loss nan" in logged.messages[-1]
 
 
-def test_shares_of_the_time_and_of_the_peak_where_it_is_known(tmp_path, logged):
+def test_shares_of_the_time_and_of_the_peak_are_kept_and_charted_where_they_are_known(tmp_path, logged):
     t = tracker(tmp_path, peak_rate=246.8)
-    t.end_epoch(at(0, forward_share=0.25, other_share=0.5), {}, seconds=61.0)
-    t.progress(at(1, done=5))
+    for epoch in range(2):
+        t.end_epoch(at(epoch, forward_share=0.25, backward_share=0.5, step_share=0.125), {}, seconds=61.0)
+    t.progress(at(2, done=5))
     t.close()
-    line, = log(tmp_path)
-    assert (line["train_mfu"], line["train_forward_share"], line["train_other_share"]) == (0.5, 0.25, 0.5)
+    assert [(line["train_mfu"], line["train_forward_share"]) for line in log(tmp_path)] == 2 * [(0.5, 0.25)]
     assert "123.4 img/s  MFU 50 %  data wait" in logged.messages[-1]
+    shown = dict(re.findall(r"<figcaption>(.*?)</figcaption>(<svg.*?</svg>)",
+                            write_report(tmp_path).read_text("utf-8"), re.DOTALL))
+    for title, lines in (("Share of the devices&#39; peak (MFU)", {"training"}),
+                         ("Where the time goes", {"waiting for data", "forward", "backward", "update"})):
+        texts = re.findall(r"<text [^>]*>([^<]*)</text>", shown[title])
+        assert lines <= {*texts} and texts[:texts.index("epoch")] == ["1", "2"], title
 
 
 def test_each_epoch_stands_once_after_a_crash_and_a_resume(tmp_path):
@@ -97,7 +99,7 @@ def test_each_epoch_stands_once_after_a_crash_and_a_resume(tmp_path):
     t.close(), again.close()
 
 
-def test_a_disk_without_room_costs_no_line(tmp_path, logged):
+def test_a_disk_without_room_costs_no_line_and_a_folder_in_place_of_a_record_is_one_sentence(tmp_path, logged):
     folder = tmp_path / "run"
     folder.mkdir()
     t = tracker(folder)
@@ -108,18 +110,13 @@ def test_a_disk_without_room_costs_no_line(tmp_path, logged):
     (tmp_path / "away").rename(folder)
     t.end_epoch(at(1), {}, 1.0)
     assert [line["epoch"] for line in log(folder)] == [0, 1]
-    t.close()
-
-
-def test_folders_in_place_of_the_records_are_one_sentence(tmp_path, logged):
-    for name in ("log.txt", "events.jsonl"):
-        (tmp_path / name).mkdir()
-    t = tracker(tmp_path)
-    with refused("unreadable_file", tmp_path / "log.txt"):
-        t.resume(0)
+    (folder / "events.jsonl").mkdir()
     t.incident("kind", "sentence")
     assert "events.jsonl" in logged.messages[-1] and "Is a directory" in logged.messages[-1]
-    t.close()
+    (folder / "log.txt").unlink()
+    (folder / "log.txt").mkdir()
+    with refused("unreadable_file", folder / "log.txt"):
+        t.resume(0)
 
 
 def test_a_bar_moves_on_after_a_forked_loader_has_logged(capfd):
@@ -143,43 +140,11 @@ def test_a_bar_moves_on_after_a_forked_loader_has_logged(capfd):
     assert "from a loader process\n" in shown and "from the run\n" in shown
 
 
-def test_a_training_on_a_terminal_shows_each_epoch_from_its_start_to_its_end_once(tmp_path):
-    """With unreadable images in it, which made the bar go back to 0 % until the next update."""
-    data = write_images(tmp_path / "images")
-    for path in sorted((data / "train").rglob("*.*"))[::9]:
-        path.write_bytes(b"not an image")
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    argv = arguments(data, tmp_path / "run", epochs=2, num_workers=1, print_freq=1)
-    (run,) = start(argv, Path(os.ttyname(slave)))
-    shown = b""
-    while run.poll() is None or select.select([master], [], [], 0)[0]:
-        shown += os.read(master, 1 << 16) if select.select([master], [], [], 0.1)[0] else b""
-    os.close(slave), os.close(master)
-    assert run.end() == 0
-    lines = shown.decode().replace("\r", "\n").splitlines()
-    for epoch in ("epoch 1/2", "epoch 2/2"):
-        bars = [int(line.split("%")[0].split()[-1]) for line in lines if line.startswith(epoch) and "%|" in line]
-        assert bars == sorted(bars) and bars[0] == 0 and bars[-1] == 100
-    assert any("cannot be read" in line for line in lines)
-
-
-def test_the_setup_is_written(tmp_path):
-    t = tracker(tmp_path)
-    t.write_setup("lr: 0.004  # default\n", {"classes": ["a"]}, code_paths={"filter": "fft"})
-    environment = json.loads((tmp_path / "environment.json").read_text())
-    assert environment["packages"]["torch"] and environment["code_paths"] == {"filter": "fft"}
-    assert (tmp_path / "config.yaml").read_text().startswith("lr:")
-    assert json.loads((tmp_path / "data.json").read_text()) == {"classes": ["a"]}
-    t.close()
-
-
-@pytest.mark.parametrize("flag", [{"enable_wandb": "true"}, {"track": "wandb"}])
-def test_wandb_gets_figures_and_at_the_end_the_best_and_the_last_checkpoint(flag, images, tmp_path, monkeypatch):
+def test_wandb_gets_figures_and_at_the_end_the_best_and_the_last_checkpoint(images, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", wandb := MagicMock())  # the real package wants an account
     run = wandb.init.return_value
     run.finish.side_effect = RuntimeError("the network is gone")  # which ends no training
-    argv = arguments(images, tmp_path / "run", epochs=1, wandb_ckpt="true", exp_name="first", **flag)
+    argv = arguments(images, tmp_path / "run", epochs=1, wandb_ckpt="true", exp_name="first", enable_wandb="true")
     assert main.main(argv) == 0
     found = wandb.init.call_args.kwargs
     assert (found["project"], found["name"], found["dir"]) == ("hornet", "first", tmp_path / "run")
@@ -203,10 +168,9 @@ def test_trackio_keeps_the_figures_offline_and_standard_output_stays_for_results
     assert any(path.read_bytes() == b"weights" for path in (tmp_path / "artifacts").rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("name, asked", [("wandb", {"enable_wandb": True}), ("wandb", {"track": "wandb"}), ("trackio", {"track": "trackio"})])
-def test_a_missing_package_is_one_line(logged, monkeypatch, name, asked):
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_missing_package_is_one_line(logged, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
-    t = tracker(None, **asked)
+    t = tracker(None, track=name)
     t.end_epoch(at(0), {}, 1.0)
     assert len([line for line in logged.messages if f"pip install {name}" in line]) == 1
-    t.close()

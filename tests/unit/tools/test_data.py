@@ -7,8 +7,9 @@ import tarfile
 import pytest
 
 from datasets import pack as packing
-from datasets.index import IndexCache, Rows
-from datasets.readers import open_reader, source_of
+from datasets.images import decode
+from datasets.index import Rows
+from tests.kits.forms import read
 from tests.kits.images import jpeg
 from tools.data import main
 
@@ -16,12 +17,12 @@ from tools.data import main
 @pytest.fixture
 def folders(tmp_path):
     """Two classes with odd names: dots, ties between extensions, bytes that are not UTF-8, a folder below."""
-    for folder, names in {"a.b": ("x.jpg", "x.png", "x.y.JPEG", "ü 1.jpg", "100%.jpg", "sub/z.jpg"), "c": ("x.jpg", b"\xe9.jpg")}.items():
-        for number, name in enumerate(names):
-            path = os.path.join(os.fsencode(tmp_path), b"in", b"train", os.fsencode(folder), os.fsencode(name))
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "wb") as file:
-                file.write(jpeg(number + len(folder), (40, 36 + number)))
+    names = ("a.b/x.jpg", "a.b/x.png", "a.b/x.y.JPEG", "a.b/ü 1.jpg", "a.b/100%.jpg", "a.b/sub/z.jpg", "c/x.jpg", b"c/\xe9.jpg")
+    for number, name in enumerate(names):
+        path = os.path.join(os.fsencode(tmp_path), b"in", b"train", os.fsencode(name))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(jpeg(number, (40, 36 + number)))
     return tmp_path / "in"
 
 
@@ -37,34 +38,30 @@ def test_pack_keeps_every_byte_name_and_the_order(folders, tmp_path, capsys):
     assert run("pack", folders, tmp_path / "out", "--tar_gb", "0.00002") == 0
     assert "as before" in capsys.readouterr().out
     for order in (None, ""):  # the canonical one, and that of earlier checkpoints
-        plain, packed = (open_reader(source_of(str(path), "train"), IndexCache("/dev/null/none"), order)
-                         for path in (folders / "train", tmp_path / "out"))
+        plain, packed = (read(path, order=order) for path in (folders / "train", tmp_path / "out"))
         assert packed.order == plain.order and packed.classes == plain.classes and content(packed) == content(plain)
     info = json.loads((tmp_path / "out" / "_info.json").read_text())["splits"]["train"]
     assert sum(info["shard_lengths"]) == 8 and len(info["filenames"]) > 1 and len(info["sha256"][0]) == 64
     for name in info["filenames"]:  # as other readers group them: the key ends at the first dot of the last part
         with tarfile.open(tmp_path / "out" / name) as tar:
-            members = [member.name.rpartition("/") for member in tar]
-        assert all([m[2].partition(".")[0] for m in members[i:i + 3]] == [members[i][2].partition(".")[0]] * 3
-                   for i in range(0, len(members), 3))
+            keys = [member.name.rpartition("/")[2].partition(".")[0] for member in tar]
+        assert keys == [key for key in keys[::3] for _ in range(3)]
 
 
 def test_the_packed_index_is_used_where_it_was_copied_and_not_once_a_tar_changes(folders, tmp_path, monkeypatch):
     run("pack", folders, tmp_path / "out")
     shutil.copytree(tmp_path / "out", tmp_path / "copy")
     os.utime(tmp_path / "copy" / "_train.index")
-    with monkeypatch.context() as patch:
-        patch.setattr("datasets.webdataset.scan", lambda source: pytest.fail("scanned"))
-        reader = open_reader(source_of(str(tmp_path / "copy"), "train"), IndexCache("/dev/null/none"))
-    assert len(content(reader)) == 8
+    monkeypatch.setattr(Rows, "index", lambda *_, **__: pytest.fail("scanned"))
+    assert len(content(read(tmp_path / "copy"))) == 8
     os.utime(tmp_path / "copy" / "train-00000.tar", (2 ** 31, 2 ** 31))
-    monkeypatch.setattr(Rows, "index", lambda *_, **__: pytest.fail("scanned, as it must"))
     with pytest.raises(pytest.fail.Exception):
-        open_reader(source_of(str(tmp_path / "copy"), "train"), IndexCache("/dev/null/none"))
+        read(tmp_path / "copy")
 
 
-def test_pack_stops_and_resumes_and_other_images_are_refused(folders, tmp_path, monkeypatch, capsys):
-    run("pack", folders, tmp_path / "whole", "--tar_gb", "0.000003")
+def test_pack_stops_and_resumes_and_other_images_are_refused(folders, tmp_path, monkeypatch):
+    small = ("--tar_gb", "0.000003")
+    run("pack", folders, tmp_path / "whole", *small)
     fill, calls = packing._fill, []
 
     def stop(*arguments):
@@ -73,23 +70,18 @@ def test_pack_stops_and_resumes_and_other_images_are_refused(folders, tmp_path, 
             raise KeyboardInterrupt
         return fill(*arguments)
     monkeypatch.setattr(packing, "_fill", stop)
-    assert run("pack", folders, tmp_path / "out", "--tar_gb", "0.000003") == 130
-    assert run("pack", folders, tmp_path / "out", "--tar_gb", "0.000003") == 0
-    names = sorted(path.name for path in (tmp_path / "whole").glob("*.tar"))
-    assert len(names) > 3 and names == sorted(path.name for path in (tmp_path / "out").glob("*.tar"))
-    assert all((tmp_path / "whole" / name).read_bytes() == (tmp_path / "out" / name).read_bytes() for name in names)
+    assert [run("pack", folders, tmp_path / "out", *small) for _ in range(2)] == [130, 0]
+    whole, resumed = ({path.name: path.read_bytes() for path in (tmp_path / name).glob("*.tar")} for name in ("whole", "out"))
+    assert len(whole) > 3 and whole == resumed
     os.remove(folders / "train" / "c" / "x.jpg")
-    assert run("pack", folders, tmp_path / "out", "--tar_gb", "0.000003") == 2
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").touch()
-    assert run("pack", folders, tmp_path / "mine") == 2 == run("pack", folders)
+    assert run("pack", folders, tmp_path / "out", *small) == 2
+    assert run("pack", folders, folders) == 2 == run("pack", folders)  # beside other files; without a folder
 
 
 def test_pack_makes_smaller_images_only_when_asked_and_says_so(folders, tmp_path, capsys):
     assert run("pack", folders, tmp_path / "out", "--resize", "20") == 0
     assert "pixels have changed" in capsys.readouterr().out
-    from datasets.images import decode
-    reader = open_reader(source_of(str(tmp_path / "out"), "train"), IndexCache("/dev/null/none"))
+    reader = read(tmp_path / "out")
     assert {min(decode(reader.encoded(i)).size) for i in range(8)} == {20}
 
 

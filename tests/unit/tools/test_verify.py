@@ -33,8 +33,7 @@ def answers(*top1):
 
 @pytest.mark.parametrize("acc1, departures, verdict", [
     (82.86, [], "PASS"), (82.82, [], "PASS"), (82.861, [], "FAIL"), (82.818, [], "FAIL"), (82.84, ["TF32: True"], "FAIL")])
-def test_ten_images_are_the_limit_and_the_published_protocol_is_insisted_on(acc1, departures, verdict, tmp_path,
-                                                                            monkeypatch):
+def test_ten_images_are_the_limit_and_the_protocol_is_insisted_on(acc1, departures, verdict, tmp_path, monkeypatch):
     result = {"acc1": acc1, "acc5": 96.24, "checkpoint": "a.pth", "seconds": 61, "departures": departures}
 
     def evaluate(*_):
@@ -45,8 +44,8 @@ def test_ten_images_are_the_limit_and_the_published_protocol_is_insisted_on(acc1
     resolved = SimpleNamespace(options=SimpleNamespace(report=str(tmp_path), model="hornet_tiny_7x7", hang_timeout=0))
     process = SimpleNamespace(rank=0, world_size=1, node_name="here", is_main=True, store=None)
     row = verify.verify(resolved, PUBLISHED["hornet_tiny_7x7"], process, rehearsal=False)
-    assert row["verdict"] == verdict and row["changed"] == ["n01/1.JPEG: tench, now goldfish",
-                                                            "n01/2.JPEG: goldfish, now unreadable"]
+    assert row["verdict"] == verdict
+    assert row["changed"] == ["n01/1.JPEG: tench, now goldfish", "n01/2.JPEG: goldfish, now unreadable"]
     text = as_markdown([row])
     assert f"82.84|{acc1 - 82.84:.2f}|96.24|96.24|{verdict}|0:01:01|" in text.replace(" ", "")
     assert ("2 images differ from the stored predictions: n01/1.JPEG" in text) == (verdict == "FAIL")
