@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.random import key, numpy_generator
-from datasets.dataset import ATTEMPTS, UNREADABLE_TARGET, ImageDataset
+from common.random import numpy_generator
+from datasets.dataset import UNREADABLE_TARGET, ImageDataset
 from datasets.sampler import GlobalBatchSampler, Item
 from dense.coco import CocoSet, Objects
 from dense.data import first_readable
@@ -164,10 +164,8 @@ class CocoImages(ImageDataset):
         """A batch from (epoch, index, position) tuples in training or plain indices in evaluation."""
         rows = [item if isinstance(item, tuple) else (-1, item, -1) for item in items]
         bad: list[tuple[int, str]] = []
-        samples = [first_readable(
-            partial(self.sample, epoch, index), index, bad, lambda _, attempt: key(
-                self.seed, "replace", epoch, index, attempt) % len(self), ATTEMPTS if epoch >= 0 else 1)
-            for epoch, index, _ in rows]
+        samples = [first_readable(self, partial(self.sample, epoch, index), epoch, index, bad)
+                   for epoch, index, _ in rows]
         targets = [UNREADABLE_TARGET if sample is None else 0 for sample in samples]
         indices, positions = torch.tensor([row[1:] for row in rows], dtype=torch.int64).T.contiguous()
         blank = [Sample(np.zeros((32, 32, 3), np.uint8), _nothing(), self.rows.photos[index].size)

@@ -132,8 +132,7 @@ class LabelledImages(ImageDataset):
         rows = [item for item in items if isinstance(item, tuple)]
         for row, (epoch, index, _) in enumerate(rows):
             draws = numpy_generator(self.seed, "augment", epoch, index)
-            pair = first_readable(self.read, index, unreadable, lambda used, attempt: key(
-                self.seed, "replace", epoch, used, attempt) % len(self))
+            pair = first_readable(self, self.read, epoch, index, unreadable)
             if pair is None:
                 targets[row] = UNREADABLE_TARGET
                 continue
@@ -159,16 +158,17 @@ class LabelledImages(ImageDataset):
         return Batch(scaled, target, indices, none, none, -1, unreadable)  # type: ignore[arg-type]
 
 
-def first_readable(read: Callable[[int], T], index: int, bad: list[tuple[int, str]],
-                   replacement: Callable[[int, int], int], attempts: int = ATTEMPTS) -> T | None:
-    """What `read` gives of image `index`, in place of an unreadable one that of `replacement(its index,
-    attempt)`; None when all attempts fail."""
-    for attempt in range(attempts):
+def first_readable(images: ImageDataset, read: Callable[[int], T], epoch: int, index: int,
+                   bad: list[tuple[int, str]]) -> T | None:
+    """What `read` gives of image `index` and, in training, of another in place of an unreadable one, drawn as
+    in `datasets.dataset`; None when none can be read."""
+    used = index
+    for attempt in range(ATTEMPTS if epoch >= 0 else 1):
         try:
-            return read(index)
+            return read(used)
         except BadImage as error:
-            bad.append((index, str(error)))
-            index = replacement(index, attempt)
+            bad.append((used, str(error)))
+            used = key(images.seed, "replace", epoch, index, attempt) % len(images)
     return None
 
 

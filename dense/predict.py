@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
                 logger.warning("%s cannot be read (%s): it is skipped", printable(path), error)
                 about, found = {"error": str(error)}, []
             plain.append({"path": path, "name": name, **about})
-            coco += [{"image_id": number, "file_name": path, **each} for each in found]
+            coco += [{**each, "image_id": number, "file_name": path} for each in found]
         write_json(out / "predictions.json", plain)
         (out / "coco.json").write_text(json.dumps(coco))
     except OSError as error:

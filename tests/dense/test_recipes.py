@@ -1,67 +1,58 @@
-"""Parameter groups and schedules of every published configuration."""
+"""The recipes are the published ones: parameter groups, learning rates, schedules, lengths."""
+from types import SimpleNamespace
+
 import pytest
 
 from config.options import Options
 from config.parse import RECIPES, parse
+from dense.evaluation import DETECTOR, SEGMENTOR
 from dense.optim import DenseSchedule, scale_by_depth
-from dense.options import SegmentationOptions
-from dense.zoo import SEGMENTORS
 from optim.groups import param_groups
 from tests.kits.dense import stored
 
 GROUPS = stored("param_groups.json.gz")
-
-
-def rule(config: str):
-    if config.startswith("seg/"):
-        return scale_by_depth(0.8 if "large" in config else 0.9, 6 if "tiny" in config else 12, "stage")
-    if "cascade" not in config:
-        return scale_by_depth(0.95, 6, "layer")
-    return scale_by_depth(0.8 if "base" in config else 0.7, 12, "layer")
-
-
-class Parameter:
-    requires_grad = True
-
-    def __init__(self, shape):
-        self.ndim = len(shape)
+NAMES = stored("state_dicts.json.gz")
+DROP_PATH = {"seg": {"tiny": 0.4, "small": 0.3, "base_7x7": 0.4, "base_gf": 0.5, "large": 0.4},
+             "det": {"tiny": 0.4, "small": 0.6, "base": 0.7, "large": 0.7}}
+CLIP = {"upernet_tiny_gf": 1, "upernet_small_gf": 1, "upernet_base_gf": 1, "upernet_large_gf": 0.1,
+        "horfpn_small_gf": 0.1}
 
 
 @pytest.mark.parametrize("config", GROUPS)
-def test_parameter_groups(config):
+def test_recipe(config):
+    kind, file, by = (SEGMENTOR, "ade20k", "stage") if config[:3] == "seg" else (DETECTOR, "coco", "layer")
+    name, row = next((name, row) for name, row in kind.published.items() if row.config == config[4:])
+    options = parse(["--config", str(RECIPES / f"{file}_{name}.yaml")], kind.options).options
+    assert options.published is row and options.lr == GROUPS[config]["base_lr"]
     expected = GROUPS[GROUPS[config].get("same_as", config)]["groups"]
-    named = [(name, Parameter(shape)) for name, shape in stored("state_dicts.json.gz")[config]
-             if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
-    found = {name: [group["lr_scale"], group["weight_decay"]]
-             for group in param_groups(named, 0.05, scale_of=rule(config)) for name in group["names"]}
+    named = [(each, SimpleNamespace(requires_grad=True, ndim=len(shape))) for each, shape in NAMES[config]
+             if not each.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+    scale = scale_by_depth(options.decay_rate, options.decay_layers, by)
+    groups = param_groups(named, options.weight_decay, scale_of=scale)
+    found = {each: [group["lr_scale"], group["weight_decay"]] for group in groups for each in group["names"]}
     assert found.keys() == expected.keys()
-    for name, values in expected.items():
-        assert found[name] == pytest.approx(values, rel=1e-12), name
+    assert all(found[each] == pytest.approx(values, rel=1e-12) for each, values in expected.items())
+    rates = DROP_PATH[config[:3]].items()
+    assert options.drop_path == next(rate for size, rate in rates if size in row.model)
+    assert (options.clip_grad, options.model_ema) == (CLIP.get(name), False)
+    assert (options.batch_size, options.global_batch) == (2, 16)
+    if kind is SEGMENTOR:
+        assert (options.updates, options.check_every, options.warmup_steps) == (160_000, 16_000, 1500)
+        assert options.stride == {512: 341, 640: 426}[row.crop]
+        assert options.image_scale == (4 * row.crop, row.crop)
+    else:
+        cascade = row.system == "cascade_mask_rcnn"
+        assert (options.epochs, options.milestones) == ((36, (27, 33)) if cascade else (12, (8, 11)))
+        assert options.warmup_steps == 500
 
 
-@pytest.mark.parametrize("stored_schedule", stored("schedules.json"), ids=lambda each: each["kind"])
-def test_schedules(stored_schedule):
-    kind, warmup = stored_schedule["kind"], stored_schedule["warmup_iters"]
-    poly = kind == "poly"
+@pytest.mark.parametrize("case", stored("schedules.json"), ids=lambda case: f"{case['kind']}-{case['lr']}")
+def test_schedules(case):
+    poly = case["kind"] == "poly"
     schedule = DenseSchedule(
-        Options(lr=stored_schedule["lr"], min_lr=0.0, warmup_steps=warmup,
-                epochs=10 if poly else stored_schedule["epochs"]), shape=kind,
-        updates_per_epoch=stored_schedule["max_iters"] // 10 if poly else stored_schedule["updates_per_epoch"],
-        milestones=tuple(stored_schedule.get("milestones", ())))
-    for update, value in stored_schedule["values"].items():
+        Options(lr=case["lr"], min_lr=0.0, warmup_steps=case["warmup_iters"],
+                epochs=10 if poly else case["epochs"]),
+        case["max_iters"] // 10 if poly else case["updates_per_epoch"], shape=case["kind"],
+        milestones=tuple(case.get("milestones", ())))
+    for update, value in case["values"].items():
         assert schedule.lr(int(update)) == pytest.approx(value, rel=1e-12)
-
-
-@pytest.mark.parametrize("name", SEGMENTORS)
-def test_recipes_of_segmentors(name):
-    published = SEGMENTORS[name]
-    options = parse(["--config", str(RECIPES / f"ade20k_{name}.yaml"), "--data_path", "x"], SegmentationOptions).options
-    assert options.published is published and options.stride == {512: 341, 640: 426}[published.crop]
-    config = f"seg/{published.config}"
-    expected = GROUPS[GROUPS[config].get("same_as", config)]["groups"]
-    assert rule(config)("backbone.stages.3.0.gamma1") == pytest.approx(
-        scale_by_depth(options.decay_rate, options.decay_layers, "stage")("backbone.stages.3.0.gamma1"))
-    assert expected["backbone.stages.3.0.gamma1"][0] == pytest.approx(options.decay_rate ** (options.decay_layers - 3))
-    assert (options.updates, options.check_every, options.warmup_steps, options.epochs) == (160_000, 16_000, 1500, 10)
-    gf = "gf" in name
-    assert options.clip_grad == (None if not gf else 0.1 if "large" in name or "horfpn" in name else 1)

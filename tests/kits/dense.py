@@ -2,12 +2,16 @@
 import gzip
 import json
 import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
+from dense.evaluation import DETECTOR, SEGMENTOR
 from tests.kits.fill import parity_image, parity_input, parity_tensor
 
 DENSE = Path(__file__).resolve().parents[1] / "data" / "dense"
@@ -33,15 +37,23 @@ def dense_tensor(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray
     return parity_tensor(name, shape, seed)
 
 
-def dense_state(module: nn.Module, prefix: str = "", seed: int = 0) -> dict[str, torch.Tensor]:
-    """A state for `module`, whose full names begin with `prefix`."""
-    return {name: torch.from_numpy(dense_tensor(prefix + name, tuple(value.shape), seed))
-            for name, value in module.state_dict().items()}
+def published(config: str, **options) -> nn.Module:
+    """The network of a published configuration ("seg/…" or "det/…"), without values."""
+    kind, classes = (SEGMENTOR, 150) if config.startswith("seg/") else (DETECTOR, 80)
+    row = next(row for row in kind.published.values() if row.config == config[4:])
+    with torch.device("meta"):
+        return kind.build(replace(kind.options(), **kind.of_published(row), **options), classes)
 
 
-def filled(module: nn.Module, prefix: str = "") -> nn.Module:
-    """`module` in evaluation mode with the stored figures' weights, loaded strictly."""
-    module.load_state_dict(dense_state(module, prefix))
+def filled(module: nn.Module, prefix: str = "", factors: dict[str, float] | None = None) -> nn.Module:
+    """`module`, whose full names begin with `prefix`, in evaluation mode with the stored figures' weights, loaded
+    strictly; those whose names end as in `factors` times that."""
+    state = {name: torch.from_numpy(dense_tensor(prefix + name, tuple(value.shape)))
+             for name, value in module.state_dict().items()}
+    for name, value in state.items():
+        for ending, factor in (factors or {}).items():
+            value *= factor if name.endswith(ending) else 1
+    module.load_state_dict(state, assign=True)
     return module.eval()
 
 
@@ -83,3 +95,41 @@ def given(call: str) -> torch.Tensor:
     known = {"parity_input": parity_input, "parity_image": parity_image, "dense_map": dense_map,
              "dense_labels": dense_labels, "dense_boxes": dense_boxes}
     return torch.from_numpy(np.ascontiguousarray(eval(call, {"__builtins__": {}}, known)))
+
+
+def same_sums(maps: Sequence[torch.Tensor], stat: np.ndarray, tolerance: float) -> None:
+    """The sum and the 2-norm of each whole map are the stored ones."""
+    for x, (total, norm) in zip(maps, stat, strict=True):
+        assert x.double().sum().item() == pytest.approx(total, abs=tolerance * x.numel())
+        assert x.double().norm().item() == pytest.approx(norm, rel=1e-5)
+
+
+def check_image(x: np.ndarray, expected: dict) -> None:
+    """A network's input (3, H, W) has the stored shape, mean and norm of each channel, and five pixels."""
+    assert list(x.shape) == expected["shape"]
+    h, w = x.shape[1:]
+    probes = [x[0, 0, 0], x[1, h // 3, w // 2], x[2, h // 2, w // 3], x[0, h - 1, w - 1], x[1, h // 4, w - 3]]
+    assert probes == pytest.approx(expected["probes"], abs=1e-5)
+    x = x.astype(np.float64)
+    assert x.mean(axis=(1, 2)) == pytest.approx(expected["mean"], abs=1e-5)
+    assert np.sqrt((x ** 2).sum(axis=(1, 2))) == pytest.approx(expected["norm"], rel=1e-5)
+
+
+class Scripted:
+    """Gives draws in their order: plain values within the bounds asked for, or stored (kind, bounds, value)."""
+
+    def __init__(self, draws: Iterable):
+        self.draws = list(draws)
+
+    def _next(self, kind: str, low: float, high: float):
+        draw = self.draws.pop(0)
+        name, bounds, value = draw if isinstance(draw, list) else (kind, [low, high], draw)
+        assert name == kind and [low, high][-len(bounds):] == bounds and (len(bounds) == 2 or low == 0)
+        assert low <= value < high
+        return value
+
+    def integers(self, low: int, high: int) -> int:
+        return self._next("randint", low, high)
+
+    def uniform(self, low: float, high: float) -> float:
+        return self._next("uniform", low, high)

@@ -1,15 +1,13 @@
 """Stop requests: signals, agreement of all ranks, time limits."""
-import os
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-import torch
 
 from launch import stop as stop_module
-from launch.process import Process, start
+from launch.process import start
 from launch.stop import StopRequest, job_end_time
 from tests.kits.processes import TOY, environment, wait_for
 
@@ -74,16 +72,6 @@ def test_a_second_interrupt_within_a_second_is_the_same_and_a_later_one_interrup
             signal.raise_signal(signal.SIGINT)
 
 
-def test_a_forked_loader_worker_outlives_the_signals_of_its_group():
-    with StopRequest() as stop:
-        child = os.fork()
-        if child == 0:
-            for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR1):
-                os.kill(os.getpid(), number)
-            os._exit(7 if not stop.requested else 8)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-
-
 def test_training_stops_before_the_end_of_a_job(monkeypatch):
     monkeypatch.setattr(stop_module, "squeue", lambda job, what: {"1": "2026-11-26T10:00:00"}.get(job, "N/A"))
     assert job_end_time({"SLURM_JOB_ID": "1"}) == time.mktime((2026, 11, 26, 10, 0, 0, 0, 0, -1))
@@ -94,12 +82,3 @@ def test_training_stops_before_the_end_of_a_job(monkeypatch):
         assert not stop.requested
         wait_for(lambda: stop.requested)
         assert "time limit" in stop.reason
-
-
-def test_one_process_hears_of_anothers_request_without_waiting_for_it():
-    store = torch.distributed.HashStore()
-    one, other = (Process(rank=rank, world_size=2, device=torch.device("cpu"), store=store) for rank in range(2))
-    asked, unaware = StopRequest(), StopRequest()
-    assert not asked.heard(one) and not unaware.heard(other)
-    asked.request("SIGUSR2")
-    assert asked.heard(one) and unaware.heard(other) and "another process" in unaware.reason
