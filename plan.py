@@ -27,7 +27,7 @@ from launch.process import Process
 from models.compile import compile_blocks
 from models.download import fetch_published
 from models.hornet import HorNet
-from models.inspect import complexity
+from models.inspect import flops
 from models.trained import locate
 from models.weights import load_for_model
 from optim.build import build_loss, build_optimizer
@@ -117,7 +117,7 @@ def rate_at_peak(model: nn.Module, options: Options, process: Process) -> float 
     name = torch.cuda.get_device_name(process.device)
     peak = dense_peak(name, amp_dtype(options), options.fast_math)
     # A multiply-add is two operations, and a backward pass twice a forward pass.
-    return peak and process.world_size * peak / (6 * complexity(model, options.input_size).flops)
+    return peak and process.world_size * peak / (6 * flops(model, options.input_size))
 
 
 def load_start_weights(model: HorNet, options: Options, data: Data, process: Process) -> None:
