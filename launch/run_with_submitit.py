@@ -174,6 +174,9 @@ def build_executor(folder: str, options: argparse.Namespace, *, gpus: bool) -> s
     extra = dict(requeue=True)
     for pair in options.slurm:
         key, equals, value = pair.partition("=")
+        if not key:
+            raise UserError(f"--slurm {pair}: KEY=VALUE is accepted, such as --slurm account=vision.",
+                            code="invalid_value")
         extra[key.lstrip("-").replace("-", "_")] = value if equals else True
     gpus = gpus and not any(key.startswith(("gres", "gpus")) for key in extra)
     executor = submitit.SlurmExecutor(folder)
