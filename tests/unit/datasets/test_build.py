@@ -34,7 +34,7 @@ def test_a_part_of_imagenet_keeps_imagenets_labels(tmp_path, capsys):
     setup_logging()
     data = build(tmp_path, train=False, val_labels="labels.csv")
     assert data.num_classes == 1000 and data.val.targets.tolist() == [0, 417, 999] and data.train is None
-    assert any("3 of 1000 classes" in note for note in data.notes)
+    assert any("3 of 1,000 classes" in note for note in data.notes)
     assert any("3 images, the ImageNet validation set has 50000" in note for note in data.notes)
     assert "--val_labels has no effect" in capsys.readouterr().err
 
@@ -59,7 +59,7 @@ def test_the_train_folder_decides_in_evaluation_and_a_checkpoints_list_before_it
     assert build(tmp_path, train=False).class_names == ["ant", "bee", "cat"]
     data = build(tmp_path, train=False, class_names=["cat", "bee", "ant"])
     assert data.class_names == ["cat", "bee", "ant"] and data.val.targets.tolist() == [2, 1, 0]
-    refused("unexpected_classes", "(x, y)", root=tmp_path, train=False, class_names=["x", "y"])
+    refused("unexpected_classes", "no folder for x, y", root=tmp_path, train=False, class_names=["x", "y"])
     refused("unexpected_classes", "dog", root=tmp_path, class_names=["ant", "bee", "cat", "dog"])
 
 
