@@ -75,18 +75,15 @@ def manifest(path: Path) -> State | None:
     try:
         entries = _entries(path)
         found = retried(lambda: {"size": path.stat().st_size, "sha256": sha256_file(path)}, str(path.parent))
+        return next(entry for entry in entries if found.items() <= entry.items())
     except FileNotFoundError:
         return None
     except Failure:
         raise
-    except _UNREADABLE as error:
-        raise kind_of(error)(f"{path} or its manifest cannot be read ({error}).",
+    except (StopIteration, *_UNREADABLE) as error:
+        reason = str(error) or "size or sha256 differ"
+        raise kind_of(error)(f"{path} cannot be verified by its manifest ({reason}).",
                              code="damaged_checkpoint") from error
-    for entry in entries:
-        if found.items() <= entry.items():
-            return entry
-    raise UserError(f"{path} is not the file that was saved: size or sha256 differ from its manifest.",
-                    code="damaged_checkpoint")
 
 
 def _entries(path: Path) -> list[State]:
