@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.reference import gnconv
-from models.gnconv import GlobalLocalFilter, GnConv
+from models.gnconv import GnConv
 from tests.kits.docs import ROOT
 
 
@@ -42,8 +42,7 @@ def test_values_and_gradients_equal_the_papers_formula(order, dim, options):
     (lambda: GnConv(16, 0), "a whole number from 1 on"),
     (lambda: GnConv(16, 2, kernel_size=4), "an odd number"),
     (lambda: GnConv(16, 2, filter="fft"), '"conv", "global" or a grid'),
-    (lambda: GnConv(3, 1, filter="global"), "multiple of 2, not 3"),
-    (lambda: GlobalLocalFilter(5), "an even number"),
+    (lambda: GnConv(8, 4, filter="global"), "dim 15: an even number is needed"),
 ])
 def test_errors_name_what_fits(make, words):
     with pytest.raises(ValueError, match=words):
