@@ -23,7 +23,8 @@ def test_the_single_file_works_in_an_empty_folder(tmp_path):
 
 
 @pytest.mark.parametrize("order, dim, options", [
-    (1, 6, {}), (5, 32, {}), (2, 12, dict(kernel_size=5, out_dim=5)), (2, 12, dict(filter="global")), (5, 32, dict(filter=(7, 3)))])
+    (1, 6, {}), (5, 32, {}), (2, 12, dict(kernel_size=5, out_dim=5)), (2, 12, dict(filter="global")),
+    (5, 32, dict(filter=(7, 3)))])
 def test_values_and_gradients_equal_the_papers_formula(order, dim, options):
     """At (7, 5), for which one of the filters is resized and one is not."""
     torch.manual_seed(0)

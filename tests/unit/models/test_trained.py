@@ -58,7 +58,8 @@ def test_the_transform_gives_the_values_of_the_evaluation(tmp_path, size, crop_p
     """Of an image that its EXIF entry says is turned."""
     run = checkpoint(tmp_path / "c.pth", TWO[0], model="hornet_pico_gf", input_size=size, crop_pct=crop_pct,
                      imagenet_default_mean_and_std=imagenet, exif_orientation=turn)
-    image, path = Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)), str(tmp_path / "i.jpg")
+    pixels, path = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8), str(tmp_path / "i.jpg")
+    image = Image.fromarray(pixels)
     image.getexif()[0x0112] = 6
     image.save(path, exif=image.getexif())
     pixels = torch.tensor(eval_transform(size, crop_pct)(decode_path(path, turn)))
