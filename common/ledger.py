@@ -91,7 +91,8 @@ class Ledger:
                 if isinstance(line.get("attempt"), int):
                     found.setdefault(line["attempt"], {"state": RUNNING}).update(line)
         for attempt in found.values():
-            attempt["state"] = known(attempt["state"])
+            with suppress(ValueError):  # RUNNING is no outcome
+                attempt["state"] = Outcome(attempt["state"]).value  # as this version calls it
         return [found[number] for number in sorted(found)]
 
     def newest(self) -> Record:
@@ -100,8 +101,7 @@ class Ledger:
 
     def status(self) -> Record:
         """The last record: state, update, epoch, cause, attempt, time; {} in a folder without one."""
-        found = self.read("status.json")
-        return {**found, "state": known(found.get("state"))} if found else {}
+        return self.read("status.json")
 
     def reached(self, job: str | None) -> Record:
         """progress.json, where it is that of the scheduler's `job`; else {}."""
@@ -146,11 +146,6 @@ def _write_even_if_full(path: Path, record: Record) -> None:
         with open(path, "r+", encoding="utf-8", errors="surrogateescape") as file:
             file.write(json.dumps(record, ensure_ascii=False, default=str))
             file.truncate()
-
-
-def known(state: object) -> str:
-    """A state as this version writes it."""
-    return Outcome.PAUSED.value if state == "PREEMPTED" else str(state or "")
 
 
 def job_id() -> str | None:

@@ -179,7 +179,7 @@ recipe = st.one_of(st.text(max_size=80), st.binary(max_size=80), st.lists(line, 
 def test_no_command_line_and_no_recipe_makes_a_traceback(tmp_path_factory, given):
     argv = given if isinstance(given, list) else write(tmp_path_factory.getbasetemp(), given)
     try:
-        plan_batch(parse(argv), 3)
+        plan_batch(parse(argv).options, 3, 10 ** 9)
     except UserError as error:
         assert str(error).strip()
     except SystemExit as ended:
