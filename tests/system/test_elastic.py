@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.kits.processes import PROGRAMS, codes, descendants, environment, finish, wait_for
+from tests.kits.processes import PROGRAMS, codes, descendants, environment, wait_for
 from tests.kits.runs import arguments, now, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -60,7 +60,8 @@ def test_a_lost_node_is_done_without_until_it_comes_back(images, tmp_path):
     agents[1] = agent(False)
     continues_on(2, 90)
     brake.unlink()
-    finish(agents, 120)
+    for each in agents:
+        each.wait(120)
     [whole] = start(arguments(images, tmp_path / "whole", **recipe), tmp_path / "console",
                     batches=str(tmp_path / "whole_batches"))
     assert codes([whole]) == [0]
