@@ -36,6 +36,8 @@ from optim.schedule import Schedule
 from run.start import cpus_per_process
 from run.state import State
 
+FindData = Callable[[Options, Process, State], Data]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -61,7 +63,7 @@ def find_data(options: Options, process: Process, state: State) -> Data:
 
 
 def plan_run(resolved: Resolved, process: Process, state: State | None, *,
-             data: Callable[[Options, Process, State], Data] = find_data) -> Plan:
+             data: FindData = find_data) -> Plan:
     """Find the images and derive the batch; `state` is that of a run to resume, else None."""
     options, state = resolved.options, state or {}
     found = data(options, process, state)
@@ -75,18 +77,6 @@ def plan_run(resolved: Resolved, process: Process, state: State | None, *,
     return Plan(resolved=resolved, options=options, data=found, train=found.train,
                 updates_per_epoch=batch.updates_per_epoch,
                 batch=replace(batch, notices=tuple(filter(None, notices))))
-
-
-def resumed_schedule_notice(schedule: Schedule, state: State) -> str | None:
-    """A sentence when `--epochs` other than the checkpoint's moves the learning rate of a resumed run."""
-    options, update = schedule.options, state["update"] or 0
-    epochs = (state["args"] or {}).get("epochs", options.epochs)
-    now, then = schedule.lr(update), replace(schedule, options=replace(options, epochs=epochs)).lr(update)
-    if options.epochs == epochs or abs(now - then) <= 0.01 * then:
-        return None
-    return (f"--epochs {options.epochs} instead of {epochs} stretches the schedule: the learning rate "
-            f"continues at {now:.3g}, not at {then:.3g}; a new run with --finetune would begin with a "
-            "warm-up.")
 
 
 def too_many_workers(options: Options, local_world_size: int) -> str | None:

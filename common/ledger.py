@@ -149,9 +149,8 @@ def _write_even_if_full(path: Path, record: Record) -> None:
 
 
 def job_id() -> str | None:
-    """The scheduler's job id, None outside a job."""
-    names = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
-    return next((os.environ[name] for name in names if os.environ.get(name)), None)
+    """Slurm's job id, None outside a job."""
+    return os.environ.get("SLURM_JOB_ID") or None
 
 
 def restarts() -> int:

@@ -33,18 +33,14 @@ def check(options: Options, origins: dict[str, str]) -> None:
          f"--pretrained true and --finetune {o.finetune} both name the weights to start from; give one."),
         (o.freeze and not (o.pretrained or o.finetune or o.resume), f"--freeze {o.freeze} would keep random "
          "weights; give --finetune CHECKPOINT or --pretrained true to start from."),
-        (len(o.resume) > 1, f"--resume takes one checkpoint in training, {len(o.resume)} were given; add "
-         "--eval true to evaluate several."),
-        (o.weights == "both" or o.suite, "--weights both and --suite are for --eval true; add it."),
-        (o.warmup_steps <= 0 and o.warmup_epochs > o.epochs, f"--warmup_epochs {o.warmup_epochs} is longer "
-         f"than the run; give --warmup_epochs from 0 to {o.epochs}."),
-        (o.start_epoch >= o.epochs, f"--start_epoch {o.start_epoch} is not below --epochs {o.epochs}; lower "
-                                    "it."),
+        (len(o.resume) > 1 or o.weights == "both" or o.suite,
+         "several checkpoints in --resume, --weights both and --suite are for --eval true; add it."),
+        (o.warmup_steps <= 0 and o.warmup_epochs > o.epochs or o.start_epoch >= o.epochs,
+         f"--epochs {o.epochs} is too few for --warmup_epochs {o.warmup_epochs} from --start_epoch "
+         f"{o.start_epoch} on; raise it, or lower them."),
         (o.min_lr > o.lr, f"--min_lr {o.min_lr:g} is above --lr {o.lr:g}; lower --min_lr."),
         (mixes(o) and o.batch_size % 2, f"--batch_size {o.batch_size} is odd, but mixup and CutMix mix pairs "
-         "of images; give an even number, or --mixup 0 --cutmix 0."),
-        ((o.global_batch or o.batch_size) < o.batch_size, f"--global_batch {o.global_batch} is below "
-         f"--batch_size {o.batch_size}; lower --batch_size or raise --global_batch."),)
+         "of images; give an even number, or --mixup 0 --cutmix 0."),)
     for broken, sentence in () if o.eval else rules:
         if broken:
             raise UserError(sentence, code="contradiction")

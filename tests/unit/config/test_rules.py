@@ -16,10 +16,9 @@ def plan(argv, world_size, images=1_281_167, **kwargs):
 
 
 @pytest.mark.parametrize("argv, named", [
-    ("--epochs 5", ["--warmup_epochs 20", "from 0 to 5"]), ("--min_lr 1", ["--min_lr 1", "--lr 0.004"]),
-    ("--batch_size 7", ["--batch_size 7", "--mixup 0"]), ("--start_epoch 300", ["--start_epoch 300"]),
+    ("--epochs 5", ["--epochs 5", "--warmup_epochs 20"]), ("--min_lr 1", ["--min_lr 1", "--lr 0.004"]),
+    ("--batch_size 7", ["--batch_size 7", "--mixup 0"]), ("--start_epoch 300", ["--epochs 300", "--start_epoch 300"]),
     ("--global_batch 256 --update_freq 2", ["--global_batch 256", "--update_freq 2"]),
-    ("--global_batch 32", ["--global_batch 32", "--batch_size 64"]),
     ("--pretrained --finetune x.pth", ["--pretrained", "--finetune x.pth"]),
     ("--resume a b", ["--eval true"]), ("--weights both", ["--eval true"]), ("--suite v2", ["--eval true"])])
 def test_contradictions_are_refused(argv, named):
@@ -45,6 +44,8 @@ def test_the_accumulation_follows_from_the_global_batch_and_the_checkpoints_wins
     assert plan(f"--config {RECIPES / 'hornet_tiny_7x7.yaml'} --update_freq 1", 8).global_batch == 1024
     with refused("batch", "--global_batch 1000", "--global_batch 768 --batch_size 128"):
         plan("--global_batch 1000 --batch_size 128", 3)
+    with refused("batch", "--global_batch 32 ", "--global_batch 32 --batch_size 32"):
+        plan("--global_batch 32 --batch_size 64", 1)
     assert plan("--global_batch 768 --batch_size 128", 3).update_freq == 2
     result = plan("--batch_size 128 --update_freq 1", 2, checkpoint_batch=4096)
     assert result.update_freq == 16 and "4096" in result.notices[0]
@@ -80,6 +81,7 @@ def test_an_epoch_without_an_update_and_too_long_a_warm_up_are_refused_with_a_fi
     ("--epochs 30 --batch_size 128", 1, 224, ["128 of the 224", "30 updates", "--global_batch 22 --batch_size 22"]),
     ("--epochs 30 --batch_size 128", 2, 448, ["256 of the 448", "--global_batch 44 --batch_size 22"]),
     ("--epochs 300 --batch_size 128", 1, 1_281_167, None), ("--epochs 30 --batch_size 64", 1, 1437, None),
+    ("--epochs 300 --batch_size 600", 1, 1000, ["600 of the 1000", "300 updates"]),
     ("--epochs 1 --batch_size 2 --warmup_epochs 0", 1, 2, ["1 update;"])])
 def test_small_data_is_named_with_a_batch_that_fits(argv, world_size, images, expected):
     sentence = " ".join(plan(argv, world_size, images).notices)
