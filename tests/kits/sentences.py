@@ -24,7 +24,8 @@ def written(node: ast.expr, filled: bool = False) -> str:
             return written(left) + written(right)
         case ast.Name(id=name) | ast.Attribute(attr=name):
             return f"{{{name}}}"
-        case ast.FormattedValue(value=inner) | ast.Call(func=inner) | ast.Subscript(value=inner) | ast.IfExp(body=inner):
+        case ast.FormattedValue(value=inner) | ast.Subscript(value=inner) | ast.Call(func=inner) | ast.IfExp(
+                body=inner):
             return written(inner, filled=True)
     return "{...}"
 
@@ -37,8 +38,8 @@ def sentences(source: str) -> list[str]:
             case ast.Call(func=ast.Name(id="UserError" | "Failure"), args=[sentence, *codes], keywords=keywords):
                 codes += [keyword.value for keyword in keywords if keyword.arg == "code"]
                 found.add(f"{written(codes[0]) if codes else 'usage'}: {' '.join(written(sentence).split())}")
-            case ast.Call(func=ast.Attribute(value=ast.Name(id="logger"), attr="info" | "warning" | "error" | "exception" as level),
-                          args=[sentence, *values]):
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="logger"), attr=level), args=[sentence, *values]) if (
+                    level in ("info", "warning", "error", "exception")):
                 text = " ".join(written(sentence).split())
                 for value in values:
                     text = re.sub(r"%[-+0-9.]*[a-z]", written(value, filled=True), text, count=1)
