@@ -22,7 +22,7 @@ from dense.options import DetectionOptions, SegmentationOptions
 from dense.pixels import distort, fitted, normalised, resize, resize_labels
 from dense.segmentation_task import count_pixels, scores
 from optim.groups import param_groups
-from tests.kits.dense import DENSE, Scripted, check_image, dense_masks, given, row_of, stored
+from tests.kits.dense import DENSE, Scripted, check_image, dense_masks, files, given, row_of, stored
 from tests.kits.errors import refused
 
 
@@ -133,9 +133,9 @@ def test_without_opencv_pixels_are_at_most_one_level_away(monkeypatch):
         assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
 
 
-@pytest.mark.parametrize("name", ["miou_150", "miou_7"])
-def test_mean_iou(name):
-    arrays, expected = stored(f"metrics/{name}.npz")
+@pytest.mark.parametrize("file", files("metrics/miou*"))
+def test_mean_iou(file):
+    arrays, expected = stored(file)
     confusion = torch.zeros(expected["classes"], expected["classes"] + 1, dtype=torch.int64)
     for labels, predicted in zip(arrays["labels"], arrays["predictions"]):
         count_pixels(confusion, torch.from_numpy(labels).long(), torch.from_numpy(predicted).long())

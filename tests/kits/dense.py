@@ -2,7 +2,7 @@
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,11 @@ from dense.zoo import Published
 from tests.kits.fill import parity_image, parity_input, parity_tensor
 
 DENSE = Path(__file__).resolve().parents[1] / "data" / "dense"
+
+
+def files(pattern: str) -> list[str]:
+    """Those of tests/data/dense."""
+    return sorted(str(path.relative_to(DENSE)) for path in DENSE.glob(pattern))
 
 
 def stored(name: str):
@@ -101,13 +106,6 @@ def given(call: str) -> torch.Tensor:
     known = {"parity_input": parity_input, "parity_image": parity_image, "dense_map": dense_map,
              "dense_labels": dense_labels, "dense_boxes": dense_boxes}
     return torch.from_numpy(np.ascontiguousarray(eval(call, {"__builtins__": {}}, known)))
-
-
-def same_sums(maps: Sequence[torch.Tensor], stat: np.ndarray, tolerance: float) -> None:
-    """The sum and the 2-norm of each whole map are the stored ones."""
-    for x, (total, norm) in zip(maps, stat, strict=True):
-        assert x.double().sum().item() == pytest.approx(total, abs=tolerance * x.numel())
-        assert x.double().norm().item() == pytest.approx(norm, rel=1e-5)
 
 
 def check_image(x: np.ndarray, expected: dict) -> None:
