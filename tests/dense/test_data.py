@@ -284,6 +284,8 @@ def test_recipe(config):
     assert options.drop_path == next(rate for size, rate in rates if size in row.model)
     assert (options.clip_grad, options.model_ema) == (CLIP.get(name), False)
     assert (options.batch_size, options.global_batch) == (2, 16)
+    large = "large_gf" in name  # starts from the model of 384 pixels, and computes activations again
+    assert (options.pretrained, bool(options.finetune), options.grad_checkpointing) == (not large, large, large)
     if kind is SEGMENTOR:
         assert (options.updates, options.check_every, options.warmup_steps) == (160_000, 16_000, 1500)
         assert options.stride == {512: 341, 640: 426}[row.crop]
