@@ -14,16 +14,7 @@ from PIL import Image
 from common.random import key
 from config.parse import parse
 from datasets.sample import ensure_sample
-from dense import (
-    coco,
-    coco_images,
-    detection,
-    export,
-    predict,
-    scenes,
-    segmentation,
-    segmentation_task,
-)
+from dense import coco, coco_images, detection, export, predict, scenes, segmentation, segmentation_task
 from dense.coco_images import DetectionBatch, OrientedSampler
 from dense.data import UpdateSampler
 from dense.detector_losses import rpn_losses
@@ -36,7 +27,6 @@ from tests.kits.dense import DENSE, filled
 from tests.kits.errors import refused
 from tests.kits.processes import codes
 from tests.kits.runs import assert_equal_bits, result, start
-from tests.kits.trained import checkpoint
 from tests.slurm.conftest import cluster  # noqa: F401  a fixture
 
 CPU = torch.device("cpu")
@@ -209,38 +199,47 @@ def test_a_dry_run(kind, root, capfd):
     assert all(words in text for words in there) and "Traceback" not in text
 
 
-@pytest.mark.parametrize("kind, changes, normalises", [
-    ("segmentation", {}, True), ("detection", {}, True), ("detection", {"system": "mask_rcnn"}, False)])
-def test_an_infinite_input_skips_its_update_and_the_statistics(
-        kind, changes, normalises, root, tmp_path, monkeypatch):
-    """In half precision; the rest of the run is as ever: figures, pictures, report."""
-    module, task = {"segmentation": segmentation_task, "detection": coco_images}[kind], KINDS[kind].task
-    losses, normalised, now, buffers = task.losses, module.normalised, [-1], {}
+@pytest.fixture(scope="module")
+def runs(root, tmp_path_factory):
+    """Runs in half precision whose input of update 1 is infinite: folder, and the buffers before each update."""
+    found = {}
+    for name, kind, module, changes in (
+            ("segmentation", "segmentation", segmentation_task, {}), ("detection", "detection", coco_images, {}),
+            ("mask_rcnn", "detection", coco_images, {"system": "mask_rcnn"})):
+        found[name] = folder, buffers = tmp_path_factory.mktemp(name), {}
+        losses, normalised, now = KINDS[kind].task.losses, module.normalised, [-1]
 
-    def noted(self, model, batch, update):
-        now[0] = update
-        buffers.setdefault(update, [buffer.clone() for buffer in model.buffers()])
-        found = losses(self, model, batch, update)
-        now[0] = -1
-        return found
+        def noted(self, model, batch, update):
+            now[0] = update
+            buffers.setdefault(update, [buffer.clone() for buffer in model.buffers()])
+            value = losses(self, model, batch, update)
+            now[0] = -1
+            return value
 
-    monkeypatch.setattr(task, "losses", noted)
-    monkeypatch.setattr(module, "normalised",
-                        lambda *args: normalised(*args) + (math.inf if now[0] == 1 else 0))
-    assert RUN[kind](argv(kind, root, tmp_path, use_amp="true", **changes)) == 0
-    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(KINDS[kind].task, "losses", noted)
+            patch.setattr(module, "normalised",
+                          lambda *args: normalised(*args) + (math.inf if now[0] == 1 else 0))
+            assert RUN[kind](argv(kind, root, folder, use_amp="true", **changes)) == 0
+    return found
+
+
+@pytest.mark.parametrize("name, normalises", [("segmentation", True), ("detection", True), ("mask_rcnn", False)])
+def test_an_infinite_input_skips_its_update_and_the_statistics(name, normalises, runs):
+    """And the rest of the run is as ever: figures, pictures, report."""
+    (run, buffers), images = runs[name], IMAGES.get(name, IMAGES["detection"])[1]
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     skipped, = (event for event in events if event["kind"] == "nonfinite")
     assert (skipped["update"], skipped["action"]) == (1, "skip")
     assert skipped["first_module"].startswith("backbone.")
     assert len(skipped["images"]) == 6 and all(Path(path).is_file() for path in skipped["images"])
     kept = [all(map(torch.equal, buffers[update], buffers[update + 1])) for update in range(3)]
     assert kept == ([False, True, False] if normalises else [True] * 3)
-    lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
     assert len(lines) == 2 and all(math.isfinite(line["train_loss"]) for line in lines)
-    assert all(0 <= line[task.score] <= 100 for line in lines)
-    assert len(list((tmp_path / "samples").glob("*.jpg"))) == IMAGES[kind][1]
-    assert (tmp_path / "report.html").read_text().count("data:image/jpeg") == IMAGES[kind][1]
-    read = read_run(tmp_path)
+    assert len(list((run / "samples").glob("*.jpg"))) == images
+    assert (run / "report.html").read_text().count("data:image/jpeg") == images
+    read = read_run(run)
     assert read.config["data_set"] == "files" and not read.recipe_difference
 
 
@@ -302,29 +301,17 @@ def test_own_folders_of_images_and_label_maps(root):
     assert image.shape[:2] == labels.shape == scenes.SIZE and labels.min() >= 1
 
 
-@pytest.fixture(scope="module")
-def trained(root, tmp_path_factory):
-    """By kind a checkpoint that nobody trained: a segmentor, and a detector whose boxes are sure of themselves."""
-    paths = {}
-    for kind, names in (("segmentation", ["background", *scenes.NAMES]), ("detection", scenes.NAMES)):
-        values = options(kind, root, **({"system": "mask_rcnn"} if kind == "detection" else {}))
-        model = KINDS[kind].build(values, len(names))
-        if kind == "detection":
-            torch.nn.init.normal_(model.roi_head.stages[0][0].fc_cls.weight, std=3.0)
-        paths[kind] = checkpoint(tmp_path_factory.mktemp(kind) / "checkpoint-best.pth", model, classes=[*names],
-                                 **{name: getattr(values, name) for name in KINDS[kind].own})
-    return paths
-
-
 @both
-def test_an_evaluation_keeps_drawings_and_figures(kind, root, trained, tmp_path, capsys):
-    own = dict.fromkeys(set(KINDS[kind].own) & (COMMON | OWN[kind]).keys())
-    call = argv(kind, root, tmp_path, **own, eval="true", check="true", resume=trained[kind])
+def test_an_evaluation_gives_the_figures_of_the_training(kind, root, runs, tmp_path, capsys):
+    own = dict.fromkeys(set(KINDS[kind].own) & (COMMON | OWN[kind]).keys())  # the checkpoint knows these
+    call = argv(kind, root, tmp_path, **own, eval="true", check="true", resume=runs[kind][0])
     assert RUN[kind](call) == 1  # nothing published to compare with
     assert {"segmentation": "mIoU ", "detection": "box AP "}[kind] in capsys.readouterr().out
     found = json.loads((tmp_path / "eval.json").read_text())
-    assert found["images"] == IMAGES[kind][1] and found["verdict"] == ""
-    assert found["model"] == "hornet_pico_gf" and [*found["per_class"]][-5:] == [*scenes.NAMES]
+    assert (found["images"], found["verdict"], found["model"]) == (IMAGES[kind][1], "", "hornet_pico_gf")
+    lines, score = (runs[kind][0] / "log.txt").read_text().splitlines(), KINDS[kind].task.score
+    assert found[score.removeprefix("test_")] == max(json.loads(line)[score] for line in lines)
+    assert [*found["per_class"]][-5:] == [*scenes.NAMES]
     assert kind == "segmentation" or json.loads((tmp_path / "detections.json").read_text())[0]["bbox"]
     assert len(list((tmp_path / "samples").glob("*.jpg"))) == IMAGES[kind][1]
 
@@ -353,18 +340,18 @@ def test_verdicts_compare_with_the_published_figures_where_the_data_are_theirs()
 
 
 @both
-def test_predictions_of_a_folder(kind, root, trained, tmp_path):
+def test_predictions_of_a_folder(kind, root, runs, tmp_path):
     images = tmp_path / "images"
     shutil.copytree(root / kind / ("images/validation" if kind == "segmentation" else "validation"), images)
     (images / "0003.png").write_bytes(b"no image")
-    call = [str(images), "--resume", str(trained[kind]), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    call = [str(images), "--resume", str(runs[kind][0]), "--out", str(tmp_path / "out"), "--device", "cpu"]
     assert predict.run(predict.arguments().parse_args(call)) == 0
     plain, rows = (json.loads((tmp_path / "out" / name).read_text()) for name in ("predictions.json", "coco.json"))
     count = IMAGES[kind][1]
     assert len(plain) == count and "error" in plain[3] and len(list((tmp_path / "out").glob("*.jpg"))) == count - 1
     assert {row["image_id"] for row in rows} == set(range(count)) - {3}
     rows = [row for row in rows if row["image_id"] == 0]
-    found = predict.load(trained[kind])(Image.open(images / "0000.png"))
+    found = predict.load(runs[kind][0])(Image.open(images / "0000.png"))
     if kind == "segmentation":
         assert sum(row["share"] for row in plain[0]["classes"]) == pytest.approx(1, abs=1e-4)
         assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "0000.png")), found)
@@ -379,10 +366,10 @@ def test_predictions_of_a_folder(kind, root, trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_exported_segmentor_gives_the_same_logits(trained, tmp_path):
+def test_an_exported_segmentor_gives_the_same_logits(runs, tmp_path):
     pytest.importorskip("onnxruntime")
-    call = ["--resume", str(trained["segmentation"]), "--out", str(tmp_path / "s.onnx")]
+    call = ["--resume", str(runs["segmentation"][0]), "--out", str(tmp_path / "s.onnx")]
     assert export.run(export.arguments().parse_args(call)) == 0
-    model, x = predict.load(trained["segmentation"]).trained.model, torch.randn(2, 3, 75, 96)
+    model, x = predict.load(runs["segmentation"][0]).trained.model, torch.randn(2, 3, 75, 96)
     with torch.no_grad():
         assert (onnx_function(tmp_path / "s.onnx")(x) - model(x)).abs().max() < 1e-4
