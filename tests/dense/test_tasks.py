@@ -181,9 +181,7 @@ def test_bad_label_maps_are_one_sentence(root, tmp_path, pattern, content, code,
     ("segmentation", dict(data_path=None), "annotations/"),
     ("segmentation", dict(dry_run="true", eval="true", resume="x"), "--eval"),
     ("detection", dict(system="ssd"), "--system"), ("detection", dict(train_sides=8), "--train_sides"),
-    ("detection", dict(data_path=None), "annotations/"),
-    ("detection", dict(train_set="train2017"), "instances_train2017.json"),
-    ("detection", dict(dry_run="true", eval="true", resume="x"), "--eval")])
+    ("detection", dict(train_set="train2017"), "instances_train2017.json")])
 def test_mistakes_in_options_are_one_sentence(kind, root, capsys, caplog, changes, named):
     with caplog.at_level("ERROR", "hornet"):
         assert RUN[kind](argv(kind, root, **changes)) == 2
