@@ -17,11 +17,11 @@ from dense.inference import probabilities, scaled_boxes, slide
 from dense.optim import DenseSchedule, scale_by_depth
 from dense.pixels import fitted, normalised, resize
 from dense.segmentor import AUXILIARY_WEIGHT, IGNORED, Segmentor, resized, segmentation_loss
-from models.hornet import CONFIGS, HorNet
 from optim.groups import param_groups
+from tests.kits import trained
 from tests.kits.dense import dense_boxes, dense_masks, files, filled, given, published, row_of, stored
 from tests.kits.errors import refused
-from tests.kits.fill import parity_input, parity_tensor
+from tests.kits.fill import parity_input
 
 NAMES = stored("state_dicts.json.gz")
 LARGE = ((24, 13), (12, 7))
@@ -57,17 +57,14 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 
 def test_a_backbone_starts_from_a_classification_file(tmp_path):
     arrays, meta = stored("backbone/pretrained_filters.npz")
-    with torch.device("meta"):
-        empty = HorNet(CONFIGS["hornet_tiny_gf"]).state_dict()
-    state = {f"module.{name}": torch.from_numpy(parity_tensor(name, tuple(value.shape)))
-             for name, value in empty.items()}
+    state = trained.filled("hornet_tiny_gf").state_dict()
     torch.save({"model": state}, tmp_path / "tiny.pth")
     backbone = Backbone("hornet_tiny_gf", LARGE)
     load_backbone(backbone, tmp_path / "tiny.pth")
     found = backbone.state_dict()
     for array, name in zip((arrays["stage2"], arrays["stage3"]), meta["names"]):
         assert np.abs(found[name][::8].numpy() - array).max() < 5e-5
-    assert torch.equal(found["stages.1.0.norm1.weight"], state["module.stages.1.0.norm1.weight"])
+    assert torch.equal(found["stages.1.0.norm1.weight"], state["stages.1.0.norm1.weight"])
     assert (found["norm3.weight"] == 1).all() and (found["norm0.bias"] == 0).all()
     with refused("other_model", "tiny.pth"):
         load_backbone(Backbone("hornet_tiny_7x7"), tmp_path / "tiny.pth")
