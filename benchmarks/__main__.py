@@ -1,55 +1,37 @@
-"""`python -m benchmarks {model,train,optim,data,all}`: a table of medians and ratios, and JSON."""
+"""`python -m benchmarks {model,train,data,all}`: the product against the plain formulation, in one
+process, interleaved; a table of medians and ratios, and JSON.
+
+Size 0 is the model's own. The clock "cpu" counts this process' CPU time, for a machine shared with others.
+`--only` names cases of model and train: bfloat16 without instructions for it takes minutes.
+"""
 import argparse
-import json
 import sys
 
 import torch
 
-import models
-from benchmarks import cases, data, timing
-from common.files import write_json
-from common.log import logger
+from benchmarks import cases, timing
+from models.zoo import MODEL_NAMES
 from tools.command import run_command
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, allow_abbrev=False)
-    add = parser.add_argument
-    add("work", choices=["model", "train", "optim", "data", "all"])
-    add("--models", nargs="+", default=["hornet_tiny_7x7", "hornet_tiny_gf"], choices=models.MODEL_NAMES,
-        metavar="MODEL", help="architectures")
-    add("--batch", type=int, default=8, help="images per batch (default 8)")
-    add("--repeats", type=int, default=9, help="measured rounds (default 9)")
-    add("--size", type=int, help="image size (default: the model's own)")
-    add("--threads", type=int, default=1, help="CPU threads (default 1)")
-    add("--clock", choices=timing.CLOCKS, default="wall", help="cpu: this process' CPU time, if others work")
-    add("--only", nargs="+", default=(), metavar="CASE", choices=cases.CASES,
-        help=f"of model and train these cases (default all): {', '.join(cases.CASES)}; bfloat16 without "
-             "instructions for it takes minutes")
-    add("--out", default="bench.json", help="where the JSON goes (default bench.json)")
-    return parser
 
 
 def _work(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
-    setting = cases.Setting(args.batch, args.repeats, args.clock, args.size, tuple(args.only))
-    command, machine = " ".join(["python -m benchmarks", *sys.argv[1:]]), timing.machine()
     found: list[timing.Row] = []
-    for work in ("model", "train"):
-        for name in args.models if args.work in (work, "all") else ():
-            logger.info("%s %s", work, name)
-            found += cases.network(name, setting, work == "train")
-    if args.work in ("optim", "all"):
-        found += cases.optimizer(args.models[0], setting)
+    for name, work in (("model", "evaluate"), ("train", "train")):
+        for model in args.models if args.work in (name, "all") else ():
+            found += cases.network(model, args, work)
     if args.work in ("data", "all"):
-        found += data.loading(args.repeats, args.clock) + data.start_up(args.repeats, args.clock)
-    write_json(args.out, {"command": command, "machine": machine, "clock": args.clock, "rows": found})
-    print("\n\n".join([command, json.dumps(machine), f"clock: {args.clock}", timing.table(found)]))
-    return 0
+        found += cases.loading(args.repeats, args.clock) + cases.start_up(args.repeats, args.clock)
+    return timing.report(found, args.out, clock=args.clock)
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_command(_parser(), _work, argv)
+    choices = {"models": MODEL_NAMES, "clock": timing.CLOCKS, "only": cases.CASES}
+    parser = timing.new_parser("benchmarks", __doc__, choices, models=["hornet_tiny_7x7", "hornet_tiny_gf"],
+                               batch=8, size=0, repeats=9, threads=1, clock="wall", only=[*cases.CASES],
+                               out="bench.json")
+    parser.add_argument("work", choices=["model", "train", "data", "all"])
+    return run_command(parser, _work, argv)
 
 
 if __name__ == "__main__":

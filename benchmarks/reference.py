@@ -8,7 +8,6 @@ published logits, and the product is measured against it.
 Source: HorNet (Rao et al., NeurIPS 2022), sections 3.1-3.3.
 """
 import copy
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +29,10 @@ class PlainHorNet(nn.Module):
         self.rates = torch.linspace(0, model.drop_path_rate, sum(self.depths), device="cpu").tolist()
 
     def forward(self, x: Tensor, drop_draws: Tensor | None = None) -> Tensor:
-        draws, rates = iter(() if drop_draws is None else drop_draws.unbind(1)), iter(self.rates)
-        for (first, second), stage in zip(self.model.downsample_layers, self.model.stages):
-            stem = isinstance(first, nn.Conv2d)
-            x = channel_norm(second, first(x)) if stem else second(channel_norm(first, x))
+        x, rates = x.contiguous(), iter(self.rates)
+        draws = iter(() if drop_draws is None else drop_draws.unbind(1))
+        for (one, two), stage in zip(self.model.downsample_layers, self.model.stages):
+            x = channel_norm(two, one(x)) if isinstance(one, nn.Conv2d) else two(channel_norm(one, x))
             for each in stage:
                 x = block(each, x, next(rates), next(draws, None), next(draws, None))
         return self.model.head(self.model.norm(x.mean((-2, -1))))
@@ -64,15 +63,14 @@ def global_local(layer: GlobalLocalFilter, x: Tensor) -> Tensor:
     """Half of the channels through a depthwise 3x3, half through a learned filter in the Fourier domain."""
     local, spectral = channel_norm(layer.pre_norm, x).chunk(2, dim=1)
     local, weight = layer.dw(local), layer.complex_weight
-    batch, half, height, width = spectral.shape
     spectral = torch.fft.rfft2(spectral.float(), dim=(2, 3), norm="ortho")
     if weight.shape[1:3] != spectral.shape[2:4]:
         weight = F.interpolate(weight.permute(3, 0, 1, 2), size=spectral.shape[2:4], mode="bilinear",
                                align_corners=True).permute(1, 2, 3, 0)
     spectral = spectral * torch.view_as_complex(weight.contiguous())
-    spectral = torch.fft.irfft2(spectral, s=(height, width), dim=(2, 3), norm="ortho")
+    spectral = torch.fft.irfft2(spectral, s=local.shape[2:], dim=(2, 3), norm="ortho")
     x = torch.cat([local.unsqueeze(2), spectral.unsqueeze(2)], dim=2)
-    return channel_norm(layer.post_norm, x.reshape(batch, 2 * half, height, width))
+    return channel_norm(layer.post_norm, x.flatten(1, 2))
 
 
 def channel_norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -91,15 +89,20 @@ def drop_path(x: Tensor, p: float, draws: Tensor | None) -> Tensor:
     return x * kept.view(-1, 1, 1, 1)
 
 
-def plain_update(model: nn.Module, max_norm: float = 1.0, decay: float = 0.9999) -> Callable[[], None]:
-    """A step: clipping by global norm tensor by tensor, AdamW as a loop, EMA over each state-dict entry."""
-    shadow = copy.deepcopy(model)
-    adamw = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05, foreach=False, fused=False)
+class PlainUpdate:
+    """Clipping by global norm tensor by tensor, AdamW as a loop, EMA over each state-dict entry."""
 
-    def step() -> None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=False)
-        adamw.step()
-        with torch.no_grad():
-            for old, new in zip(shadow.state_dict().values(), model.state_dict().values()):
-                old.copy_(decay * old + (1 - decay) * new)
-    return step
+    backward = staticmethod(Tensor.backward)
+
+    def __init__(self, model: nn.Module):
+        self.model, self.average = model, copy.deepcopy(model)
+        self.adamw = torch.optim.AdamW(model.parameters(), 1e-5, foreach=False, fused=False)
+
+    @torch.no_grad()
+    def step(self, _: int) -> None:
+        """Apply the gradients, and forget them."""
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=False)
+        self.adamw.step()
+        self.adamw.zero_grad()
+        for old, new in zip(self.average.state_dict().values(), self.model.state_dict().values()):
+            old.copy_(0.9999 * old + 0.0001 * new)

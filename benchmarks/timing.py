@@ -1,68 +1,64 @@
-"""Interleaved measurement, the machine's measured peaks, and rows of the result."""
+"""Interleaved measurement, and what the commands share: options, rows, report."""
+import argparse
+import json
 import platform
 import re
 import statistics
 import time
-from collections.abc import Callable
-from functools import cache
+from collections import deque
+from collections.abc import Callable, Collection
 from pathlib import Path
+from timeit import timeit
+from typing import Any
 
 import timm
 import torch
 
+from common.files import write_json
+
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-Row = dict  # of plain values, as `rows` makes them
+Row = dict[str, Any]  # plain values by the titles of the table
+
+
+def new_parser(module: str, what: str | None, choices: dict[str, Collection[str]],
+               **defaults: Any) -> argparse.ArgumentParser:
+    """A parser of `python -m MODULE` with an option for each default, of the same type; a list takes several
+    values."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=what, allow_abbrev=False)
+    for name, value in defaults.items():
+        kind, several = (str, "+") if isinstance(value, list) else (type(value), None)
+        parser.add_argument(f"--{name}", default=value, type=kind, nargs=several, choices=choices.get(name),
+                            metavar=name.upper(), help="default: %(default)s")
+    return parser
 
 
 def interleave(cases: dict[str, Callable[[], object]], repeats: int, clock: str) -> dict[str, list[float]]:
     """Seconds of each call: every round runs each case once, in turning order, after one round unmeasured."""
-    now, names = CLOCKS[clock], list(cases)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for round_number in range(repeats + 1):
-        shift = round_number % len(names)
-        for name in names[shift:] + names[:shift]:
-            start = now()
-            cases[name]()
-            if round_number:
-                times[name].append(now() - start)
-    return times
+    order, times = deque(cases), {name: [] for name in cases}
+    for _ in range(repeats + 1):
+        for name in order:
+            times[name].append(timeit(cases[name], timer=CLOCKS[clock], number=1))
+        order.rotate(-1)
+    return {name: each[1:] for name, each in times.items()}
 
 
 def rows(work: str, times: dict[str, list[float]], amount: float, unit: str) -> list[Row]:
     """A row per case, the first of which is the reference; `amount` of `unit` is done by one call.
 
-    Times are milliseconds per call; `ratio` is the reference's median over this median, `ratio_of_minimums`
-    the same of the fastest calls; `spread` is (third - first quartile) / median; `share` is of the peak named
-    by `limit`, measured on this machine in the same run.
+    Times are milliseconds per call; `ratio` is the reference's median over this median, `of minimums` the
+    same of the fastest calls; `spread` is (third - first quartile) / median.
     """
     found, base = [], next(iter(times.values()))
     for case, each in times.items():
         low, median, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
         found.append({
-            "work": work, "case": case, "median": 1e3 * median, "minimum": 1e3 * min(each),
-            "spread": (high - low) / median, "per_second": amount / median, "unit": unit,
-            "ratio": statistics.median(base) / median, "ratio_of_minimums": min(base) / min(each),
-            "share": None, "limit": "", "difference": None})
+            "work": work, "case": case, "ms (median)": 1e3 * median, "ms (min)": 1e3 * min(each),
+            "spread": f"{(high - low) / median:.0%}", "per second": f"{amount / median:.4g} {unit}",
+            "ratio": statistics.median(base) / median, "of minimums": min(base) / min(each)})
     return found
 
 
-@cache
-def peak_flops(dtype: torch.dtype, clock: str) -> float:
-    """Best rate of a large oneDNN matrix product, in operations per second (2 per multiply-add)."""
-    x, w = torch.randn(1536, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-    with torch.inference_mode():
-        packed = torch.ops.mkldnn._reorder_linear_weight(w, len(x))
-        call = {"": lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")}
-        return 2 * x.numel() * len(w) / min(interleave(call, 20, clock)[""])
-
-
-def peak_bandwidth(clock: str) -> float:
-    """Bytes per second of a large in-place multiply (one read and one write)."""
-    x = torch.ones(32 * 2 ** 20)
-    return 2 * 4 * x.numel() / min(interleave({"": lambda: x.mul_(1.0)}, 8, clock)[""])
-
-
-def machine() -> dict[str, object]:
+def machine() -> Row:
     """What the numbers depend on."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name, family, model = (next(iter(re.findall(rf"^{key}\s*: (.*)$", info, re.MULTILINE)), "unknown")
@@ -72,18 +68,16 @@ def machine() -> dict[str, object]:
             "simd": torch.backends.cpu.get_cpu_capability()}
 
 
-def markdown(titles: str, lines: list[list[str]]) -> str:
-    """A Markdown table; `titles` are separated by commas."""
-    heads = titles.split(", ")
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines))
-
-
 def table(found: list[Row]) -> str:
     """The rows as a Markdown table."""
-    return markdown(
-        "work, case, ms (median), ms (min), spread, per second, ratio, of minimums, share of peak, "
-        "largest difference",
-        [[row["work"], row["case"], f"{row['median']:.1f}", f"{row['minimum']:.1f}", f"{row['spread']:.0%}",
-          f"{row['per_second']:.4g} {row['unit']}", f"{row['ratio']:.2f}", f"{row['ratio_of_minimums']:.2f}",
-          "" if row["share"] is None else f"{row['share']:.0%} {row['limit']}",
-          "" if row["difference"] is None else f"{row['difference']:.1e}"] for row in found])
+    cells = [[f"{value:,.4g}" if isinstance(value, float) else str(value) for value in row.values()]
+             for row in found]
+    return "\n".join(f"| {' | '.join(each)} |" for each in ([*found[0]], ["---"] * len(found[0]), *cells))
+
+
+def report(found: list[Row], out: str, **more: Any) -> int:
+    """Print the machine (with what `more` says) and the table; write them to `out` as JSON."""
+    about = machine() | more
+    write_json(out, {"machine": about, "rows": found})
+    print(json.dumps(about), table(found), sep="\n\n")
+    return 0

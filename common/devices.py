@@ -10,19 +10,17 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
-from operator import attrgetter
 
 import torch
 from torch import Tensor
-
-_FLOAT32 = {"cuda.matmul": "allow_tf32", "cudnn": "allow_tf32", "mkldnn.matmul": "fp32_precision",
-            "mkldnn.conv": "fp32_precision"}
 
 
 def float32_settings() -> tuple[bool | str, ...]:
     """Of this process: TF32 in CUDA's products and in cuDNN, precision of oneDNN's products and convolutions.
     """
-    return tuple(getattr(place, name) for place, name in zip(_places(), _FLOAT32.values()))
+    cuda, onednn = torch.backends.cuda.matmul, torch.backends.mkldnn
+    return (cuda.allow_tf32, torch.backends.cudnn.allow_tf32, onednn.matmul.fp32_precision,
+            onednn.conv.fp32_precision)
 
 
 def set_float32(tf32: bool) -> None:
@@ -41,13 +39,10 @@ def float32_products(tf32: bool = False) -> Iterator[None]:
         _apply(before)
 
 
-def _places() -> tuple:
-    return attrgetter(*_FLOAT32)(torch.backends)
-
-
 def _apply(settings: tuple[bool | str, ...]) -> None:
-    for place, name, value in zip(_places(), _FLOAT32.values(), settings):
-        setattr(place, name, value)
+    cuda, onednn = torch.backends.cuda.matmul, torch.backends.mkldnn
+    cuda.allow_tf32, torch.backends.cudnn.allow_tf32 = settings[:2]
+    onednn.matmul.fp32_precision, onednn.conv.fp32_precision = settings[2:]
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None):

@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,12 +49,10 @@ def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], object], r
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    with _where_supported():
+    with _where_supported(), ExitStack() as stack:
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        stack.callback(os.close, folder)
+        os.fsync(folder)
     return digest, size
 
 

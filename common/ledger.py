@@ -86,15 +86,13 @@ class Ledger:
     def attempts(self) -> list[Record]:
         """One dict per attempt, oldest first: what its lines say, later over earlier, and its `state`."""
         found: dict[int, Record] = {}
-        try:
-            lines = read_json_lines(self.own() / "attempts.jsonl")
-        except (OSError, UserError):
-            return []
-        for line in lines:
-            if isinstance(line.get("attempt"), int):
-                found.setdefault(line["attempt"], {"state": RUNNING}).update(line)
+        with suppress(OSError, UserError):
+            for line in read_json_lines(self.own() / "attempts.jsonl"):
+                if isinstance(line.get("attempt"), int):
+                    found.setdefault(line["attempt"], {"state": RUNNING}).update(line)
         for attempt in found.values():
-            attempt["state"] = known(attempt["state"])
+            with suppress(ValueError):  # RUNNING is no outcome
+                attempt["state"] = Outcome(attempt["state"]).value  # as this version calls it
         return [found[number] for number in sorted(found)]
 
     def newest(self) -> Record:
@@ -103,8 +101,7 @@ class Ledger:
 
     def status(self) -> Record:
         """The last record: state, update, epoch, cause, attempt, time; {} in a folder without one."""
-        found = self.read("status.json")
-        return {**found, "state": known(found.get("state"))} if found else {}
+        return self.read("status.json")
 
     def reached(self, job: str | None) -> Record:
         """progress.json, where it is that of the scheduler's `job`; else {}."""
@@ -113,10 +110,9 @@ class Ledger:
 
     def read(self, name: str) -> Record:
         """The record in the file `name`; {} when there is none, or none that can be read."""
-        try:
+        found = None
+        with suppress(OSError, UserError):
             found = read_json(self.own() / name, max_bytes=1 << 20)
-        except (OSError, UserError):
-            return {}
         return found if isinstance(found, dict) else {}
 
     def _append(self, **line: object) -> None:
@@ -152,15 +148,9 @@ def _write_even_if_full(path: Path, record: Record) -> None:
             file.truncate()
 
 
-def known(state: object) -> str:
-    """A state as this version writes it."""
-    return Outcome.PAUSED.value if state == "PREEMPTED" else str(state or "")
-
-
 def job_id() -> str | None:
-    """The scheduler's job id, None outside a job."""
-    names = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
-    return next((os.environ[name] for name in names if os.environ.get(name)), None)
+    """Slurm's job id, None outside a job."""
+    return os.environ.get("SLURM_JOB_ID") or None
 
 
 def restarts() -> int:

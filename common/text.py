@@ -23,9 +23,9 @@ def plural(count: int, word: str) -> str:
     return f"{count} {many}"
 
 
-def listed(words: Sequence[str], last: str = "or") -> str:
+def listed(words: Sequence[str]) -> str:
     """`a`, `a or b`, `a, b or c`."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Any, ClassVar, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from common.errors import UserError
 from common.text import listed, plain
@@ -270,19 +270,17 @@ class Option:
                         code="invalid_value")
 
 
-def _row(name: str, default: Value, hint: Any, metadata: Mapping) -> Option:
-    optional = type(None) in get_args(hint)
-    inner = get_args(hint)[0] if optional else hint
-    several = get_origin(inner) is tuple
-    return Option(name=name, default=default, optional=optional, several=several,
-                  element=get_args(inner)[0] if several else inner, **metadata)
-
-
 @cache
 def table(kind: type[Options]) -> dict[str, Option]:
     """The options that a command takes, by name."""
-    return {f.name: _row(f.name, getattr(kind, f.name), f.type, f.metadata) for f in fields(kind)
-            if f.name not in kind.OMITTED}
+    found, hints = {}, get_type_hints(kind)
+    for f in fields(kind):
+        inner, *none = get_args(hints[f.name]) if type(None) in get_args(hints[f.name]) else (hints[f.name],)
+        several = get_origin(inner) is tuple
+        if f.name not in kind.OMITTED:
+            found[f.name] = Option(f.name, getattr(kind, f.name), optional=bool(none), several=several,
+                                   element=get_args(inner)[0] if several else inner, **f.metadata)
+    return found
 
 
 OPTIONS = table(Options)
@@ -316,11 +314,7 @@ class ImageSettings:
     train_interpolation: str = "bicubic"
     layer_scale_init_value: float = 1e-6
 
-    # The published protocol: from this size on evaluation resizes the whole image, below it crops this share
-    # of it, and up to the last size (CIFAR) nothing is resized.
-    WHOLE_FROM: ClassVar[int] = 384
-    DEFAULT_CROP_PCT: ClassVar[float] = 0.875
-    SMALL: ClassVar[int] = 32
+    SMALL: ClassVar[int] = 32  # up to this size (CIFAR) nothing is resized
 
     @classmethod
     def of(cls, options: Options) -> "ImageSettings":
@@ -334,13 +328,14 @@ class ImageSettings:
 
     @property
     def whole(self) -> bool:
-        """Evaluation sees the whole image, resized to the input size without keeping its shape."""
-        return self.input_size >= self.WHOLE_FROM
+        """Evaluation sees the whole image, resized to the input size without keeping its shape: the published
+        protocol from 384 pixels on; below it crops 0.875 of the image."""
+        return self.input_size >= 384
 
     @property
     def eval_crop_pct(self) -> float | None:
         """The crop of evaluation, None where the whole image is resized to the input size."""
-        return None if self.whole else self.crop_pct or self.DEFAULT_CROP_PCT
+        return None if self.whole else self.crop_pct or 0.875
 
     @property
     def mean(self) -> tuple[float, float, float]:

@@ -99,8 +99,7 @@ class Rows:
         """The index of all rows in canonical order. seen: containers in their order, then whatever else the
         index depends on. Raises UserError for an image that is there twice."""
         classes = sorted(self.classes)
-        rank = np.empty(len(classes), np.int64)
-        rank[[self.classes[name] for name in classes]] = np.arange(len(classes))
+        rank = np.argsort([self.classes[name] for name in classes])  # class by appearance → its place as text
         columns = (rank[np.array(self.labels, np.int32)], self.blob, self.ends, *self.places,
                    stamps(source.root, seen).ravel())
         found = Index(root=source.root, form=form, classes=classes, members=members, order="",

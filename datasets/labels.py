@@ -37,10 +37,7 @@ def classes_of(folders: list[str], nb_classes: int | None, *, imagenet_layout: b
         if nb_classes == len(known) or (nb_classes is None and wanted):
             unknown = sorted(set(folders) - set(known))
             if not unknown or (allow_mismatch and len(unknown) < len(folders)):
-                note = [] if len(folders) == len(known) else [
-                    f"{len(folders) - len(unknown)} of {len(known)} classes have a folder; the order is "
-                    "ImageNet's own"]
-                return list(known), note
+                return list(known), []
             if len(unknown) * 10 <= len(folders):
                 raise UserError(f"{_some(unknown)}: folders of none of {len(known)} synsets; remove or skip "
                                 "them (--allow_class_mismatch true).", code="unexpected_classes")
@@ -78,13 +75,10 @@ def map_folders(found: list[str], names: list[str], *, partial: bool, allow_mism
     mapped = np.array([position.get(name, -1) for name in found], dtype=np.int64)
     extra = [name for name in found if name not in position]
     missing = sorted(set(names) - set(found))
-    if not (mapped >= 0).any():
-        raise UserError(f"None of the {len(found)} class {noun}s in {what} ({_some(found)}) is one of the "
-                        f"{len(names)} classes ({_some(names)}); check the path.", code="unexpected_classes")
     problems = [f"has {noun}s of no known class: {_some(extra)}"] * bool(extra)
     problems += [f"has no {noun} for {_some(missing)}"] * bool(missing and not partial)
-    if problems and not allow_mismatch:
-        raise UserError(f"{what[:1].upper()}{what[1:]} {' and '.join(problems)}; fix the {noun}s, or use the "
+    if problems and not (allow_mismatch and (mapped >= 0).any()):
+        raise UserError(f"{what[:1].upper()}{what[1:]} {' and '.join(problems)}; check the path, or use the "
                         "common classes alone with --allow_class_mismatch true.", code="unexpected_classes")
     return mapped
 

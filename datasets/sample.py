@@ -27,8 +27,6 @@ def ensure_sample(folder: str | os.PathLike, write: Callable[[Path], None] | Non
     if complete():
         return
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"--data_path {folder} holds other files; name a new one.", "unwritable_folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
             (write or write_digits)(Path(temporary, "data"))

@@ -53,16 +53,13 @@ def _scan_val(source: Source, rows: Rows) -> Index:
     found = [(parts[-1], member.offset_data, member.size) for _, member in members(
         os.path.join(source.root, _VAL)) if (parts := image_path(member, rows))]
     given = [_DEVKIT] if _DEVKIT in source.files else []
-    synsets = _devkit(os.path.join(source.root, _DEVKIT)) if given else [""] * len(found)
-    if len(synsets) != len(found):
-        raise UserError(f"{source.root}: {len(synsets)} labels in {_DEVKIT}, {len(found)} images in {_VAL}; "
-                        "download them again.", code="invalid_labels")
+    synsets = _devkit(os.path.join(source.root, _DEVKIT), len(found)) if given else [""] * len(found)
     for synset, (name, offset, size) in zip(synsets, sorted(found)):
         rows.add(synset, name, 0, offset, size)
     return rows.index(source, _VAL, [_VAL, "", *given], members=True)
 
 
-def _devkit(path: str) -> list[str]:
+def _devkit(path: str, images: int) -> list[str]:
     """The synset of each validation image in the order of their names."""
     with readable(path, "the devkit of ILSVRC2012"), gzip.open(path) as packed:
         content = packed.read(_LARGEST_DEVKIT + 1)
@@ -72,7 +69,10 @@ def _devkit(path: str) -> list[str]:
             files = {os.path.basename(member.name): tar.extractfile(member) for member in tar}
             truth, meta = (files[name] for name in ("ILSVRC2012_validation_ground_truth.txt", "meta.mat"))
             assert truth is not None and meta is not None
-            return devkit_synsets([int(line) for line in truth.read().split()], meta.read())
+            ids = [int(line) for line in truth.read().split()]
+            if len(ids) != images:
+                raise ValueError(f"{len(ids)} labels for {images} images")
+            return devkit_synsets(ids, meta.read())
 
 
 def count_beside(source: Source, rows: Rows, kind: str = "tar") -> None:
@@ -138,7 +138,7 @@ def readable(path: str, kind: str) -> Iterator[None]:
         number = getattr(error, "errno", None)
         if isinstance(error, (UserError, MemoryError)) or number not in (None, errno.ENOENT):
             raise
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{printable(path)} cannot be read as {kind} ({reason}); copy or make it again.",
                         code="unreadable_data") from error
 

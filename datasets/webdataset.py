@@ -45,10 +45,9 @@ def scan(source: Source) -> Index:
         with readable(path, "a WebDataset tar"), open(path, "rb") as file:
             for key, parts in _samples(path):
                 _add(rows, file.fileno(), number, key, parts, folders)
-        found, expected = len(rows) - before, counts.get(tar)
-        if expected not in (None, found):
-            raise UserError(f"{printable(path)} has {found} images of the {expected} in {info[0]}; copy it "
-                            f"again, or remove {info[0]}.", code="unreadable_data")
+            found, expected = len(rows) - before, counts.get(tar)
+            if expected not in (None, found):
+                raise ValueError(f"{found} images of the {expected} in {info[0]}")
     rows.classes = class_names(source.root, rows.classes, folders)
     return rows.index(source, f"WebDataset tars ({plural(len(tars), 'file')})", [*tars, "", *info])
 

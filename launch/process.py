@@ -26,7 +26,6 @@ from common.errors import Failure, UserError
 from common.log import logger
 from common.random import key
 
-BACKENDS = {"cuda": "nccl", "xpu": "xccl", "cpu": "gloo", "mps": "gloo"}
 T = TypeVar("T")
 
 
@@ -178,7 +177,8 @@ def start(device: str = "auto", rendezvous_timeout: float = 180.0) -> Process:
         # On one node nothing needs to listen on an outside interface.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    process.store, process.backend = meet(place, rendezvous_timeout), BACKENDS[chosen.type]
+    process.store = meet(place, rendezvous_timeout)
+    process.backend = dist.get_default_backend_for_device(chosen)
     limit = timedelta(seconds=rendezvous_timeout)
     # No device_id: NCCL would connect at once and fail on a shared device before it can be named below.
     dist.init_process_group(process.backend, store=process.store, timeout=limit,
@@ -212,10 +212,11 @@ def find_place(env: Mapping[str, str] = os.environ) -> Place:
     for launcher, (rank, size, local_rank, local_size) in VARIABLES.items():
         if rank not in env or size not in env:
             continue
+        env = {local_rank: "0", local_size: env[size], **env}
         world = number(env, size, 1)
-        local = number(env, local_size, 1, world, default=world)
-        place = Place(launcher, number(env, rank, 0, world - 1), world,
-                      number(env, local_rank, 0, local - 1, default=0), local)
+        local = number(env, local_size, 1, world)
+        place = Place(launcher, number(env, rank, 0, world - 1), world, number(env, local_rank, 0, local - 1),
+                      local)
         return place if world == 1 else dataclasses.replace(
             place, master_addr=checked(env, "MASTER_ADDR", "the name of rank 0's node", bool),
             port=number(env, "MASTER_PORT", 1, 65535),
@@ -239,17 +240,13 @@ def _slurm(env: Mapping[str, str]) -> Place:
     # Two steps of one job must not meet, nor an attempt what is left of the one before; and a job whose port
     # is taken finds another when it is requeued.
     start = " ".join(env.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
-    return Place("submitit-slurm" if env.get("SUBMITIT_EXECUTOR") == "slurm" else "srun",
-                 number(env, "SLURM_PROCID", 0, world - 1), world, number(env, "SLURM_LOCALID", 0, local - 1),
-                 local, master_addr=first if len(counts) > 1 else "127.0.0.1",
-                 port=20000 + key(0, start) % 12000)
+    return Place("srun", number(env, "SLURM_PROCID", 0, world - 1), world,
+                 number(env, "SLURM_LOCALID", 0, local - 1), local,
+                 master_addr=first if len(counts) > 1 else "127.0.0.1", port=20000 + key(0, start) % 12000)
 
 
-def number(env: Mapping[str, str], name: str, least: int, most: int = 99999, *,
-           default: int | None = None) -> int:
-    """The whole number from `least` to `most` in an environment variable; `default` where it is not set."""
-    if default is not None and name not in env:
-        return default
+def number(env: Mapping[str, str], name: str, least: int, most: int = 99999) -> int:
+    """The whole number from `least` to `most` in an environment variable."""
     return int(checked(env, name, f"a whole number from {least} to {most}",
                        lambda text: re.fullmatch(r"\d{1,9}", text) and least <= int(text) <= most))
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +22,7 @@ import submitit
 from common.ledger import Ledger, Record, restarts
 from common.log import logger, setup_logging
 from common.outcome import ExitCode, Outcome
-from launch.stop import end_now, job_end_time, squeue
+from launch.stop import job_end_time, squeue
 
 # Seconds a requeued task waits for Slurm to end it; an exit would make the job "failed" or "completed".
 # Longer than the task that decides may need to reach a busy controller.
@@ -84,7 +85,7 @@ class Task:
             if os.getppid() != parent:  # slurmstepd is gone
                 self.child.terminate()  # main.py saves
                 self.child.wait()
-                end_now(ExitCode.FAILED)
+                os._exit(ExitCode.FAILED)
             time.sleep(0.2)
         return ExitCode.PAUSED if -code in self.signals else code
 
@@ -221,7 +222,6 @@ class Task:
 
 def last_lines(log: Path, count: int) -> list[str]:
     """The end of a log; [] where there is none."""
-    with suppress(OSError), open(log, "rb") as file:
-        file.seek(-min(os.path.getsize(log), 1 << 16), os.SEEK_END)
-        return file.read().decode(errors="replace").splitlines()[-count:]
+    with suppress(OSError), open(log, errors="replace") as file:
+        return [line.rstrip("\n") for line in deque(file, count)]
     return []

@@ -1,4 +1,4 @@
-"""How a process ends: when it is asked to, at a point that all processes agree on, or at once."""
+"""How a process ends when it is asked to: at a point that all processes agree on."""
 import os
 import signal
 import subprocess
@@ -32,7 +32,6 @@ class StopRequest:
         self.reason = ""
         self.stop_before_end = stop_before_end
         self._stop_at = self._interrupted = float("inf")
-        self._pid = os.getpid()
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -90,13 +89,8 @@ class StopRequest:
         return self.requested
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._pid:
-            # A forked loader worker. Schedulers signal every process of a job; a worker that ended now would
-            # take the batch, and so the save, with it. The loader ends its workers by SIGTERM too, so it may
-            # not be ignored: the worker gets two minutes.
-            if number == signal.SIGTERM:
-                signal.alarm(120)
-            return
+        # Schedulers signal every process of a job. In a loader worker just forked, which will ignore signals
+        # in a moment, this only changes a copy of the flag.
         if number == signal.SIGINT:
             if time.monotonic() - self._interrupted > SAME_CTRL_C:
                 raise KeyboardInterrupt
@@ -139,13 +133,3 @@ def alive(pid: int) -> bool:
     with suppress(OSError), open(f"/proc/{pid}/stat") as file:
         return file.read().rpartition(")")[2].split()[0] not in "ZX"
     return False
-
-
-def end_now(code: int) -> None:
-    """End this process at once, with its loader workers, without waiting for threads or collectives."""
-    # The main thread may be about to fork a loader worker, which would be missed below: it waits for the end.
-    os.register_at_fork(before=lambda: time.sleep(3600))
-    with suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
-        for pid in file.read().split():
-            os.kill(int(pid), signal.SIGKILL)
-    os._exit(code)

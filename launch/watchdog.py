@@ -14,7 +14,6 @@ import signal
 import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -23,7 +22,7 @@ from common.ledger import Ledger
 from common.log import logger
 from common.outcome import ExitCode
 from launch.process import Process
-from launch.stop import alive, end_now
+from launch.stop import alive
 
 BEAT_EVERY = 1.0
 LONGEST_STEP = 2.0  # seconds between two ticks of the clock beyond which the process did not run
@@ -92,18 +91,16 @@ class Cause(Beat):
 class Watchdog:
     """Context manager around everything after `process.start`; `phase` is called as work proceeds.
 
-    `folder` receives stacks-rank*.txt, progress.json and, in its ledger, how a run failed (None: stacks go to
-    standard error). `hang_timeout` in seconds of its own running time without progress, three times that for
-    the first update and while saving, ten times at start-up; 0: never.
+    `hang_timeout` in seconds of its own running time without progress, three times that for the first update
+    and while saving, ten times at start-up; 0: never. Stacks go to standard error until `record_in`.
     When several processes run, leaving the block with an exception prints it (a UserError without traceback)
     and ends the process, as do its peers, with the exit code of the first cause.
     """
 
-    def __init__(self, process: Process, folder: Ledger | str | Path | None = None,
-                 hang_timeout: float = 180.0):
-        self.process, self.hang_timeout = process, float(hang_timeout)
+    def __init__(self, process: Process, hang_timeout: float = 180.0):
+        self.process, self.hang_timeout = process, hang_timeout or float("inf")
         self.beat = Beat(process.rank, process.node_name, os.getpid())
-        self.record_in(folder)
+        self.ledger: Ledger | None = None
         self._store: dist.Store = dist.HashStore()
         self._clock, self._since = RunningClock(), 0.0
         self._asked = float("inf")  # when the store was asked what it has not answered yet
@@ -114,8 +111,11 @@ class Watchdog:
         self._stop, self._ending = threading.Event(), threading.Lock()
         self._parent, self._main_pid = os.getppid(), os.getpid()
 
-    def record_in(self, folder: Ledger | str | Path | None) -> None:
-        """Write to `folder` from now on; rank 0 gives the one that it has locked."""
+    def record_in(self, folder: Ledger | str) -> None:
+        """Write to `folder` from now on ("": nowhere); rank 0 gives the one that it has locked.
+
+        It receives stacks-rank*.txt, progress.json and, in its ledger, how a run failed.
+        """
         self.ledger = folder if isinstance(folder, Ledger) else Ledger(folder) if folder else None
 
     def phase(self, name: str, update: int = -1) -> None:
@@ -165,9 +165,9 @@ class Watchdog:
             if self.process.launcher != "none" and os.getppid() != self._parent:
                 os.kill(os.getpid(), signal.SIGTERM)  # so that training saves
                 if not self._stop.wait(GRACE_WITHOUT_LAUNCHER):
-                    end_now(ExitCode.FAILED)
+                    os._exit(ExitCode.FAILED)
                 return
-            if self.hang_timeout and self._clock() - self._asked > self.hang_timeout:
+            if self._clock() - self._asked > self.hang_timeout:
                 self._end(self._store_gone(f"no answer for {self.hang_timeout:.0f} s"))
 
     def _watch(self) -> None:
@@ -207,7 +207,7 @@ class Watchdog:
     def _send(self) -> None:
         beat = self.beat
         times = PATIENCE.get(beat.phase, 3 if beat.update <= self._first_update else 1)
-        beat.patience = self.hang_timeout * times or float("inf")
+        beat.patience = self.hang_timeout * times
         beat.age, beat.waits_in = self._clock() - self._since, self.process.waits_in
         beat.count += 1
         self._store.set(f"watchdog/{beat.rank}", json.dumps(dataclasses.asdict(beat)))
@@ -261,9 +261,10 @@ class Watchdog:
         self._ending.acquire()  # for ever when the other thread is at it
         mine, text = cause.teller == self.beat.rank, cause.text.rstrip(".")
         if cause.hang:
-            with suppress(OSError), open(self._stacks(str(self.beat.rank)) or os.dup(2), "w") as file:
+            stacks = self.ledger and self.ledger.path / f"stacks-rank{self.beat.rank}.txt"
+            with suppress(OSError), open(stacks or os.dup(2), "w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-            text += f"; Python stacks: {self._stacks('*') or 'above'}"
+            text += f"; Python stacks: {stacks.with_name('stacks-rank*.txt') if stacks else 'above'}"
         if self.process.is_main or mine:
             self._record(cause)
         own = self._error if mine and cause.rank == self.beat.rank else None
@@ -271,15 +272,12 @@ class Watchdog:
             text, own = str(own), None
         logger.error("%s%s", "" if mine else f"{self.beat.name} ends: ", text, exc_info=own)
         time.sleep((LINGER + (not mine)) * (self.process.world_size > 1))
-        end_now(cause.code)
+        os._exit(cause.code)  # without waiting for threads or collectives; loader workers end with it
 
     def _record(self, cause: Cause) -> None:
         if self.ledger is not None and self.ledger.path.is_dir():
             self.ledger.fail(cause.text, pid=self._main_pid, update=cause.update, rank=cause.rank,
                              node=cause.node, phase=cause.phase)
-
-    def _stacks(self, rank: str) -> str:
-        return f"{self.ledger.path}/stacks-rank{rank}.txt" if self.ledger else ""
 
 
 def _sentence(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from common.safe_load import safe_torch_load
 from models.zoo import VARIANTS, PublishedFile
 
 FOLDER_VARIABLE, HUB_WEIGHTS = "HORNET_CACHE", "model.safetensors"
-_TRIES, _TIMEOUT = 3, 30  # seconds without a byte
+_TRIES, _PAUSE, _TIMEOUT = 3, 0.2, 30  # seconds before the second try, seconds without a byte
 
 
 def cache_folder(folder: str | os.PathLike | None = None) -> Path:
@@ -98,7 +98,7 @@ def _download(file: PublishedFile, path: Path) -> str:
     socket.setdefaulttimeout(_TIMEOUT)  # torch.hub sets none, and a silent server would hang the run
     try:
         for attempt in range(_TRIES):
-            time.sleep(0.2 * 4 ** attempt if problem else 0)
+            time.sleep(_PAUSE * 4 ** attempt if problem else 0)
             logger.info("Downloading %s to %s", file.url, path)
             try:
                 download_url_to_file(file.url, str(path), file.sha256_prefix or None, sys.stderr.isatty())

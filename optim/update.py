@@ -18,17 +18,15 @@ from optim.schedule import Schedule
 
 
 class UpdateStats(NamedTuple):
-    """What an update did, as 0-dim float32 tensors on the device; reading one waits for the device.
+    """What an update did, as float32 tensors on the device; reading one waits for the device.
 
     `loss` is this rank's mean over the update's micro-batches, `grad_norm` the norm before clipping (after it
-    in the official mode), `finite` is 1.0 when the update was applied, `loss_finite` when the loss was finite
-    on every rank, `loss_scale` the factor in use during the update. `values` holds the five in one tensor.
+    in the official mode), `finite` is 1.0 when the update was applied; all are 0-dim. `values` holds the
+    three in one tensor, and after them 1.0 when the loss was finite on every rank, and the loss scale in use.
     """
     loss: Tensor
     grad_norm: Tensor
     finite: Tensor
-    loss_finite: Tensor
-    loss_scale: Tensor
     values: Tensor
 
 
@@ -163,7 +161,7 @@ class Update:
         self.optimizer.zero_grad(set_to_none=True)
         values = torch.stack([self._loss, norm.float(), finite.float(), flags[0], scale])
         self._loss = torch.zeros_like(self._loss)
-        return UpdateStats._make([*values, values])
+        return UpdateStats(values[0], values[1], values[2], values)
 
     def _step(self, grads: list[Tensor], scale: Tensor, norm: Tensor, finite: Tensor) -> None:
         if self.host_reads and not finite.item():

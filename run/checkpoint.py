@@ -252,7 +252,7 @@ class Checkpoints:
             disk = os.statvfs(self.folder)
             if disk.f_files and not disk.f_favail:  # some file systems have no fixed number: 0 of 0
                 free = f"all {disk.f_files} inodes of this disk are used: remove some files, of any size"
-            there = [path.name for path in (*self.numbered()[-1:], *self._best_files())]
+            there = [path.name for path in (*self.numbered()[-1:], *self.best_files())]
         except OSError:
             free = "the folder is gone"
         cause = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -296,7 +296,8 @@ class Checkpoints:
             names = os.listdir(folder)
         return sorted((folder / name for name in names if position(name)), key=_at)
 
-    def _best_files(self) -> list[Path]:
+    def best_files(self) -> list[Path]:
+        """The files of the best epochs that there are."""
         return [self.folder / name for name in _SCORED if (self.folder / name).is_file()]
 
     def sweep(self) -> int:
@@ -320,7 +321,7 @@ class Checkpoints:
         """
         passed: list[str] = []
         try:
-            numbered, best = retried(lambda: (self.numbered(), self._best_files()), str(self._owner.path))
+            numbered, best = retried(lambda: (self.numbered(), self.best_files()), str(self._owner.path))
         except OSError as error:
             raise kind_of(error)(f"{self._owner.path} cannot be read ({error}).",
                                  code="unusable_folder") from error
@@ -415,7 +416,7 @@ def find_checkpoint(resolved: Resolved, folder: RunFolder | None) -> Loaded | No
         return None
     checkpoints = Checkpoints(folder or ".")
     if not asked and not options.auto_resume:
-        if checkpoints.numbered() or checkpoints._best_files():  # weights of the Hub's layout are no run's
+        if checkpoints.numbered() or checkpoints.best_files():  # weights of the Hub's layout are no run's
             raise UserError(f"--auto_resume false, but {checkpoints.folder} holds the checkpoints of an "
                             "earlier run; choose another --output_dir.", code="other_run")
         return None

@@ -9,7 +9,7 @@ from tests.kits.images import write_images
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
-    """train/ and val/ of 52 and 14 noise images in three classes."""
+    """train/ and val/ of 52 and 14 images in three classes."""
     return write_images(tmp_path_factory.mktemp("images"))
 
 

@@ -15,38 +15,23 @@ import pytest
 from config.options import NO_EFFECT, OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
-# Each room and the rooms it may import besides itself; files at the top level are rooms of one file.
-MAY_IMPORT = {
-    "common": set(),
-    "config": {"common"},
-    "models": {"common", "config"},
-    "datasets": {"common", "config", "native"},
-    "optim": {"common", "config"},
-    "launch": {"common", "config"},
-    "native": {"common", "models"},
-}
-MAY_IMPORT["engine"] = {"common", "config", "models", "datasets", "optim", "launch"}
-MAY_IMPORT["run"] = MAY_IMPORT["engine"] | {"engine"}
-MAY_IMPORT["report"] = MAY_IMPORT["run"] | {"run"}
-MAY_IMPORT["evaluation"] = MAY_IMPORT["report"] | {"report", "native"}
-MAY_IMPORT["plan"] = MAY_IMPORT["evaluation"] | {"evaluation"}
-MAY_IMPORT["training"] = MAY_IMPORT["plan"] | {"plan"}
-MAY_IMPORT["dryrun"] = MAY_IMPORT["tools"] = MAY_IMPORT["training"] | {"training"}
-MAY_IMPORT["main"] = MAY_IMPORT["dryrun"] | {"dryrun", "tools"}
-MAY_IMPORT["dense"] = MAY_IMPORT["main"] | {"main", "native"}
-MAY_IMPORT["hubconf"] = {"common", "config", "models"}
+# Each room may import those before it, but not its neighbours on a line; files at the top level are rooms of one file.
+LAYERS = ("common", "config", "models datasets optim launch", "engine", "run", "report", "evaluation", "plan",
+          "training", "dryrun tools", "main", "dense")
+MAY_IMPORT = {room: {*" ".join(LAYERS[:number]).split()} for number, layer in enumerate(LAYERS) for room in layer.split()}
+MAY_IMPORT |= {"native": {"common", "models"}, "hubconf": {"common", "config", "models"}}
+for room in ("datasets", *" ".join(LAYERS[6:]).split()):
+    MAY_IMPORT[room].add("native")
 CORE = [room for room in MAY_IMPORT if room not in ("native", "dense")]
 # Goals are core 7,600 lines in 77 modules (6,100 in 62, data forms 800 in 8, GPU work 250 in 2, weights and Hub
 # 450 in 5), benchmarks 350 beside those of GPUs, tests 7,000 beside those of dense/. Limits above them only ever fall.
 LINES = {"core": 8083, "native": 1700, "dense": 2300, "benchmarks": 467, "tests": 11275}
 MODULES, FILE, FUNCTION, COLUMNS, ANY = 77, 350, 50, 110, 20
-FORBIDDEN = re.compile(
-    r"picture|\bmend(?:s|ed|ing)?\b|\banew\b|\brightly\b|\bwrongly\b|\bcan be had\b|\btold\b", re.I)
+FORBIDDEN = re.compile(r"picture|\b(mend(s|ed|ing)?|anew|rightly|wrongly|can be had|told)\b", re.I)
 # Keys and flags of earlier versions, which stay readable.
 KEPT = {"run/state.py": 1, "report/page.py": 2}
 SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
-           tokenize.ENDMARKER,
-           tokenize.ENCODING}
+           tokenize.ENDMARKER, tokenize.ENCODING}
 
 
 def files(*rooms: str, suffix: str = ".py") -> list[Path]:
@@ -76,51 +61,44 @@ def code_lines(path: Path) -> frozenset[int]:
                      for line in range(token.start[0], token.end[0] + 1)) - docs
 
 
-def worst(found: dict[str, int], count: int = 15) -> str:
-    """The largest entries, a line each."""
-    return "".join(f"\n  {value:5d}  {key}" for key,
-                   value in sorted(found.items(), key=lambda item: -item[1])[:count])
+def check(found: dict[str, int], limit: int, what: str) -> None:
+    """All of `found` together are at most `limit`; else the largest entries, a line each."""
+    largest = sorted(found.items(), key=lambda item: -item[1])[:30]
+    assert sum(found.values()) <= limit, f"{sum(found.values())} {what} of {limit}; the largest:" + "".join(
+        f"\n  {value:5d}  {key}" for key, value in largest if value)
 
 
 @pytest.mark.parametrize("part", LINES)
 def test_code_lines(part):
-    found = {name(path): len(code_lines(path)) for path in files(*(CORE if part == "core" else [part]))}
-    total = sum(found.values())
-    assert total <= LINES[part], f"{part}: {total} code lines of {LINES[part]}; the largest files:{worst(found)}"
+    rooms = CORE if part == "core" else [part]
+    check({name(path): len(code_lines(path)) for path in files(*rooms)}, LINES[part], f"code lines in {part}")
 
 
 def test_modules():
-    found = [path for path in files(*CORE) if code_lines(path)]
-    assert len(found) <= MODULES, f"{len(found)} modules with code in the core, of {MODULES}"
+    check({name(path): 1 for path in files(*CORE) if code_lines(path)}, MODULES, "modules with code in the core")
 
 
 def test_files_and_functions():
-    product = files(*CORE, "native", "dense", "benchmarks", "tests")
-    long = {name(path): len(code_lines(path)) for path in product if len(code_lines(path)) > FILE}
-    for path in product:
+    long = {}
+    for path in files(*CORE, "native", "dense", "benchmarks", "tests"):
+        if len(code_lines(path)) > FILE:
+            long[name(path)] = len(code_lines(path))
         for node in ast.walk(tree(path)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 size = len(code_lines(path) & {*range(node.lineno, node.end_lineno + 1)})
                 if size > FUNCTION:
                     long[f"{name(path)}:{node.lineno} {node.name}"] = size
-    assert not long, f"files above {FILE} or functions above {FUNCTION} code lines:{worst(long)}"
+    check(long, 0, f"lines in files above {FILE} or functions above {FUNCTION} code lines")
 
 
 def test_columns():
-    wide = {}
-    for path in files(*CORE, "native", "dense", "benchmarks", "examples"):
-        widths = [len(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if any(width > COLUMNS for width in widths):
-            wide[name(path)] = sum(width > COLUMNS for width in widths)
-    assert not wide, f"{sum(wide.values())} lines are wider than {COLUMNS} columns:{worst(wide)}"
+    check({name(path): sum(len(line) > COLUMNS for line in path.read_text(encoding="utf-8").splitlines())
+           for path in files(*CORE, "native", "dense", "benchmarks", "examples")}, 0, f"lines wider than {COLUMNS} columns")
 
 
 def test_any():
-    found = {}
-    for path in files(*CORE):
-        count = sum(isinstance(node, ast.Name) and node.id == "Any" for node in ast.walk(tree(path)))
-        found |= {name(path): count} if count else {}
-    assert sum(found.values()) <= ANY, f"{sum(found.values())} Any in the core, of {ANY}:{worst(found)}"
+    check({name(path): sum(isinstance(node, ast.Name) and node.id == "Any" for node in ast.walk(tree(path)))
+           for path in files(*CORE)}, ANY, "Any in the core")
 
 
 def test_option_names_are_frozen():
@@ -146,8 +124,7 @@ def test_imports_point_one_way(room):
     rooms = {*MAY_IMPORT, "benchmarks", "tests", "examples"}
     assert files(room)
     for path in files(room):
-        strangers = imported(path) & rooms - MAY_IMPORT[room] - {room}
-        assert not strangers, f"{name(path)} imports {', '.join(sorted(strangers))}"
+        assert not imported(path) & rooms - MAY_IMPORT[room] - {room}, name(path)
 
 
 def test_only_images_asks_for_the_native_decoder():
@@ -162,12 +139,8 @@ def test_no_print_and_no_cuda_call():
 
 
 def test_words():
-    """The field's own words; DESIGN's list is in FORBIDDEN."""
-    found = {}
-    pages = [path for path in (ROOT / "README.md", ROOT / "TRAINING.md", ROOT / "CONTRIBUTING.md")
-             if path.exists()]
-    for path in (*files(*CORE, "native", "dense"), *files("report", suffix=".html"),
-                 *files("recipes", suffix=".yaml"), *pages):
-        count = len(FORBIDDEN.findall(path.read_text(encoding="utf-8"))) - KEPT.get(name(path), 0)
-        found |= {name(path): count} if count > 0 else {}
-    assert not found, f"{sum(found.values())} words that the project does not use:{worst(found, 60)}"
+    """The field's own words instead of those in FORBIDDEN."""
+    pages = [ROOT / page for page in ("README.md", "TRAINING.md", "CONTRIBUTING.md")]
+    check({name(path): max(0, len(FORBIDDEN.findall(path.read_text(encoding="utf-8"))) - KEPT.get(name(path), 0))
+           for path in (*files(*CORE, "native", "dense"), *files("report", suffix=".html"),
+                        *files("recipes", suffix=".yaml"), *pages)}, 0, "words that the project does not use")

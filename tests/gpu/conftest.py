@@ -2,9 +2,9 @@
 import pytest
 import torch
 
-from benchmarks.timing import markdown
+from benchmarks.timing import table
 
-ROWS: list[list[str]] = []
+ROWS: list[dict] = []
 
 
 def pytest_collection_modifyitems(items):
@@ -16,16 +16,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def figure():
     """Files a row of the table; the test fails where it does not hold."""
-    def add(what: str, found: float | str, expected: str, holds: bool = True) -> None:
-        ROWS.append([what, f"{found:.3g}" if isinstance(found, float) else str(found), expected, "yes" if holds else "NO"])
-        assert holds, f"{what}: {found}, expected {expected}"
+    def add(what: str, found: object, expected: str, holds: bool = True) -> None:
+        ROWS.append({"what": what, "found": found, "expected": expected, "holds": "yes" if holds else "NO"})
+        assert holds, ROWS[-1]
     return add
 
 
 def pytest_terminal_summary(terminalreporter):
     if ROWS:
-        name, count = torch.cuda.get_device_name(), torch.cuda.device_count()
-        terminalreporter.write_line(f"\n{count} x {name}, torch {torch.__version__}, CUDA {torch.version.cuda}\n")
-        terminalreporter.write_line(markdown("what, found, expected, holds", ROWS))
-        terminalreporter.write_line("\nPlease send this table as an issue of the repository, with bench-gpu.json if you "
-                                    "have it (docs/GPU.md).")
+        about = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+        terminalreporter.write_line(f"\n{about}\n\n{table(ROWS)}\n\nPlease send this table as an issue of the repository, "
+                                    "with bench-gpu.json if you have it (docs/GPU.md).")

@@ -1,5 +1,4 @@
 """Devices that are not there: operations on them are checked and counted, not computed."""
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,22 +19,13 @@ _WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzer
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operations that start kernels by name, a fused or foreach one as one; `total` of them."""
+    """Counts the operations that start kernels, a fused or foreach one as one: `total`."""
 
-    def __init__(self):
-        super().__init__()
-        self.count: Counter[str] = Counter()
-
-    @property
-    def total(self) -> int:
-        return sum(self.count.values())
+    total = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        result = function(*arguments, **(keywords or {}))
-        name = function.overloadpacket.__name__
-        if not function.is_view and name not in _FREE:
-            self.count[name] += 1
-        return result
+        self.total += not function.is_view and function.overloadpacket.__name__ not in _FREE
+        return function(*arguments, **(keywords or {}))
 
 
 class HostWaits(RuntimeError):
@@ -46,17 +36,18 @@ class NoHostReads(TorchDispatchMode):
     """Raises HostWaits where the host would wait for a device other than the CPU."""
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        keywords, name = keywords or {}, function.overloadpacket.__name__
-        given = [leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, torch.Tensor)]
-        # The target of a copy is its first argument.
-        sources = given[1:] if name == "copy_" else given
-        if any(tensor.device.type != "cpu" for tensor in sources):
-            if name in _WAITS:
-                raise HostWaits(name)
-            results = given[:1] if name == "copy_" else tree_leaves(function(*arguments, **keywords))
-            if any(isinstance(each, torch.Tensor) and each.device.type == "cpu" for each in results):
-                raise HostWaits(name)
-        return function(*arguments, **keywords)
+        name, given = function.overloadpacket.__name__, _on_cpu((arguments, keywords))
+        if name in _WAITS and not all(given):
+            raise HostWaits(name)
+        result = function(*arguments, **(keywords or {}))
+        sources, made = (given[1:], given[:1]) if name == "copy_" else (given, _on_cpu(result))
+        if any(made) and not all(sources):
+            raise HostWaits(name)
+        return result
+
+
+def _on_cpu(tree: object) -> list[bool]:
+    return [leaf.device.type == "cpu" for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 @contextmanager

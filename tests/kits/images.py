@@ -42,25 +42,12 @@ def fill_folder(folder: Path, count: int) -> None:
 
 
 def write_images(folder: Path, train: int = 52, val: int = 14) -> Path:
-    """train/ and val/ with PNGs of noise in three classes."""
-    rng = np.random.default_rng(0)
-    for path, _, _ in _places(folder, train, val):
-        Image.fromarray(rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(path)
-    return folder
-
-
-def write_textures(folder: Path, train: int, val: int) -> Path:
     """train/ and val/ with textured PNGs of several sizes, some of them gray, in three classes; always the
     same bits."""
-    for path, number, index in _places(folder, train, val):
-        pixels = parity_image(number, 34 + 5 * (index % 4), 30 + 7 * (index % 3))
-        Image.fromarray(pixels).convert("L" if index % 7 == 3 else "RGB").save(path)
-    return folder
-
-
-def _places(folder: Path, train: int, val: int):
     for part, count, first in (("train", train, 0), ("val", val, 1000)):
         for index in range(count):
             path = folder / part / f"class{index % 3}" / f"{index:03}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            yield path, first + index, index
+            pixels = parity_image(first + index, 34 + 5 * (index % 4), 30 + 7 * (index % 3))
+            Image.fromarray(pixels).convert("L" if index % 7 == 3 else "RGB").save(path)
+    return folder

@@ -16,6 +16,7 @@ from optim.ema import Ema
 from optim.finite import FiniteWatch
 from optim.schedule import Schedule
 from optim.update import Update
+from plan import Classification
 
 CLASSES, SIZE, IMAGES = 7, 6, 64
 
@@ -76,10 +77,10 @@ def batch(indices, positions):
 
 class ToyTask:
     """Labels smoothed by a tenth. `prepare` and `criterion` may be replaced."""
-    score, loaders, autocast_dtype = "test_acc1", (), None
+    losses, seed, autocast_dtype = Classification.losses, 0, None
 
-    def __init__(self, model, values, sampler, dtype, seed=0):
-        self.model, self.sampler, self.seed = model, sampler, seed
+    def __init__(self, model, values, sampler, dtype):
+        self.model, self.sampler, self.drop_draws = model, sampler, getattr(model, "num_drop_draws", 0)
         self.optimizer = build_optimizer(model, values)
         self.schedule = Schedule(values, IMAGES // sampler.global_batch)
         self.prepare = lambda b: (b.images.to(dtype), b.targets)
@@ -88,18 +89,6 @@ class ToyTask:
     def batches(self, epoch, first_update):
         self.sampler.set_start(epoch, first_update)
         return self.sampler
-
-    def losses(self, model, batch, update):
-        images, targets = self.prepare(batch)
-        count = getattr(getattr(model, "module", model), "num_drop_draws", 0)
-        draws = engine.drop_draws(count, self.seed, update, batch, images.device)
-        with engine.autocast(images.device, self.autocast_dtype):
-            logits = model(images, **draws)
-        hits = None if targets.is_floating_point() else (logits.detach().argmax(1) == targets).sum()
-        return self.criterion(engine.full_precision(logits), targets), hits
-
-    def evaluate(self, networks, observer, update):
-        return {}
 
 
 def training(process=None, dtype=torch.float64, global_batch=16, mode="skip", model=None, wrap=None, ema=0.9,

@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -61,16 +62,13 @@ def cluster():
     if missing:
         pytest.skip(f"{', '.join(missing)} not found: apt-get install slurm-wlm munge")
     folder = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))  # short: its sockets' paths have a limit
-    cluster, old = Cluster(folder), dict(os.environ)
+    cluster = Cluster(folder)
+    found = environment(SLURM_CONF=str(folder / "slurm.conf"), PATH=f"{folder / 'bin'}:{os.environ['PATH']}")
     try:
         cluster.control("start")
-        clean = environment(SLURM_CONF=str(folder / "slurm.conf"), PATH=f"{folder / 'bin'}:{old['PATH']}")
-        os.environ.clear()
-        os.environ.update(clean)
-        yield cluster
+        with patch.dict(os.environ, found, clear=True):
+            yield cluster
     finally:
-        os.environ.clear()
-        os.environ.update(old)
         cluster.control("stop")
         shutil.rmtree(folder, ignore_errors=True)
     assert not cluster.left_over()

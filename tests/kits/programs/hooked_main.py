@@ -3,11 +3,10 @@
     hooked_main.py '{"at": [{"rank": 1, "phase": "data", "update": 7, "do": "SIGKILL"}]}' <options of main.py>
 
 `do` is a signal for the process itself, "raise", or "infinite_input"/"infinite_loss" for the update's forward
-pass. "now": FOLDER keeps the last "phase update pid" of each rank in FOLDER/now-RANK; "states": FOLDER keeps
-the weights and their average after each update in FOLDER/RANK-UPDATE.pth; "losses": FOLDER appends loss and
-gradient norm of each update to FOLDER/losses-RANK; "batches": FOLDER appends a line "update position hash" to
-FOLDER/PID for each image as the network gets it, its target and the boxes erased from it. "brake": FILE makes
-updates slow while it exists; "native": "0" takes plain operators.
+pass. "now": FOLDER keeps the last "phase update pid" of each rank in FOLDER/now-RANK; "losses": FOLDER
+appends loss and gradient norm of each update to FOLDER/losses-RANK; "batches": FOLDER appends a line "update
+position hash" to FOLDER/PID for each image as the network gets it, its target and the boxes erased from it.
+"brake": FILE makes updates slow while it exists; "native": "0" takes plain operators.
 """
 import hashlib
 import importlib
@@ -18,12 +17,10 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 
 def hooked(base: type, hook: dict) -> type:
     """The trainer `base`, disturbed as `hook` says."""
-    folders = {name: Path(hook[name]) for name in ("now", "states", "losses", "batches", "brake") if name in hook}
+    folders = {name: Path(hook[name]) for name in ("now", "losses", "batches", "brake") if name in hook}
 
     class Hooked(base):
         def on_phase(self, phase: str, update: int) -> None:
@@ -43,11 +40,6 @@ def hooked(base: type, hook: dict) -> type:
                 _note_batches(self, folders["batches"] / str(os.getpid()))
 
         def after_update(self, update: int, stats, sums) -> bool:
-            if "states" in folders:
-                state = self.state_dict()
-                parts = {"model": state["model"], "model_ema": state["model_ema"],
-                         "optimizer": state["optimizer"]["state"], "finite": bool(stats.finite)}
-                torch.save(parts, folders["states"] / f"{self.process.rank}-{update}.pth")
             if "losses" in folders:
                 with open(folders["losses"] / f"losses-{self.process.rank}", "a") as file:
                     file.write(json.dumps({"update": update, "loss": stats.loss.item(),

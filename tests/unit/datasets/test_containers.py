@@ -121,7 +121,7 @@ def test_the_originals_need_a_devkit_that_fits(tmp_path):
 
     refuses("no_class_folders", "--val_labels")
     devkit(path, ["n01440764"], ["n01440764"])
-    refuses("invalid_labels", "1 labels")
+    refuses("unreadable_data", path, "1 labels for 2 images")
     path.write_bytes(gzip.compress(bytes(300 << 20), 1))
     refuses("unreadable_data", path)
 

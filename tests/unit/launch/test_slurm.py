@@ -6,6 +6,7 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from submitit.slurm.slurm import SlurmJobEnvironment
@@ -20,12 +21,11 @@ from tests.kits.processes import environment
 @pytest.fixture(autouse=True)
 def job_7(monkeypatch):
     """The variables of job 7, and none of another launcher."""
-    for name in set(os.environ) - set(environment()):
-        monkeypatch.delenv(name)
-    for name, value in {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_RESTART_COUNT": "0"}.items():
-        monkeypatch.setenv(name, value)
     monkeypatch.setattr(slurm, "squeue", lambda job, what: "RUNNING")
     monkeypatch.setattr(slurm, "HOLD", 0)
+    job = dict(SLURM_JOB_ID="7", SLURM_PROCID="0", SLURM_NTASKS="1", SLURM_RESTART_COUNT="0")
+    with patch.dict(os.environ, environment(**job), clear=True):
+        yield
 
 
 class _Environment:
@@ -154,6 +154,10 @@ def test_what_main_could_not_record_the_task_does(tmp_path, monkeypatch):
     task.after(-signal.SIGKILL)
     status = trained.status()
     assert (status["state"], status["update"], status["rank"]) == ("FAILED", 36, 0) and "SIGKILL" in status["cause"]
+    monkeypatch.setattr(slurm, "HOLD", 60)
+    began = time.monotonic()
+    assert Task(job(folder, run), _Environment(1, [])).after(ExitCode.FAILED) == 1  # it knows what was decided
+    assert time.monotonic() - began < 30
 
 
 def test_a_signal_before_main_handles_any_loses_nothing(tmp_path):

@@ -1,5 +1,4 @@
 """Stop requests: signals, agreement of all ranks, time limits."""
-import os
 import signal
 import subprocess
 import sys
@@ -72,16 +71,6 @@ def test_a_second_interrupt_within_a_second_is_the_same_and_a_later_one_interrup
         monkeypatch.setattr(stop_module, "SAME_CTRL_C", -1.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-
-
-def test_a_forked_loader_worker_outlives_the_signals_of_its_group():
-    with StopRequest() as stop:
-        child = os.fork()
-        if child == 0:
-            for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR1):
-                os.kill(os.getpid(), number)
-            os._exit(7 if not stop.requested else 8)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_training_stops_before_the_end_of_a_job(monkeypatch):

@@ -1,6 +1,7 @@
 """Which paths a machine takes, what a run saves of it, and what happens where they are missing."""
 import copy
 import json
+from functools import cache
 
 import pytest
 import timm
@@ -15,70 +16,59 @@ COMPILED = dict(linear="default", kernels="compiled", allocator="default")
 
 
 @pytest.fixture(autouse=True)
-def asked_again():
-    """What a process finds out once, forgotten before and after."""
-    for cached in (paths._agrees, kernels.library):
-        cached.cache_clear()
-    yield
-    for cached in (paths._agrees, kernels.library):
-        cached.cache_clear()
+def asked_again(monkeypatch):
+    """What a process finds out once is found out again."""
+    for place, name in ((paths, "_agrees"), (kernels, "library")):
+        monkeypatch.setattr(place, name, cache(getattr(place, name).__wrapped__))
 
 
-def blocks(model):
-    return [module for module in model.modules() if isinstance(module, Block)]
+@pytest.fixture
+def model():
+    return timm.create_model("hornet_pico_7x7")
 
 
-def test_paths_are_plain_data_and_repeatable():
+def runners(model):
+    return {module.runner for module in model.modules() if isinstance(module, Block)}
+
+
+def test_paths_are_plain_data_repeatable_and_those_of_every_block(model):
     chosen = paths.code_paths("cpu")
-    assert json.loads(json.dumps(chosen)) == chosen == paths.code_paths("cpu")
     torch.manual_seed(0)
     first = torch.rand(1)
     torch.manual_seed(0)
     paths._agrees.cache_clear()
-    assert paths.use_code_paths(chosen, "cpu") == chosen  # its self-test draws weights, not from our numbers
-    assert torch.equal(torch.rand(1), first)
+    assert json.loads(json.dumps(chosen)) == chosen == paths.use_code_paths(chosen, "cpu")
+    assert torch.equal(torch.rand(1), first)  # its self-test draws weights, not from our numbers
     assert paths.use_code_paths({}, "cpu") == paths.PLAIN_PATHS
     assert paths.code_paths("cuda") == paths.use_code_paths(chosen, "cuda") == paths.PLAIN_PATHS
-
-
-def test_attach_gives_every_block_the_paths_of_the_run():
-    model = timm.create_model("hornet_pico_7x7")
-    chosen = native.attach(model)
-    assert chosen == paths.code_paths("cpu")
+    assert native.attach(model) == chosen
     if chosen["kernels"] == "compiled":
-        assert len({id(block.runner) for block in blocks(model)}) == 1 and blocks(model)[0].runner.compiled
-        average = copy.deepcopy(model)
-        assert paths.runner_of(average) is not paths.runner_of(model)
-    assert native.attach(model, paths.PLAIN_PATHS) == paths.PLAIN_PATHS
-    assert all(block.runner is None for block in blocks(model))
+        assert len(runners(model)) == 1 and paths.runner_of(model).compiled
+        assert paths.runner_of(copy.deepcopy(model)) is not paths.runner_of(model)
+    assert native.attach(model, paths.PLAIN_PATHS) == paths.PLAIN_PATHS and runners(model) == {None}
 
 
-def test_a_path_that_is_wrong_is_not_used(monkeypatch):
-    class Wrong(runner.BlockRunner):
+@pytest.mark.parametrize("compiler", [True, False])
+def test_a_path_that_is_incorrect_or_cannot_be_built_is_not_used(monkeypatch, compiler):
+    class Incorrect(runner.BlockRunner):
         def layer_norm(self, *args):
             return super().layer_norm(*args) * 1.01
 
-    monkeypatch.setattr(paths, "BlockRunner", Wrong)
-    assert paths.code_paths("cpu")["kernels"] == "plain"
-
-
-def test_without_a_compiler_everything_stays_plain(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
+    if compiler:
+        monkeypatch.setattr(paths, "BlockRunner", Incorrect)
+    else:
+        monkeypatch.setenv("PATH", "")
+        monkeypatch.delenv("CXX", raising=False)
     assert paths.code_paths("cpu")["kernels"] == "plain"
 
 
 @pytest.mark.parametrize("switched_off", [True, False])
-def test_a_resumed_run_says_which_of_its_paths_it_cannot_take(monkeypatch, caplog, switched_off):
-    model = timm.create_model("hornet_pico_7x7")
-    with monkeypatch.context() as changes:  # ends before the fixture forgets what the real one found
-        if switched_off:
-            changes.setenv("HORNET_NATIVE", "0")
-            assert native.attach(model) == paths.PLAIN_PATHS
-        else:
-            changes.setattr(paths, "_agrees", lambda name: False)
-        with caplog.at_level("WARNING", "hornet"):
-            assert native.attach(model, COMPILED) == paths.PLAIN_PATHS
-    assert all(block.runner is None for block in blocks(model))
-    message, = caplog.messages
+def test_a_resumed_run_says_which_of_its_paths_it_cannot_take(monkeypatch, logged, model, switched_off):
+    if switched_off:
+        monkeypatch.setenv("HORNET_NATIVE", "0")
+        assert native.attach(model) == paths.PLAIN_PATHS
+    else:
+        monkeypatch.setattr(paths, "_agrees", lambda name: False)
+    assert native.attach(model, COMPILED) == paths.PLAIN_PATHS and runners(model) == {None}
+    message, = logged.messages
     assert "kernels=compiled" in message and ("HORNET_NATIVE=0" in message) == switched_off

@@ -4,30 +4,37 @@ seen.
 import copy
 import pickle
 import platform
+from functools import cache
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 import models  # noqa: F401 - registers the models with timm
 import native
 from models.gnconv import GnConv, global_filter
 from models.hornet import Block
-from native import kernels, paths, runner
+from native import kernels, runner
+from tests.kits.devices import Launches
 
 if kernels.library() is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
-PATHS = [pytest.param(dict(linear="onednn", kernels="plain", allocator="default"), id="onednn"),
-         pytest.param(dict(linear="default", kernels="compiled", allocator="default"), id="compiled"),
-         pytest.param(dict(linear="onednn", kernels="compiled", allocator="default"), id="both")]
+# Products by oneDNN or by the default library, compiled kernels or plain PyTorch, more flags of the compiler.
+RUNNERS = {"onednn": (True, False), "compiled": (False, True), "both": (True, True)}
+if platform.machine() in ("x86_64", "AMD64"):  # what CPUs without AVX-512 compile, also where this one has it
+    RUNNERS["narrow vectors"] = True, True, "-mno-avx512f"
 
 
-@pytest.fixture
-def fast(request):
-    return runner.BlockRunner(request.param["linear"] == "onednn", request.param["kernels"] == "compiled")
+@pytest.fixture(params=RUNNERS.values(), ids=RUNNERS)
+def fast(request, monkeypatch):
+    onednn, compiled, *flags = request.param
+    if flags:
+        monkeypatch.setattr(kernels, "FLAGS", (*kernels.FLAGS, *flags))
+        monkeypatch.setattr(kernels, "library", cache(kernels.library.__wrapped__))
+    return runner.BlockRunner(onednn, compiled)
 
 
 def gradients(block, x, keep):
@@ -37,7 +44,6 @@ def gradients(block, x, keep):
     return [out, *torch.autograd.grad((out.double() * weight).sum(), [x, *block.parameters()])]
 
 
-@pytest.mark.parametrize("fast", PATHS, indirect=True)
 @pytest.mark.parametrize("shape", [(2, 48, 14, 14), (1, 40, 9, 17), (3, 16, 7, 7), (2, 8, 4, 30)])
 @pytest.mark.parametrize("kernel_size,spatial", [(7, "conv"), (5, "conv"), (3, "conv"), (7, (5, 3)), (7, "own grid")])
 def test_a_block_equals_float64(fast, shape, kernel_size, spatial):
@@ -59,91 +65,63 @@ def test_a_block_equals_float64(fast, shape, kernel_size, spatial):
 
 def test_gelu_over_its_whole_range():
     x = torch.cat([torch.linspace(-30, 30, 100_001), torch.tensor([0.0, -0.0, 1e-30, 1e30, -1e30])])
-    want = F.gelu(x.double())
+    exact = x.double().requires_grad_()
+    want = F.gelu(exact)
     assert float((kernels.gelu(x) - want).abs().div(x.abs().clamp(min=1)).max()) < 4e-7
-    slope = x[:100_001].clone()
-    inner = slope.double().requires_grad_()
-    exact, = torch.autograd.grad(F.gelu(inner).sum(), inner)
-    kernels.gelu(slope, with_slope=True)
-    assert float((slope - exact).abs().max()) < 1e-6
+    want[:100_001].sum().backward()
+    kernels.gelu(x, with_slope=True)
+    assert float((x - exact.grad)[:100_001].abs().max()) < 1e-6
     assert kernels.gelu(torch.tensor([float("nan")] * 3)).isnan().all()
 
 
-def pair(name, chosen, **kwargs):
+def pair(name, fast):
+    """A model on the runner `fast`, and an equal one in plain PyTorch."""
     torch.manual_seed(0)
-    plain = timm.create_model(name, num_classes=10, layer_scale_init_value=0.5, **kwargs)
-    fast = copy.deepcopy(plain)
-    paths.set_paths(fast, chosen)
-    return fast, plain
+    plain = timm.create_model(name, num_classes=10, layer_scale_init_value=0.5)
+    ours = copy.deepcopy(plain)
+    for module in ours.modules():
+        if isinstance(module, Block):
+            module.runner = fast
+    return ours, plain
 
 
-@pytest.mark.parametrize("chosen", PATHS)
-@pytest.mark.parametrize("name,product_dtype", [
+@pytest.mark.parametrize("name, product_dtype", [
     ("hornet_pico_7x7", None), ("hornet_pico_gf", None), ("hornet_pico_7x7", torch.float32)])
-def test_bfloat16_autocast_is_as_close_to_float32_as_the_plain_one(monkeypatch, name, chosen, product_dtype):
+def test_bfloat16_and_packed_weights_are_as_close_to_float32_as_plain_pytorch(monkeypatch, fast, name, product_dtype):
     """Also on a CPU without bfloat16 instructions, whose products are float32, in training and packed."""
     if product_dtype:
         monkeypatch.setattr(runner, "product_dtype", lambda dtype: product_dtype)
-    fast, plain = pair(name, chosen)
-    x = torch.randn(4, 3, 64, 64)
-    grads = []
-    for model, enabled in ((plain, False), (plain, True), (fast, True)):
-        model.zero_grad()
+    ours, plain = pair(name, fast)
+    x, found = torch.randn(4, 3, 64, 64), []
+    for model, enabled in ((plain, False), (plain, True), (ours, True)):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out = model(x)
-        out.float().square().mean().backward()
-        grads.append([out.float(), *(p.grad.clone() for p in model.parameters())])
-    distance = [sum(float(((a - b).norm() / (1e-6 + b.norm())).detach()) for a, b in zip(each, grads[0]))
-                for each in grads[1:]]
+            out = model(x).float()
+        found.append([out.detach(), *torch.autograd.grad(out.square().mean(), [*model.parameters()])])
+    exact, *others = found
+    distance = [sum(float((a - b).norm() / (1e-6 + b.norm())) for a, b in zip(each, exact)) for each in others]
     assert distance[1] < 1.3 * distance[0]
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), native.packed(fast, dtype=torch.bfloat16):
-        torch.testing.assert_close(fast(x).float(), grads[0][0], rtol=0, atol=0.05 * float(grads[0][0].abs().max()))
-
-
-@pytest.mark.parametrize("chosen", PATHS)
-def test_packed_weights_give_the_same_logits_and_are_dropped_afterwards(chosen):
-    fast, plain = pair("hornet_pico_gf", chosen)
-    x = torch.randn(2, 3, 64, 64)
-    with torch.inference_mode(), native.packed(fast):
-        assert bool(paths.runner_of(fast).packed) == (chosen["linear"] == "onednn")
-        for _ in range(2):
-            torch.testing.assert_close(fast(x), plain(x), rtol=1e-4, atol=1e-5)
+    for dtype, limit in ((torch.bfloat16, 0.05), (torch.float32, 1e-4)):
+        half = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+        with torch.inference_mode(), half, native.packed(ours, dtype=dtype):
+            assert bool(fast.packed) == fast.onednn
+            for _ in range(2):
+                torch.testing.assert_close(ours(x).float(), exact[0], rtol=0, atol=limit * float(exact[0].abs().max()))
     with torch.no_grad():
-        for model in (fast, plain):
-            for parameter in model.parameters():
-                parameter.mul_(1.1)
-        torch.testing.assert_close(fast(x), plain(x), rtol=1e-4, atol=1e-5)
+        for parameter in (*ours.parameters(), *plain.parameters()):
+            parameter.mul_(1.1)
+        torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
 def test_compiled_results_do_not_depend_on_threads():
-    x, taps, results, before = torch.randn(3, 9, 10, 24), torch.randn(49, 24), [], torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            out, kept = kernels.depthwise(x, taps, taps[0])
-            results.append([out, *kernels.depthwise_backward(out, *kept)])
-    finally:
-        torch.set_num_threads(before)
+    x, taps, results, threads = torch.randn(3, 9, 10, 24), torch.randn(49, 24), [], torch.get_num_threads()
+    for count in (threads + 1, threads):
+        torch.set_num_threads(count)
+        out, kept = kernels.depthwise(x, taps, taps[0])
+        results.append([out, *kernels.depthwise_backward(out, *kept)])
     assert all(map(torch.equal, *results))
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="others have one width of vectors")
-def test_kernels_for_narrower_vectors_equal_float64(monkeypatch):
-    """What CPUs without AVX-512 compile, also where this one has it."""
-    monkeypatch.setattr(kernels, "FLAGS", (*kernels.FLAGS, "-mno-avx512f"))
-    kernels.library.cache_clear()
-    try:
-        for kernel_size, spatial in ((7, "conv"), (7, (5, 3))):
-            test_a_block_equals_float64(runner.BlockRunner(), (1, 40, 9, 17), kernel_size, spatial)
-    finally:
-        kernels.library.cache_clear()
-
-
 class _Subclass(torch.Tensor):
-    pass
-
-
-class _MyLinear(nn.Linear):
     pass
 
 
@@ -151,11 +129,9 @@ CHANGES = {
     "a forward hook inside": lambda b: b.norm1.register_forward_hook(lambda *_: None),
     "a forward pre-hook inside": lambda b: b.gnconv.pws[0].register_forward_pre_hook(lambda *_: None),
     "a backward hook inside": lambda b: b.gnconv.register_full_backward_hook(lambda *_: None),
-    "a hook on gnConv's list": lambda b: b.gnconv.pws.register_forward_hook(lambda *_: None),
-    "a hook in the filter": lambda b: b.gnconv.dwconv.dw.register_forward_hook(lambda *_: None),
     "a hook in a new dictionary": lambda b: setattr(b.norm1, "_forward_hooks", {0: lambda *_: None}),
     "a replaced forward": lambda b: setattr(b.pwconv1, "forward", lambda x: x),
-    "a layer of another type": lambda b: setattr(b, "pwconv1", _MyLinear(32, 128)),
+    "a layer of another type": lambda b: setattr(b, "pwconv1", NonDynamicallyQuantizableLinear(32, 128)),
     "a norm without weights": lambda b: setattr(b, "norm2", nn.LayerNorm(32, elementwise_affine=False)),
     "a layer without bias": lambda b: setattr(b, "pwconv1", nn.Linear(32, 128, bias=False)),
     "a parametrised layer": lambda b: nn.utils.parametrizations.weight_norm(b.pwconv1),
@@ -172,21 +148,16 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_it_steps_aside_for_a_changed_block(change):
     """At each call: also after `attach`, and back again."""
-    block, x = timm.create_model("hornet_pico_gf").stages[2][0], torch.randn(1, 32, 4, 4)
-    fast, before = runner.BlockRunner(), copy.deepcopy(block)
+    block, x, fast = timm.create_model("hornet_pico_gf").stages[2][0], torch.randn(1, 32, 4, 4), runner.BlockRunner()
+    before = copy.deepcopy(block)
     assert fast(block, x, None) is not NotImplemented
     change(block)
-    assert fast(block, x, None) is NotImplemented
-    assert fast(before, x, None) is not NotImplemented
+    assert fast(block, x, None) is NotImplemented is not fast(before, x, None)
 
 
 def test_it_steps_aside_for_modes_transforms_and_types():
     block, fast = timm.create_model("hornet_pico_7x7").stages[1][0], runner.BlockRunner()
     x, seen = torch.randn(2, 16, 8, 8), []
-
-    class Watching(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-            return function(*arguments, **(keywords or {}))
 
     def note(x):
         seen.append(fast(block, x, None))
@@ -195,24 +166,20 @@ def test_it_steps_aside_for_modes_transforms_and_types():
     torch.vmap(note)(x[None])
     torch.func.grad(lambda x: note(x).sum())(x)
     torch.func.jvp(note, (x,), (x,))
-    with Watching():
-        note(x)
-    with torch.device("cpu"):  # a mode that sees every function
-        note(x)
-    with torch.autocast("cpu", torch.float16):
-        note(x)
-    for register in (nn.modules.module.register_module_forward_hook, block.norm2.register_forward_pre_hook):
-        with register(lambda *_: None):
+    for mode, *arguments in ((Launches,), (torch.device, "cpu"), (torch.autocast, "cpu", torch.float16),
+                             (nn.modules.module.register_module_forward_hook, print),
+                             (block.norm2.register_forward_pre_hook, print)):
+        with mode(*arguments):
             note(x)
-    for other in (x.double(), x.half(), x.to("meta"), x.as_subclass(_Subclass), x[:0]):
+    # The last one is for a float32 block.
+    for other in (x.double(), x.half(), x.to("meta"), x.as_subclass(_Subclass), x[:0], x.bfloat16()):
         note(other)
-    note(x.bfloat16())  # a float32 block
     assert len(seen) == 14 and all(out is NotImplemented for out in seen)
     assert fast(block, x, None) is not NotImplemented
 
 
 def test_a_model_pickled_where_there_were_kernels_runs_where_there_are_none(monkeypatch):
-    fast, plain = pair("hornet_pico_gf", PATHS[1].values[0])
+    ours, plain = pair("hornet_pico_gf", runner.BlockRunner())
     monkeypatch.setattr(kernels, "library", lambda: None)
     x = torch.randn(1, 3, 32, 32)
-    assert torch.equal(pickle.loads(pickle.dumps(fast))(x), plain(x))
+    assert torch.equal(pickle.loads(pickle.dumps(ours))(x), plain(x))

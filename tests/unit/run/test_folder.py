@@ -1,8 +1,9 @@
 """A run folder has one owner, who alone writes there."""
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
-import threading
 import time
 
 import pytest
@@ -11,17 +12,7 @@ from common.errors import UserError
 from common.ledger import Ledger
 from common.outcome import Outcome
 from run.folder import RunFolder
-from tests.kits.processes import wait_for
-
-
-def child(work) -> int:
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-        finally:
-            os._exit(1)
-    return pid
+from tests.kits.processes import Child, environment, wait_for
 
 
 def refused(path) -> UserError:
@@ -44,27 +35,28 @@ def test_a_second_training_is_refused_with_the_owner_named(folder, monkeypatch):
     assert error.code == "folder_in_use" and f"pid {os.getpid()}" in str(error) and "job 77" in str(error)
 
 
-def test_a_killed_owner_leaves_no_lock_though_its_workers_live_on(folder):
-    ready = folder.path.parent / "ready"
+def own_with_a_worker(path, worker) -> int:
+    """Lock the folder and write down the worker's process id; both stay for a while."""
+    RunFolder(path).lock()
+    if pid := os.fork():
+        worker.write_text(f"{pid}\n")
+    time.sleep(30)
+    os._exit(1)
 
-    def train():
-        RunFolder(folder.path).lock()
-        worker = child(lambda: time.sleep(30))
-        ready.with_suffix(".part").write_text(str(worker))
-        os.rename(ready.with_suffix(".part"), ready)
-        time.sleep(30)
-    owner = child(train)
-    wait_for(ready.exists)
+
+def test_a_killed_owner_leaves_no_lock_though_its_workers_live_on(folder):
+    worker = folder.path.with_name("worker")
+    owner = Child(own_with_a_worker, (folder.path, worker), environment())
+    wait_for(lambda: worker.exists() and worker.read_text().endswith("\n"))
     try:
-        assert f"pid {owner}" in str(refused(folder.path))
+        assert f"pid {owner.pid}" in str(refused(folder.path))
         shell = ["flock", "-n", folder.path / "owner.json", "true"]  # by which a script may tell
         assert subprocess.run(shell).returncode == 1
-        os.kill(owner, signal.SIGKILL)
-        os.waitpid(owner, 0)
+        owner.kill()
         assert subprocess.run(shell).returncode == 0
-        assert f"pid {owner}" in folder.lock() and folder.owner()["pid"] == os.getpid()
+        assert f"pid {owner.pid}" in folder.lock() and folder.owner()["pid"] == os.getpid()
     finally:
-        os.kill(int(ready.read_text()), signal.SIGKILL)
+        os.kill(int(worker.read_text()), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("there, used", [(False, False), (True, False), (False, True)])
@@ -78,14 +70,15 @@ def test_a_start_that_was_refused_leaves_no_folder_but_what_was_there_or_has_bee
     assert folder.path.exists() == (there or used) and folder.owner() == {}
 
 
-def test_who_waits_for_a_folder_that_its_owner_removes_makes_it_again(folder):
-    first = RunFolder(folder.path)
-    first.lock()
-    waiting = threading.Thread(target=folder.lock, kwargs={"wait": 30})
-    waiting.start()
-    time.sleep(0.3)
-    first.release()
-    waiting.join(30)
+def test_a_folder_that_its_owner_removes_at_that_moment_is_made_again(folder, monkeypatch):
+    real = fcntl.flock
+
+    def flock(descriptor: int, how: int) -> None:
+        monkeypatch.undo()
+        shutil.rmtree(folder.path)  # the owner made nothing there, and gives it back
+        real(descriptor, how)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    folder.lock()
     assert folder.owner()["pid"] == os.getpid() and refused(folder.path).code == "folder_in_use"
 
 
