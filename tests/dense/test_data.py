@@ -267,7 +267,8 @@ CLIP = {"upernet_tiny_gf": 1, "upernet_small_gf": 1, "upernet_base_gf": 1, "uper
 def test_recipe(config):
     kind, name, row = row_of(config)
     file, by = ("ade20k", "stage") if kind is SEGMENTOR else ("coco", "layer")
-    options = parse(["--config", str(RECIPES / f"{file}_{name}.yaml")], kind.options).options
+    command = ["--config", str(RECIPES / f"{file}_{name}.yaml"), "--data_path", "x"]
+    options = parse(command, kind.options).options
     assert options.published is row and options.lr == GROUPS[config]["base_lr"]
     expected = GROUPS[GROUPS[config].get("same_as", config)]["groups"]
     named = [(each, SimpleNamespace(requires_grad=True, ndim=len(shape))) for each, shape in NAMES[config]

@@ -306,7 +306,7 @@ def test_all_ranks_evaluate_with_the_statistics_of_the_first(tmp_path):
 def test_own_folders_of_images_and_label_maps(root):
     folder = root / "segmentation"
     own = data("segmentation", root, data_path=folder / "images", label_path=folder / "annotations",
-               zero_ignored="false").train
+               zero_ignored="false", classes=None).train
     image, labels = own.read(0)
     assert own.path(0).endswith("images/training/0000.png")
     assert image.shape[:2] == labels.shape == scenes.SIZE and labels.min() >= 1
