@@ -20,7 +20,6 @@ from config import rules
 from config.options import COMMON, KINDS, NO_EFFECT, OPTIONS, RECIPE_GROUPS, Options, Value, table
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-_LARGEST_RECIPE = 2 ** 20  # bytes
 # What a recipe cannot say: how this one run starts, and is looked at.
 _SOURCES = ("model", "finetune", "pretrained", "weights")
 _PER_LAUNCH = ("config", "print_config", "dry_run")
@@ -145,7 +144,7 @@ def read_recipe(path: str, kind: type[Options] | None = Options) -> dict[str, Va
     """
     name, values, known = plain(path, 300), {}, table(kind or Options)
     try:
-        node = yaml.compose(read_text(path, _LARGEST_RECIPE), Loader=yaml.BaseLoader)
+        node = yaml.compose(read_text(path, max_bytes=2 ** 20), Loader=yaml.BaseLoader)
     except FileNotFoundError:
         folder = f"{os.path.relpath(RECIPES)}/"
         hint = did_you_mean(Path(path).stem, _recipes(), folder + "{}.yaml") or f"; recipes are in {folder}."

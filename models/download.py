@@ -2,7 +2,6 @@
 import hashlib
 import http.client
 import os
-import re
 import socket
 import sys
 import time
@@ -53,8 +52,7 @@ def local_file(path_or_url: str | os.PathLike) -> str:
         return url
     if parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
         raise UserError(f"{url} is not an https address; files come over https only.", code="not_https")
-    last = re.sub(r"[^\w.-]", "_", urllib.parse.unquote(parts.path).rstrip("/").rsplit("/", 1)[-1])
-    name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{last or 'file.pth'}"
+    name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{Path(parts.path).name or 'file.pth'}"
     return str(fetch([PublishedFile(name, url)], cache_folder()))
 
 

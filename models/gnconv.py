@@ -66,9 +66,6 @@ class GnConv(nn.Module):
                 raise ValueError(f"gnConv kernel_size {kernel_size}: an odd number is needed, to keep sizes")
             self.dwconv = nn.Conv2d(total, total, kernel_size, padding=kernel_size // 2, groups=total)
         elif filter == "global" or isinstance(filter, (tuple, list)):
-            if total % 2:
-                raise ValueError(f"gnConv of order {order} with a global filter: dim must be a multiple of "
-                                 f"{2 ** order}, not {dim}: it filters half of the {total} gated channels")
             height, width = (14, 8) if filter == "global" else filter
             self.dwconv = GlobalLocalFilter(total, (height, width))
         else:
@@ -114,7 +111,8 @@ class GlobalLocalFilter(nn.Module):
     def __init__(self, dim: int, size: tuple[int, int] = (14, 8)):
         super().__init__()
         if dim < 2 or dim % 2:
-            raise ValueError(f"GlobalLocalFilter dim {dim}: an even number is needed, half for each branch")
+            raise ValueError(f"GlobalLocalFilter dim {dim}: an even number is needed, half for each branch; "
+                             "the dim of a gnConv of order n with a filter must be a multiple of 2^n")
         self.dw = nn.Conv2d(dim // 2, dim // 2, kernel_size=3, padding=1, bias=False, groups=dim // 2)
         self.complex_weight = nn.Parameter(torch.empty(dim // 2, *size, 2))
         self.pre_norm = LayerNorm2d(dim, eps=1e-6)

@@ -40,17 +40,15 @@ class Prediction(NamedTuple):
     probability: float
 
 
-_imagenet = cache(ImageNetInfo)
+@cache
+def _imagenet_titles() -> dict[str, str]:
+    both = ImageNetInfo("imagenet-22k"), ImageNetInfo("imagenet-1k")  # neither has all of the other's
+    return {name: title for one in both for name, title in zip(one.label_names(), one.label_descriptions())}
 
 
 def class_titles(class_names: Sequence[str]) -> list[str]:
     """Names for people: timm's ImageNet words for synsets such as n01440764, any other name unchanged."""
-    def title(name: str) -> str:
-        try:
-            return _imagenet().label_name_to_description(name)
-        except KeyError:
-            return name
-    return [title(name) for name in class_names]
+    return [_imagenet_titles().get(name, name) for name in class_names]
 
 
 def image_transforms(model: HorNet) -> tuple[Callable[[Image.Image], Image.Image], Transform]:

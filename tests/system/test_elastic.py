@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.kits.processes import PROGRAMS, codes, descendants, environment, finish, places, wait_for
+from tests.kits.processes import PROGRAMS, codes, descendants, environment, places, wait_for
 from tests.kits.runs import arguments, now, result, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -56,7 +56,8 @@ def test_a_lost_node_is_done_without_until_it_comes_back(images, tmp_path):
     agents[1] = agent(False)
     continues_on(2)
     brake.unlink()
-    finish(agents, 120)
+    for each in agents:
+        each.wait(120)
     assert codes(start(arguments(images, whole, **recipe), tmp_path / "console", batches=str(tmp_path / "whole_batches"))) == [0]
     assert batches(tmp_path / "batches") == batches(tmp_path / "whole_batches")
     one, other = (result(folder)["log"][-1] for folder in (whole, run))

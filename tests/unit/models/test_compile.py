@@ -97,8 +97,8 @@ def test_a_graph_that_computes_something_else_is_not_used(backend, monkeypatch, 
 
 def test_a_compiler_that_fails_is_one_line_and_it_is_used_by_all_processes_or_by_none(monkeypatch, caplog):
     model, agree = network("hornet_pico_7x7"), Mock(return_value=False)
-    for call, mine, words in ((lambda compute, **_: compute, True, "another process"),
-                              (Mock(side_effect=RuntimeError("no compiler here\nor there\nmore")), False, "no compiler here")):
+    broken = Mock(side_effect=RuntimeError("no compiler here\nor there\nmore"))
+    for call, mine, words in ((lambda compute, **_: compute, True, "another process"), (broken, False, "no compiler here")):
         monkeypatch.setattr(compiling.torch, "compile", call)
         assert compiled(model, agree=agree, saved="1 2 3 4") == "" and model.stages[0][0].runner is None
         agree.assert_called_with(mine)

@@ -68,7 +68,7 @@ def test_a_failed_download_is_retried_and_a_whole_file_asked_for_once(server, tm
     assert server.asked == [kind] * (failures + 1) and len([*(tmp_path / "new" / "folder").iterdir()]) == 1
 
 
-@pytest.mark.parametrize("kind, prefix", [("missing", PREFIX), ("page", ""), ("page", PREFIX), ("text", ""), ("good", "00000000")])
+@pytest.mark.parametrize("kind, prefix", [("missing", PREFIX), ("page", ""), ("page", PREFIX), ("text", ""), ("good", "0000")])
 def test_another_answer_is_one_sentence_with_name_address_and_place(server, tmp_path, kind, prefix):
     with refused("download_failed", f"{kind}.pth", f"{server.url}/{kind}.pth", tmp_path, "HORNET_CACHE"):
         fetch([published(server, kind, prefix)], tmp_path)

@@ -7,7 +7,7 @@ from tests.kits.errors import refused
 from tests.kits.trained import lively
 
 
-@pytest.mark.parametrize("name", ["hornet_pico_7x7", "hornet_pico_gf", pytest.param("hornet_tiny_gf", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["hornet_pico_gf", pytest.param("hornet_tiny_7x7", marks=pytest.mark.slow)])
 def test_a_program_agrees_with_the_model_at_any_size_and_leaves_it_as_it_was(name):
     model = lively(name)
     with torch.no_grad():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.reference import gnconv
-from models.gnconv import GlobalLocalFilter, GnConv
+from models.gnconv import GnConv
 from tests.kits.docs import ROOT
 
 
@@ -23,7 +23,8 @@ def test_the_single_file_works_in_an_empty_folder(tmp_path):
 
 
 @pytest.mark.parametrize("order, dim, options", [
-    (1, 6, {}), (5, 32, {}), (2, 12, dict(kernel_size=5, out_dim=5)), (2, 12, dict(filter="global")), (5, 32, dict(filter=(7, 3)))])
+    (1, 6, {}), (5, 32, {}), (2, 12, dict(kernel_size=5, out_dim=5)), (2, 12, dict(filter="global")),
+    (5, 32, dict(filter=(7, 3)))])
 def test_values_and_gradients_equal_the_papers_formula(order, dim, options):
     """At (7, 5), for which one of the filters is resized and one is not."""
     torch.manual_seed(0)
@@ -42,8 +43,7 @@ def test_values_and_gradients_equal_the_papers_formula(order, dim, options):
     (lambda: GnConv(16, 0), "a whole number from 1 on"),
     (lambda: GnConv(16, 2, kernel_size=4), "an odd number"),
     (lambda: GnConv(16, 2, filter="fft"), '"conv", "global" or a grid'),
-    (lambda: GnConv(3, 1, filter="global"), "multiple of 2, not 3"),
-    (lambda: GlobalLocalFilter(5), "an even number"),
+    (lambda: GnConv(8, 4, filter="global"), "dim 15: an even number is needed"),
 ])
 def test_errors_name_what_fits(make, words):
     with pytest.raises(ValueError, match=words):

@@ -27,13 +27,11 @@ def test_any_size_and_precision_is_finite(name, size, dtype):
 
 
 @pytest.mark.parametrize("arguments, x, words", [
-    ({}, torch.zeros(1, 3, 31, 64), "at least 32x32 pixels, not 31x64"),
-    ({}, torch.zeros(1, 1, 64, 64), r"\(batch, 3, height, width\), not \(1, 1, 64, 64\)"),
-    ({}, torch.zeros(3, 64, 64), "batch, 3, height, width"),
-    ({}, torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "floating-point input, not torch.uint8"),
+    ({}, torch.zeros(1, 3, 31, 64), r"\(1, 3, 31, 64\)"), ({}, torch.zeros(1, 1, 64, 64), r"\(1, 1, 64, 64\)"),
+    ({}, torch.zeros(3, 64, 64), r"\(3, 64, 64\)"), ({}, torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "torch.uint8"),
     (dict(unknown=1), None, "unknown"), (dict(orders=(2, 3)), None, "four values"),
     (dict(orders=(2, 3, 4, 9)), None, "order 9"), (dict(global_pool="max"), None, "global_pool 'max'"),
-    (dict(drop_path_rate=1.0), None, "drop_path_rate 1.0"), (dict(drop_rate=1.0), None, "drop_rate 1.0"),
+    (dict(drop_path_rate=1.0), None, "drop_path_rate 1.0"), (dict(drop_rate=1.5), None, "1.5"),
     (dict(drop_block_rate=0.1), None, "drop_block_rate 0.1"), (dict(output_stride=8), None, "output_stride 8")])
 def test_what_it_cannot_take_is_refused_by_name(arguments, x, words):
     with pytest.raises((ValueError, TypeError), match=words):

@@ -11,17 +11,11 @@ from tests.kits.trained import lively
 CLASSES = ["ant", "bee", "猫", "dog"]
 
 
-@pytest.fixture
-def files(tmp_path):
-    paths = [tmp_path / name for name in ("a.png", "déjà vu 猫.jpg", "grey.png")]
-    for i, path in enumerate(paths):
+def test_paths_images_and_tensors_give_the_same_one_or_many(tmp_path):
+    model, files = lively(), [tmp_path / name for name in ("a.png", "déjà vu 猫.jpg", "grey.png")]
+    for i, path in enumerate(files):
         pixels = np.random.default_rng(i).integers(0, 256, (70 + 9 * i, 90, 3), dtype=np.uint8)
         Image.fromarray(pixels).convert("L" if path.stem == "grey" else "RGB").save(path)
-    return paths
-
-
-def test_paths_images_and_tensors_give_the_same_one_or_many(files):
-    model = lively()
     batch = torch.stack([inspect.image_transform(model)(Image.open(path).convert("RGB")) for path in files])
     wanted = inspect.predict(model, batch, topk=2, class_names=CLASSES)
     assert len(wanted) == 3 and len(wanted[0]) == 2 and wanted[0][0].name == CLASSES[wanted[0][0].index]
@@ -34,7 +28,7 @@ def test_paths_images_and_tensors_give_the_same_one_or_many(files):
     for images, names, words in ((files, CLASSES[1:], "3 class names"), ([], None, "no images")):
         with pytest.raises(ValueError, match=words):
             inspect.predict(model, images, class_names=names)
-    for path in (files[0], files[0].with_name("missing.jpg"), files[0].parent):
+    for path in (files[0], tmp_path / "missing.jpg", tmp_path):
         with pytest.raises(OSError, match=path.name):
             inspect.predict(model, path)
 

@@ -22,16 +22,6 @@ CLASSES = ["ant", "bee", "猫", "dog"]
 TWO = lively(seed=0), lively(seed=1)
 
 
-def drawn(width, height):
-    return Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def evaluated(image, size=64, crop_pct=None, imagenet=True):
-    """The values of the evaluation, by the modules of a training."""
-    pixels = torch.tensor(eval_transform(size, crop_pct)(image))
-    return Normalise(ImageSettings(imagenet_default_mean_and_std=imagenet), "cpu")(pixels[None])[0].permute(2, 0, 1)
-
-
 def same(model, other):
     return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
 
@@ -61,25 +51,22 @@ def test_a_run_gives_what_scored_best_with_its_classes_and_settings(run):
     assert models.load(run).source == run / "checkpoint-7.pth"
 
 
-@pytest.mark.parametrize("size, crop_pct, imagenet", [(64, None, True), (64, 1.0, False), (384, None, True), (32, None, True)])
+@pytest.mark.parametrize("size, crop_pct, imagenet, turn", [
+    (64, None, True, False), (64, 1.0, False, True), (384, None, True, True), (32, None, True, False)])
 @pytest.mark.parametrize("width, height", [(90, 70), (33, 200), (32, 32)])
-def test_the_transform_gives_the_values_of_the_evaluation(tmp_path, size, crop_pct, imagenet, width, height):
-    path = checkpoint(tmp_path / "c.pth", TWO[0], model="hornet_pico_gf", input_size=size, crop_pct=crop_pct,
-                      imagenet_default_mean_and_std=imagenet)
-    image = drawn(width, height)
-    assert torch.equal(models.load(path).transform(image), evaluated(image, size, crop_pct, imagenet))
-    assert models.load(path, input_size=96).transform(image).shape == (3, 96, 96)
-
-
-@pytest.mark.parametrize("turn", [False, True])
-def test_a_run_with_exif_orientation_turns_images_here_too(tmp_path, turn):
-    image, path = drawn(90, 60), str(tmp_path / "turned.jpg")
+def test_the_transform_gives_the_values_of_the_evaluation(tmp_path, size, crop_pct, imagenet, turn, width, height):
+    """Of an image that its EXIF entry says is turned."""
+    run = checkpoint(tmp_path / "c.pth", TWO[0], model="hornet_pico_gf", input_size=size, crop_pct=crop_pct,
+                     imagenet_default_mean_and_std=imagenet, exif_orientation=turn)
+    pixels, path = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8), str(tmp_path / "i.jpg")
+    image = Image.fromarray(pixels)
     image.getexif()[0x0112] = 6
     image.save(path, exif=image.getexif())
-    transform = models.load(checkpoint(tmp_path / "c.pth", TWO[0], model="hornet_pico_gf", exif_orientation=turn,
-                                       input_size=64)).transform
+    pixels = torch.tensor(eval_transform(size, crop_pct)(decode_path(path, turn)))
+    wanted = Normalise(ImageSettings(imagenet_default_mean_and_std=imagenet), "cpu")(pixels[None])[0].permute(2, 0, 1)
     for opened in (decode_path(path), as_rgb(path)):
-        assert torch.equal(transform(opened), evaluated(decode_path(path, turn)))
+        assert torch.equal(models.load(run).transform(opened), wanted)
+    assert models.load(run, input_size=96).transform(image).shape == (3, 96, 96)
 
 
 def test_files_of_others(tmp_path):
