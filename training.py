@@ -101,13 +101,13 @@ class Trainer(engine.Observer):
                 self.loop, self, epoch=at.begun, first_update=at.update_in_epoch,
                 sums=at.sums if self.process.is_main else None)
             at.update, at.sums = progress.next_update, progress.sums
-            if progress.outcome is Outcome.FAILED:
+            rolled_back = progress.outcome is Outcome.ROLLED_BACK and self.roll_back()
+            if progress.outcome in (Outcome.FAILED, Outcome.ROLLED_BACK) and not rolled_back:
                 raise UserError(f"training ended at update {at.update}: too many non-finite losses or "
-                                f"gradients; {Path(self.options.output_dir, 'events.jsonl')} names the "
-                                "updates, images and modules; lower --lr, or train without --use_amp.",
-                                code="nonfinite")
-            if progress.outcome is Outcome.ROLLED_BACK:
-                self.roll_back()
+                                "gradients, or no checkpoint to roll back to; "
+                                f"{Path(self.options.output_dir, 'events.jsonl')} names the updates, images "
+                                "and modules; lower --lr, lengthen --warmup_epochs, or train without "
+                                "--use_amp.", code="nonfinite")
             if progress.outcome is Outcome.PAUSED or self.stop.agreed(self.process):
                 return self._pause()
             if at.update_in_epoch < self.loop.updates_per_epoch:
@@ -156,18 +156,18 @@ class Trainer(engine.Observer):
         if self.checkpoints is not None:
             self.checkpoints.save(self.state_dict(), best=best, wait=wait)
 
-    def roll_back(self) -> None:
-        """Take the weights of the last good checkpoint and continue with the next data, not with the same."""
+    def roll_back(self) -> bool:
+        """Take the weights of the last good checkpoint and continue with the next data, not with the same;
+        False where there is none."""
         update = self.position.update
         loaded = self.process.on_rank_zero(lambda: self.checkpoints and self.checkpoints.newest_valid())
         if loaded is None:
-            raise UserError(f"the loss or gradient was non-finite several times up to update {update} and "
-                            "there is no checkpoint to roll back to: lower --lr, lengthen --warmup_epochs, "
-                            "or train without --use_amp.", code="nonfinite")
+            return False
         self.load_state_dict(loaded.state, ("model", "model_ema", "optimizer", "scaler"))
         earlier = loaded.state["update"]
         self.on_incident("rollback", f"Rolled back to the weights of update {earlier}; training continues "
                          f"with the data of update {update}.", update=update, weights_of_update=earlier)
+        return True
 
     def close(self) -> None:
         """End the save under way, the loader workers and the records. Left to the garbage collector, the

@@ -43,15 +43,10 @@ class LossScale:
         self._good = torch.zeros((), dtype=torch.int32, device=device)
 
     def update(self, finite: Tensor) -> None:
-        """Halve after an overflow, double after `interval` finite updates in a row. `finite`: 0-dim bool."""
-        if not self.enabled:
-            return
-        good = torch.where(finite, self._good + 1, 0)
-        grows = good >= self.interval
-        # Bounded, because infinity could not be halved again.
-        grown = torch.where(grows, (self.scale * 2).clamp(max=2.0 ** 100), self.scale)
-        self.scale.copy_(torch.where(finite, grown, self.scale / 2))
-        self._good.copy_(torch.where(grows, 0, good))
+        """Halve after an overflow, double after `interval` finite updates in a row (never to infinity, which
+        could not be halved again). `finite`: 0-dim bool."""
+        if self.enabled:
+            torch._amp_update_scale_(self.scale, self._good, 1.0 - finite.float(), 2.0, 0.5, self.interval)
 
     def state_dict(self) -> dict:
         """Plain values under GradScaler's names; empty when no scaling is used, as there."""

@@ -202,3 +202,26 @@ def test_counts_are_those_by_hand_on_any_number_of_ranks_even_without_images(tmp
 def test_a_missing_image_is_an_error():
     with pytest.raises(RuntimeError, match="23 .* 24"):
         score(Alone(), expected=24)
+
+
+def test_reduced_precision_is_used_where_it_is_asked_for():
+    exact, reduced = (evaluate([("a", Toy(1))], [batch(range(3), [-1] * 3)], Evaluation(
+        prepare, torch.device("cpu"), autocast_dtype=dtype))[0].loss for dtype in (None, torch.bfloat16))
+    assert exact != reduced == pytest.approx(exact, rel=0.05)
+
+
+class Leaver(Observer):
+    def __init__(self, process):
+        self.process = process
+
+    def leaves_evaluation(self):
+        return self.process.rank == 1
+
+
+def left(process):
+    return evaluate([("a", Toy(1))], [batch(range(3), [-1] * 3)], Evaluation(
+        prepare, torch.device("cpu"), process=process, observer=Leaver(process)))
+
+
+def test_an_evaluation_that_one_rank_leaves_has_no_result_on_any(tmp_path):
+    assert in_processes(left, 2, tmp_path) == [[], []]

@@ -86,8 +86,7 @@ def test_evaluation_predictions_and_reports_agree_exactly_whatever_the_file(worl
     assert report([str(own), str(ema), "--out", str(tmp_path / "two.html")]) == 0
     scores = {row.split("|")[2].strip() for row in capfd.readouterr().out.splitlines()[2:]}
     assert scores == {f"{r['acc1']:.2f}" for r in (result, average)}
-    html = (tmp_path / "two.html").read_text("utf-8")
-    assert "cannot be distinguished" in html or "is better than" in html
+    assert "No paired test" not in (tmp_path / "two.html").read_text("utf-8")
 
 
 def test_no_eval_json_stands_among_downloaded_files(world, tmp_path, monkeypatch):
@@ -134,8 +133,9 @@ def test_a_runs_folder_is_enough_for_its_evaluation_and_its_page_is_refreshed(im
     log = map(json.loads, (folder / "log.txt").read_text().splitlines())
     best = max(line.get(key, -1) for line in log for key in ("test_acc1", "test_acc1_ema"))
     page = (folder / "report.html").read_text("utf-8")
-    for recorded in ("52 images", torch.__version__.split("+")[0], "Where the time goes", "backward", "flag"):
-        assert f">{recorded}<" in page or f"train: {recorded}" in page, recorded
+    for recorded in ("train: 52 images", f">{torch.__version__.split('+')[0]}<", ">Where the time goes<", ">backward<",
+                     "<td>lr</td><td>0.01</td><td>flag</td>"):
+        assert recorded in page, recorded
     for flag in ("--output_dir", "--resume", "--report"):
         assert main(["--eval", "true", flag, str(folder), *DEVICE]) == 0
         result = json.loads((folder / "eval.json").read_text())

@@ -63,7 +63,5 @@ def test_paired_comparison_matches_images_by_class_folder_and_name():
     assert same.margin == pytest.approx(1.96 * difference.std() / 2000 ** 0.5)
     worse, better = (difference < 0).sum(), (difference > 0).sum()
     assert compare(first, second, 3).p_value == 3 * binomtest(worse, worse + better).pvalue < 1e-6
-    for found in (same.sentence("old", "new"), compare(second, first).sentence("new", "old")):
-        assert found.startswith("new is better than old")
-    assert compare(first, first, 9).sentence("a", "b").startswith("a and b cannot be distinguished")
+    assert compare(first, first, 9).p_value == 1
     assert compare(predictions(4), predictions(4, paths=["x/1", "x/2", "x/3", "x/4"])) is None  # other data

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from config.options import ImageSettings
+from config.parse import parse
 from engine import EvalResult
 from report.metrics import Predictions
 from report.page import write_comparison, write_report
@@ -35,7 +36,7 @@ def write_lines(path, rows):
 
 def whole_run(folder, seed=0, lr="0.004"):
     write_lines(folder / "log.txt", [log_row(e) for e in range(300)])
-    (folder / "config.yaml").write_text(f"model: 'hornet_tiny_7x7'  # flag\nlr: {lr}  # flag\nepochs: 300  # default\n")
+    (folder / "config.yaml").write_text(parse(["--model", "hornet_tiny_7x7", "--data_path", "x", "--lr", lr]).to_yaml())
     (folder / "environment.json").write_text(json.dumps({"torch": "2.15.0", "world_size": 8, "global_batch": 512}))
     (folder / "status.json").write_text(json.dumps({"state": "DONE"}))
     (folder / "data.json").write_text(json.dumps({
@@ -110,7 +111,7 @@ def test_log_alone_is_enough_for_curves_whatever_its_lines_and_the_rest_is_named
     with open(folder / "log.txt", "a") as file:
         file.write('{"train_loss": 1.0, "epo\n\n[1, 2]\n' + json.dumps({"epoch": 300, "train_loss": None}) + "\n")
     html, text = page(folder)
-    assert page(folder / "log.txt", tmp_path / "page.html")[0] == html  # the same each time
+    assert page(folder, tmp_path / "page.html")[0] == html  # the same each time
     assert html.count("<svg") == 6 and "301 epochs" in text and "59.80 % best top-1, epoch 300" in text
     for name in ("eval.json", "incidents", "predictions.npz", "config.yaml", "environment.json"):
         assert f"No {name}" in text or f"No record of {name}" in text
@@ -150,7 +151,6 @@ def test_several_runs_are_compared_with_the_best_on_the_same_images(tmp_path, ca
     # 300 epochs of a minute on 8 processes, 10 updates of 512 images
     assert (found["hours"], found["cost"], found["images seen (M)"]) == ("5", "80", "1.531")
     assert 0 < float(found["p"]) <= 1
-    assert text.count("cannot be distinguished") + text.count("is better than") == 2
     assert ["lr", "0.004", "0.002", "0.004", "–"] in rows(html) and "a$: EMA" in text and html.count("<svg") == 7
     assert main([str(tmp_path / "d"), "--compare"]) == 0
     assert "No paired test" in check((tmp_path / "d" / "comparison.html").read_text("utf-8"))[1]
