@@ -120,7 +120,7 @@ class DryRun(Heartbeats):
         loaded = self.process.on_rank_zero(lambda: find_checkpoint(resolved, folder))
         if loaded is not None:
             ends = finished(loaded.state, options.epochs)
-            self.row("checkpoint", f"a start would {'only evaluate' if ends else 'resume'} {loaded.path}")
+            self.row("checkpoint", f"a start would {'find finished' if ends else 'resume'} {loaded.path}")
             state = None if ends else loaded.state
         planned = plan_run(resolved, self.process, state, data=find)
         options = replace(planned.options, log_dir=None, enable_wandb=False, track=None, print_freq=1)

@@ -146,10 +146,8 @@ class _Meter:
         self.start, self.waited, self.images, self.outcome = time.perf_counter(), 0.0, 0, Outcome.DONE
         # Loss and gradient norm per image, images in applied updates, hits, hard-labelled images. By images,
         # so that an epoch begun on two processes and ended on one weighs its updates alike. Then the number
-        # of updates that were not applied, which is that of the run and not of a rank.
-        before = sums or [0.0] * 6
-        self.sums, self.nonfinite = np.array(before[:5]), int(before[5])
-        self.reported = self.sums
+        # of updates that were not applied, on which the ranks agree and which one of them counts.
+        self.sums = self.reported = np.array(sums or [0.0] * 6)
         self.readback, self.clock = Readback(), PhaseClock(loop.process.device)
 
     def begins(self, phase: str) -> None:
@@ -175,10 +173,10 @@ class _Meter:
         for values, (update, lr, count, labelled, held) in self.readback.arrived(wait):
             loss, norm, finite, loss_finite, scale, hits = values
             applied = [loss * count, norm * count, count] if finite else [0.0, 0.0, 0]
-            self.sums = self.sums + [*applied, hits, labelled]
             action = self.loop.watch.decide(finite > 0, overflow=loss_finite > 0 and scale > 1.0)
+            counted = action != "go" and self.loop.process.is_main
+            self.sums = self.sums + [*applied, hits, labelled, counted]
             if action != "go":
-                self.nonfinite += 1
                 self.outcome = _AFTER.get(action, self.outcome)
                 self.observer.on_nonfinite({
                     "update": update, "action": action, "loss": loss, "grad_norm": norm, "loss_scale": scale,
@@ -187,13 +185,12 @@ class _Meter:
     def sums_over_ranks(self) -> Sums:
         """To continue from; every rank must call it."""
         self.read()
-        total = self.loop.process.all_reduce_(torch.from_numpy(self.sums.copy()), "sum")
-        return [*total.tolist(), float(self.nonfinite)]
+        return self.loop.process.all_reduce_(torch.from_numpy(self.sums.copy()), "sum").tolist()
 
     def progress(self, sums: Sums) -> Progress:
         """The means of `sums`, and those since the last call."""
         recent, self.reported = self.sums - self.reported, self.sums
-        loss, norm, applied, hits, labelled, _ = sums
+        loss, norm, applied, hits, labelled, nonfinite = sums
         optimizer, seconds = self.loop.update.optimizer, time.perf_counter() - self.start
         lrs, decays = _each(optimizer, "lr"), _each(optimizer, "weight_decay")
         shares = {f"{phase}_share": spent / seconds for phase, spent in self.clock.read().items()}
@@ -204,7 +201,7 @@ class _Meter:
             images_per_second=self.images * self.loop.process.world_size / seconds)
         return Progress(
             epoch=self.epoch, first_update=self.first_update, next_update=self.next_update, seconds=seconds,
-            recent_loss=float(recent[0] / recent[2]) if recent[2] else np.nan, nonfinite=self.nonfinite,
+            recent_loss=float(recent[0] / recent[2]) if recent[2] else np.nan, nonfinite=int(nonfinite),
             outcome=self.outcome, sums=sums, figures=figures | shares)
 
 
@@ -236,7 +233,7 @@ def train_one_epoch(loop: Loop, observer: Observer, *, epoch: int, first_update:
             break
         if (number + 1 - base) % loop.print_freq == 0 and number + 1 < end:
             meter.read()
-            observer.on_progress(meter.progress([*meter.sums, 0]))
+            observer.on_progress(meter.progress(meter.sums.tolist()))
     total = meter.sums_over_ranks()
     if meter.outcome is Outcome.DONE and meter.next_update < end:
         meter.outcome = Outcome.PAUSED
@@ -359,7 +356,7 @@ def evaluate(models: Sequence[tuple[str, nn.Module]], loader: Iterable[Batch], e
     models, left in eval mode, wait for no other rank. No results at all when the observer of any rank has
     left the evaluation. Raises RuntimeError when not exactly `expected` images were seen.
     """
-    start, tallies, left = time.perf_counter(), [_Tally(evaluation) for _ in models], False
+    tallies, left = [_Tally(evaluation) for _ in models], False
     with float32_products(evaluation.tf32):
         for _, model in models:
             model.eval()
@@ -373,21 +370,16 @@ def evaluate(models: Sequence[tuple[str, nn.Module]], loader: Iterable[Batch], e
                 with autocast(evaluation.device, evaluation.autocast_dtype):
                     logits = model(images)
                 tally.add(full_precision(logits), targets, batch.indices)
-    if evaluation.process.all_reduce_(torch.tensor(int(left)), "max"):
+    if evaluation.process.any(left):
         return []
-    results = [tally.result(name) for (name, _), tally in zip(models, tallies)]
-    for result in results:
-        result.seconds = time.perf_counter() - start
-        if evaluation.expected not in (None, result.images):
-            raise RuntimeError(f"{result.images} images were evaluated instead of {evaluation.expected}")
-    return results
+    return [tally.result(name) for (name, _), tally in zip(models, tallies)]
 
 
 class _Tally:
     """Integer counts and the loss sum of one model, on the device until the end."""
 
     def __init__(self, evaluation: Evaluation):
-        self.evaluation, device = evaluation, evaluation.device
+        self.evaluation, self.start, device = evaluation, time.perf_counter(), evaluation.device
         self.columns = None if evaluation.columns is None else torch.as_tensor(evaluation.columns).to(device)
         self.counts = torch.zeros(5, dtype=torch.int64, device=device)
         wide = torch.float32 if device.type == "mps" else torch.float64
@@ -413,8 +405,11 @@ class _Tally:
         for total in (self.counts, self.loss):
             self.evaluation.process.all_reduce_(total, "sum")
         hits1, hits5, images, bad, nonfinite = self.counts.tolist()
+        if self.evaluation.expected not in (None, images):
+            raise RuntimeError(f"{images} images were evaluated instead of {self.evaluation.expected}")
         loss = self.loss.item() / (images - bad) if images > bad else np.nan
-        return EvalResult(name, hits1, hits5, images, bad, nonfinite, loss, outputs=self._gather())
+        return EvalResult(name, hits1, hits5, images, bad, nonfinite, loss, outputs=self._gather(),
+                          seconds=time.perf_counter() - self.start)
 
     def _gather(self) -> Outputs | None:
         if not self.evaluation.outputs:

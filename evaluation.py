@@ -122,21 +122,26 @@ def prepare_evaluation(resolved: Resolved, process: Process, observer: engine.Ob
         data = process.local_first(lambda: build_data(
             options, train=False, evaluate=True, rank_zero=process.local_rank == 0, class_names=classes,
             companions=True))
-        subset = data.subset
-        names = list(imagenet_synsets()) if subset else data.class_names
-        imagenet = tuple(names) == imagenet_synsets()
-        if wanted and (not imagenet or (subset.name if subset else "imagenet-val") != wanted):
+        imagenet = imagenet_set(data)
+        if wanted and imagenet != wanted:
             raise UserError(f"--suite: {options.eval_data_path or options.data_path} is not {wanted}, or the "
                             "model lacks ImageNet's 1000 classes; name the folder with NAME=FOLDER.",
                             code="unexpected_classes")
+        names = list(imagenet_synsets()) if imagenet else data.class_names
         candidates = candidates or [
             c for path in sources for c in load_candidates(path, options, names, process.device)]
         assert data.val is not None
         sets.append(Prepared(options, data, candidates, engine.Evaluation(
             EvalPrepare(options, process.device), process.device, amp_dtype(options), tf32=options.fast_math,
-            columns=subset.columns if subset else None, outputs=bool(options.report or imagenet),
+            columns=data.subset and data.subset.columns, outputs=bool(options.report or imagenet),
             expected=len(data.val), observer=observer, process=process)))
     return sets
+
+
+def imagenet_set(data: Data) -> str:
+    """Which of ImageNet's validation sets the images are, "" for others."""
+    known = "imagenet-val" if tuple(data.class_names) == imagenet_synsets() else ""
+    return data.subset.name if data.subset else known
 
 
 def find_sources(resolved: Resolved) -> list[str]:
@@ -147,10 +152,7 @@ def find_sources(resolved: Resolved) -> list[str]:
     options, folder = resolved.options, resolved.options.output_dir
     found: list[Path | str] = []
     for name in options.resume:
-        if name in ("best", "latest") and not folder:
-            raise UserError(f"--resume {name} looks in the run folder: give --output_dir.",
-                            code="missing_option")
-        loaded = Checkpoints(folder).resolve(name) if name in ("best", "latest") else None
+        loaded = Checkpoints(folder).resolve(name) if folder and name in ("best", "latest") else None
         found.append(loaded.path if loaded else locate(name))
     start = options.model if options.pretrained else options.finetune
     asked = "flag" in (resolved.origins["pretrained"], resolved.origins["finetune"])
@@ -231,13 +233,12 @@ def amp_dtype(options: Options) -> torch.dtype | None:
 # ------------------------------------------------------------------------------------- results
 
 def _result(prepared: Prepared, candidate: Candidate, found: engine.EvalResult) -> dict:
-    options, data, subset = prepared.options, prepared.data, prepared.data.subset
-    imagenet = tuple(data.class_names) == imagenet_synsets()
+    options, data = prepared.options, prepared.data
     protocol = reported.Protocol(
         model=options.model, num_classes=data.num_classes, images=ImageSettings.of(options),
         weights=candidate.weights, checkpoint=candidate.path, tf32=options.fast_math,
         dtype=str(amp_dtype(options) or torch.float32).removeprefix("torch."),
-        dataset=subset.name if subset else "imagenet-val" if imagenet else options.data_set)
+        dataset=imagenet_set(data) or options.data_set)
     predictions = predictions_of(found, data) if found.outputs is not None else None
     result = reported.results_from(found, protocol, PUBLISHED.get(options.model), predictions)
     result["seconds"] = found.seconds

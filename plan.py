@@ -17,7 +17,7 @@ from common.safe_load import safe_torch_load
 from common.text import plural
 from config.options import Options
 from config.parse import Resolved
-from config.rules import BatchPlan, plan_batch, small_data_notice, validate_after_index
+from config.rules import BatchPlan, plan_batch
 from datasets.build import Data, build_data, eval_loader
 from datasets.dataset import Batch, ImageDataset, make_loader
 from datasets.device import EvalPrepare, TrainPrepare
@@ -27,7 +27,7 @@ from launch.process import Process
 from models.compile import compile_blocks
 from models.download import fetch_published
 from models.hornet import HorNet
-from models.inspect import complexity
+from models.inspect import flops
 from models.trained import locate
 from models.weights import load_for_model
 from optim.build import build_loss, build_optimizer
@@ -35,6 +35,8 @@ from optim.ema import half_life_notice
 from optim.schedule import Schedule
 from run.start import cpus_per_process
 from run.state import State
+
+FindData = Callable[[Options, Process, State], Data]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,32 +63,20 @@ def find_data(options: Options, process: Process, state: State) -> Data:
 
 
 def plan_run(resolved: Resolved, process: Process, state: State | None, *,
-             data: Callable[[Options, Process, State], Data] = find_data) -> Plan:
+             data: FindData = find_data) -> Plan:
     """Find the images and derive the batch; `state` is that of a run to resume, else None."""
     options, state = resolved.options, state or {}
     found = data(options, process, state)
     assert found.train is not None
-    batch = plan_batch(resolved, process.world_size, state.get("global_batch"))
-    updates = validate_after_index(options, batch, len(found.train))
-    small = None if state else small_data_notice(options, batch, len(found.train))
+    batch = plan_batch(options, process.world_size, len(found.train), lr_batch=resolved.lr_batch,
+                       checkpoint_batch=state.get("global_batch"))
     options = replace(options, batch_size=batch.batch_size, update_freq=batch.update_freq,
                       global_batch=batch.global_batch, lr=batch.lr)
-    notices = [*batch.notices, small, too_many_workers(options, process.local_world_size),
-               half_life_notice(options, updates)]
-    return Plan(resolved=resolved, options=options, data=found, train=found.train, updates_per_epoch=updates,
+    notices = [*batch.notices, too_many_workers(options, process.local_world_size),
+               half_life_notice(options, batch.updates_per_epoch)]
+    return Plan(resolved=resolved, options=options, data=found, train=found.train,
+                updates_per_epoch=batch.updates_per_epoch,
                 batch=replace(batch, notices=tuple(filter(None, notices))))
-
-
-def resumed_schedule_notice(schedule: Schedule, state: State) -> str | None:
-    """A sentence when `--epochs` other than the checkpoint's moves the learning rate of a resumed run."""
-    options, update = schedule.options, state["update"] or 0
-    epochs = (state["args"] or {}).get("epochs", options.epochs)
-    now, then = schedule.lr(update), replace(schedule, options=replace(options, epochs=epochs)).lr(update)
-    if options.epochs == epochs or abs(now - then) <= 0.01 * then:
-        return None
-    return (f"--epochs {options.epochs} instead of {epochs} stretches the schedule: the learning rate "
-            f"continues at {now:.3g}, not at {then:.3g}; a new run with --finetune would begin with a "
-            "warm-up.")
 
 
 def too_many_workers(options: Options, local_world_size: int) -> str | None:
@@ -117,7 +107,7 @@ def rate_at_peak(model: nn.Module, options: Options, process: Process) -> float 
     name = torch.cuda.get_device_name(process.device)
     peak = dense_peak(name, amp_dtype(options), options.fast_math)
     # A multiply-add is two operations, and a backward pass twice a forward pass.
-    return peak and process.world_size * peak / (6 * complexity(model, options.input_size).flops)
+    return peak and process.world_size * peak / (6 * flops(model, options.input_size))
 
 
 def load_start_weights(model: HorNet, options: Options, data: Data, process: Process) -> None:

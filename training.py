@@ -2,7 +2,6 @@
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,27 +13,14 @@ from common.ledger import Ledger
 from common.log import logger
 from common.outcome import ExitCode, Outcome
 from common.text import plural
-from config.options import Options
 from config.parse import Resolved
-from datasets.build import Data
-from evaluation import evaluate_checkpoints
 from launch.process import Process
 from launch.stop import OTHERS, StopRequest
 from launch.watchdog import Watchdog
-from models.trained import best_checkpoint
 from optim.ema import Ema
 from optim.finite import FiniteWatch
 from optim.update import Update, UpdateStats
-from plan import (
-    Classification,
-    Plan,
-    compiled,
-    find_data,
-    plan_run,
-    rate_at_peak,
-    resumed_schedule_notice,
-    set_numerics,
-)
+from plan import Classification, FindData, Plan, compiled, find_data, plan_run, rate_at_peak, set_numerics
 from report.page import write_report
 from run.checkpoint import Checkpoints, Loaded, open_folder, state_bytes
 from run.folder import RunFolder
@@ -42,7 +28,6 @@ from run.log import Tracker
 from run.start import code_version, kernels, process_problems
 from run.state import BEST, BEST_EMA, Parts, Position, Setup, State, collect, finished, restore
 
-FindData = Callable[[Options, Process, State], Data]
 MakeTask = Callable[[Plan, Process, State | None], engine.Task]
 
 
@@ -116,13 +101,13 @@ class Trainer(engine.Observer):
                 self.loop, self, epoch=at.begun, first_update=at.update_in_epoch,
                 sums=at.sums if self.process.is_main else None)
             at.update, at.sums = progress.next_update, progress.sums
-            if progress.outcome is Outcome.FAILED:
+            rolled_back = progress.outcome is Outcome.ROLLED_BACK and self.roll_back()
+            if progress.outcome in (Outcome.FAILED, Outcome.ROLLED_BACK) and not rolled_back:
                 raise UserError(f"training ended at update {at.update}: too many non-finite losses or "
-                                f"gradients; {Path(self.options.output_dir, 'events.jsonl')} names the "
-                                "updates, images and modules; lower --lr, or train without --use_amp.",
-                                code="nonfinite")
-            if progress.outcome is Outcome.ROLLED_BACK:
-                self.roll_back()
+                                "gradients, or no checkpoint to roll back to; "
+                                f"{Path(self.options.output_dir, 'events.jsonl')} names the updates, images "
+                                "and modules; lower --lr, lengthen --warmup_epochs, or train without "
+                                "--use_amp.", code="nonfinite")
             if progress.outcome is Outcome.PAUSED or self.stop.agreed(self.process):
                 return self._pause()
             if at.update_in_epoch < self.loop.updates_per_epoch:
@@ -162,7 +147,7 @@ class Trainer(engine.Observer):
         except Exception as error:  # of any type, for tensors that do not fit and entries from elsewhere
             raise UserError("the checkpoint's weights or optimizer state do not fit --model "
                             f"{self.options.model} and --opt {self.options.opt}: "
-                            f"{' '.join(str(error).split())[-200:]}", code="invalid_checkpoint") from error
+                            f"{' '.join(str(error).split())[-200:]}.", code="invalid_checkpoint") from error
 
     def save(self, best: Mapping[str, float] | None = None, wait: bool = False) -> None:
         """Save the epoch that was finished last, or the one under way when it has sums; see
@@ -171,18 +156,18 @@ class Trainer(engine.Observer):
         if self.checkpoints is not None:
             self.checkpoints.save(self.state_dict(), best=best, wait=wait)
 
-    def roll_back(self) -> None:
-        """Take the weights of the last good checkpoint and continue with the next data, not with the same."""
+    def roll_back(self) -> bool:
+        """Take the weights of the last good checkpoint and continue with the next data, not with the same;
+        False where there is none."""
         update = self.position.update
         loaded = self.process.on_rank_zero(lambda: self.checkpoints and self.checkpoints.newest_valid())
         if loaded is None:
-            raise UserError(f"the loss or gradient was non-finite several times up to update {update} and "
-                            "there is no checkpoint to roll back to: lower --lr, lengthen --warmup_epochs, "
-                            "or train without --use_amp.", code="nonfinite")
+            return False
         self.load_state_dict(loaded.state, ("model", "model_ema", "optimizer", "scaler"))
         earlier = loaded.state["update"]
         self.on_incident("rollback", f"Rolled back to the weights of update {earlier}; training continues "
                          f"with the data of update {update}.", update=update, weights_of_update=earlier)
+        return True
 
     def close(self) -> None:
         """End the save under way, the loader workers and the records. Left to the garbage collector, the
@@ -279,12 +264,10 @@ class Trainer(engine.Observer):
 # ----------------------------------------------------------------------------------------- the command
 
 def train(resolved: Resolved, process: Process, watchdog: Watchdog, *,
-          data: FindData = find_data, task: MakeTask = Classification,
-          evaluate: Callable[[Resolved, Process, Watchdog], ExitCode] = evaluate_checkpoints) -> ExitCode:
+          data: FindData = find_data, task: MakeTask = Classification) -> ExitCode:
     """Train as `resolved` says, or resume the run in its folder; returns the exit code.
 
-    `data` and `task` say what is learned (see `engine.Task`), `evaluate` what follows when a finished run is
-    started again: `resolved` then names its best checkpoint to evaluate.
+    `data` and `task` say what is learned (see `engine.Task`).
     """
     options = resolved.options
     folder = RunFolder(options.output_dir) if options.output_dir and process.is_main else None
@@ -292,10 +275,9 @@ def train(resolved: Resolved, process: Process, watchdog: Watchdog, *,
         loaded = process.on_rank_zero(lambda: open_folder(resolved, folder))
         state = loaded.state if loaded else None
         if loaded is not None and finished(loaded.state, options.epochs):
-            logger.info("This run has finished its %s (%s); raise --epochs to train on. Now evaluating it.",
-                        plural(options.epochs, "epoch"), loaded.path)
-            found = _best_of_finished(resolved, loaded, process)
-            return ExitCode.DONE if options.disable_eval else evaluate(found, process, watchdog)
+            logger.info("This run has finished its %s (%s): raise --epochs to train on, or evaluate its best "
+                        "weights with --eval true.", plural(options.epochs, "epoch"), loaded.path)
+            return ExitCode.DONE
         with StopRequest(options.stop_before_end) as stop:
             plan = plan_run(resolved, process, state, data=data)
             # Not before: a start that is refused leaves nothing there.
@@ -322,7 +304,8 @@ def _introduce(trainer: Trainer, plan: Plan, loaded: Loaded | None) -> None:
         version=code_version(), global_batch=plan.batch.global_batch)
     if loaded is not None:
         logger.info("Resuming at epoch %d, update %d from %s", at.begun + 1, at.update, loaded.path)
-        if notice := resumed_schedule_notice(trainer.task.schedule, loaded.state):
+        epochs = (loaded.state["args"] or {}).get("epochs", options.epochs)
+        if notice := trainer.task.schedule.stretched(epochs, at.update):
             logger.info(notice)
     if trainer.checkpoints is not None:
         state = trainer.state_dict()  # AdamW's two moments come with the first update
@@ -355,24 +338,12 @@ def _fit(trainer: Trainer, folder: RunFolder | None) -> ExitCode:
         logger.info("Stopped at update %d (%s); the same command resumes it from %s.", at.update, cause,
                     "the newest that was saved" if checkpoints and checkpoints.unsaved else "there")
         return ExitCode.PAUSED
-    if checkpoints is not None:
-        for path in (checkpoints.folder / BEST, checkpoints.folder / BEST_EMA, *checkpoints.numbered()[-1:]):
-            trainer.tracker.log_checkpoint(path)
-    if folder is not None:
-        try:
+    try:
+        if checkpoints is not None:
+            for path in (*checkpoints.best_files(), *checkpoints.numbered()[-1:]):
+                trainer.tracker.log_checkpoint(path)
+        if folder is not None:
             logger.info("Report: %s", write_report(folder.own()))
-        except (UserError, OSError) as error:  # a finished training must not fail for the lack of a page
-            logger.warning("No report page was written: %s", error)
+    except (UserError, OSError) as error:  # a finished training must not fail for the lack of a page
+        logger.warning("No report page was written: %s", error)
     return ExitCode.DONE
-
-
-def _best_of_finished(resolved: Resolved, loaded: Loaded, process: Process) -> Resolved:
-    """What starting a finished run again comes to: its best weights are evaluated, the last where there are
-    no best."""
-    options = resolved.options
-    best = process.on_rank_zero(
-        lambda: best_checkpoint(Path(options.output_dir)) if options.output_dir else None)
-    # Not what a fine-tuning began with, and in true float32 as after each epoch, whatever it was trained in.
-    options = replace(options, eval=True, resume=(str(best or loaded.path),), finetune="", pretrained=False,
-                      use_amp=False, fast_math=False)
-    return replace(resolved, options=options)

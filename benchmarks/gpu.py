@@ -21,8 +21,8 @@ from benchmarks.timing import Row, new_parser, report
 from common.devices import PhaseClock, asynchronous, set_float32
 from dryrun import peak_memory
 from launch.process import choose_device
+from models import inspect
 from models.compile import compile_blocks
-from models.inspect import complexity
 from models.zoo import MODEL_NAMES, PUBLISHED
 from tools.command import run_command
 
@@ -65,7 +65,7 @@ def rows(name: str, path: str, args: argparse.Namespace, best: float) -> list[Ro
         torch.accelerator.reset_peak_memory_stats(device)
     name = "convnext_tiny" if "convnext" in path else name
     works = steps(network(name, path, args), noise(args.batch, args.size), device, torch.bfloat16)
-    flops = complexity(timm.create_model(name), args.size).flops if name in MODEL_NAMES else 0
+    flops = inspect.flops(timm.create_model(name), args.size) if name in MODEL_NAMES else 0
     for (work, step), passes in zip(works.items(), (3, 1)):
         phases = timed(step, device, args.repeats)
         seconds = sum(phases.values())

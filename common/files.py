@@ -12,7 +12,6 @@ from typing import Any, BinaryIO
 from common.errors import UserError, kind_of
 
 TEMPORARY_SUFFIX = ".tmp"
-_CHUNK = 1 << 20
 _NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF, errno.EROFS, errno.EACCES)
 
 
@@ -34,7 +33,7 @@ def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], object], r
     path = Path(path)
     temporary = path.parent / f".{path.name[:180]}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
     try:
-        with open(temporary, "xb", buffering=_CHUNK) as file:
+        with open(temporary, "xb", buffering=1 << 20) as file:
             if reserve and hasattr(os, "posix_fallocate"):
                 with _where_supported():
                     os.posix_fallocate(file.fileno(), 0, reserve)

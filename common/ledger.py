@@ -91,7 +91,8 @@ class Ledger:
                 if isinstance(line.get("attempt"), int):
                     found.setdefault(line["attempt"], {"state": RUNNING}).update(line)
         for attempt in found.values():
-            attempt["state"] = known(attempt["state"])
+            with suppress(ValueError):  # RUNNING is no outcome
+                attempt["state"] = Outcome(attempt["state"]).value  # as this version calls it
         return [found[number] for number in sorted(found)]
 
     def newest(self) -> Record:
@@ -100,8 +101,7 @@ class Ledger:
 
     def status(self) -> Record:
         """The last record: state, update, epoch, cause, attempt, time; {} in a folder without one."""
-        found = self.read("status.json")
-        return {**found, "state": known(found.get("state"))} if found else {}
+        return self.read("status.json")
 
     def reached(self, job: str | None) -> Record:
         """progress.json, where it is that of the scheduler's `job`; else {}."""
@@ -148,15 +148,9 @@ def _write_even_if_full(path: Path, record: Record) -> None:
             file.truncate()
 
 
-def known(state: object) -> str:
-    """A state as this version writes it."""
-    return Outcome.PAUSED.value if state == "PREEMPTED" else str(state or "")
-
-
 def job_id() -> str | None:
-    """The scheduler's job id, None outside a job."""
-    names = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
-    return next((os.environ[name] for name in names if os.environ.get(name)), None)
+    """Slurm's job id, None outside a job."""
+    return os.environ.get("SLURM_JOB_ID") or None
 
 
 def restarts() -> int:

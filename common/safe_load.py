@@ -50,7 +50,7 @@ _ALLOWED = [(_Arguments, "argparse.Namespace"), (_Dtype, "numpy.dtype"),
             (_scalar, "numpy._core.multiarray.scalar"), (_scalar, "numpy.core.multiarray.scalar")]
 
 
-def safe_torch_load(path: str | os.PathLike, map_location: str | torch.device = "cpu") -> Any:
+def safe_torch_load(path: str | os.PathLike) -> Any:
     """The content of a `.pth` (zip, or the older format) or `.safetensors` file: tensors and plain values.
 
     An `args` namespace comes back as a dict, NumPy scalars as Python numbers. A `.safetensors` file gives a
@@ -64,14 +64,14 @@ def safe_torch_load(path: str | os.PathLike, map_location: str | torch.device = 
     head, size = _read_head(path)
     try:
         if path.suffix == ".safetensors" or (head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size):
-            return _load_safetensors(path, map_location)
+            return _load_safetensors(path)
         if head.startswith(b"PK\x03\x04"):
             _check_zip(path, size)
         elif not head.startswith(b"\x80"):
             raise UserError(f"{path} is not a checkpoint: it begins with {head[:24]!r}; expected is a .pth "
                             "file from torch.save or a .safetensors file.", code="not_a_checkpoint")
         with torch.serialization.safe_globals(_ALLOWED):
-            loaded = torch.load(path, map_location=map_location, weights_only=True)
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(loaded, dict):
             loaded = {name: dict(v) if isinstance(v, _Arguments) else v for name, v in loaded.items()}
         _check_tensors(path, loaded, size)
@@ -124,23 +124,20 @@ def _check_tensors(path: Path, loaded: object, size: int) -> None:
                             "in the file; save it again from a plain model.", code="unsafe_checkpoint")
 
 
-def _load_safetensors(path: Path, map_location: str | torch.device) -> dict:
+def _load_safetensors(path: Path) -> dict:
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt", device=str(map_location)) as file:
+    with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
         metadata = (file.metadata() or {}).get(_METADATA_KEY)
     return tensors if metadata is None else {"model": tensors, **json.loads(metadata)}
 
 
-def save_safetensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor],
-                     metadata: dict | None = None) -> None:
+def save_safetensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
     """Write tensors atomically as `.safetensors`; `safe_torch_load` returns `metadata` (plain values) too."""
     from safetensors.torch import save
 
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {"format": "pt"}  # without which transformers refuses the file
-    if metadata is not None:
-        header[_METADATA_KEY] = json.dumps(metadata)
-    data = save(own, metadata=header)
+    # Without the format transformers refuses the file.
+    data = save(own, metadata={"format": "pt", _METADATA_KEY: json.dumps(metadata)})
     atomic_write(path, lambda file: file.write(data), reserve=len(data))

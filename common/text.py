@@ -53,11 +53,9 @@ def printable(path: str) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str], form: str = "{}") -> str:
-    """`; did you mean NAME?` for a misspelt or abbreviated `word`, "" when nothing known is near.
+    """`; did you mean NAME?` for a misspelt `word`, "" when nothing known is near.
 
     `form` shows the name as it is written there, such as `--{}` or `recipes/{}.yaml`.
     """
-    known = list(known)
-    near = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.6)
-    near = near or [name for name in known if len(word) > 2 and name.startswith(word.lower())][:1]
+    near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
     return f"; did you mean {form.format(near[0])}?" if near else ""

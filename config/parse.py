@@ -5,8 +5,8 @@
 import argparse
 import os
 import sys
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,9 @@ from common.errors import UserError
 from common.files import read_text
 from common.text import did_you_mean, plain, quote
 from config import rules
-from config.options import COMMON, KINDS, NO_EFFECT, RECIPE_GROUPS, Options, Value, table
+from config.options import COMMON, KINDS, NO_EFFECT, OPTIONS, RECIPE_GROUPS, Options, Value, table
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-_LARGEST_RECIPE = 2 ** 20  # bytes
 # What a recipe cannot say: how this one run starts, and is looked at.
 _SOURCES = ("model", "finetune", "pretrained", "weights")
 _PER_LAUNCH = ("config", "print_config", "dry_run")
@@ -67,7 +66,7 @@ def parse(argv: Sequence[str], kind: type[Options] = Options) -> Resolved:
         raise UserError(f"--{name} needs a value; {known[name].help}.", code="missing_value") from None
     flags = vars(found)
     if "help" in flags:
-        sys.stdout.write(help_text(flags["help"] == "all", kind))
+        sys.stdout.write(_parser(kind, flags["help"] == "all").format_help())
         raise SystemExit(0)
     if others:
         raise _unexpected(others[0], argv, kind)
@@ -96,35 +95,29 @@ def check_model(name: str, known: Sequence[str]) -> None:
 
 # Flags
 
-def _parser(kind: type[Options], shown: Collection[str] = (), end: str = "") -> argparse.ArgumentParser:
-    """argparse for the table; values stay text. Help lists the options in `shown`."""
-    parser = argparse.ArgumentParser(usage=kind.USAGE, epilog=end, add_help=False, allow_abbrev=False,
-                                     exit_on_error=False, argument_default=argparse.SUPPRESS,
-                                     formatter_class=partial(argparse.HelpFormatter, max_help_position=30))
+def _parser(kind: type[Options], everything: bool = False) -> argparse.ArgumentParser:
+    """argparse for the table; values stay text. Help lists the options people use most, a command's own among
+    them, or `everything`."""
     options = table(kind)
+    more = "" if everything else f" `--help all` lists all {len(options)} options."
+    parser = argparse.ArgumentParser(usage=kind.USAGE, add_help=False, allow_abbrev=False,
+                                     exit_on_error=False, argument_default=argparse.SUPPRESS,
+                                     formatter_class=partial(argparse.HelpFormatter, max_help_position=30),
+                                     epilog=f"Switches take true or false; the flag alone means true.{more}")
     groups = {title: parser.add_argument_group(title) for title in {o.group: 0 for o in options.values()}}
     for name, option in options.items():
         words = f": {option.accepts.words}" if option.accepts and option.element is str else ""
         default = "none" if option.default in (None, "", ()) else _yaml(option.default)
-        about = f"{option.help}{words} [{default}]"
+        about = f"{option.help}{words} [{default}]".replace("%", "%%")
         groups[option.group].add_argument(
             f"--{name}", metavar=KINDS[option.element][0], const="true" if option.element is bool else None,
             nargs="?" if option.element is bool else "+" if option.several else None,
-            help=about.replace("%", "%%") if name in shown else argparse.SUPPRESS)
+            help=about if everything or name in COMMON or name not in OPTIONS else argparse.SUPPRESS)
     parser.add_argument("-h", "--help", nargs="?", const="", help=argparse.SUPPRESS)
     for name in NO_EFFECT:
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", const="true",
                             help=argparse.SUPPRESS)
     return parser
-
-
-def help_text(everything: bool = False, kind: type[Options] = Options) -> str:
-    """The options people use most (a command's own among them), or all, by group."""
-    known = table(kind)
-    more = "" if everything else f" `--help all` lists all {len(known)} options."
-    common = {*COMMON, *known} - {f.name for f in fields(Options) if f.name not in COMMON}
-    return _parser(kind, known if everything else common,
-                   f"Switches take true or false; the flag alone means true.{more}").format_help()
 
 
 def _unexpected(token: str, argv: Sequence[str], kind: type[Options]) -> UserError:
@@ -151,7 +144,7 @@ def read_recipe(path: str, kind: type[Options] | None = Options) -> dict[str, Va
     """
     name, values, known = plain(path, 300), {}, table(kind or Options)
     try:
-        node = yaml.compose(read_text(path, _LARGEST_RECIPE), Loader=yaml.BaseLoader)
+        node = yaml.compose(read_text(path, max_bytes=2 ** 20), Loader=yaml.BaseLoader)
     except FileNotFoundError:
         folder = f"{os.path.relpath(RECIPES)}/"
         hint = did_you_mean(Path(path).stem, _recipes(), folder + "{}.yaml") or f"; recipes are in {folder}."

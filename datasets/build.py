@@ -18,7 +18,7 @@ from datasets.cifar import read_cifar
 from datasets.dataset import ImageDataset, ImageLoader, make_loader
 from datasets.images import retried, unreadable
 from datasets.index import IndexCache, Source
-from datasets.labels import Subset, classes_of, map_folders, read_val_labels, recognise
+from datasets.labels import Subset, classes_of, map_folders, numbered, read_val_labels, recognise
 from datasets.readers import SPLITS, Reader, find_split, no_images, open_reader, source_of, too_slow
 from datasets.sample import ensure_sample
 from datasets.transforms import Erasing, eval_transform, train_transform
@@ -82,11 +82,10 @@ def build_data(options: Options, *, train: bool, evaluate: bool, class_names: li
     subset = _companion(options, splits[0], class_names) if companions else None
     names = list(subset.folders) if subset else class_names
     if names is None:
-        names, found = classes_of(
-            _deciding_classes(options, splits[0]), options.nb_classes, evaluating=not train,
-            imagenet_layout=options.data_set in ("IMNET", "SAMPLE"),
-            allow_mismatch=options.allow_class_mismatch)
-        notes += found
+        names = classes_of(_deciding_classes(options, splits[0]), options.nb_classes,
+                           imagenet_layout=options.data_set in ("IMNET", "SAMPLE"),
+                           allow_mismatch=options.allow_class_mismatch)
+        notes += numbered(names, strict=not train and not options.allow_class_mismatch)
     built = {split.part: _dataset(options, split, names, notes) for split in splits}
     if subset and subset.columns:
         notes.append(f"val: {subset.name}, evaluated among its {len(subset.columns)} classes alone")
@@ -179,8 +178,7 @@ def _held_back(reader: Reader, fraction: float) -> np.ndarray:
     draws = np.array([int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"),
                                                      digest_size=7).digest()) for name in names])
     counts = np.bincount(reader.labels, minlength=len(reader.classes))
-    rank = np.empty(len(draws), dtype=np.int64)
-    rank[np.lexsort((draws, reader.labels))] = np.arange(len(draws))
+    rank = np.argsort(np.lexsort((draws, reader.labels)))
     held = np.minimum(np.maximum(1, np.round(counts * fraction)), counts - 1)
     return rank - (np.cumsum(counts) - counts)[reader.labels] < held[reader.labels]
 

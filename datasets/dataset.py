@@ -81,10 +81,8 @@ class ImageDataset(Dataset[Batch]):
         order in which images are stored is read fast."""
         if not self.reader.sequential:
             return range(rank, len(self), world_size)
-        own = np.full(len(self.reader), -1)
-        own[self._kept] = np.arange(len(self))
-        stored = own[self.reader.stored_order()]
-        return np.array_split(stored[stored >= 0], world_size)[rank].tolist()
+        stored = np.argsort(np.argsort(self.reader.stored_order())[self._kept])
+        return np.array_split(stored, world_size)[rank].tolist()
 
     def path(self, index: int) -> str:
         """Where image `index` comes from, for reports."""

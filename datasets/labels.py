@@ -25,8 +25,8 @@ _INFO = importlib.resources.files("timm.data") / "_info"
 
 
 def classes_of(folders: list[str], nb_classes: int | None, *, imagenet_layout: bool,
-               allow_mismatch: bool = False, evaluating: bool = False) -> tuple[list[str], list[str]]:
-    """The classes in logit order that class folders `folders` (sorted as text) stand for, and notes on them.
+               allow_mismatch: bool = False) -> list[str]:
+    """The classes in logit order that class folders `folders` (sorted as text) stand for.
 
     Synset folders of ImageNet-1k with a 1000-class model (`nb_classes` 1000, or not given in the ImageNet
     layout) get ImageNet's own order, so that a part of ImageNet gets its labels; those of the 22k set get the
@@ -37,19 +37,19 @@ def classes_of(folders: list[str], nb_classes: int | None, *, imagenet_layout: b
         if nb_classes == len(known) or (nb_classes is None and wanted):
             unknown = sorted(set(folders) - set(known))
             if not unknown or (allow_mismatch and len(unknown) < len(folders)):
-                return list(known), []
+                return list(known)
             if len(unknown) * 10 <= len(folders):
                 raise UserError(f"{_some(unknown)}: folders of none of {len(known)} synsets; remove or skip "
                                 "them (--allow_class_mismatch true).", code="unexpected_classes")
     if nb_classes is not None and nb_classes != len(folders):
         raise UserError(f"--nb_classes {nb_classes}, and the class folders are {_some(folders)}; give "
                         f"--nb_classes {len(folders)} or check the data path.", code="unexpected_classes")
-    return list(folders), _numbered(folders, evaluating and not allow_mismatch)
+    return list(folders)
 
 
-def _numbered(folders: list[str], strict: bool) -> list[str]:
-    """Folders 0, 1, …, 10 sorted as text put folder 10 at index 2: explained, refused where that decides a
-    result."""
+def numbered(folders: list[str], strict: bool) -> list[str]:
+    """Folders 0, 1, …, 10 sorted as text put folder 10 at index 2: a note on it, refused where `strict`,
+    because it decides a result."""
     numbers = all(name.isascii() and name.isdigit() for name in folders)
     pairs = zip(folders, sorted(folders, key=int)) if numbers else ()
     at = next((i for i, (folder, by_number) in enumerate(pairs) if folder != by_number), None)
@@ -168,7 +168,8 @@ def recognise(reader: Reader) -> Subset | None:
     if found == {str(i) for i in range(1000)}:
         return Subset("imagenet-v2", tuple(str(i) for i in range(1000)))
     for name in ("imagenet-a", "imagenet-r"):
-        columns = _columns(name)
+        lines = (_INFO / f"{name.replace('-', '_')}_indices.txt").read_text().split()
+        columns = tuple(map(int, lines))
         if found == {synsets[i] for i in columns}:
             return Subset(name, tuple(synsets[i] for i in columns), columns)
     if not found <= set(synsets):
@@ -176,10 +177,6 @@ def recognise(reader: Reader) -> Subset | None:
     if all(name.startswith("sketch_") for name in names):
         return Subset("imagenet-sketch", synsets)
     return Subset("imagenet-val", synsets) if len(found) == 1000 or all(map(_VAL_NAME.match, names)) else None
-
-
-def _columns(name: str) -> tuple[int, ...]:
-    return tuple(int(line) for line in (_INFO / f"{name.replace('-', '_')}_indices.txt").read_text().split())
 
 
 def real_labels(images: Sequence[str]) -> list[list[int]] | None:

@@ -149,10 +149,10 @@ def work(kind: Kind, options: Options) -> Work:
     from dryrun import check
     from training import train
 
-    data, evaluate = partial(find_scenes, kind.find_data), partial(evaluate_each, kind)
-    if options.dry_run:
-        return partial(check, data=data, task=kind.task)
-    return evaluate if options.eval else partial(train, data=data, task=kind.task, evaluate=evaluate)
+    if options.eval and not options.dry_run:
+        return partial(evaluate_each, kind)
+    start = check if options.dry_run else train
+    return partial(start, data=partial(find_scenes, kind.find_data), task=kind.task)
 
 
 def evaluate_each(kind: Kind, resolved: Resolved, process: Process, watchdog: Watchdog) -> ExitCode:

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     about = {"classes": json.dumps(trained.classes), "mean": json.dumps(MEAN), "std": json.dumps(STD),
              "crop_size": str(trained.options.crop_size)}
     export_onnx(program, args.out, about)
-    difference = check_exported(network, onnx_function(args.out), side, softmax=False)
+    difference = check_exported(network, onnx_function(args.out), side)
     logger.info("%s: %d classes; at four sizes at most %.1e from the network", args.out, len(trained.classes),
                 difference)
     return ExitCode.DONE

@@ -240,10 +240,9 @@ def _slurm(env: Mapping[str, str]) -> Place:
     # Two steps of one job must not meet, nor an attempt what is left of the one before; and a job whose port
     # is taken finds another when it is requeued.
     start = " ".join(env.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
-    return Place("submitit-slurm" if env.get("SUBMITIT_EXECUTOR") == "slurm" else "srun",
-                 number(env, "SLURM_PROCID", 0, world - 1), world, number(env, "SLURM_LOCALID", 0, local - 1),
-                 local, master_addr=first if len(counts) > 1 else "127.0.0.1",
-                 port=20000 + key(0, start) % 12000)
+    return Place("srun", number(env, "SLURM_PROCID", 0, world - 1), world,
+                 number(env, "SLURM_LOCALID", 0, local - 1), local,
+                 master_addr=first if len(counts) > 1 else "127.0.0.1", port=20000 + key(0, start) % 12000)
 
 
 def number(env: Mapping[str, str], name: str, least: int, most: int = 99999) -> int:

@@ -17,12 +17,11 @@ import uuid
 from collections.abc import Sequence
 from contextlib import chdir
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import NoReturn
 
 import submitit
 import yaml
 from submitit.core.utils import FailedJobError
-from submitit.slurm.slurm import SlurmExecutor
 
 from common.errors import UserError
 from common.files import write_json
@@ -170,21 +169,23 @@ def snapshot(folder: str) -> Path:
     return code
 
 
-def build_executor(folder: str, options: argparse.Namespace, *, gpus: bool) -> SlurmExecutor:
+def build_executor(folder: str, options: argparse.Namespace, *, gpus: bool) -> submitit.SlurmExecutor:
     """submitit's executor with the launcher's options in Slurm's terms."""
     extra = dict(requeue=True)
     for pair in options.slurm:
         key, equals, value = pair.partition("=")
+        if not key:
+            raise UserError(f"--slurm {pair}: KEY=VALUE is accepted, such as --slurm account=vision.",
+                            code="invalid_value")
         extra[key.lstrip("-").replace("-", "_")] = value if equals else True
     gpus = gpus and not any(key.startswith(("gres", "gpus")) for key in extra)
-    executor = submitit.AutoExecutor(folder, cluster="slurm")
+    executor = submitit.SlurmExecutor(folder)
     executor.update_parameters(
-        name=options.job_name, timeout_min=max(1, round(options.timeout * 60)), nodes=options.nodes,
-        tasks_per_node=options.ngpus, cpus_per_task=options.cpus_per_task,
-        gpus_per_node=options.ngpus if gpus else None, slurm_partition=options.partition,
-        slurm_comment=options.comment, slurm_additional_parameters=extra, slurm_setup=SETUP,
-        slurm_signal_delay_s=round(margin(options.timeout * 3600)))
-    return cast(SlurmExecutor, executor._executor)
+        job_name=options.job_name, time=max(1, round(options.timeout * 60)), nodes=options.nodes,
+        ntasks_per_node=options.ngpus, cpus_per_task=options.cpus_per_task, setup=SETUP,
+        gpus_per_node=options.ngpus if gpus else None, partition=options.partition, comment=options.comment,
+        additional_parameters=extra, signal_delay_s=round(margin(options.timeout * 3600)))
+    return executor
 
 
 def status(folder: Path) -> str:

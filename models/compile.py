@@ -6,7 +6,6 @@ is the plain block, with the Fourier filter as matrix products (models/dft.py sa
 fuses with its gates, norms and layer scale.
 """
 import copy
-import time
 from collections.abc import Callable
 from types import FunctionType
 from typing import cast
@@ -14,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from common.devices import asynchronous, autocast, float32_products
+from common.devices import PhaseClock, autocast, float32_products
 from common.log import logger
 from models.dft import use_matrix_filter
 from models.hornet import Block, HorNet, Stage
@@ -113,16 +112,15 @@ def _fastest(model: HorNet, shape: tuple[int, int, int, int], dtype: torch.dtype
 
 
 def _seconds(block: nn.Module, x: Tensor, keep: Tensor | None, dtype: torch.dtype | None) -> float:
-    """Of the fastest of five forward and backward passes."""
-    times = []
-    for _ in range(7):
-        if asynchronous(x.device):
-            torch.accelerator.synchronize(x.device)
-        times.append(time.perf_counter())
+    """Of the fastest of five forward and backward passes, behind one that compiles."""
+    clock = PhaseClock(x.device)
+    for turn in range(6):
+        clock.begins(str(turn))
         with autocast(x.device, dtype):
             out = block(x, keep)
         torch.autograd.grad(out, [x, *block.parameters()], torch.ones_like(out))
-    return min(end - start for start, end in zip(times[1:], times[2:]))
+    clock.begins("end")
+    return min([*clock.read().values()][1:])
 
 
 def _passes(model: HorNet, shape: tuple[int, ...], dtype: torch.dtype | None) -> list[Tensor]:

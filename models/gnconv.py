@@ -66,9 +66,6 @@ class GnConv(nn.Module):
                 raise ValueError(f"gnConv kernel_size {kernel_size}: an odd number is needed, to keep sizes")
             self.dwconv = nn.Conv2d(total, total, kernel_size, padding=kernel_size // 2, groups=total)
         elif filter == "global" or isinstance(filter, (tuple, list)):
-            if total % 2:
-                raise ValueError(f"gnConv of order {order} with a global filter: dim must be a multiple of "
-                                 f"{2 ** order}, not {dim}: it filters half of the {total} gated channels")
             height, width = (14, 8) if filter == "global" else filter
             self.dwconv = GlobalLocalFilter(total, (height, width))
         else:
@@ -114,9 +111,8 @@ class GlobalLocalFilter(nn.Module):
     def __init__(self, dim: int, size: tuple[int, int] = (14, 8)):
         super().__init__()
         if dim < 2 or dim % 2:
-            raise ValueError(f"GlobalLocalFilter dim {dim}: an even number is needed, half for each branch")
-        if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"GlobalLocalFilter size {size!r}: positive (height, width // 2 + 1) needed")
+            raise ValueError(f"GlobalLocalFilter dim {dim}: an even number is needed, half for each branch; "
+                             "the dim of a gnConv of order n with a filter must be a multiple of 2^n")
         self.dw = nn.Conv2d(dim // 2, dim // 2, kernel_size=3, padding=1, bias=False, groups=dim // 2)
         self.complex_weight = nn.Parameter(torch.empty(dim // 2, *size, 2))
         self.pre_norm = LayerNorm2d(dim, eps=1e-6)
@@ -173,13 +169,9 @@ def gnconv_dims(dim: int, order: int) -> list[int]:
     """Widths of the recursion, dim / 2^(order-1), ..., dim / 2, dim; ValueError when one is not whole."""
     if not isinstance(order, int) or order < 1:
         raise ValueError(f"gnConv order {order!r}: a whole number from 1 on is needed")
-    step = 2 ** (order - 1)
-    if dim < step or dim % step:
-        nearest = max(step, round(dim / step) * step)
-        largest = (dim & -dim).bit_length() if dim > 0 else 0
-        raise ValueError(
-            f"gnConv of order {order} halves its width {order - 1} times, and dim {dim} is not a multiple of "
-            f"{step}; the nearest width is {nearest}, the largest order for {dim} is {largest}")
+    if dim < 1 or dim % 2 ** (order - 1):
+        raise ValueError(f"gnConv of order {order} halves its width {order - 1} times, and dim {dim} is not "
+                         f"a multiple of {2 ** (order - 1)}")
     return [dim // 2 ** i for i in reversed(range(order))]
 
 

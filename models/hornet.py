@@ -114,9 +114,8 @@ class HorNet(nn.Module):
                  layer_scale_init_value: float = 1e-6, head_init_scale: float = 1.0,
                  global_pool: str = "avg"):
         super().__init__()
-        for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
-            if not 0 <= rate < 1:
-                raise ValueError(f"{name} {rate}: a number from 0 to below 1 is needed")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate {drop_path_rate}: a number from 0 to below 1 is needed")
         self.cfg, self.in_chans, self.num_classes = cfg, in_chans, num_classes
         self.drop_rate, self.drop_path_rate = drop_rate, drop_path_rate
         self.global_pool = _checked_pool(global_pool)
@@ -266,14 +265,11 @@ class HorNet(nn.Module):
 
 @torch.fx.wrap
 def check_input(x: Tensor, in_chans: int) -> None:
-    """ValueError for what a HorNet cannot take."""
-    if x.ndim != 4 or x.shape[1] != in_chans:
-        raise ValueError(f"HorNet needs an input (batch, {in_chans}, height, width), not {tuple(x.shape)}")
-    if x.shape[2] < 32 or x.shape[3] < 32:
-        raise ValueError(f"HorNet needs images of at least 32x32 pixels, not {x.shape[2]}x{x.shape[3]}: "
-                         "the network halves them five times; enlarge the images or raise --input_size")
-    if not x.is_floating_point():
-        raise ValueError(f"HorNet needs a floating-point input, not {x.dtype}: normalise the images first")
+    """ValueError for what a HorNet cannot take; it halves height and width five times."""
+    if (x.ndim != 4 or x.shape[1] != in_chans or x.shape[2] < 32 or x.shape[3] < 32
+            or not x.is_floating_point()):
+        raise ValueError(f"HorNet needs normalised images, floating-point (batch, {in_chans}, height, width) "
+                         f"with sides from 32 pixels on, not {x.dtype} {tuple(x.shape)}")
 
 
 @torch.fx.wrap

@@ -22,18 +22,6 @@ _TIMM = ("input_size", "crop_pct", "crop_mode", "mean", "std", "interpolation", 
          "classifier")
 
 
-def hub_config(trained: Trained, licence: str) -> dict:
-    """config.json as timm and transformers read it (plain values)."""
-    known = vars(trained.model)["pretrained_cfg"]
-    without = {"model_args": {"layer_scale_init_value": 0.0}}  # otherwise its values are among the weights
-    return {"architecture": trained.name, "num_classes": len(trained.classes), "global_pool": "avg",
-            "num_features": trained.model.num_features, "label_names": trained.classes,
-            "label_descriptions": dict(zip(trained.classes, class_titles(trained.classes))),
-            **(without if trained.settings.layer_scale_init_value == 0 else {}),
-            "pretrained_cfg": {name: known[name] for name in _TIMM} | {
-                "custom_load": False, "license": licence}}
-
-
 def write_hub(trained: Trained, folder: Path, card: str, licence: str) -> None:
     """Write the three files; `card` is the Markdown of README.md."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +29,15 @@ def write_hub(trained: Trained, folder: Path, card: str, licence: str) -> None:
     about = {"format": 3, "classes": trained.classes,
              "args": {"model": trained.name, **asdict(trained.settings)}}
     save_safetensors(folder / HUB_WEIGHTS, trained.model.state_dict(), about)
-    write_json(folder / "config.json", hub_config(trained, licence))
+    known = vars(trained.model)["pretrained_cfg"]
+    config = {"architecture": trained.name, "num_classes": len(trained.classes), "global_pool": "avg",
+              "num_features": trained.model.num_features, "label_names": trained.classes,
+              "label_descriptions": dict(zip(trained.classes, class_titles(trained.classes))),
+              "pretrained_cfg": {**{name: known[name] for name in _TIMM}, "custom_load": False,
+                                 "license": licence}}
+    if trained.settings.layer_scale_init_value == 0:  # otherwise its values are among the weights
+        config["model_args"] = {"layer_scale_init_value": 0.0}
+    write_json(folder / "config.json", config)
     write_text(folder / "README.md", card)
 
 

@@ -40,17 +40,15 @@ class Prediction(NamedTuple):
     probability: float
 
 
-_imagenet = cache(ImageNetInfo)
+@cache
+def _imagenet_titles() -> dict[str, str]:
+    both = ImageNetInfo("imagenet-22k"), ImageNetInfo("imagenet-1k")  # neither has all of the other's
+    return {name: title for one in both for name, title in zip(one.label_names(), one.label_descriptions())}
 
 
 def class_titles(class_names: Sequence[str]) -> list[str]:
     """Names for people: timm's ImageNet words for synsets such as n01440764, any other name unchanged."""
-    def title(name: str) -> str:
-        try:
-            return _imagenet().label_name_to_description(name)
-        except KeyError:
-            return name
-    return [title(name) for name in class_names]
+    return [_imagenet_titles().get(name, name) for name in class_names]
 
 
 def image_transforms(model: HorNet) -> tuple[Callable[[Image.Image], Image.Image], Transform]:
@@ -156,34 +154,24 @@ def overlay(image: Image.Image, heat: Tensor) -> Image.Image:
     return Image.composite(Image.new("RGB", image.size, (255, 40, 0)), image, mask)
 
 
-class Complexity(NamedTuple):
-    """Number of parameters, and multiply-adds of convolutions and Linear layers for one image."""
-
-    params: int
-    flops: int
-
-
-def complexity(model: HorNet, input_size: int | tuple[int, int]) -> Complexity:
-    """Counted for images of `input_size` (a side, or height and width) in pixels, FLOPs as published.
+def flops(model: HorNet, side: int) -> int:
+    """Multiply-adds of convolutions and Linear layers for one image of `side` x `side` pixels, as published.
 
     That is without norms, gates, activations and Fourier transforms; by a run on the meta device, without
     memory or arithmetic.
     """
-    height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        copy.deepcopy(model).eval().to("meta")(torch.empty(1, model.in_chans, height, width, device="meta"))
-    return Complexity(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
+        copy.deepcopy(model).eval().to("meta")(torch.empty(1, model.in_chans, side, side, device="meta"))
+    return counter.get_total_flops() // 2
 
 
 def _batches(model: HorNet, images: Images, transform: Transform | None, batch_size: int) -> Iterator[Tensor]:
     """What a model takes of `images`, part by part; the model is in evaluation mode meanwhile."""
     parameter, was_training = next(model.parameters()), model.training
     load = transform or image_transform(model)
-    if isinstance(images, Tensor):
-        many: Sequence = [images] if images.ndim == 3 else images.unbind()
-    else:
-        many = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else images
-    if not len(many):
+    many: Sequence = [images] if (isinstance(images, (str, os.PathLike, Image.Image))
+                                  or isinstance(images, Tensor) and images.ndim == 3) else list(images)
+    if not many:
         raise ValueError("no images were given")
     model.eval()
     try:

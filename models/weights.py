@@ -133,20 +133,16 @@ def _renamed(state: StateDict, rules: Sequence[tuple[str, str]]) -> StateDict:
 def fit_to_model(state: StateDict, model: HorNet, where: str = "the checkpoint", source_classes: Names = None,
                  class_names: Names = None, new_head: bool = False) -> StateDict:
     """A copy of a published state dict whose head, filters and (for fine-tuning) first layer fit `model`."""
-    target, state, head = model.state_dict(), dict(state), ("head.weight", "head.bias")
+    target, state = model.state_dict(), dict(state)
     for key, value in state.items():
         wanted = target.get(key)
         if key.endswith(".complex_weight") and wanted is not None and value.shape[::3] == wanted.shape[::3]:
             state[key] = resize_filter(value.float(), (wanted.shape[1], wanted.shape[2]))
-    if model.num_classes == 0:
-        state = {key: value for key, value in state.items() if not key.startswith("head.")}
-    elif all(key in state and state[key].ndim == ndim for key, ndim in zip(head, (2, 1))):
-        rows = _head_rows(len(state[head[0]]), model.num_classes, where, source_classes, class_names,
+    head = {key: state.pop(key) for key in ("head.weight", "head.bias") if key in state}
+    if model.num_classes and [value.ndim for value in head.values()] == [2, 1]:
+        rows = _head_rows(len(head["head.weight"]), model.num_classes, where, source_classes, class_names,
                           new_head)
-        for key in head:
-            value = state.pop(key)
-            if rows is not None:
-                state[key] = value[rows]
+        state |= {} if rows is None else {key: value[rows] for key, value in head.items()}
     stem = state.get("downsample_layers.0.0.weight")
     if new_head and stem is not None and stem.ndim == 4 and stem.shape[1] == 3 != model.in_chans:
         state["downsample_layers.0.0.weight"] = adapt_input_conv(model.in_chans, stem)

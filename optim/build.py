@@ -71,11 +71,8 @@ def _fitting(optimizer: torch.optim.Optimizer, state: dict) -> dict:
     """`state` as this optimizer can load it: moments and step counts, with this run's own choices (fused
     kernel, scales, betas) instead of the file's. Raises UserError when it is of other tensors or damaged."""
     ours, theirs = optimizer.state_dict()["param_groups"], state["param_groups"]
-    counts = [[len(group["params"]) for group in groups] for groups in (ours, theirs)]
-    if counts[0] != counts[1]:
-        raise UserError(f"the checkpoint's optimizer state has groups of {counts[1]} tensors, this run's of "
-                        f"{counts[0]}: resume with the same --layer_decay, --opt and model, or start from "
-                        "its weights with --finetune.", code="other_run")
+    here, there = ([len(group["params"]) for group in groups] for groups in (ours, theirs))
+    odd = "" if here == there else f"groups of {there} tensors instead of {here}"
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     indices = [index for group in theirs for index in group["params"]]
     always = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.Adam) else set()
@@ -83,10 +80,11 @@ def _fitting(optimizer: torch.optim.Optimizer, state: dict) -> dict:
         entries = state["state"].get(index, {})
         for name in always | entries.keys():
             if not _usable(entries.get(name), parameter, exact=name in always - {"step"}):
-                raise UserError(f"the checkpoint's optimizer state {name} of tensor {index} is missing or "
-                                f"does not fit this model's tensor {tuple(parameter.shape)}: give --model "
-                                "as it was trained, or start from its weights with --finetune.",
-                                code="invalid_checkpoint")
+                odd = odd or f"{name} of tensor {index}, which here has the shape {tuple(parameter.shape)}"
+    if odd:
+        raise UserError(f"the checkpoint's optimizer state does not fit this run ({odd}): give --model, "
+                        "--opt and --layer_decay as it was trained, or start from its weights with "
+                        "--finetune.", code="invalid_checkpoint")
     kept = [{**own, "params": saved["params"]} for own, saved in zip(ours, theirs)]
     return {"state": state["state"], "param_groups": kept}
 

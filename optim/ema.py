@@ -22,8 +22,7 @@ class Ema:
         if device is not None:
             self.module.to(device)
         source, own = (network.state_dict(keep_vars=True) for network in (model, self.module))
-        self._source = [source[name] for name in own]
-        self._own = list(own.values())
+        self._pairs = [(own[name], source[name]) for name in own]
 
     @torch.no_grad()
     def update(self, applied: torch.Tensor) -> None:
@@ -31,19 +30,16 @@ class Ema:
 
         On the CPU the flag is read, elsewhere it is a factor, so that the host need not wait.
         """
-        on_host = "cpu" in (applied.device.type, self._own[0].device.type)
+        on_host = "cpu" in (applied.device.type, self._pairs[0][0].device.type)
         if on_host and not applied.item():
             return
-        source = self._source
-        if self._own[0].device != source[0].device:
-            source = [tensor.to(self._own[0].device) for tensor in source]
-        pairs = [(own, new) for own, new in zip(self._own, source) if own.is_floating_point()]
-        own, new = [a for a, _ in pairs], [b for _, b in pairs]
+        pairs = [(own, value.to(own.device)) for own, value in self._pairs]
+        own, new = map(list, zip(*(pair for pair in pairs if pair[0].is_floating_point())))
         if on_host:
             torch._foreach_lerp_(own, new, 1 - self.decay)
         else:
             masked_lerp_(own, new, (1 - self.decay) * applied)
-        for target, value in zip(self._own, source):
+        for target, value in pairs:
             if not target.is_floating_point():
                 target.copy_(value if on_host else torch.where(applied, value, target))
 

@@ -1,7 +1,7 @@
 """Learning rate and weight decay as pure functions of the global update."""
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -59,6 +59,15 @@ class Schedule:
         """Weight decay of global update `update` for the groups that decay."""
         base, end = self.options.weight_decay, self.options.weight_decay_end
         return value(update, base, base if end is None else end, self.total)
+
+    def stretched(self, epochs: int, update: int) -> str | None:
+        """A sentence when a run that had `epochs` of them continues at `update` at another rate."""
+        now, then = self.lr(update), replace(self, options=replace(self.options, epochs=epochs)).lr(update)
+        if abs(now - then) <= 0.01 * then:
+            return None
+        return (f"--epochs {self.options.epochs} instead of {epochs} stretches the schedule: the learning "
+                f"rate continues at {now:.3g}, not at {then:.3g}; a new run with --finetune would begin with "
+                "a warm-up.")
 
     def apply(self, optimizer: torch.optim.Optimizer, update: int) -> None:
         """Write both into the groups of `optimizer` (those of `optim.groups.param_groups`)."""

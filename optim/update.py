@@ -18,17 +18,15 @@ from optim.schedule import Schedule
 
 
 class UpdateStats(NamedTuple):
-    """What an update did, as 0-dim float32 tensors on the device; reading one waits for the device.
+    """What an update did, as float32 tensors on the device; reading one waits for the device.
 
     `loss` is this rank's mean over the update's micro-batches, `grad_norm` the norm before clipping (after it
-    in the official mode), `finite` is 1.0 when the update was applied, `loss_finite` when the loss was finite
-    on every rank, `loss_scale` the factor in use during the update. `values` holds the five in one tensor.
+    in the official mode), `finite` is 1.0 when the update was applied; all are 0-dim. `values` holds the
+    three in one tensor, and after them 1.0 when the loss was finite on every rank, and the loss scale in use.
     """
     loss: Tensor
     grad_norm: Tensor
     finite: Tensor
-    loss_finite: Tensor
-    loss_scale: Tensor
     values: Tensor
 
 
@@ -45,15 +43,10 @@ class LossScale:
         self._good = torch.zeros((), dtype=torch.int32, device=device)
 
     def update(self, finite: Tensor) -> None:
-        """Halve after an overflow, double after `interval` finite updates in a row. `finite`: 0-dim bool."""
-        if not self.enabled:
-            return
-        good = torch.where(finite, self._good + 1, 0)
-        grows = good >= self.interval
-        # Bounded, because infinity could not be halved again.
-        grown = torch.where(grows, (self.scale * 2).clamp(max=2.0 ** 100), self.scale)
-        self.scale.copy_(torch.where(finite, grown, self.scale / 2))
-        self._good.copy_(torch.where(grows, 0, good))
+        """Halve after an overflow, double after `interval` finite updates in a row (never to infinity, which
+        could not be halved again). `finite`: 0-dim bool."""
+        if self.enabled:
+            torch._amp_update_scale_(self.scale, self._good, 1.0 - finite.float(), 2.0, 0.5, self.interval)
 
     def state_dict(self) -> dict:
         """Plain values under GradScaler's names; empty when no scaling is used, as there."""
@@ -163,7 +156,7 @@ class Update:
         self.optimizer.zero_grad(set_to_none=True)
         values = torch.stack([self._loss, norm.float(), finite.float(), flags[0], scale])
         self._loss = torch.zeros_like(self._loss)
-        return UpdateStats._make([*values, values])
+        return UpdateStats(values[0], values[1], values[2], values)
 
     def _step(self, grads: list[Tensor], scale: Tensor, norm: Tensor, finite: Tensor) -> None:
         if self.host_reads and not finite.item():

@@ -102,18 +102,6 @@ class Comparison:
     margin: float
     p_value: float
 
-    @property
-    def p(self) -> str:
-        return "< 0.001" if self.p_value < 0.001 else f"= {self.p_value:.3f}"
-
-    def sentence(self, first: str, second: str) -> str:
-        """The result in words, with the names of the two."""
-        better, other = (second, first) if self.difference > 0 else (first, second)
-        found = (f"{better} is better than {other}, by more than chance explains" if self.p_value < 0.05
-                 else f"{first} and {second} cannot be distinguished on these images")
-        return (f"{found} ({second} minus {first}: {self.difference:+.2f} ± {self.margin:.2f} points on "
-                f"{self.images} images, p {self.p}).")
-
 
 def compare(first: Predictions, second: Predictions, tests: int = 1) -> Comparison | None:
     """McNemar's exact test of two evaluations, None when they have no image in common; the p value is

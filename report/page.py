@@ -22,8 +22,7 @@ from common.files import read_json, read_json_lines, write_text
 from common.ledger import Ledger
 from common.log import logger
 from common.text import duration, printable, table
-from config.options import OPTIONS, Options
-from config.parse import differences, read_recipe
+from config.parse import read_recipe
 from models.inspect import class_titles
 from models.trained import best_checkpoint
 from report.metrics import Predictions, compare, confusion_pairs, sampling_interval
@@ -43,7 +42,8 @@ _UNREADABLE = ("unreadable_image", "bad_pictures")  # the kind of event, and wha
 @dataclass(frozen=True)
 class Run:
     """One run folder, read; parts that are missing are empty. `log` has one dictionary per epoch, in
-    order; `origins` says where each option of `config` came from."""
+    order; `origins` has for each option of `config` where it came from, and what the published recipe has
+    where that differs."""
     name: str
     folder: Path
     log: list[dict]
@@ -70,24 +70,17 @@ class Run:
         """Top-1 after each epoch of the model or of its moving average, whichever came higher."""
         return max(map(self.values, ("test_acc1", "test_acc1_ema")), key=lambda v: np.nanmax([*v, -1.0]))
 
-    @property
-    def recipe_difference(self) -> dict:
-        """The published values of the options in which the run departs from its model's recipe."""
-        options = Options(**{name: value for name, value in self.config.items() if name in OPTIONS})
-        other = not self.config or "head" in self.config  # dense/ has recipes of its own
-        return {} if other else {name: theirs for name, (_, theirs) in differences(options).items()}
-
 
 def read_run(path: str | Path) -> Run:
-    """Read a run folder, by its name or its log's. Raises UserError when there is nothing to report."""
-    path = Path(path)
-    folder, log = (path, path / "log.txt") if path.is_dir() else (path.parent, path)
+    """Read a run folder. Raises UserError when there is nothing to report."""
+    folder = Path(path)
     # Of an epoch that stands twice the last counts.
-    epochs = {row["epoch"]: row for row in read_json_lines(log) if isinstance(row.get("epoch"), int)}
+    epochs = {row["epoch"]: row for row in read_json_lines(folder / "log.txt")
+              if isinstance(row.get("epoch"), int)}
     status, environment, data, evaluation = (_read(folder / f"{name}.json", read_json, {})
                                              for name in ("status", "environment", "data", "eval"))
-    if not path.exists() or not epochs and not evaluation:
-        raise UserError(f"{path} has neither a log.txt with epochs nor an eval.json: name the --output_dir "
+    if not epochs and not evaluation:
+        raise UserError(f"{folder} has neither a log.txt with epochs nor an eval.json: name the --output_dir "
                         "of a run, or the --report of an evaluation.", code="missing_run")
     config, origins = _read(folder / "config.yaml", _config, ({}, {}))
     flat = {name: value for key, entry in environment.items()
@@ -109,9 +102,11 @@ def _read(path: Path, read: Callable[[Path], T], missing: T) -> T:
 
 
 def _config(path: Path) -> tuple[dict, dict]:
-    """Values of the options and where each came from, which config.yaml has in comments."""
-    text = path.read_text("utf-8", "replace")
-    return read_recipe(str(path), None), dict(re.findall(r"(?m)^(\w+):.*  # (\w+)$", text))
+    """Values of the options, and what config.yaml has in comments: where each came from, and the published
+    one."""
+    comments = re.compile(r"(?m)^(\w+):.*  # (\w+)(?:, published: (.*))?$")
+    found = comments.findall(path.read_text("utf-8", "replace"))
+    return read_recipe(str(path), None), {name: (origin, theirs) for name, origin, theirs in found}
 
 
 # --------------------------------------------------------------------------------------------------- figures
@@ -319,13 +314,13 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path | None = Non
     `out` defaults to comparison.html in the first folder; `price_per_hour` is that of one process (GPU).
     """
     runs = [read_run(folder) for folder in folders]
-    rows, sentences = comparison(runs, price_per_hour)
+    rows = comparison(runs, price_per_hour)
     taken = [effort(run, price_per_hour) for run in runs]
     panels = {label: [(taken[r][label], run.accuracy, _looks(runs, r)) for r, run in enumerate(runs)]
               for label in taken[0]}
     path = _write("compare.html", Path(out or runs[0].folder), "comparison.html", runs=runs, head=[*rows[0]],
-                  rows=[[*row.values()] for row in rows], sentences=sentences, price=price_per_hour,
-                  charts=charts(runs), differing=differing,
+                  rows=[[*row.values()] for row in rows], price=price_per_hour, charts=charts(runs),
+                  differing=differing, paired=any(row["p"] for row in rows),
                   progress=_draw("effort", panels, "top-1 (%)", False, 4))
     return path, table(rows)
 
@@ -339,13 +334,12 @@ def effort(run: Run, price_per_hour: float | None = None) -> dict[str, list[floa
     return {name: part.tolist() for name, part in ({"images seen (M)": seen, "hours": hours} | cost).items()}
 
 
-def comparison(runs: list[Run], price_per_hour: float | None = None
-               ) -> tuple[list[dict[str, str]], list[str]]:
-    """A row of figures for each run, best first, and a sentence for each paired test against the best."""
+def comparison(runs: list[Run], price_per_hour: float | None = None) -> list[dict[str, str]]:
+    """A row of figures for each run, best first, with the paired test against the best."""
     def score(run: Run) -> float:
         return run.evaluation.get("acc1", np.nanmax([*run.accuracy, -1.0]))
 
-    rows, sentences, leader = [], [], max(runs, key=score)
+    rows, leader = [], max(runs, key=score)
     for run in sorted(runs, key=score, reverse=True):
         taken = {name: values[-1:] for name, values in effort(run, price_per_hour).items()}
         images = run.evaluation.get("images") or run.data.get("val", {}).get("images")
@@ -358,9 +352,8 @@ def comparison(runs: list[Run], price_per_hour: float | None = None
             **{name: f"{value[0]:,.4g}" if value else "" for name, value in taken.items()},
             "img/s": f"{median(speed):,.0f}" if speed else "",
             "to the best": f"{found.difference:+.2f} ± {found.margin:.2f}" if found else "",
-            "p": found.p.removeprefix("= ") if found else ""})
-        sentences += [found.sentence(leader.name, run.name)] if found else []
-    return rows, sentences
+            "p": f"{found.p_value:.2g}" if found else ""})
+    return rows
 
 
 def differing(parts: list[dict]) -> list[list[str]]:

@@ -13,9 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,8 +41,7 @@ _UNREADABLE = (OSError, KeyError, TypeError, AttributeError, UserError)
 _RECORDS = ("checkpoint-", "log.txt", "status.json", "config.yaml", "environment.json")
 
 
-@dataclass(frozen=True)
-class Loaded:
+class Loaded(NamedTuple):
     """A checkpoint that was verified and read."""
     path: Path
     state: State
@@ -77,18 +75,15 @@ def manifest(path: Path) -> State | None:
     try:
         entries = _entries(path)
         found = retried(lambda: {"size": path.stat().st_size, "sha256": sha256_file(path)}, str(path.parent))
+        return next(entry for entry in entries if found.items() <= entry.items())
     except FileNotFoundError:
         return None
     except Failure:
         raise
-    except _UNREADABLE as error:
-        raise kind_of(error)(f"{path} or its manifest cannot be read ({error}).",
+    except (StopIteration, *_UNREADABLE) as error:
+        reason = str(error) or "size or sha256 differ"
+        raise kind_of(error)(f"{path} cannot be verified by its manifest ({reason}).",
                              code="damaged_checkpoint") from error
-    for entry in entries:
-        if found.items() <= entry.items():
-            return entry
-    raise UserError(f"{path} is not the file that was saved: size or sha256 differ from its manifest.",
-                    code="damaged_checkpoint")
 
 
 def _entries(path: Path) -> list[State]:
@@ -225,25 +220,22 @@ class Checkpoints:
                 self._fail(target, error, state_bytes(state))
 
     def _write(self, path: Path, state: State, score: float | None) -> None:
-        def write_manifest(digest: str, size: int, *previous: State) -> None:
+        def write_manifest(digest: str, size: int) -> None:
             if self.folder != path.parent:
                 raise OSError(errno.ESTALE, "the folder was moved or replaced meanwhile")
             about = {name: state.get(name) for name in ("format", "epoch", "update")}
             write_json(manifest_path(path), {"file": path.name, "sha256": digest, "size": size, **about,
-                                             "score": score, "previous": previous})
+                                             "score": score, "previous": [before] if before else []})
 
-        before: list[State] = []
-        with suppress(*_UNREADABLE):
-            before = _entries(path) if path.exists() else []
+        before = None
+        with suppress(UserError):
+            before = manifest(path)
         # timm.create_model(checkpoint_path=...) takes `state_dict_ema` before `model_ema`: here it finds what
         # scored, the same tensors, which are written once.
         content = state | {"state_dict_ema": state.get(state.get("scored") or "model")}
         # torch.save needs the table of names and up to 64 bytes per tensor beside the values.
-        digest, size = atomic_write(
-            path, lambda file: torch.save(content, file), reserve=state_bytes(state) + (64 << 10),
-            before_rename=lambda digest, size: write_manifest(digest, size, *before))
-        if before:
-            write_manifest(digest, size)
+        atomic_write(path, lambda file: torch.save(content, file), before_rename=write_manifest,
+                     reserve=state_bytes(state) + (64 << 10))
 
     def _fail(self, name: str, error: Exception, size: int) -> None:
         there: list[str] = []
@@ -252,7 +244,7 @@ class Checkpoints:
             disk = os.statvfs(self.folder)
             if disk.f_files and not disk.f_favail:  # some file systems have no fixed number: 0 of 0
                 free = f"all {disk.f_files} inodes of this disk are used: remove some files, of any size"
-            there = [path.name for path in (*self.numbered()[-1:], *self._best_files())]
+            there = [path.name for path in (*self.numbered()[-1:], *self.best_files())]
         except OSError:
             free = "the folder is gone"
         cause = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -296,20 +288,17 @@ class Checkpoints:
             names = os.listdir(folder)
         return sorted((folder / name for name in names if position(name)), key=_at)
 
-    def _best_files(self) -> list[Path]:
+    def best_files(self) -> list[Path]:
+        """The files of the best epochs that there are."""
         return [self.folder / name for name in _SCORED if (self.folder / name).is_file()]
 
-    def sweep(self) -> int:
-        """Remove what a killed training left behind; only the owner of the folder's lock may.
-
-        Returns how many files of this folder that were.
-        """
+    def sweep(self) -> None:
+        """Remove what a killed training left behind; only the owner of the folder's lock may."""
         stale = [p for name in _RECORDS for p in self.folder.glob(f".{name}*{TEMPORARY_SUFFIX}")]
         stale += [p for p in self.folder.glob("checkpoint-*.pth.json")
                   if p.is_file() and not os.path.lexists(p.with_suffix(""))]
         for path in stale:
             path.unlink(missing_ok=True)
-        return len(stale)
 
     def newest_valid(self) -> Loaded | None:
         """The newest checkpoint that verifies, the best ones where no numbered one is; None when there is
@@ -320,7 +309,7 @@ class Checkpoints:
         """
         passed: list[str] = []
         try:
-            numbered, best = retried(lambda: (self.numbered(), self._best_files()), str(self._owner.path))
+            numbered, best = retried(lambda: (self.numbered(), self.best_files()), str(self._owner.path))
         except OSError as error:
             raise kind_of(error)(f"{self._owner.path} cannot be read ({error}).",
                                  code="unusable_folder") from error
@@ -415,7 +404,7 @@ def find_checkpoint(resolved: Resolved, folder: RunFolder | None) -> Loaded | No
         return None
     checkpoints = Checkpoints(folder or ".")
     if not asked and not options.auto_resume:
-        if checkpoints.numbered() or checkpoints._best_files():  # weights of the Hub's layout are no run's
+        if checkpoints.numbered() or checkpoints.best_files():  # weights of the Hub's layout are no run's
             raise UserError(f"--auto_resume false, but {checkpoints.folder} holds the checkpoints of an "
                             "earlier run; choose another --output_dir.", code="other_run")
         return None

@@ -42,16 +42,14 @@ class Tracker:
         n_parameters: written into each line of log.txt.
         peak_rate: images per second at the peak of all devices, None where that is not known.
         main: false on other ranks, which write nothing.
-        terminal: show a progress bar; None: where standard error is a terminal.
     """
 
     def __init__(self, folder: str | os.PathLike | Ledger | None, options: Options, *, updates_per_epoch: int,
-                 n_parameters: int = 0, peak_rate: float | None = None, main: bool = True,
-                 terminal: bool | None = None):
+                 n_parameters: int = 0, peak_rate: float | None = None, main: bool = True):
         self._owner = folder if folder is None or isinstance(folder, Ledger) else Ledger(folder)
         self.epochs, self.updates_per_epoch = options.epochs, updates_per_epoch
         self.n_parameters, self.peak_rate, self.main = n_parameters, peak_rate, main
-        self.terminal = main and (sys.stderr.isatty() if terminal is None else terminal)
+        self.terminal = main and sys.stderr.isatty()  # where a bar is shown
         own = self._owner and self._owner.path
         self._lines: list[dict] = []
         self._bar, self._stack = tqdm(disable=True), ExitStack()

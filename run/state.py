@@ -190,13 +190,10 @@ def upgrade(state: object, path: str | os.PathLike) -> State:
 
     Published training files (format 1) call the epoch of their best files "best" and count no updates.
     """
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}, not the dictionary of a checkpoint.",
-                        code="invalid_checkpoint")
-    number = state.get("format", 1)
-    if not isinstance(number, int) or not 1 <= number <= FORMAT:
+    number = state.get("format", 1) if isinstance(state, dict) else type(state).__name__
+    if not isinstance(state, dict) or not isinstance(number, int) or not 1 <= number <= FORMAT:
         raise UserError(f"{path} has checkpoint format {number!r}; this version reads 1 to {FORMAT}: update "
-                        "the code.", code="invalid_checkpoint")
+                        "the code, or name a checkpoint of a training.", code="invalid_checkpoint")
     full = dict.fromkeys(TABLE) | state | {"format": number}
     if number == 2:
         full["images"] = state.get("pictures")

@@ -6,16 +6,15 @@ import random
 import runpy
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
+import torch.distributed.run
 
 import launch.process
 from launch.stop import alive as alive
@@ -55,10 +54,7 @@ def places(world_size: int) -> list[dict[str, str]]:
 
 class Child(FORKS.Process):
     """`function(*arguments)` in a process of its own that ends with what it returns; its output goes to
-    `console`. It is waited for as a `subprocess.Popen`."""
-
-    wait = BaseProcess.join
-    returncode = BaseProcess.exitcode
+    `console`."""
 
     def __init__(self, function: Callable[..., int], arguments: tuple, variables: dict[str, str],
                  console: Path | None = None):
@@ -96,11 +92,6 @@ class Child(FORKS.Process):
         self.kill()
         assert code is not None, f"no end within {seconds:.0f} s:\n{self.text()}"
         return code
-
-    def communicate(self, timeout: float) -> tuple[str, None]:
-        """What it printed until its end."""
-        self.end(timeout)
-        return self.text(), None
 
     def kill(self) -> None:
         """SIGKILL, if it still runs."""
@@ -147,26 +138,20 @@ def start_ranks(world_size: int, *command: str | Path, absent: tuple[int, ...] =
             for rank, place in enumerate(places(world_size)) if rank not in absent]
 
 
-def start_torchrun(world_size: int, *command: str | Path, restarts: int = 0) -> subprocess.Popen:
+def start_torchrun(world_size: int, *command: str | Path) -> Child:
     """`torchrun --nproc_per_node world_size command`."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}",
-                f"--max-restarts={restarts}"]
-    return subprocess.Popen([sys.executable, *launcher, *map(str, command)], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, env=environment())
+    words = ["--standalone", f"--nproc_per_node={world_size}", *map(str, command)]
+    return Child(torch.distributed.run.main, (words,), environment())
 
 
-def finish(processes: Sequence[subprocess.Popen | Child], seconds: float = 120) -> list[tuple[int, str]]:
-    """(exit code, output) of each process; none outlives this call."""
+def finish(children: Sequence[Child], seconds: float = 120) -> list[tuple[int, str]]:
+    """(exit code, output) of each; none outlives this call."""
+    deadline = time.monotonic() + seconds
     try:
-        deadline = time.monotonic() + seconds
-        outputs = [process.communicate(timeout=max(0.1, deadline - time.monotonic()))[0]
-                   for process in processes]
-        return [(process.returncode, output) for process, output in zip(processes, outputs)]
+        return [(child.end(max(0.1, deadline - time.monotonic())), child.text()) for child in children]
     finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+        for child in children:
+            child.kill()
 
 
 def codes(children: Sequence[Child], seconds: float = 120) -> list[int]:

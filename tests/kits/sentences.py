@@ -10,49 +10,40 @@ from pathlib import Path
 from tests.kits.docs import ROOT
 
 GOLDEN = ROOT / "tests/golden/sentences.txt"
-LEVELS = ("debug", "info", "warning", "error", "exception", "critical")
 OTHER_FOLDERS = {"tests", "benchmarks", "examples", "build", "data", "runs"}
 
 
-def written(node: ast.expr) -> str:
-    """A string expression as a person reads it: literals with `{name}` for what is filled in."""
-    if isinstance(node, ast.Constant):
-        return str(node.value)
-    if isinstance(node, ast.JoinedStr):
-        return "".join(map(written, node.values))
-    if isinstance(node, ast.FormattedValue):
-        inner = node.value
-        return written(inner) if isinstance(inner, ast.Constant | ast.JoinedStr) else f"{{{name(inner)}}}"
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return written(node.left) + written(node.right)
-    return f"{{{name(node)}}}"
-
-
-def name(node: ast.expr) -> str:
-    """A short name for what an expression gives."""
+def written(node: ast.expr, filled: bool = False) -> str:
+    """A string expression as a person reads it: literals, and `{name}` for what is filled in."""
     match node:
-        case ast.Name(id=found) | ast.Attribute(attr=found):
-            return found
-        case ast.Call(func=inner) | ast.Subscript(value=inner) | ast.IfExp(body=inner):
-            return name(inner)
-    return "..."
+        case ast.Constant(value=text) if not filled:
+            return str(text)
+        case ast.JoinedStr(values=parts):
+            return "".join(map(written, parts))
+        case ast.BinOp(left=left, op=ast.Add(), right=right) if not filled:
+            return written(left) + written(right)
+        case ast.Name(id=name) | ast.Attribute(attr=name):
+            return f"{{{name}}}"
+        case ast.FormattedValue(value=inner) | ast.Subscript(value=inner) | ast.Call(func=inner) | ast.IfExp(
+                body=inner):
+            return written(inner, filled=True)
+    return "{...}"
 
 
 def sentences(source: str) -> list[str]:
     """`kind: sentence` of each UserError, Failure and log line in a module's source, sorted."""
     found = set()
     for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Call) or not node.args:
-            continue
-        called, owner = name(node.func), name(node.func.value) if isinstance(node.func, ast.Attribute) else ""
-        text = " ".join(written(node.args[0]).split())
-        if called in ("UserError", "Failure"):
-            codes = [keyword.value for keyword in node.keywords if keyword.arg == "code"] + node.args[1:2]
-            found.add(f"{written(codes[0]) if codes else 'usage'}: {text}")
-        elif owner == "logger" and called in LEVELS:
-            for argument in node.args[1:]:
-                text = re.sub(r"%[-+0-9.]*[a-z]", "{" + name(argument) + "}", text, count=1)
-            found.add(f"{called}: {text}")
+        match node:
+            case ast.Call(func=ast.Name(id="UserError" | "Failure"), args=[sentence, *codes], keywords=keywords):
+                codes += [keyword.value for keyword in keywords if keyword.arg == "code"]
+                found.add(f"{written(codes[0]) if codes else 'usage'}: {' '.join(written(sentence).split())}")
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="logger"), attr=level), args=[sentence, *values]) if (
+                    level in ("info", "warning", "error", "exception")):
+                text = " ".join(written(sentence).split())
+                for value in values:
+                    text = re.sub(r"%[-+0-9.]*[a-z]", written(value, filled=True), text, count=1)
+                found.add(f"{level}: {text}")
     return sorted(found)
 
 

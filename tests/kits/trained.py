@@ -18,10 +18,10 @@ def lively(name: str = "hornet_pico_gf", classes: int = 4, seed: int = 0, **kwar
     return model.eval()
 
 
-def filled(name: str, **kwargs) -> torch.nn.Module:
+def filled(name: str, seed: int = 0, **kwargs) -> torch.nn.Module:
     """A model in evaluation mode with the weights behind the stored figures."""
     model = timm.create_model(name, **kwargs).eval()
-    model.load_state_dict({key: torch.from_numpy(parity_tensor(key, tuple(value.shape)))
+    model.load_state_dict({key: torch.from_numpy(parity_tensor(key, tuple(value.shape), seed))
                            for key, value in model.state_dict().items()})
     return model
 

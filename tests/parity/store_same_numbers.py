@@ -29,17 +29,14 @@ MIXED, PLAIN = {"mixup": 0.8, "cutmix": 1.0}, {"mixup": 0, "cutmix": 0}
 EMA, BF16 = {"model_ema": "true", "model_ema_eval": "true"}, {"use_amp": "true", "amp_dtype": "bf16"}
 
 
-def _row(model: str, accumulation: int, *changes: dict, processes: int = 1,
-         stop_after: int | None = None) -> dict:
+def _row(model: str, accumulation: int, *changes: dict, processes: int = 1) -> dict:
     options = {"model": f"hornet_nano_{model}", "batch_size": GLOBAL_BATCH // accumulation // processes,
                **{name: value for change in changes for name, value in change.items()}}
     if "model_ema" not in options:
         options["disable_eval"] = "true"
-    return {"options": options, "processes": processes, "stop_after": stop_after}
+    return {"options": options, "processes": processes}
 
 
-# What a resumed run gives is compared with the figures of the undisturbed one: `same_as` needs none of its
-# own.
 ROWS = {
     "7x7": _row("7x7", 1, MIXED),
     "7x7-2x-ema": _row("7x7", 2, MIXED, EMA),
@@ -51,8 +48,7 @@ ROWS = {
     "gf-2x-unmixed": _row("gf", 2, PLAIN, {"clip_by": "agc", "clip_grad": 0.05}),
     "gf-2x-bf16-unmixed": _row("gf", 2, PLAIN, BF16),
     "gf-two-elem": _row("gf", 1, MIXED, {"mixup_mode": "elem", "recount": 2}, EMA, processes=2)}
-RESUMED = {"7x7-2x-ema": 1, "gf": 4,
-           "gf-two-elem": 3}  # row → the update in which it is stopped, within an epoch
+RESUMED = (("7x7-2x-ema", 1), ("gf", 4), ("gf-two-elem", 3))  # row, update in which it is stopped, within an epoch
 
 
 def run(name: str, data: Path, work: Path, stop_after: int | None = None) -> dict:
@@ -72,15 +68,11 @@ def run(name: str, data: Path, work: Path, stop_after: int | None = None) -> dic
 
 def figures(result: dict) -> dict:
     """The numbers of a result that are stored and compared."""
-    updates, found = result["updates"], {}
-    for key in ("update", "batch", "loss", "grad_norm"):
-        found[key] = [update[key] for update in updates]
-    found["log"] = [{key: line[key]
-                     for key in ("epoch", "train_loss", "test_loss", "test_loss_ema", "train_lr")
-                     if key in line} for line in result["log"]]
-    found["norms"] = {name: float(f"{value.double().norm().item():.6g}")
-                      for name, value in result["tensors"].items()}
-    return found
+    norms = {name: float(f"{value.double().norm().item():.6g}") for name, value in result["tensors"].items()}
+    log = [{key: line[key] for key in ("epoch", "train_loss", "test_loss", "test_loss_ema", "train_lr") if key in line}
+           for line in result["log"]]
+    return {**{key: [update[key] for update in result["updates"]] for key in ("update", "batch", "loss", "grad_norm")},
+            "log": log, "norms": norms}
 
 
 def bits(result: dict) -> str:
@@ -107,29 +99,22 @@ def read() -> dict:
 def write(rows: dict[str, dict]) -> None:
     """Store `figures` of each row; the names of tensors once."""
     names: dict[str, list[str]] = {}
-    lines = []
     for name, row in rows.items():
-        kind = f"{name.partition('-')[0]} {len(row['norms'])}"
-        names[kind] = [*row["norms"]]
-        row = {**row, "names": kind, "norms": [*row["norms"].values()]}
-        lines.append(f"{json.dumps(name)}: {json.dumps(row, separators=(',', ':'))}")
-    short = json.dumps(names, separators=(",", ":"))
-    STORED.write_text(f'{{"versions": {json.dumps(versions())},\n"names": {short},\n"rows": {{\n'
-                      + ",\n".join(lines) + "}}\n")
+        row["names"] = f"{name.partition('-')[0]} {len(row['norms'])}"
+        names[row["names"]], row["norms"] = [*row["norms"]], [*row["norms"].values()]
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(row, separators=(',', ':'))}" for name, row in rows.items())
+    STORED.write_text(f'{{"versions": {json.dumps(versions())},\n"names": {json.dumps(names, separators=(",", ":"))},\n'
+                      f'"rows": {{\n{lines}}}}}\n')
 
 
 def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = write_images(Path(folder) / "data", TRAIN, VAL)
-        results = {}
-        for name in ROWS:
-            result = run(name, data, Path(folder) / name)
-            if "--bits" in argv:
-                sys.stdout.write(f"{bits(result)}  {name}\n")
-                sys.stdout.flush()
-            results[name] = figures(result)
-    if "--bits" not in argv:
-        write(results)
+        results = {name: run(name, data, Path(folder) / name) for name in ROWS}
+    if "--bits" in argv:
+        sys.stdout.writelines(f"{bits(result)}  {name}\n" for name, result in results.items())
+    else:
+        write({name: figures(result) for name, result in results.items()})
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 tests/data/run_v2 is its folder; the checkpoints are packed, their values rounded to a few digits so that they
 pack well.
 """
-import hashlib
 import json
 import shutil
 import tarfile
@@ -12,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from common.outcome import Outcome
-from datasets.device import TrainPrepare
 from main import main
 from tests.kits.images import write_images
+from tests.kits.runs import assert_equal_bits, result
 from tools.data import main as tool
 from tools.report import main as report
 
@@ -46,46 +45,26 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_it_is_resumed_where_it_stood(images, folder):
-    before = lines(folder / "log.txt")
-    assert main(command(images, folder)) == 0
-    attempts = lines(folder / "attempts.jsonl")
-    begun = next(line for line in attempts if line["attempt"] == 2)
-    assert begun["from_update"] == STOPPED_AT
-    assert Outcome(attempts[-1]["state"]) is Outcome.DONE and attempts[-1]["update"] == UPDATES
-    log = lines(folder / "log.txt")
-    assert log[:1] == before and [line["update"] for line in log] == [UPDATES // 2, UPDATES]
-    assert (folder / "checkpoint-1.pth").exists() and (folder / "report.html").exists()
-
-
-def test_it_is_resumed_on_packed_tars_with_the_same_batches(images, folder, tmp_path, monkeypatch):
+def test_it_is_resumed_where_it_stood_also_on_packed_tars_to_the_same_bits(images, folder, tmp_path):
     assert tool(["pack", str(images), str(tmp_path / "packed"), "--index_cache", str(tmp_path / "cache")]) == 0
-    seen, prepare = [], TrainPrepare.__call__
-
-    def recorded(self, batch):
-        found = prepare(self, batch)
-        seen.append([hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest() for tensor in found])
-        return found
-
-    monkeypatch.setattr(TrainPrepare, "__call__", recorded)
+    before, ends = lines(folder / "log.txt"), []
     shutil.copytree(folder, tmp_path / "other")
     for run, data in ((folder, images), (tmp_path / "other", tmp_path / "packed")):
         assert main(command(data, run, "--index_cache", str(tmp_path / "cache"))) == 0
-    assert len(seen) == 2 * (UPDATES - STOPPED_AT) == 2 * len({*map(tuple, seen)}) and seen[:3] == seen[3:]
-    ends = [lines(run / "log.txt")[-1] for run in (folder, tmp_path / "other")]
-    assert ends[0]["train_loss"] == ends[1]["train_loss"] and ends[0]["test_loss"] == ends[1]["test_loss"]
+        attempts, log = lines(run / "attempts.jsonl"), lines(run / "log.txt")
+        assert next(line for line in attempts if line["attempt"] == 2)["from_update"] == STOPPED_AT
+        assert Outcome(attempts[-1]["state"]) is Outcome.DONE and attempts[-1]["update"] == UPDATES
+        assert log[:1] == before and [line["update"] for line in log] == [UPDATES // 2, UPDATES]
+        assert (run / "report.html").exists()
+        ends.append({name: result(run)[name] for name in ("model", "model_ema", "optimizer", "log")})
+    assert_equal_bits(*ends)
 
 
-@pytest.mark.parametrize("name, loss, hits", [("checkpoint-best.pth", 1.321328, 3),
-                                              ("checkpoint-best-ema.pth", 1.217004, 2)])
-def test_what_scored_in_it_is_evaluated(images, folder, tmp_path, name, loss, hits):
-    argv = command(images, tmp_path / "evaluation", "--eval", "true", "--resume", str(folder / name))
-    assert main(argv) == 0
-    found = json.loads((tmp_path / "evaluation" / "eval.json").read_text())
-    assert (found["images"], found["hits1"]) == (VAL, hits) and found["loss"] == pytest.approx(loss, rel=1e-4)
-
-
-def test_it_is_reported_and_its_word_for_a_pause_is_read(folder):
+def test_what_scored_in_it_is_evaluated_and_it_is_reported_with_its_word_for_a_pause(images, folder, tmp_path):
+    for name, loss, hits in (("checkpoint-best.pth", 1.321328, 3), ("checkpoint-best-ema.pth", 1.217004, 2)):
+        assert main(command(images, tmp_path / name, "--eval", "true", "--resume", str(folder / name))) == 0
+        found = json.loads((tmp_path / name / "eval.json").read_text())
+        assert (found["images"], found["hits1"]) == (VAL, hits) and found["loss"] == pytest.approx(loss, rel=1e-4)
     assert report([str(folder)]) == 0
     assert "hornet_pico_7x7" in (folder / "report.html").read_text("utf-8")
     status = json.loads((folder / "status.json").read_text())

@@ -19,9 +19,9 @@ from tests.kits.trained import filled
 CASES = json.loads((PARITY / "trajectories.json").read_text())
 
 
-def train(case, clip_mode, device="cpu"):
+def train(case, clip_mode):
     """Losses of all micro-batches, the network and its average after the case's updates."""
-    model = filled(case["model"], num_classes=1000).to(device)
+    model = filled(case["model"])
     ema = Ema(model, case["ema_decay"])
     updates = case["micro_steps"] // case["update_freq"]
     values = Options(clip_mode=clip_mode, epochs=1, warmup_epochs=0, **{name: case[name] for name in (
@@ -34,7 +34,7 @@ def train(case, clip_mode, device="cpu"):
         labels = torch.from_numpy(np.random.default_rng(2000 + i).integers(0, 1000, case["batch"]))
         last = (i + 1) % case["update_freq"] == 0
         with update.micro_batch(last):
-            loss = criterion(model(images.to(device)), labels.to(device))
+            loss = criterion(model(images), labels)
             update.backward(loss)
         losses.append(loss.item())
         if last:
@@ -58,8 +58,3 @@ def test_published_trajectory(case):
     assert list(model.state_dict()) == list(case["weights"])
     assert not list(differing(model.state_dict(), case["weights"]))
     assert not list(differing(ema.module.state_dict(), case["ema"]))
-
-
-def test_the_official_clipping_is_told_from_ours():
-    losses, _, _ = train(CASES[2], "step")
-    assert losses != pytest.approx(CASES[2]["losses"], abs=1e-3)

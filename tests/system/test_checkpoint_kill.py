@@ -17,29 +17,23 @@ def state(epoch: int) -> dict:
             "epoch": epoch, "update": epoch}
 
 
-def save_for_ever(folder, epoch: int) -> None:
-    torch.set_num_threads(1)
-    checkpoints = Checkpoints(folder)
-    while True:  # the epoch it was killed in is made again, so files that stand are replaced too
+def save(folder, *epochs: int) -> float:
+    """Save each as training does, within it, at its end and as the best so far; the seconds that it took."""
+    started, checkpoints = time.monotonic(), Checkpoints(folder)
+    for epoch in epochs:
         checkpoints.save(state(epoch) | {"sums": [0.0]})
         checkpoints.save(state(epoch), {BEST: float(epoch)})
-        epoch += 1
-
-
-def seconds_per_epoch(folder) -> float:
-    """Measured each time, so that the kills fall on all parts of a save however busy the machine is."""
-    folder.mkdir(exist_ok=True)
-    started, checkpoints = time.monotonic(), Checkpoints(folder)
-    checkpoints.save(state(0) | {"sums": [0.0]})
-    checkpoints.save(state(0), {BEST: 0.0}, wait=True)
+    checkpoints.close()
     return time.monotonic() - started
 
 
 def killed_after(seconds: float, folder, epoch: int) -> None:
+    """The epoch it was killed in is made again, so files that stand are replaced too."""
     child = os.fork()
     if child == 0:
         try:
-            save_for_ever(folder, epoch)
+            torch.set_num_threads(1)
+            save(folder, *range(epoch, epoch + 10_000))
         finally:
             os._exit(1)
     time.sleep(seconds)
@@ -48,11 +42,13 @@ def killed_after(seconds: float, folder, epoch: int) -> None:
 
 
 def kill_while_saving(tmp_path, kills: int) -> None:
-    draw, epoch, temporaries = random.Random(0), 0, 0
+    draw, epoch, timing = random.Random(0), 0, tmp_path / "timing"
+    timing.mkdir()
     for _ in range(kills):
-        killed_after(draw.uniform(0, 3 * seconds_per_epoch(tmp_path / "timing")), tmp_path, epoch)
+        # Measured each time, so that the kills fall on all parts of a save however busy the machine is.
+        killed_after(draw.uniform(0, 3 * save(timing, 0)), tmp_path, epoch)
         checkpoints = Checkpoints(tmp_path)
-        temporaries += checkpoints.sweep()
+        checkpoints.sweep()
         loaded = checkpoints.newest_valid()
         if loaded is None:  # killed before the first save was done
             assert epoch == 0
@@ -65,23 +61,7 @@ def kill_while_saving(tmp_path, kills: int) -> None:
             best = checkpoints.resolve("best").state["epoch"]
             assert best >= epoch - 1 and not checkpoints.better({BEST: best})
         assert len(checkpoints.numbered()) <= 7 + epoch // 50
-    print(f"{kills} kills: 0 unusable folders, {temporaries} leftovers swept, {epoch} epochs reached")
     assert epoch >= 3
-
-
-def damaged_newest(tmp_path, count: int, damage) -> None:
-    checkpoints = Checkpoints(tmp_path)
-    for epoch in (0, 1):
-        checkpoints.save(state(epoch), wait=True)
-    newest = tmp_path / "checkpoint-1.pth"
-    data, rng = newest.read_bytes(), np.random.default_rng(1)
-    for _ in range(count):
-        newest.write_bytes(damage(data, rng))
-        loaded = checkpoints.newest_valid()
-        assert loaded.path.name == "checkpoint-0.pth"
-        assert (loaded.state["model"]["w7"] == 0).all()
-    newest.write_bytes(data)
-    assert checkpoints.newest_valid().path == newest
 
 
 def flip(data, rng):
@@ -91,6 +71,19 @@ def flip(data, rng):
 
 def truncate(data, rng):
     return data[:int(rng.integers(len(data)))]
+
+
+def damaged_newest(tmp_path, count: int, damage) -> None:
+    checkpoints, newest = Checkpoints(tmp_path), tmp_path / "checkpoint-1.pth"
+    for epoch in (0, 1):
+        checkpoints.save(state(epoch), wait=True)
+    data, rng = newest.read_bytes(), np.random.default_rng(1)
+    for _ in range(count):
+        newest.write_bytes(damage(data, rng))
+        loaded = checkpoints.newest_valid()
+        assert loaded.path.name == "checkpoint-0.pth" and (loaded.state["model"]["w7"] == 0).all()
+    newest.write_bytes(data)
+    assert checkpoints.newest_valid().path == newest
 
 
 def test_kill_9_while_saving_never_leaves_an_unusable_folder(tmp_path):

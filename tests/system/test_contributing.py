@@ -29,11 +29,11 @@ def apply(diff: str, folder) -> None:
 PROGRAMS = {
     "variant": """
 import models, timm
-from models.inspect import complexity
+from models.inspect import flops
 from models.zoo import VARIANTS
 row, model = VARIANTS["hornet_micro_7x7"], timm.create_model("hornet_micro_7x7")
 assert sum(p.numel() for p in model.parameters()) == row.params
-assert round(complexity(model, row.input_size).flops, -3) == row.flops""",
+assert round(flops(model, row.input_size), -3) == row.flops""",
     "schedule": """
 from config.parse import parse
 from optim.schedule import Schedule

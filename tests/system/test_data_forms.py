@@ -231,6 +231,10 @@ def test_an_outage_of_the_data_is_waited_for_and_then_a_failure(forms, tmp_path,
         resumed()
     with refused("missing_data"):
         build_data(options(here), train=True, evaluate=False)
+    reader = read(shutil.copytree(forms["parquet"] / "data", here))
+    shutil.rmtree(here)
+    with pytest.raises(Failure):
+        reader.encoded(0)
 
 
 @pytest.mark.parametrize("data_set, below", [("IMNET", ""), ("image_folder", "train")])

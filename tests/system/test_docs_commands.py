@@ -13,7 +13,7 @@ import torch
 
 import models  # noqa: F401  (registers the networks)
 from config.parse import parse
-from config.rules import plan_batch, validate_after_index
+from config.rules import plan_batch
 from datasets.build import build_data
 from tests.kits.docs import ROOT, commands
 from tests.kits.images import fill_folder
@@ -47,7 +47,8 @@ def test_every_command_is_marked_and_names_options_targets_and_modules_that_exis
         options = parse(argv).options
         assert options.data_path or options.eval  # a run names its own data
     elif words[0] == "make":
-        targets = {target for line in Path("Makefile").read_text().splitlines() for target in line.partition(":")[0].split()}
+        lines = Path("Makefile").read_text().splitlines()
+        targets = {target for line in lines for target in line.partition(":")[0].split()}
         assert targets.issuperset(word for word in words[1:] if "=" not in word)
     elif words[:2] == ["python", "-m"]:
         found = Path(words[2].replace(".", "/"))
@@ -71,15 +72,16 @@ def test_options_data_and_model_of_long_commands(command, images, monkeypatch, t
         o.data_path = str(tmp_path / "digits")
     data = build_data(o, train=not o.eval, evaluate=o.eval or not o.disable_eval)
     if not o.eval:
-        validate_after_index(o, plan_batch(resolved, 2), len(data.train))
+        plan_batch(o, 2, len(data.train))
     with torch.device("meta"):
         timm.create_model(o.model, num_classes=data.num_classes, drop_path_rate=o.drop_path,
                           layer_scale_init_value=o.layer_scale_init_value)
 
 
 def real_run(words, cwd, seconds):
-    paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(cwd / "cache"), "PYTHONPATH": ""}
-    ended = subprocess.run(words, cwd=cwd, env=environment() | paths, capture_output=True, text=True, timeout=seconds)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    variables = environment(PATH=path, XDG_CACHE_HOME=str(cwd / "cache")) | {"PYTHONPATH": ""}
+    ended = subprocess.run(words, cwd=cwd, env=variables, capture_output=True, text=True, timeout=seconds)
     assert ended.returncode == 0, f"{words}\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}"
     return ended.stdout + ended.stderr
 

@@ -132,8 +132,8 @@ def rolled_back(place: Place) -> None:
     Row("another recipe in the folder", f"{FURTHER} --lr 1e-3", "other_run", ("lr 0.004", "0.001"), Place.trained_run,
         kept),
     Row("the newest has a flipped bit", FURTHER, 0, ("checkpoint-1.pth",), flipped, further),
-    Row("a finished run again", "--model_ema true --model_ema_eval true", 0, ("checkpoint-best",), Place.trained_run,
-        kept),
+    Row("a finished run again", "--model_ema true --model_ema_eval true", 0, ("--epochs", "--eval true"),
+        Place.trained_run, kept),
     Row("not finite, stop", f"{HUGE} --on_nonfinite stop", "nonfinite", ("{run}/events.jsonl", "--lr"), after=named),
     Row("not finite, three in a row", f"{HUGE} --epochs 3", 0, ("Update 1", "stages."), after=rolled_back))
 def test_a_fault(row, place, capfd):

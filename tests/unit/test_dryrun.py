@@ -69,7 +69,7 @@ def test_a_run_folder_is_read_and_not_changed_and_unreadable_images_are_named(tw
     before = seen()
     for flags, wanted, words in (
             ((), 0, (f"a start would resume {folder}", "5 updates of 2")),
-            (("--epochs", "1"), 0, (f"only evaluate {folder}",)), (("--lr", "1e-4"), 2, ("lr 0.004",)),
+            (("--epochs", "1"), 0, (f"find finished {folder}",)), (("--lr", "1e-4"), 2, ("lr 0.004",)),
             (("--eval", "true"), 2, ("val/class001/2.JPEG cannot be read", "--allow_bad_images")),
             (("--eval", "true", "--allow_bad_images", "true"), 0, ("of 10 sampled images", "10 images would take"))):
         code, text = run(*start, *flags, "--dry_run", "true")

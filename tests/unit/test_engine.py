@@ -1,17 +1,16 @@
-"""The training loop: the same numbers however an update is split, what observers hear, non-finite updates."""
+"""The two loops: the same numbers however an update is split, non-finite updates; an evaluation counts each image once
+on any number of ranks, as by hand."""
 import copy
 import math
 
 import pytest
-import timm
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import models  # noqa: F401  (registers the networks)
 from common.outcome import Outcome
-from engine import Observer
+from engine import Evaluation, Observer, evaluate
 from tests.kits.processes import in_processes
-from tests.kits.toy import CLASSES, Alone, train, training
+from tests.kits.toy import Alone, Toy, batch, train, training
 
 CONFIGS = {"norm": dict(clip_grad=0.4), "agc": dict(clip_grad=0.05, clip_by="agc"),
            "value": dict(clip_grad=0.02, clip_by="value"), "none": {}}
@@ -54,55 +53,22 @@ def test_gradients_are_reduced_only_at_the_last_micro_batch(mode, reduced):
 
 
 class Recorder(Observer):
-    """Keeps what the engine tells and, where `loop` is given, a copy of all that training changes after each
-    update."""
+    """Keeps what the engine tells, and a copy of all that training changes after each update."""
 
-    def __init__(self, loop=None):
-        self.loop, self.update = loop, -1
-        self.phases, self.progress, self.records, self.states, self.finite = [], [], [], [], []
+    def __init__(self, loop):
+        self.loop, self.update, self.records, self.states, self.finite = loop, -1, [], [], []
 
     def on_phase(self, phase, update):
         self.update = update
-        self.phases.append((phase, update))
 
     def after_update(self, update, stats, sums):
         self.finite.append(bool(stats.finite))
-        if self.loop is not None:
-            parts = self.loop.task.model, self.loop.update.ema.module, self.loop.update.optimizer
-            *weights, optimizer = (part.state_dict() for part in parts)
-            self.states.append(copy.deepcopy([*weights, optimizer["state"]]))
-
-    def on_progress(self, progress):
-        self.progress.append(progress)
+        parts = self.loop.task.model, self.loop.update.ema.module, self.loop.update.optimizer
+        *weights, optimizer = (part.state_dict() for part in parts)
+        self.states.append(copy.deepcopy([*weights, optimizer["state"]]))
 
     def on_nonfinite(self, record):
         self.records.append(record)
-
-
-def test_what_an_observer_hears():
-    state, recorder = training(update_freq=2), Recorder()
-    progress = train(state, observer=recorder)
-    micro, figures = ["data", "forward", "backward"], progress.figures
-    assert recorder.phases == [(phase, update) for update in range(4) for phase in micro + micro + ["step"]]
-    assert [p.next_update for p in recorder.progress] == [2, 4] and recorder.progress[-1] == progress
-    recent = [p.recent_loss for p in recorder.progress]
-    assert figures["loss"] == pytest.approx(sum(recent) / 2)
-    assert recent[0] == pytest.approx(recorder.progress[0].figures["loss"])
-    assert figures["lr"] == pytest.approx(state.update.schedule.lr(3)) and 0 <= figures["class_acc"] <= 100
-    assert 0 <= figures["data_wait"] <= 1 and figures["images_per_second"] > 0
-
-
-def test_fp16_trains_like_full_precision():
-    losses = []
-    for autocast in (None, torch.float16):
-        torch.manual_seed(0)
-        model = timm.create_model("hornet_pico_7x7", num_classes=CLASSES, drop_path_rate=0.2)
-        state = training(model=model, dtype=torch.float32, clip_grad=1.0, **(FP16 if autocast else {}))
-        state.task.prepare = lambda b: (torch.nn.functional.interpolate(b.images, (32, 32)), b.targets)
-        state.task.autocast_dtype = autocast
-        losses.append([train(state, epoch).figures["loss"] for epoch in range(2)])
-        assert all(p.dtype == torch.float32 for p in model.parameters())
-    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 def assert_equal_states(a, b):
@@ -187,3 +153,75 @@ def test_loss_scaling_changes_only_the_range(changes):
 def test_overflow_halves_the_scale_and_skips():
     _, seen, scale = poisoned({1}, kind="gradient", **FP16)
     assert seen.finite == [True, False, True, True] and not seen.records and scale == 32768
+
+
+# ------------------------------------------------------------------------------------------- the evaluation
+
+COUNTS, BAD = (23, 2), (3, 11)  # images of an evaluation, and those that cannot be read
+
+
+def prepare(b):
+    return b.images, torch.where((b.indices == BAD[0]) | (b.indices == BAD[1]), -100, b.targets)
+
+
+def score(process, counts=COUNTS, expected=0):
+    """Of two networks, for each number of images; with 2 of them on three ranks one has none."""
+    found = []
+    for count in counts:
+        own = range(process.rank, count, process.world_size)
+        batches = [batch(own[i:i + 4], [-1] * len(own[i:i + 4])) for i in range(0, len(own), 4)]
+        found.append(evaluate([("a", Toy(1)), ("b", Toy(2))], batches, Evaluation(
+            prepare, torch.device("cpu"), outputs=True, process=process, expected=expected or count)))
+    return found
+
+
+@torch.no_grad()
+def by_hand(seed, count):
+    """(hits1, hits5, losses of the images that can be read)."""
+    images, targets = prepare(batch(range(count), [-1] * count))
+    logits = Toy(seed).eval()(images)
+    best, readable = logits.argsort(1, descending=True), targets >= 0
+    return ((best[:, 0] == targets).sum(), (best[:, :5] == targets[:, None]).sum(),
+            torch.nn.functional.cross_entropy(logits[readable].double(), targets[readable], reduction="none"))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_counts_are_those_by_hand_on_any_number_of_ranks_even_without_images(tmp_path, world_size):
+    for found in [score(Alone())] if world_size == 1 else in_processes(score, world_size, tmp_path):
+        for count, results in zip(COUNTS, found):
+            for seed, result in enumerate(results, start=1):
+                hits1, hits5, losses = by_hand(seed, count)
+                assert (result.hits1, result.hits5, result.images, result.bad) == (hits1, hits5, count, count - len(losses))
+                assert result.loss == pytest.approx(losses.mean().item(), rel=1e-6)
+                assert result.outputs.nll.sum() == pytest.approx(losses.sum().item(), rel=1e-6)
+                assert result.acc1 == pytest.approx(100 * hits1 / count)
+                assert list(result.outputs.indices) == list(range(count)) and result.outputs.probabilities.shape == (count, 5)
+                assert (result.outputs.top[:, 0] == result.outputs.targets).sum() == hits1
+
+
+def test_a_missing_image_is_an_error():
+    with pytest.raises(RuntimeError, match="23 .* 24"):
+        score(Alone(), expected=24)
+
+
+def test_reduced_precision_is_used_where_it_is_asked_for():
+    exact, reduced = (evaluate([("a", Toy(1))], [batch(range(3), [-1] * 3)], Evaluation(
+        prepare, torch.device("cpu"), autocast_dtype=dtype))[0].loss for dtype in (None, torch.bfloat16))
+    assert exact != reduced == pytest.approx(exact, rel=0.05)
+
+
+class Leaver(Observer):
+    def __init__(self, process):
+        self.process = process
+
+    def leaves_evaluation(self):
+        return self.process.rank == 1
+
+
+def left(process):
+    return evaluate([("a", Toy(1))], [batch(range(3), [-1] * 3)], Evaluation(
+        prepare, torch.device("cpu"), process=process, observer=Leaver(process)))
+
+
+def test_an_evaluation_that_one_rank_leaves_has_no_result_on_any(tmp_path):
+    assert in_processes(left, 2, tmp_path) == [[], []]

@@ -17,8 +17,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 
 def hooked(base: type, hook: dict) -> type:
     """The trainer `base`, disturbed as `hook` says."""

@@ -13,6 +13,7 @@ from config.options import ImageSettings, Options
 from datasets import device as device_room
 from dryrun import largest
 from models import compile as compiling
+from optim.build import fused
 from plan import rate_at_peak, set_numerics
 from tests.kits.toy import Alone, Toy, batch
 from tests.kits.trained import lively
@@ -90,6 +91,10 @@ def test_copies_go_through_a_stream_of_their_own_where_there_is_a_queue(monkeypa
     assert done.mock_calls == [call.side.__bool__(), call.side.__enter__(), call.copy(), call.copy().__bool__(),
                                call.side.__exit__(None, None, None), call.main.wait_stream(done.side),
                                call.kept_for(done.main)]
+
+
+def test_one_kernel_makes_a_step_of_adamw_alone_where_all_devices_have_it():
+    assert fused("adamw", ["cuda"]) and not fused("lamb", ["cuda"]) and not fused("adamw", ["cuda", "meta"])
 
 
 def test_the_largest_batch_is_found_by_bisection():

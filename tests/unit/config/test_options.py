@@ -23,8 +23,9 @@ def test_defaults_are_the_published_ones_and_what_their_options_accept():
 
 @pytest.mark.parametrize("name", PUBLISHED["recipes"])
 def test_a_published_recipe_has_the_published_values(name):
-    resolved, values = parse(["--config", str(RECIPES / f"{name}.yaml"), "--data_path", "x"]), dict(PUBLISHED["recipes"][name])
-    o, size = resolved.options, values["global_batch"]
+    resolved = parse(["--config", str(RECIPES / f"{name}.yaml"), "--data_path", "x"])
+    o, values = resolved.options, dict(PUBLISHED["recipes"][name])
+    size = values["global_batch"]
     assert size % (values["batch_size"] * values.pop("gpus")) == 0
     assert {name: getattr(o, name) for name in values} == values
     assert published_recipe(o)["drop_path"] == o.drop_path and differences(o) == {}

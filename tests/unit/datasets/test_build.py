@@ -69,6 +69,8 @@ def test_numbered_folders_sorted_as_text_are_explained(tmp_path):
     assert build(tmp_path, train=False, allow_class_mismatch=True).num_classes == 11
     (tmp_path / "train").symlink_to("val")
     assert any("folder '10' is class 2" in note for note in build(tmp_path).notes)
+    tree(tmp_path / "padded" / "val", *(f"{i:02}" for i in range(11)), images=1)
+    assert build(tmp_path / "padded", train=False).num_classes == 11
 
 
 def test_image_folder_takes_the_train_folder_itself(tmp_path):

@@ -122,8 +122,9 @@ def test_the_originals_need_a_devkit_that_fits(tmp_path):
     refuses("no_class_folders", "--val_labels")
     devkit(path, ["n01440764"], ["n01440764"])
     refuses("unreadable_data", path, "1 labels for 2 images")
-    path.write_bytes(gzip.compress(bytes(300 << 20), 1))
-    refuses("unreadable_data", path)
+    for damaged in (path.read_bytes()[:60] + bytes(9), gzip.compress(bytes(300 << 20), 1)):
+        path.write_bytes(damaged)
+        refuses("unreadable_data", path)
 
 
 def test_what_is_no_image_is_counted_and_long_names_of_every_kind_are_read(tmp_path):

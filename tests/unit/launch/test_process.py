@@ -29,7 +29,6 @@ ALONE = ("none", 0, 1, 0, 1, "127.0.0.1")
     ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, ALONE),  # in a batch script
     (SRUN | {"SLURM_PTY_PORT": "1"}, ALONE),  # in the shell of srun --pty
     (SRUN, ("srun", 5, 6, 1, 2, "gpu07")),
-    (SRUN | {"SUBMITIT_EXECUTOR": "slurm"}, ("submitit-slurm", 5, 6, 1, 2, "gpu07")),
     (SRUN | TORCHRUN, ("torchrun", 3, 4, 1, 2, "a")),  # it may itself run under srun
     (SRUN | MPIRUN, ("mpirun", 3, 4, 1, 2, "a")),  # whose daemons srun has started
     (SRUN | {"SLURM_STEP_NODELIST": "gpu[07-09,12],login1"}, ("srun", 5, 6, 1, 2, "gpu07")),

@@ -49,6 +49,7 @@ def test_dry_run_prints_the_script_and_submits_nothing(program, capsys, argv, th
 
 
 @pytest.mark.parametrize("argv, sentence", [
+    (["--slurm", "=x"], "--slurm =x"),
     (["status", "nowhere"], "nowhere holds no job.json"),
     (["status"], "status takes one folder"),
     (["--no_such_flag", "1"], "no_such_flag"),

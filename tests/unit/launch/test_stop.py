@@ -5,9 +5,10 @@ import sys
 import time
 
 import pytest
+import torch
 
 from launch import stop as stop_module
-from launch.process import start
+from launch.process import Process, start
 from launch.stop import StopRequest, job_end_time
 from tests.kits.processes import TOY, environment, wait_for
 
@@ -82,3 +83,12 @@ def test_training_stops_before_the_end_of_a_job(monkeypatch):
         assert not stop.requested
         wait_for(lambda: stop.requested)
         assert "time limit" in stop.reason
+
+
+def test_one_process_hears_of_anothers_request_without_waiting_for_it():
+    store = torch.distributed.HashStore()
+    one, other = (Process(rank=rank, world_size=2, device=torch.device("cpu"), store=store) for rank in range(2))
+    asked, unaware = StopRequest(), StopRequest()
+    assert not asked.heard(one) and not unaware.heard(other)
+    asked.request("SIGUSR2")
+    assert asked.heard(one) and unaware.heard(other) and "another process" in unaware.reason

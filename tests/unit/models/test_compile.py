@@ -70,22 +70,17 @@ def test_each_kind_of_block_is_one_graph_in_training_and_one_in_evaluation(backe
     assert diagnose(model, lambda: model(x).sum())["first_module"] == "stages.1.0.pwconv1"  # hooks fire
 
 
-def test_only_what_is_faster_is_compiled_and_a_resumed_run_does_not_time_again(backend, monkeypatch, caplog):
+def test_only_what_is_faster_is_compiled_and_nothing_else_is_touched(monkeypatch, logged):
     times = iter([2.0, 1.0, 1.0, 2.0, 1.0, 1.0, 2.0, 1.0])  # eager, compiled of each stage
+    monkeypatch.setattr(compiling.torch, "compile", lambda call, **_: call)
     monkeypatch.setattr(compiling, "_seconds", lambda *_: next(times))
     model, before = network(), network().state_dict()
-    with caplog.at_level("INFO", "hornet"):
-        torch.manual_seed(3)
-        assert compiled(model) == "1 4"
-    assert torch.equal(torch.rand(1), torch.manual_seed(3) and torch.rand(1))
+    torch.manual_seed(3)
+    assert compiled(model) == "1 4" and "stages 1 4" in logged.text
+    assert torch.equal(torch.rand(1), torch.manual_seed(3) and torch.rand(1)) and compiled(network(), saved="") == ""
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
-    message, = caplog.messages
-    assert "stages 1 4" in message
     assert [stage[0].runner is not None for stage in model.stages] == [True, False, False, True]
-    again = network()
-    assert compiled(again, saved="2") == "2" and again.stages[1][0].runner is not None
-    assert compiled(network(), saved="") == ""
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -94,24 +89,20 @@ def test_a_graph_that_computes_something_else_is_not_used(backend, monkeypatch, 
     runner = model.stages[0][0].runner = Mock(return_value=NotImplemented)
     correct = dft.matrix_filter
     monkeypatch.setattr(dft, "matrix_filter", lambda x, weight: 1.1 * correct(x, weight))
-    assert compiled(model, dtype=dtype) == ""
+    assert compiled(model, dtype=dtype, saved="3") == ""
     assert "--compile is not used" in caplog.text and "differs from eager PyTorch" in caplog.text
     assert all(module.fourier is None for module in model.modules() if isinstance(module, GlobalLocalFilter))
     assert model.stages[0][0].runner is runner and model.stages[1][0].runner is None and model.training
 
 
-def test_a_compiler_that_fails_is_one_line(monkeypatch, caplog):
-    monkeypatch.setattr(compiling.torch, "compile", Mock(side_effect=RuntimeError("no compiler here\nor there\nmore")))
-    assert compiled(network("hornet_pico_7x7")) == ""
-    message, = caplog.messages
-    assert "no compiler here" in message and "more" not in message
-
-
-def test_it_is_used_by_all_processes_or_by_none(backend, caplog):
+def test_a_compiler_that_fails_is_one_line_and_it_is_used_by_all_processes_or_by_none(monkeypatch, caplog):
     model, agree = network("hornet_pico_7x7"), Mock(return_value=False)
-    assert compiled(model, agree=agree) == "" and model.stages[0][0].runner is None
-    agree.assert_called_once_with(True)
-    assert "another process" in caplog.text
+    broken = Mock(side_effect=RuntimeError("no compiler here\nor there\nmore"))
+    for call, mine, words in ((lambda compute, **_: compute, True, "another process"), (broken, False, "no compiler here")):
+        monkeypatch.setattr(compiling.torch, "compile", call)
+        assert compiled(model, agree=agree, saved="1 2 3 4") == "" and model.stages[0][0].runner is None
+        agree.assert_called_with(mine)
+        assert words in caplog.messages[-1] and "more" not in caplog.text
 
 
 def test_a_run_keeps_its_choice_when_it_is_resumed(images, tmp_path, monkeypatch):

@@ -4,8 +4,6 @@ their layers.
 With the fast CPU paths attached, as training and evaluation attach them: they step aside where somebody
 looks.
 """
-from contextlib import ExitStack
-
 import fvcore.nn
 import numpy as np
 import pytest
@@ -24,7 +22,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import models
 import native
-from models.inspect import complexity
+from models.inspect import flops
 from models.zoo import PUBLISHED
 from tests.kits.trained import lively
 
@@ -40,88 +38,67 @@ def network(name="hornet_pico_gf", attach=True, **kwargs):
     return model
 
 
-def fired(model, x):
-    """The sorted names of the modules whose forward hooks fired in one call of `model`."""
-    seen = []
-    with ExitStack() as handles:
-        for name, module in called(model):
-            handles.enter_context(module.register_forward_hook(lambda *_, name=name: seen.append(name)))
-        model(x)
-    return sorted(seen)
-
-
 def called(model):
     """Every module that computes something: no containers that are only indexed, no identities."""
     return [(name, module) for name, module in model.named_modules()
             if not isinstance(module, (nn.ModuleList, nn.Identity))]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_every_module_of_the_published_models_fires_its_hooks(name):
+@pytest.mark.parametrize("name, dtype", [*((name, torch.float32) for name in PUBLISHED), ("hornet_pico_gf", torch.float16)])
+def test_every_module_of_the_published_models_fires_its_hooks(name, dtype):
     with torch.device("meta"):
         model = timm.create_model(name, drop_path_rate=0.1)
-    model = model.to_empty(device="cpu")  # what it computes does not matter here
+    model, seen = model.to_empty(device="cpu").to(dtype), []  # what it computes does not matter here
     native.attach(model)
+    for label, module in called(model):
+        module.register_forward_hook(lambda *_, label=label: seen.append(label))
     for training in (True, False):
         with torch.set_grad_enabled(training):
-            assert fired(model.train(training), torch.zeros(1, 3, 32, 32)) == sorted(dict(called(model)))
-
-
-def test_half_precision_calls_every_layer():
-    model = network().half()
-    assert fired(model, torch.randn(1, 3, 32, 32).half()) == sorted(dict(called(model)))
+            model.train(training)(torch.zeros(1, 3, 32, 32, dtype=dtype))
+    assert sorted(seen) == sorted(2 * [label for label, _ in called(model)])
 
 
 @pytest.mark.parametrize("name", PICO)
-def test_a_hook_on_a_single_module_fires_and_changes_nothing(name):
+def test_a_hook_on_a_single_module_fires_and_what_it_returns_is_used_and_a_replaced_layer_too(name):
     model, x = network(name).train(), torch.randn(1, 3, 32, 32)
     exact = model(x)
     for label, module in called(model)[1:]:
         outputs, gradients = [], []
         with module.register_forward_hook(lambda _, args, out: outputs.append(out)):
-            torch.testing.assert_close(model(x), exact, rtol=1e-4, atol=1e-5)
+            watched = model(x)
+        torch.testing.assert_close(watched, exact, rtol=1e-4, atol=1e-5)
+        with module.register_forward_hook(lambda _, args, out: out + torch.randn_like(out)):
+            assert not torch.equal(model(x), watched), label
         with module.register_full_backward_hook(lambda *_: gradients.append(1)):
             model(x).sum().backward()
         assert len(outputs) == 1 and gradients, label
-
-
-def test_what_a_hook_returns_is_used_and_a_replaced_layer_too():
-    model, x = network(), torch.randn(2, 3, 32, 32)
-    before = model(x)
-    with model.stages[0][0].gnconv.pws[0].register_forward_hook(lambda *_: torch.zeros(2, 8, 8, 8) + 100):
-        assert not torch.allclose(model(x), before)
-    assert torch.equal(model(x), before)
     model.stages[1][0].pwconv1 = nn.Sequential(model.stages[1][0].pwconv1, nn.Tanh())
-    assert not torch.allclose(model(x), before)
+    assert not torch.allclose(model(x), exact, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", PICO)
-def test_lora_adapters_get_gradients_and_train(name):
-    model = network(name)
-    x, y = torch.randn(8, 3, 64, 64), torch.arange(8)
+def test_lora_adapters_get_gradients_and_are_merged(name):
+    model, x = network(name), torch.randn(2, 3, 64, 64)
     layers = r".*(proj_in|proj_out|pws\.\d+|pwconv1|pwconv2|head)"
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=layers))
     adapters = [p for p in adapted.parameters() if p.requires_grad]
     assert len(adapters) == 2 * (4 * 4 + 10 + 1)  # two matrices at 4 layers per block, 10 `pws` and the head
-    optimizer, losses = torch.optim.AdamW(adapters, lr=1e-2), []
-    for _ in range(12):
-        losses.append(nn.functional.cross_entropy(adapted.train()(x), y))
-        optimizer.zero_grad()
-        losses[-1].backward()
-        assert all(p.grad is not None for p in adapters)
-        optimizer.step()
-    assert losses[-1] < 0.7 * losses[0]
+    for adapter in adapters:
+        nn.init.normal_(adapter, std=0.1)
+    adapted.train()(x).square().sum().backward()
+    assert all(adapter.grad.any() for adapter in adapters)
     wanted, merged = adapted.eval()(x), adapted.merge_and_unload()
     torch.testing.assert_close(merged(x), wanted, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", PICO)
-def test_torch_fx_traces_it(name, training):
+def test_torch_fx_and_compile_take_the_whole_graph(name, training):
     model = network(name, drop_path_rate=0.3).train(training)
-    traced = torch.fx.symbolic_trace(model)
     x, draws = torch.randn(2, 3, 64, 48), torch.rand(2, model.num_drop_draws)
-    torch.testing.assert_close(traced(x, draws), model(x, draws), rtol=1e-4, atol=1e-5)
+    exact, traced = model(x, draws), torch.fx.symbolic_trace(model)
+    for graph in (traced, torch.compile(model, backend="eager", fullgraph=True)):
+        torch.testing.assert_close(graph(x, draws), exact, rtol=1e-4, atol=1e-5)
     called = {node.target for node in traced.graph.nodes if node.op == "call_module"}
     assert called >= {label for label, m in model.named_modules() if type(m) in (nn.Linear, nn.Conv2d, nn.LayerNorm)}
 
@@ -140,11 +117,8 @@ def test_linear_layers_are_quantised_dynamically():
 
 @pytest.mark.parametrize("name", PICO)
 def test_timm_and_torchvision_get_the_features(name):
-    x, model = torch.randn(2, 3, 64, 96), network(name)
-    getter = timm.create_model(name, features_only=True).eval()
+    x, model, getter = torch.randn(2, 3, 64, 96), network(name), network(name, attach=False, features_only=True)
     assert (getter.feature_info.channels(), getter.feature_info.reduction()) == ([8, 16, 32, 64], [4, 8, 16, 32])
-    getter.load_state_dict({f"model.{key}": value for key, value in model.state_dict().items()
-                            if not key.startswith(("head", "norm"))})
     with torch.no_grad():
         wanted = model.forward_intermediates(x, intermediates_only=True)
         for extractor in (
@@ -168,7 +142,7 @@ def test_grad_cam_explains_it():
 def test_counters_find_the_operations():
     """thop counts norms too, fvcore knows no fft: both stay near ours."""
     model, x = network("hornet_nano_7x7"), torch.randn(1, 3, 64, 64)
-    ours = complexity(model, 64).flops
+    ours = flops(model, 64)
     counted = fvcore.nn.FlopCountAnalysis(network("hornet_nano_7x7"), x).unsupported_ops_warnings(False)
     assert counted.total() == pytest.approx(ours, rel=0.05)
     assert counted.by_module()["stages.2.1.gnconv.dwconv"] > 0
@@ -187,27 +161,18 @@ def test_vmap_and_functional_gradients(name):
 
     per_sample = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, x[:, 0])
     model(x[:1, 0]).square().mean().backward()
-    torch.testing.assert_close(per_sample["stages.0.0.gnconv.proj_in.weight"][0],
-                               model.stages[0][0].gnconv.proj_in.weight.grad, rtol=1e-3, atol=1e-6)
+    for label, parameter in model.named_parameters():
+        torch.testing.assert_close(per_sample[label][0], parameter.grad, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", PICO)
-def test_compile_takes_the_whole_graph(name):
-    model, x = network(name, drop_path_rate=0.2).train(), torch.randn(2, 3, 64, 64)
-    draws = torch.rand(2, model.num_drop_draws)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, draws), model(x, draws), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("kept", [1, 2, 3])
-def test_pruned_it_runs(kept):
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_pruned_it_runs(last):
     model, x = network(), torch.randn(2, 3, 64, 64)
-    wanted = model.forward_intermediates(x, indices=[kept - 1], intermediates_only=True)[0]
-    assert model.prune_intermediate_layers([kept - 1]) == [kept - 1]
+    wanted = model.forward_intermediates(x, indices=[last], intermediates_only=True)[0]
+    assert model.prune_intermediate_layers([last]) == [last]
     torch.testing.assert_close(model(x), wanted.mean((2, 3)))
-    torch.testing.assert_close(model.train()(x, torch.rand(2, model.num_drop_draws)), model.eval()(x))
     model.reset_classifier(5)
-    assert model(x).shape == (2, 5) and model.num_features == wanted.shape[1]
+    assert model.train()(x, torch.rand(2, model.num_drop_draws)).shape == (2, 5) and model.num_features == wanted.shape[1]
 
 
 def test_keywords_of_timms_and_deits_training_scripts():
@@ -216,12 +181,8 @@ def test_keywords_of_timms_and_deits_training_scripts():
     assert model.head_drop.p == 0.2 and model.drop_rate == 0.2
     x, draws = torch.randn(2, 3, 64, 96), torch.ones(2, model.num_drop_draws)
     assert not torch.equal(model.train()(x, draws), model(x, draws))
-    models.hornet.hornet_pico_7x7(drop_block_rate=None, global_pool=None)
-
-
-def test_without_pooling_there_is_an_output_at_each_position():
-    model, x = network(), torch.randn(2, 3, 64, 96)
-    assert timm.create_model("hornet_pico_gf", global_pool="")(x).shape == (2, 1000, 2, 3)
+    model = models.hornet.hornet_pico_7x7(drop_block_rate=None, global_pool="")
+    assert model(x).shape == (2, 1000, 2, 3)  # without pooling there is an output at each position
     for classes, pool, shape in ((0, "", (2, 64, 2, 3)), (4, "avg", (2, 4)), (0, None, (2, 64))):
         model.reset_classifier(classes, pool)
         assert model(x).shape == shape and model.num_classes == classes

@@ -1,8 +1,6 @@
-"""The rows of models/zoo.py agree with the registry, the recipes, the option's help, README and the class
-lists."""
+"""The rows of models/zoo.py agree with the registry, the recipes, README and the class lists."""
 import hashlib
 import re
-from pathlib import Path
 
 import pytest
 import timm
@@ -11,42 +9,33 @@ import yaml
 from timm.data import ImageNetInfo
 
 import models
-from models.inspect import complexity
+from models.inspect import flops
 from models.zoo import MODEL_NAMES, PUBLISHED, VARIANTS, default_classes, synsets
-
-ROOT = Path(__file__).parents[3]
-
-
-def test_every_row_is_registered_and_nothing_else():
-    own = {name for name in timm.list_models("hornet*") if timm.model_entrypoint(name).__module__ == "models.hornet"}
-    assert own == set(MODEL_NAMES) == set(models.MODEL_NAMES)
-    assert list(PUBLISHED) == list(MODEL_NAMES[:10])
+from tests.kits.docs import ROOT
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_parameters_flops_and_input_size_are_those_of_the_model(name):
     variant = VARIANTS[name]
     with torch.device("meta"):
-        size = complexity(timm.create_model(name), variant.input_size)
-    assert size.params == variant.params and size.flops == pytest.approx(variant.flops, rel=0.005)
+        model = timm.create_model(name)
+    assert sum(p.numel() for p in model.parameters()) == variant.params
+    assert flops(model, variant.input_size) == pytest.approx(variant.flops, rel=0.005)
     config = timm.get_pretrained_cfg(name)
     assert config.input_size == (3, variant.input_size, variant.input_size)
     assert config.url == (variant.files[0].url if variant.files else "")
 
 
-def test_recipes_are_named_after_the_model_that_they_train():
-    for path in (ROOT / "recipes").glob("hornet_*.yaml"):
+def test_names_and_published_files():
+    own = {name for name in timm.list_models("hornet*") if timm.model_entrypoint(name).__module__ == "models.hornet"}
+    assert own == set(MODEL_NAMES) == set(models.MODEL_NAMES) and list(PUBLISHED) == list(MODEL_NAMES[:10])
+    for path in (ROOT / "recipes").glob("hornet_*.yaml"):  # recipes are named after the model that they train
         assert yaml.safe_load(path.read_text())["model"] == re.sub("_(in22k|ft1k_384)$", "", path.stem) + (
             "_img384" if path.stem == "hornet_large_gf_ft1k_384" else "")
-
-
-def test_published_files():
     assert [len(row.files) for row in PUBLISHED.values()] == [2] * 6 + [0, 1, 1, 1]
-    files = [file for row in PUBLISHED.values() for file in row.files]
-    assert len({file.name for file in files}) == 15 and all(file.url.startswith("https://") for file in files)
     assert all("openmmlab" in row.files[0].url for row in PUBLISHED.values() if row.top1)
     # As checked against the published lists: a letter that changes here is a dead link or another model.
-    lines = "".join(f"{file.name} {file.url} {file.sha256_prefix}\n" for file in files)
+    lines = "".join(f"{file.name} {file.url} {file.sha256_prefix}\n" for row in PUBLISHED.values() for file in row.files)
     assert hashlib.sha256(lines.encode()).hexdigest()[:16] == "d57918501dbf7a0a"
 
 

@@ -2,6 +2,7 @@
 evaluations."""
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from report.metrics import Predictions, calibration_error, compare, confusion_pairs, metrics
 
@@ -56,8 +57,11 @@ def test_paired_comparison_matches_images_by_class_folder_and_name():
     moved = Predictions(np.array([p.replace("/data/val", "/elsewhere") for p in second.paths])[::-1].copy(),
                         second.labels[::-1], second.top5[::-1], second.probabilities[::-1], second.nll[::-1], CLASSES)
     same = compare(first, second)
-    assert same == compare(first, moved) and same.p_value < 1e-6
-    for found in (same.sentence("old", "new"), compare(second, first).sentence("new", "old")):
-        assert found.startswith("new is better than old")
-    assert compare(first, first, 9).sentence("a", "b").startswith("a and b cannot be distinguished")
+    assert same == compare(first, moved)
+    difference = 100.0 * (second.hit1.astype(float) - first.hit1)
+    assert same.difference == pytest.approx(difference.mean())
+    assert same.margin == pytest.approx(1.96 * difference.std() / 2000 ** 0.5)
+    worse, better = (difference < 0).sum(), (difference > 0).sum()
+    assert compare(first, second, 3).p_value == 3 * binomtest(worse, worse + better).pvalue < 1e-6
+    assert compare(first, first, 9).p_value == 1
     assert compare(predictions(4), predictions(4, paths=["x/1", "x/2", "x/3", "x/4"])) is None  # other data

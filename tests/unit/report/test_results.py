@@ -11,7 +11,7 @@ from config.options import ImageSettings
 from engine import EvalResult
 from models import zoo
 from report import results
-from report.metrics import Predictions, confusion_pairs
+from report.metrics import confusion_pairs
 from tests.kits.errors import refused
 from tests.unit.report.test_metrics import CLASSES, predictions
 
@@ -97,10 +97,10 @@ def test_other_files_are_refused_and_nothing_is_unpickled(tmp_path, content):
 
 
 def test_report_files_give_the_predictions_and_their_sums_with_any_name(tmp_path):
-    """One image cannot be read, and a class has no image."""
+    """A class has no image, and the only one of another cannot be read."""
     odd = ["/val/ant/naïve 猫.png", "/val/bee/line\nbreak.png", "/val/cat/\udcff.png"]
-    p = replace(predictions(600, correct=0.3, paths=200 * odd), classes=[*CLASSES, "empty"])
-    p.top5[0] = -1
+    p = replace(predictions(600, correct=0.3, paths=200 * odd), classes=[*CLASSES, "gone", "empty"])
+    p.labels[0], p.top5[0] = 6, -1
     results.write_report_files(tmp_path, p, [name.upper() for name in p.classes])
     back = results.read_predictions(tmp_path / "predictions.npz")
     assert back.paths.tolist() == p.paths.tolist() and back.classes == p.classes
@@ -110,15 +110,10 @@ def test_report_files_give_the_predictions_and_their_sums_with_any_name(tmp_path
     assert [r["class"] for r in rows] == p.classes and rows[0]["name"] == "ANT"
     for column, total in (("hits1", p.hit1.sum()), ("hits5", p.hit5.sum()), ("images", 600)):
         assert sum(int(r[column]) for r in rows) == total
-    assert (rows[-1]["acc1"], rows[0]["acc1"]) == ("", f"{100 * p.hit1[::6].sum() / 100:.2f}")
+    assert [r["acc1"] for r in rows[5:]] == [f"{p.hit1[5::6].sum():.2f}", "0.00", ""]
+    assert (rows[6]["most_mistaken_for"], rows[6]["times"]) == ("", "1")
     true, answer, n = confusion_pairs(p.labels, p.top5[:, 0])[0]
     assert rows[true]["most_mistaken_for"] == CLASSES[answer] and rows[true]["times"] == str(n)
     incorrect = list(csv.DictReader((tmp_path / "confusion.csv").read_text().splitlines()))
     assert sum(int(r["images"]) for r in incorrect) == 600 - p.hit1.sum()
-    assert {"true": "ant", "predicted": "unreadable", "images": "1"} in incorrect
-
-
-def test_the_only_image_of_a_class_cannot_be_read():
-    p = Predictions(np.array(["a"]), np.array([0]), np.array([[-1]]), np.ones((1, 1)), np.zeros(1), CLASSES[:1])
-    row, = results.per_class(p, CLASSES[:1])
-    assert (row["acc1"], row["most_mistaken_for"], row["times"]) == ("0.00", "", 1)
+    assert {"true": "gone", "predicted": "unreadable", "images": "1"} in incorrect
