@@ -12,14 +12,14 @@ from torch.utils.data import BatchSampler
 from common.errors import UserError, kind_of
 from common.log import logger
 from common.synsets import imagenet_synsets
-from common.text import plural, printable
+from common.text import file_size, plural, printable
 from config.options import Options
 from datasets.cifar import read_cifar
 from datasets.dataset import ImageDataset, ImageLoader, make_loader
 from datasets.images import retried, unreadable
 from datasets.index import IndexCache, Source
 from datasets.labels import Subset, classes_of, map_folders, numbered, read_val_labels, recognise
-from datasets.readers import SPLITS, Reader, find_split, no_images, open_reader, source_of, too_slow
+from datasets.readers import SPLITS, Reader, find_split, no_images, open_reader, source_of
 from datasets.sample import ensure_sample
 from datasets.transforms import Erasing, eval_transform, train_transform
 
@@ -54,14 +54,13 @@ class Data:
 
 @dataclass(frozen=True)
 class _Split:
-    """A reader, and the labels and classes that count: its own, or those of a label file (`noun` synset);
-    label -1 for images that belong to the other split."""
+    """A reader, and the labels and classes that count: its own, or those of a label file; label -1 for images
+    that belong to the other split."""
 
     part: str
     reader: Reader
     labels: np.ndarray
     classes: list[str]
-    noun: str = "folder"
 
 
 def build_data(options: Options, *, train: bool, evaluate: bool, class_names: list[str] | None = None,
@@ -103,16 +102,20 @@ def _companion(options: Options, split: _Split, classes: list[str] | None) -> Su
 
 
 def _split(options: Options, part: str, cache: IndexCache, order: str | None, notes: list[str]) -> _Split:
-    held_back = 0.0  # where there are evaluation images, --val_fraction is not needed
-    if options.val_fraction and options.data_set != "CIFAR" and _source(options, "val", False) is None:
-        held_back = options.val_fraction
+    # Where there are evaluation images, --val_fraction is not needed.
+    missing = options.val_fraction and options.data_set != "CIFAR" and _source(options, "val", False) is None
+    held_back = options.val_fraction if missing else 0.0
     source = _source(options, "train" if held_back else part, order is not None)
     if options.data_set == "CIFAR":
         reader: Reader = read_cifar(options.data_path, options.nb_classes or 100, part == "train")
     elif source is not None:
         reader = open_reader(source, cache, order if part == "train" else None)
         if part == "train" and reader.sequential and not options.allow_slow_parquet:
-            raise too_slow(source, len(reader))
+            root = printable(source.root)
+            size = sum(os.path.getsize(os.path.join(source.root, name)) for name in source.files)
+            raise UserError(f"{root} is too slow for training; `python -m tools.data pack {root} FOLDER` "
+                            f"makes tars ({file_size(size)}), or give --allow_slow_parquet true.",
+                            code="slow_form")
     else:
         raise UserError("The evaluation images are missing; give --eval_data_path FOLDER, --val_fraction 0.1 "
                         "or --disable_eval true.", code="missing_data")
@@ -139,7 +142,7 @@ def _labelled(options: Options, part: str, reader: Reader) -> _Split:
                         "--val_labels FILE (CSV of name,synset; or the devkit's).", code="no_class_folders")
     file_names = [os.path.basename(reader.name(i)) for i in range(len(reader))]
     classes, labels = np.unique(read_val_labels(options.val_labels, file_names), return_inverse=True)
-    return _Split(part, reader, labels.astype(np.int32), classes.tolist(), "synset")
+    return _Split(part, reader, labels.astype(np.int32), classes.tolist())
 
 
 def _source(options: Options, part: str, resumed: bool) -> Source | None:
@@ -201,15 +204,15 @@ def _dataset(options: Options, split: _Split, names: list[str], notes: list[str]
         raise UserError(f"{shown}: {plural(len(empty), 'class folder')} without an image, such as "
                         f"{printable(split.classes[empty[0]])}; remove or allow them "
                         "(--allow_class_mismatch true).", code="unexpected_classes")
-    mapped = map_folders(split.classes, names, partial=set(names) >= set(imagenet_synsets()), noun=split.noun,
-                         allow_mismatch=options.allow_class_mismatch, what=f"the {part} data ({shown})")
+    mapped = map_folders(split.classes, names, partial=set(names) >= set(imagenet_synsets()),
+                         allow_mismatch=options.allow_class_mismatch, what=f"The {part} data ({shown})")
     targets = np.where(split.labels >= 0, mapped[split.labels], -1)
     known, found = int((targets >= 0).sum()), len(np.unique(targets[targets >= 0]))
     if len(names) < 2 or (part == "train" and found < 2):
         raise UserError(f"{shown} has images of one class only ({printable(split.classes[0])}); a network "
                         "needs at least two to learn anything.", code="one_class")
     if known < len(mine):
-        notes.append(f"{part}: {len(mine) - known} images of {split.noun}s without a class are skipped")
+        notes.append(f"{part}: {len(mine) - known} images of unknown classes are skipped")
     size, training = options.input_size, part == "train"
     transform = train_transform(options) if training else eval_transform(size, options.crop_pct)
     erases = training and options.reprob > 0

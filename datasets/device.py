@@ -103,8 +103,8 @@ class GroupMixup:
             for lam, cut in zip(lams.tolist(), cuts.tolist(), strict=True):
                 box = None
                 if cut and lam != 1.0:
-                    limits = self._timm.cutmix_minmax
-                    box, lam = cutmix_bbox_and_lam((3, height, width), lam, ratio_minmax=limits)
+                    box, lam = cutmix_bbox_and_lam((3, height, width), lam,
+                                                   ratio_minmax=self._timm.cutmix_minmax)
                     box = tuple(int(edge) for edge in box)
                 chosen += self._size * [(float(lam), box)]
         return chosen

@@ -14,7 +14,7 @@ import stat
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from types import ModuleType
 from typing import TypeVar
@@ -28,9 +28,6 @@ from common.text import file_size, printable
 # Named formats keep Pillow's other plug-ins (EPS starts Ghostscript) out of reach of a data folder.
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF", "JPEG2000", "AVIF")
 LARGEST_FILE = 1 << 30  # bytes
-
-# The process ran out of something: not the image's fault, so it must not count as a bad image.
-_PROCESS_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 PATIENCE = 30.0  # seconds
 _16_BITS = ("PNG", "PPM")  # what these give as mode I has 16 bits
 _T = TypeVar("_T")
@@ -145,7 +142,8 @@ def failures_are_the_images() -> Iterator[None]:
         if isinstance(error, UnidentifiedImageError):
             reason = "no JPEG, PNG, BMP, PPM, TIFF, WebP, GIF, JPEG 2000 or AVIF image"
         elif isinstance(error, OSError) and error.errno is not None:
-            if error.errno in _PROCESS_ERRORS:
+            # The process ran out of something: not the image's fault, so it must not count as a bad image.
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                 raise
             reason = error.strerror
         raise BadImage(reason) from error
@@ -179,10 +177,8 @@ def transformed(data: bytes, transform: Callable[[Image.Image], _T], exif_orient
     fast = None if turned else fast_jpeg()
     image = fast.image_of(data) if fast else None
     if fast and image is not None:
-        try:
+        with suppress(fast.NeedsPillow):
             return transform(image)
-        except fast.NeedsPillow:
-            pass
     return transform(decode(data, exif_orientation))
 
 

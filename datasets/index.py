@@ -81,9 +81,6 @@ class Rows:
         self.labels, self.ends, self.blob = array("i"), array("q"), bytearray()
         self.places = array("i"), array("q"), array("q")
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def add(self, folder: str, name: str, *place: int) -> None:
         """Image `name` of class `folder`; place: container, offset and length for one that is no file."""
         self.labels.append(self.classes.setdefault(folder, len(self.classes)))

@@ -62,24 +62,23 @@ def numbered(folders: list[str], strict: bool) -> list[str]:
     return [sentence + "; the class names are kept in the checkpoint, and evaluation goes by them"]
 
 
-def map_folders(found: list[str], names: list[str], *, partial: bool, allow_mismatch: bool, what: str,
-                noun: str = "folder") -> np.ndarray:
+def map_folders(found: list[str], names: list[str], *, partial: bool, allow_mismatch: bool, what: str
+                ) -> np.ndarray:
     """Logit index of each class `found`, int64 (found,), -1 for those of no class (only with
     `allow_mismatch`).
 
-    partial: some classes may be missing (a part of ImageNet); otherwise that is an error too. noun: what
-    `found` are, folders or the synsets of a label file. Raises UserError naming the missing and extra
-    classes.
+    partial: some classes may be missing (a part of ImageNet); otherwise that is an error too. what: the data,
+    for the sentence. Raises UserError naming the missing and extra classes.
     """
     position = {name: i for i, name in enumerate(names)}
     mapped = np.array([position.get(name, -1) for name in found], dtype=np.int64)
     extra = [name for name in found if name not in position]
     missing = sorted(set(names) - set(found))
-    problems = [f"has {noun}s of no known class: {_some(extra)}"] * bool(extra)
-    problems += [f"has no {noun} for {_some(missing)}"] * bool(missing and not partial)
+    problems = [f"unknown classes: {_some(extra)}"] * bool(extra)
+    problems += [f"no class {_some(missing)}"] * bool(missing and not partial)
     if problems and not (allow_mismatch and (mapped >= 0).any()):
-        raise UserError(f"{what[:1].upper()}{what[1:]} {' and '.join(problems)}; check the path, or use the "
-                        "common classes alone with --allow_class_mismatch true.", code="unexpected_classes")
+        raise UserError(f"{what} has {' and '.join(problems)}; check the path, or use the common classes "
+                        "alone with --allow_class_mismatch true.", code="unexpected_classes")
     return mapped
 
 

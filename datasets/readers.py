@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from common.errors import UserError, kind_of
-from common.text import duration, file_size, printable
+from common.text import printable
 from datasets.images import LARGEST_FILE, BadImage, is_image, read_file, retried
 from datasets.index import Index, IndexCache, Source, visible
 
@@ -24,7 +24,6 @@ FORMS = ("webdataset", "tars", "parquet", "folders")
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
 _CONTAINERS = (".tar", ".parquet")
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
-_PACK_RATE, _PACK_IMAGES = 150e6, 4000  # bytes, and images, per second of `tools.data pack`
 
 
 class Reader:
@@ -150,15 +149,6 @@ def source_of(root: str, part: str) -> Source:
             others = [file for file in source.files if not file.endswith(_CONTAINERS)]
             return replace(source, files=tuple(mine + others), split=name)
     return source
-
-
-def too_slow(source: Source, images: int) -> UserError:
-    """The refusal to train from a form of which only the stored order is read fast."""
-    size = sum(os.path.getsize(os.path.join(source.root, name)) for name in source.files)
-    seconds, root = size / _PACK_RATE + images / _PACK_IMAGES, printable(source.root)
-    return UserError(f"{root} is too slow for training; `python -m tools.data pack {root} FOLDER` makes tars "
-                     f"({file_size(size)}, about {duration(seconds)}), or give --allow_slow_parquet true.",
-                     code="slow_form")
 
 
 def no_images(root: str, problem: str) -> UserError:

@@ -22,7 +22,7 @@ def ensure_sample(folder: str | os.PathLike, write: Callable[[Path], None] | Non
     of several processes that come at the same time the first one's is kept. Raises UserError when `folder`
     holds something else.
     """
-    given, folder = folder, Path(folder).absolute()
+    folder = Path(folder).absolute()
     complete = lambda: all((folder / part).is_dir() for part in parts)
     if complete():
         return
@@ -30,15 +30,12 @@ def ensure_sample(folder: str | os.PathLike, write: Callable[[Path], None] | Non
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
             (write or write_digits)(Path(temporary, "data"))
-            try:
-                os.rename(Path(temporary, "data"), folder)
-            except OSError:
-                if not complete():
-                    raise
-        logger.info("wrote the sample data, %s, to %s", what, given)
+            os.rename(Path(temporary, "data"), folder)
+        logger.info("wrote the sample data, %s, to %s", what, folder)
     except OSError as error:
-        raise UserError(f"The sample data cannot be written to {folder} ({error.strerror or error}); name "
-                        "a folder you may write to with --data_path.", code="unwritable_folder") from error
+        if not complete():
+            raise UserError(f"The sample data cannot be written to {folder} ({error.strerror or error}); "
+                            "name another --data_path.", code="unwritable_folder") from error
 
 
 def write_digits(folder: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ def train_transform(options: Options) -> Transform:
     first, second, _ = parts
     if options.input_size <= settings.SMALL:
         first.transforms[0] = transforms.RandomCrop(options.input_size, padding=4, pad_if_needed=True)
-    return _ToPixels(first, second)
+    return partial(_to_pixels, (first, second), 0)
 
 
 def eval_transform(input_size: int, crop_pct: float | None = None,
@@ -47,21 +48,16 @@ def eval_transform(input_size: int, crop_pct: float | None = None,
     """
     settings, mode = ImageSettings(input_size, crop_pct), transforms.InterpolationMode(interpolation)
     if settings.eval_crop_pct is None:
-        return _ToPixels(transforms.Resize((input_size, input_size), interpolation=mode))
-    short = int(input_size / settings.eval_crop_pct)
-    return _ToPixels(transforms.Resize(short, interpolation=mode), transforms.CenterCrop(input_size),
-                     keep=input_size if input_size <= settings.SMALL else 0)
+        return partial(_to_pixels, [transforms.Resize((input_size, input_size), interpolation=mode)], 0)
+    short, keep = int(input_size / settings.eval_crop_pct), input_size if input_size <= settings.SMALL else 0
+    steps = transforms.Resize(short, interpolation=mode), transforms.CenterCrop(input_size)
+    return partial(_to_pixels, steps, keep)
 
 
-class _ToPixels:
-    def __init__(self, *steps: Callable, keep: int = 0):
-        self.steps, self.keep = steps, keep
-
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        if not (self.keep and image.size == (self.keep, self.keep)):
-            for step in self.steps:
-                image = step(image)
-        return np.asarray(image)
+def _to_pixels(steps: Sequence[Callable], keep: int, image: Image.Image) -> np.ndarray:
+    for step in steps if image.size != (keep, keep) else ():
+        image = step(image)
+    return np.asarray(image)
 
 
 @dataclass(frozen=True)

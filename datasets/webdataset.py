@@ -41,11 +41,11 @@ def scan(source: Source) -> Index:
     counts = _listed(source, info[0]) if info else {}
     count_beside(source, rows)
     for number, tar in enumerate(tars):
-        path, before = os.path.join(source.root, tar), len(rows)
+        path, before = os.path.join(source.root, tar), len(rows.labels)
         with readable(path, "a WebDataset tar"), open(path, "rb") as file:
             for key, parts in _samples(path):
                 _add(rows, file.fileno(), number, key, parts, folders)
-            found, expected = len(rows) - before, counts.get(tar)
+            found, expected = len(rows.labels) - before, counts.get(tar)
             if expected not in (None, found):
                 raise ValueError(f"{found} images of the {expected} in {info[0]}")
     rows.classes = class_names(source.root, rows.classes, folders)

@@ -44,10 +44,10 @@ def test_val_is_mapped_by_name_and_mismatches_and_files_left_out_are_named(tmp_p
     tree(tmp_path / "val", "ant", "cat", "dog")
     for name in ("x.svg", "y.svg", "z.txt", "._0.jpg"):
         (tmp_path / "val" / "ant" / name).touch()
-    refused("unexpected_classes", "folders of no known class: dog", "no folder for bee", "--allow_class_mismatch true", root=tmp_path)
+    refused("unexpected_classes", "unknown classes: dog", "no class bee", "--allow_class_mismatch true", root=tmp_path)
     data = build(tmp_path, allow_class_mismatch=True)
     assert data.class_names == ["ant", "bee", "cat"] and data.val.targets.tolist() == [0, 0, 2, 2]
-    assert "val: 2 images of folders without a class are skipped" in data.notes
+    assert "val: 2 images of unknown classes are skipped" in data.notes
     assert data.notes.count("val: skipped, not images: 2 .svg, 1 .txt") == 1 == sum("skipped, not" in note for note in data.notes)
     assert [data.val.path(i).split("/")[-2] for i in range(4)] == ["ant", "ant", "cat", "cat"]
     assert data.describe()["val"] == {"images": 4, "per_class": [2, 0, 2], "left_out": {".svg": 2, ".txt": 1},
@@ -59,7 +59,7 @@ def test_the_train_folder_decides_in_evaluation_and_a_checkpoints_list_before_it
     assert build(tmp_path, train=False).class_names == ["ant", "bee", "cat"]
     data = build(tmp_path, train=False, class_names=["cat", "bee", "ant"])
     assert data.class_names == ["cat", "bee", "ant"] and data.val.targets.tolist() == [2, 1, 0]
-    refused("unexpected_classes", "no folder for x, y", root=tmp_path, train=False, class_names=["x", "y"])
+    refused("unexpected_classes", "no class x, y", root=tmp_path, train=False, class_names=["x", "y"])
     refused("unexpected_classes", "dog", root=tmp_path, class_names=["ant", "bee", "cat", "dog"])
 
 
@@ -96,13 +96,13 @@ def test_images_without_class_folders_classes_without_images_and_one_class_only_
     refused("one_class", root=tmp_path / "one", train=False)
 
 
-def test_a_flat_val_folder_needs_labels_and_unknown_ones_are_called_synsets(tmp_path):
+def test_a_flat_val_folder_needs_labels_and_unknown_ones_are_named(tmp_path):
     tree(tmp_path, "val", images=3)
     refused("no_class_folders", "--val_labels FILE", root=tmp_path, train=False)
     table = tmp_path / "labels.csv"
     table.write_text(f"0.JPEG,{SYNSETS[7]}\n1.JPEG,{SYNSETS[3]}\n2.JPEG,n99999999\n")
     flat = dict(root=tmp_path, train=False, val_labels=str(table), class_names=list(SYNSETS))
-    refused("unexpected_classes", "synsets of no known class: n99999999", **flat)
+    refused("unexpected_classes", "unknown classes: n99999999", **flat)
     assert build(**flat, allow_class_mismatch=True).val.targets.tolist() == [7, 3]
 
 
