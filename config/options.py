@@ -324,15 +324,10 @@ class ImageSettings:
         return cls(**from_checkpoint(args, (f.name for f in fields(cls))))
 
     @property
-    def whole(self) -> bool:
-        """Evaluation sees the whole image, resized to the input size without keeping its shape: the published
-        protocol from 384 pixels on; below it crops 0.875 of the image."""
-        return self.input_size >= 384
-
-    @property
     def eval_crop_pct(self) -> float | None:
-        """The crop of evaluation, None where the whole image is resized to the input size."""
-        return None if self.whole else self.crop_pct or 0.875
+        """The crop of evaluation; None where it sees the whole image, resized to the input size without
+        keeping its shape: the published protocol from 384 pixels on, below which it crops 0.875."""
+        return None if self.input_size >= 384 else self.crop_pct or 0.875
 
     @property
     def mean(self) -> tuple[float, float, float]:

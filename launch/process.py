@@ -83,10 +83,10 @@ class Process(Place):
         """Whether `flag` is true on any process: one small reduction between the hosts."""
         return bool(self.all_reduce_(torch.tensor([int(flag)], dtype=torch.int32), "max"))
 
-    def broadcast_object(self, obj: T, source: int = 0) -> T:
-        """The picklable object of process `source`, on every process."""
+    def broadcast_object(self, obj: T) -> T:
+        """The picklable object of rank 0, on every process."""
         box = [obj]
-        self._together(dist.broadcast_object_list, box, src=source, group=self.side)
+        self._together(dist.broadcast_object_list, box, src=0, group=self.side)
         return box[0]
 
     def all_gather_object(self, obj: T) -> list[T]:
