@@ -14,14 +14,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-_SETTINGS = ((torch.backends.cuda.matmul, "allow_tf32"), (torch.backends.cudnn, "allow_tf32"),
-             (torch.backends.mkldnn.matmul, "fp32_precision"), (torch.backends.mkldnn.conv, "fp32_precision"))
-
 
 def float32_settings() -> tuple[bool | str, ...]:
     """Of this process: TF32 in CUDA's products and in cuDNN, precision of oneDNN's products and convolutions.
     """
-    return tuple(getattr(*setting) for setting in _SETTINGS)
+    cuda, onednn = torch.backends.cuda.matmul, torch.backends.mkldnn
+    return (cuda.allow_tf32, torch.backends.cudnn.allow_tf32, onednn.matmul.fp32_precision,
+            onednn.conv.fp32_precision)
 
 
 def set_float32(tf32: bool) -> None:
@@ -41,8 +40,9 @@ def float32_products(tf32: bool = False) -> Iterator[None]:
 
 
 def _apply(settings: tuple[bool | str, ...]) -> None:
-    for setting, value in zip(_SETTINGS, settings):
-        setattr(*setting, value)
+    cuda, onednn = torch.backends.cuda.matmul, torch.backends.mkldnn
+    cuda.allow_tf32, torch.backends.cudnn.allow_tf32 = settings[:2]
+    onednn.matmul.fp32_precision, onednn.conv.fp32_precision = settings[2:]
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None):
