@@ -21,7 +21,7 @@ from common.synsets import imagenet_synsets
 from config.options import ImageSettings, Options, from_checkpoint
 from config.parse import Resolved, check_model
 from datasets.build import Data, build_data, eval_loader
-from datasets.device import EvalPrepare
+from datasets.device import Prepare
 from datasets.labels import real_labels
 from launch.process import Process
 from launch.watchdog import Watchdog
@@ -132,7 +132,7 @@ def prepare_evaluation(resolved: Resolved, process: Process, observer: engine.Ob
             c for path in sources for c in load_candidates(path, options, names, process.device)]
         assert data.val is not None
         sets.append(Prepared(options, data, candidates, engine.Evaluation(
-            EvalPrepare(options, process.device), process.device, amp_dtype(options), tf32=options.fast_math,
+            Prepare(options, process.device), process.device, amp_dtype(options), tf32=options.fast_math,
             columns=data.subset and data.subset.columns, outputs=bool(options.report or imagenet),
             expected=len(data.val), observer=observer, process=process)))
     return sets

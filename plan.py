@@ -21,7 +21,7 @@ from config.parse import Resolved
 from config.rules import BatchPlan, plan_batch
 from datasets.build import Data, build_data, eval_loader
 from datasets.dataset import Batch, ImageDataset, make_loader
-from datasets.device import EvalPrepare, TrainPrepare
+from datasets.device import Prepare
 from datasets.sampler import GlobalBatchSampler
 from evaluation import amp_dtype
 from launch.process import Process
@@ -156,14 +156,14 @@ class Classification:
         self.model: nn.Module = model.to(process.device)
         self.optimizer = build_optimizer(model, options)
         self.schedule = Schedule(options, plan.batch.updates_per_epoch)
-        self.prepare = TrainPrepare(options, data.num_classes, process.device)
+        self.prepare = Prepare(options, process.device, data.num_classes)
         self.criterion = build_loss(options)
         self.sampler = GlobalBatchSampler(len(plan.train), batch.global_batch, batch.batch_size,
                                           batch.update_freq, process.rank, process.world_size, options.seed)
         self.loaders = [make_loader(plan.train, options, self.sampler)]
         if data.val is not None:
             self.loaders.append(eval_loader(data, options, process.rank, process.world_size))
-        self.evaluation = engine.Evaluation(EvalPrepare(options, process.device), process.device,
+        self.evaluation = engine.Evaluation(Prepare(options, process.device), process.device,
                                             process=process, expected=len(data.val) if data.val else None)
 
     def batches(self, epoch: int, first_update: int) -> Iterable[Batch]:

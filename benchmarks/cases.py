@@ -24,7 +24,7 @@ from benchmarks.timing import Row, interleave, rows
 from common.devices import PhaseClock, autocast
 from config.options import Options
 from datasets.dataset import Batch, ImageDataset
-from datasets.device import EvalPrepare, TrainPrepare
+from datasets.device import Prepare
 from datasets.index import IndexCache, Rows, Source
 from datasets.readers import open_reader
 from datasets.sampler import GlobalBatchSampler
@@ -61,7 +61,7 @@ def steps(model: nn.Module, batch: Batch, device: torch.device,
     odd batch, whose images make no pairs, is not mixed.
     """
     options = replace(OPTIONS, mixup=0.0, cutmix=0.0) if len(batch.images) % 2 else OPTIONS
-    prepare, criterion = TrainPrepare(options, 1000, device), build_loss(options)
+    prepare, criterion = Prepare(options, device, 1000), build_loss(options)
     update = PlainUpdate(model) if isinstance(model, PlainHorNet) else product_update(model)
     draws = getattr(getattr(model, "model", model), "num_drop_draws", 0)
     pixels = prepare.normalise(batch.images).permute(0, 3, 1, 2)
@@ -140,7 +140,7 @@ def _cases(root: str, training: bool) -> dict[str, Callable[[], object]]:
     reader = open_reader(Source.of(root), IndexCache(write=False))
     transform = train_transform(options) if training else eval_transform(224)
     part = ImageDataset(reader, reader.labels, transform, 224, erasing=Erasing() if training else None)
-    prepare: Callable = TrainPrepare(options, 1, "cpu") if training else EvalPrepare(options, "cpu")
+    prepare: Callable = Prepare(options, "cpu", 1) if training else Prepare(options, "cpu")
 
     def pixels(epochs: Iterator[int]) -> Batch:
         epoch = next(epochs)

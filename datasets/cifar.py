@@ -10,9 +10,8 @@ from collections.abc import Callable
 import numpy as np
 
 from common.errors import UserError
-from datasets.images import read_file
+from datasets.images import read_file, readable
 from datasets.readers import Reader
-from datasets.tars import readable
 
 _FILES = {  # classes: folder, train files, val files, names file, key of the names, key of the labels
     10: ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"], "batches.meta",

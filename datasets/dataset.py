@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from datasets.transforms import Erasing, Transform
 UNREADABLE_TARGET = -100  # torch's cross entropy passes over it, and no prediction equals it
 ATTEMPTS = 20  # at an image that can be read, in training
 _PATIENCE = 300  # seconds for one batch
+_T = TypeVar("_T")
 
 class Batch(NamedTuple):
     """images uint8 (B, H, W, 3); targets, indices (in the data set) and positions (global, within the epoch;
@@ -106,6 +107,9 @@ class ImageDataset(Dataset[Batch]):
         except Exception as error:
             raise RuntimeError(f"transforming {printable(self.path(index))} failed: {error}") from error
 
+    def _labelled(self, draws: int | None, index: int) -> tuple[np.ndarray, int]:
+        return self.pixels(index, draws), int(self.targets[index])
+
     def __getitems__(self, items: Sequence[Item | int]) -> Batch:
         """A Batch from (epoch, index, position) tuples in training or plain indices in evaluation."""
         count, size = len(items), self.size
@@ -117,30 +121,29 @@ class ImageDataset(Dataset[Batch]):
         rows = [item if isinstance(item, tuple) else (-1, item, -1) for item in items]
         with seeded(0) if rows[0][0] >= 0 else nullcontext():
             for row, (epoch, index, _) in enumerate(rows):
-                targets[row] = self._fill(epoch, index, images.numpy()[row], boxes[row], unreadable)
+                draws = key(self.seed, "augment", epoch, index) if epoch >= 0 else None
+                found = self.first_readable(partial(self._labelled, draws), epoch, index, unreadable)
+                images.numpy()[row], targets[row] = found or (0, UNREADABLE_TARGET)  # black
+                if found and self.erasing is not None:
+                    boxes[row] = self.erasing.boxes(size, size)
         indices, positions = torch.tensor([row[1:] for row in rows], dtype=torch.int64).T.contiguous()
         erased = () if self.erasing is None else self.erasing.fill(
             boxes, [key(self.seed, "erase", epoch, index) for epoch, index, _ in rows], size, size)
         return Batch(images, torch.from_numpy(targets), indices, positions, torch.from_numpy(boxes),
                      rows[0][0], tuple(unreadable), erased)
 
-    def _fill(self, epoch: int, index: int, pixels: np.ndarray, boxes: np.ndarray,
-              unreadable: list[tuple[int, str]]) -> int:
-        """Fill a row of a batch with image `index`, or in training, where that cannot be read, with another;
-        the target of what is there. A black row when none could be read."""
+    def first_readable(self, read: Callable[[int], _T], epoch: int, index: int,
+                       unreadable: list[tuple[int, str]]) -> _T | None:
+        """What `read` gives of image `index` or, in training, of another in place of an unreadable one; None
+        when none can be read. Reasons are added to `unreadable`."""
         used = index
         for attempt in range(ATTEMPTS if epoch >= 0 else 1):
             try:
-                pixels[:] = self.pixels(used, key(self.seed, "augment", epoch, index) if epoch >= 0 else None)
+                return read(used)
             except BadImage as error:
                 unreadable.append((used, str(error)))
                 used = key(self.seed, "replace", epoch, index, attempt) % len(self)
-                continue
-            if self.erasing is not None:
-                boxes[:] = self.erasing.boxes(self.size, self.size)
-            return int(self.targets[used])
-        pixels[:] = 0
-        return UNREADABLE_TARGET
+        return None
 
 
 _torch_handler: Callable | None = None  # of SIGCHLD, set when a loader starts its workers

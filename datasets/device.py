@@ -52,16 +52,19 @@ class Normalise:
         return pixels.flatten(2).float().div_(scale).sub_(mean).div_(std).view(pixels.shape)
 
 
-class TrainPrepare:
-    """A training batch ready for the network: (images float32 (B, 3, H, W) channels_last, targets).
+class Prepare:
+    """A batch ready for the network: (images float32 (B, 3, H, W) channels_last, targets).
 
-    Targets are soft, float32 (B, classes), when anything is mixed, otherwise int64 (B,). The result for an
-    image depends on (seed, epoch, image, global position), not on the batch it came in.
+    Targets are soft, float32 (B, classes), when anything is mixed, which takes the number of classes (None in
+    evaluation), otherwise int64 (B,). The result for an image depends on (seed, epoch, image, global
+    position), not on the batch it came in. The target of an image that could not be read is -100, which no
+    prediction equals and torch's cross entropy passes over: in evaluation (only with allow_bad_images) it
+    counts as incorrect and stays in the denominator.
     """
 
-    def __init__(self, options: Options, num_classes: int, device: torch.device | str):
+    def __init__(self, options: Options, device: torch.device | str, num_classes: int | None = None):
         self.device, self.normalise = torch.device(device), Normalise(ImageSettings.of(options), device)
-        self.mixup = GroupMixup(options, num_classes) if mixes(options) else None
+        self.mixup = GroupMixup(options, num_classes) if num_classes and mixes(options) else None
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images, targets = self.normalise(batch.images), to_device(batch.targets, self.device)
@@ -71,21 +74,6 @@ class TrainPrepare:
         if self.mixup is not None:
             images, targets = self.mixup(images, targets, batch.epoch, batch.positions.numpy())
         return images.permute(0, 3, 1, 2), targets
-
-
-class EvalPrepare:
-    """An evaluation batch ready for the network: (images float32 (B, 3, H, W) channels_last, targets int64
-    (B,)).
-
-    The target of an image that could not be read (only with allow_bad_images) is -100, which no prediction
-    equals and torch's cross entropy passes over: it counts as incorrect and stays in the denominator.
-    """
-
-    def __init__(self, options: Options, device: torch.device | str):
-        self.device, self.normalise = torch.device(device), Normalise(ImageSettings.of(options), device)
-
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.normalise(batch.images).permute(0, 3, 1, 2), to_device(batch.targets, self.device)
 
 
 class GroupMixup:

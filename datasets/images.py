@@ -22,12 +22,12 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from common.errors import MAY_PASS, Failure
+from common.errors import MAY_PASS, Failure, UserError
 from common.text import file_size, printable
 
 # Named formats keep Pillow's other plug-ins (EPS starts Ghostscript) out of reach of a data folder.
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF", "JPEG2000", "AVIF")
-LARGEST_FILE, _LARGEST_UNZIPPED = 1 << 30, 1 << 26  # bytes
+LARGEST_FILE = 1 << 30  # bytes
 
 # The process ran out of something: not the image's fault, so it must not count as a bad image.
 _PROCESS_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -121,14 +121,14 @@ def decode(data: bytes, exif_orientation: bool = False) -> Image.Image:
         return image.convert("RGB")
 
 
-def unzipped(data: bytes) -> bytes:
+def unzipped(data: bytes, limit: int = 1 << 26) -> bytes:
     """The bytes inside of gzip, as some images of ImageNet-22k are stored; other bytes as they are."""
     if data[:2] != b"\x1f\x8b":
         return data
     with gzip.open(io.BytesIO(data)) as file:
-        plain = file.read(_LARGEST_UNZIPPED + 1)
-    if len(plain) > _LARGEST_UNZIPPED:
-        raise BadImage(f"larger than {file_size(_LARGEST_UNZIPPED)}")
+        plain = file.read(limit + 1)
+    if len(plain) > limit:
+        raise BadImage(f"larger than {file_size(limit)}")
     return plain
 
 
@@ -151,10 +151,19 @@ def failures_are_the_images() -> Iterator[None]:
         raise BadImage(reason) from error
 
 
-def decode_path(path: str, exif_orientation: bool = False) -> Image.Image:
-    """`decode` for a file; one that cannot be opened (missing, a loop of links, no permission) is a BadImage
-    too."""
-    return decode(read_file(path), exif_orientation)
+@contextmanager
+def readable(path: str, kind: str, code: str = "unreadable_data") -> Iterator[None]:
+    """UserError for what a damaged container or list raises while it is read."""
+    try:
+        yield
+    except Exception as error:  # Damaged or hostile files make parsers raise nearly anything.
+        # The file system's errors have a number, pyarrow's about contents have none.
+        number = getattr(error, "errno", None)
+        if isinstance(error, (UserError, MemoryError)) or number not in (None, errno.ENOENT):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{printable(path)} cannot be read as {kind} ({reason}); copy or make it again.",
+                        code) from error
 
 
 def transformed(data: bytes, transform: Callable[[Image.Image], _T], exif_orientation: bool = False) -> _T:

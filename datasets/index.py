@@ -38,10 +38,7 @@ def visible(folder: str) -> list[os.DirEntry]:
 
 def is_folder(entry: os.DirEntry) -> bool:
     """Whether it is a folder or a link to one; a loop of links is none."""
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def file_type(name: str) -> str:

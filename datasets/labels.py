@@ -16,10 +16,10 @@ import numpy as np
 from common.errors import UserError
 from common.synsets import imagenet_synsets, published_22k_synsets
 from common.text import printable
-from datasets.images import BadImage, read_file
+from datasets.images import read_file, readable
 from datasets.readers import Reader
 
-LARGEST_LABELS = 256 << 20  # bytes; 1.28 million lines have 40 MB
+_LARGEST = 256 << 20  # bytes; 1.28 million lines have 40 MB
 _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.", re.IGNORECASE)
 _INFO = importlib.resources.files("timm.data") / "_info"
 
@@ -95,50 +95,34 @@ def read_val_labels(path: str, file_names: list[str]) -> list[str]:
 
     Raises UserError when the file is not readable as either, names a file twice, or an image has no label.
     """
-    rows = _rows(path)
-    if rows and all(len(row) == 1 and row[0].strip().isdigit() for row in rows):
-        return _devkit_labels(Path(path), [int(row[0]) for row in rows], file_names)
+    with readable(path, "--val_labels, a CSV of file name,synset or the devkit's ground truth beside its "
+                  "meta.mat", code="invalid_labels"):
+        rows = [row for row in csv.reader(read_file(path, _LARGEST).decode().splitlines()) if row]
+        if rows and all(len(row) == 1 and row[0].strip().isdigit() for row in rows):
+            meta = read_file(str(Path(path).with_name("meta.mat")), _LARGEST)
+            return devkit_synsets([int(row[0]) for row in rows], meta, len(file_names))
     labelled = [(Path(row[0].strip()).name, row[1].split()[0]) for row in rows if row[1:] and row[1].strip()]
-    stems, files = (Counter(Path(name).stem for name in names) for names in (
-        [name for name, _ in labelled], file_names))
-    twice = [name for name, number in Counter(name for name, _ in labelled).items()
-             if number > 1 or stems[Path(name).stem] > max(1, files[Path(name).stem])]
+    stems = {name: Path(name).stem for name in (*file_names, *(name for name, _ in labelled))}
+    keys = stems if len({stems[name] for name in file_names}) == len(file_names) else dict(zip(stems, stems))
+    table = {keys[name]: label for name, label in labelled}
+    counts = Counter(keys[name] for name, _ in labelled)
+    twice = [name for name, _ in labelled if counts[keys[name]] > 1]
     if twice:
         raise UserError(f"--val_labels {path} names {printable(twice[0])} twice; remove one.",
                         code="invalid_labels")
-    table = {Path(name).stem: label for name, label in labelled} | dict(labelled)
-    found = [table.get(name, table.get(Path(name).stem)) for name in file_names]
-    unnamed = [name for name, label in zip(file_names, found, strict=True) if label is None]
+    unnamed = [name for name in file_names if keys[name] not in table]
     if unnamed:
         raise UserError(f"--val_labels {path} lacks {len(unnamed)} of {len(file_names)} images, such as "
                         f"{printable(unnamed[0])}; each needs a line `file name,synset`.", "invalid_labels")
-    return [label for label in found if label is not None]
+    return [table[keys[name]] for name in file_names]
 
 
-def _rows(path: str) -> list[list[str]]:
-    try:
-        text = read_file(path, LARGEST_LABELS).decode()
-        return [row for row in csv.reader(text.splitlines()) if row]
-    except (BadImage, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--val_labels {printable(path)} cannot be read ({error}); give a CSV of file name,"
-                        "synset or the devkit's ground truth.", code="invalid_labels") from error
-
-
-def _devkit_labels(path: Path, ids: list[int], file_names: list[str]) -> list[str]:
-    if len(ids) != len(file_names):
-        raise UserError(f"--val_labels {path} has {len(ids)} labels for {len(file_names)} images; give the "
-                        "devkit's, one for each of 50,000 in the order of names.", code="invalid_labels")
-    meta = path.parent / "meta.mat"
-    try:
-        return devkit_synsets(ids, read_file(str(meta), LARGEST_LABELS))
-    except Exception as error:  # loadmat raises many types for a damaged file; all mean the same here.
-        raise UserError(f"{path.name} needs the devkit's meta.mat, which explains its numbers; {meta} does "
-                        f"not ({error!r}).", code="invalid_labels") from error
-
-
-def devkit_synsets(ids: list[int], meta: bytes) -> list[str]:
-    """The synset of each ILSVRC2012_ID, from the devkit's meta.mat; raises anything for a damaged one."""
+def devkit_synsets(ids: list[int], meta: bytes, images: int) -> list[str]:
+    """The synset of each of `images` by its ILSVRC2012_ID, from the devkit's meta.mat; raises anything for a
+    damaged one, and ValueError when there are more or fewer numbers."""
     from scipy.io import loadmat
+    if len(ids) != images:
+        raise ValueError(f"{len(ids)} labels for {images} images")
     entries = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
     synsets = {int(entry["ILSVRC2012_ID"]): str(entry["WNID"]) for entry in np.atleast_1d(entries)}
     return [synsets[number] for number in ids]

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from common.text import listed, plural, printable
-from datasets.images import LARGEST_FILE, BadImage, failures_are_the_images, retried
+from datasets.images import LARGEST_FILE, BadImage, failures_are_the_images, readable, retried
 from datasets.index import Index, Rows, Source
 from datasets.readers import Reader, check_unchanged
-from datasets.tars import count_beside, readable
+from datasets.tars import count_beside
 from datasets.webdataset import class_names
 
 if TYPE_CHECKING:

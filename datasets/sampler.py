@@ -35,7 +35,7 @@ class GlobalBatchSampler(Sampler[list[Item]]):
 
     def order(self, epoch: int) -> np.ndarray:
         """The images of an epoch in their order, int64 (num_images,)."""
-        return epoch_order(self.num_images, self.seed, epoch)
+        return numpy_generator(self.seed, "order", epoch).permutation(self.num_images)
 
     def __len__(self) -> int:
         return (self.updates_per_epoch - self.first_update) * self.update_freq
@@ -49,8 +49,3 @@ class GlobalBatchSampler(Sampler[list[Item]]):
                 first = start + micro * self.batch_size
                 yield [(epoch, index, first + i)
                        for i, index in enumerate(order[first:first + self.batch_size].tolist())]
-
-
-def epoch_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of an epoch, int64 (num_images,)."""
-    return numpy_generator(seed, "order", epoch).permutation(num_images)

@@ -4,18 +4,15 @@ An image's class is the folder before its name inside the tar, or the tar's own 
 (one tar per class, also one inside another tar, as ILSVRC2012_img_train.tar has them). The images of
 ILSVRC2012_img_val.tar get theirs from ILSVRC2012_devkit_t12.tar.gz beside it.
 """
-import errno
-import gzip
 import io
 import os
 import stat
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from common.errors import UserError
 from common.text import plural, printable
-from datasets.images import is_image
+from datasets.images import is_image, read_file, readable, unzipped
 from datasets.index import Index, Rows, Source, file_type
 from datasets.labels import devkit_synsets
 
@@ -61,18 +58,14 @@ def _scan_val(source: Source, rows: Rows) -> Index:
 
 def _devkit(path: str, images: int) -> list[str]:
     """The synset of each validation image in the order of their names."""
-    with readable(path, "the devkit of ILSVRC2012"), gzip.open(path) as packed:
-        content = packed.read(_LARGEST_DEVKIT + 1)
-        if len(content) > _LARGEST_DEVKIT:
-            raise ValueError(f"more than {_LARGEST_DEVKIT} bytes")
+    with readable(path, "the devkit of ILSVRC2012"):
+        content = unzipped(read_file(path), _LARGEST_DEVKIT)
         with tarfile.open(fileobj=io.BytesIO(content)) as tar:
             files = {os.path.basename(member.name): tar.extractfile(member) for member in tar}
             truth, meta = (files[name] for name in ("ILSVRC2012_validation_ground_truth.txt", "meta.mat"))
             assert truth is not None and meta is not None
             ids = [int(line) for line in truth.read().split()]
-            if len(ids) != images:
-                raise ValueError(f"{len(ids)} labels for {images} images")
-            return devkit_synsets(ids, meta.read())
+            return devkit_synsets(ids, meta.read(), images)
 
 
 def count_beside(source: Source, rows: Rows, kind: str = "tar") -> None:
@@ -126,21 +119,6 @@ def _members(file: "_Bounded", start: int, end: int, inner: str) -> Iterator[tup
         block = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
         if len(block) < tarfile.BLOCKSIZE or any(block) or tar.offset + tarfile.BLOCKSIZE > end:
             raise ValueError(f"damaged or cut short at byte {tar.offset}")
-
-
-@contextmanager
-def readable(path: str, kind: str) -> Iterator[None]:
-    """UserError for what a damaged container raises while it is read."""
-    try:
-        yield
-    except Exception as error:  # Damaged or hostile files make parsers raise nearly anything.
-        # The file system's errors have a number, pyarrow's about contents have none.
-        number = getattr(error, "errno", None)
-        if isinstance(error, (UserError, MemoryError)) or number not in (None, errno.ENOENT):
-            raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{printable(path)} cannot be read as {kind} ({reason}); copy or make it again.",
-                        code="unreadable_data") from error
 
 
 class _Bounded(io.FileIO):

@@ -13,10 +13,10 @@ from common.errors import UserError
 from common.files import read_json
 from common.synsets import imagenet_synsets
 from common.text import plural, printable
-from datasets.images import is_image
+from datasets.images import is_image, readable
 from datasets.index import Index, Rows, Source
 from datasets.readers import SPLITS
-from datasets.tars import count_beside, members, readable
+from datasets.tars import count_beside, members
 
 INFO = ("_info.json", "info.json")
 _LARGEST = 1 << 20  # bytes of a .cls or .json member

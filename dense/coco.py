@@ -21,7 +21,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.text import plural, printable
-from datasets.images import BadImage, decode_path
+from datasets.images import BadImage, decode, read_file
 from dense.scenes import NAMES, draw
 
 COUNTS = {"training": 1000, "validation": 100}  # drawn scenes; many, as a detector evaluates after each epoch
@@ -95,7 +95,7 @@ class CocoSet:
     def pixels(self, index: int) -> np.ndarray:
         """Image `index`, uint8 (H, W, 3); BadImage when unreadable or not of the annotated size."""
         photo = self.photos[index]
-        image = np.asarray(decode_path(photo.path, exif_orientation=True))
+        image = np.asarray(decode(read_file(photo.path), exif_orientation=True))
         if image.shape[:2] != photo.size:
             raise BadImage("{1}x{0} pixels, annotated as {3}x{2}".format(*image.shape[:2], *photo.size))
         return image

@@ -12,7 +12,6 @@ from common.random import numpy_generator
 from datasets.dataset import UNREADABLE_TARGET, ImageDataset
 from datasets.sampler import GlobalBatchSampler, Item
 from dense.coco import CocoSet, Objects
-from dense.data import first_readable
 from dense.detector_losses import Truth, padded
 from dense.pixels import Draws, Size, fitted, normalised, resize, resize_labels
 
@@ -164,7 +163,7 @@ class CocoImages(ImageDataset):
         """A batch from (epoch, index, position) tuples in training or plain indices in evaluation."""
         rows = [item if isinstance(item, tuple) else (-1, item, -1) for item in items]
         bad: list[tuple[int, str]] = []
-        samples = [first_readable(self, partial(self.sample, epoch, index), epoch, index, bad)
+        samples = [self.first_readable(partial(self.sample, epoch, index), epoch, index, bad)
                    for epoch, index, _ in rows]
         targets = [UNREADABLE_TARGET if sample is None else 0 for sample in samples]
         indices, positions = torch.tensor([row[1:] for row in rows], dtype=torch.int64).T.contiguous()

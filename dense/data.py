@@ -1,10 +1,9 @@
 """ADE20K's layout: images and their label maps, as samples of training and of evaluation."""
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,13 +11,13 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 
 from common.errors import UserError
-from common.random import key, numpy_generator
+from common.random import numpy_generator
 from common.text import plural, printable
 from datasets.build import Data, check_sample
-from datasets.dataset import ATTEMPTS, UNREADABLE_TARGET, Batch, ImageDataset
+from datasets.dataset import UNREADABLE_TARGET, Batch, ImageDataset
 from datasets.images import BadImage, decode, extensions, read_file
 from datasets.sample import ensure_sample
-from datasets.sampler import GlobalBatchSampler, Item, epoch_order
+from datasets.sampler import GlobalBatchSampler, Item
 from dense.inference import scaled_boxes
 from dense.options import SegmentationOptions
 from dense.pixels import Draws, distort, fitted, opencv, resize, resize_labels
@@ -29,7 +28,6 @@ MS_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 FOLDERS = {"train": ("training", "train"), "val": ("validation", "val")}
 MOST_OF_ONE_CLASS = 0.75  # of a crop's labelled pixels
 SMALLEST_SIDE = 32
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ class LabelledImages(ImageDataset):
         rows = [item for item in items if isinstance(item, tuple)]
         for row, (epoch, index, _) in enumerate(rows):
             draws = numpy_generator(self.seed, "augment", epoch, index)
-            pair = first_readable(self, self.read, epoch, index, unreadable)
+            pair = self.first_readable(self.read, epoch, index, unreadable)
             if pair is None:
                 targets[row] = UNREADABLE_TARGET
                 continue
@@ -156,20 +154,6 @@ class LabelledImages(ImageDataset):
         none = torch.zeros(0)
         target = torch.from_numpy(labels)[None]
         return Batch(scaled, target, indices, none, none, -1, unreadable)  # type: ignore[arg-type]
-
-
-def first_readable(images: ImageDataset, read: Callable[[int], T], epoch: int, index: int,
-                   bad: list[tuple[int, str]]) -> T | None:
-    """What `read` gives of image `index` and, in training, of another in place of an unreadable one, drawn as
-    in `datasets.dataset`; None when none can be read."""
-    used = index
-    for attempt in range(ATTEMPTS if epoch >= 0 else 1):
-        try:
-            return read(used)
-        except BadImage as error:
-            bad.append((used, str(error)))
-            used = key(images.seed, "replace", epoch, index, attempt) % len(images)
-    return None
 
 
 def at_scales(image: np.ndarray, options: SegmentationOptions) -> list[torch.Tensor]:
@@ -255,7 +239,7 @@ class UpdateSampler(GlobalBatchSampler):
                 for position in range(first, first + self.batch_size):
                     turn, place = divmod(position, self.num_images)
                     if turn != current:
-                        order, current = epoch_order(self.num_images, self.seed, turn), turn
+                        order, current = self.order(turn), turn
                     items.append((turn, int(order[place]), position))
                 yield items
 

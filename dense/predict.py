@@ -25,7 +25,7 @@ from common.log import logger
 from common.outcome import ExitCode
 from common.safe_load import safe_torch_load
 from common.text import printable
-from datasets.images import BadImage, decode_path
+from datasets.images import BadImage, decode, read_file
 from dense.coco import run_lengths
 from dense.coco_images import Scales, network_input, test_transform
 from dense.data import at_scales
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
             name = f"{name}-{number}" if name in names else name
             names.add(name)
             try:
-                image = np.array(decode_path(path, exif_orientation=True))
+                image = np.array(decode(read_file(path), exif_orientation=True))
                 about, found = predictor.save(image, out / name)
             except BadImage as error:
                 logger.warning("%s cannot be read (%s): it is skipped", printable(path), error)

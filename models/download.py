@@ -77,10 +77,7 @@ def fetch(files: Sequence[PublishedFile], folder: Path) -> Path:
     problem = ""
     for file in sorted(files, key=lambda file: not (folder / file.name).exists()):
         path = folder / file.name
-        try:
-            problem = _problem(file, path) if path.exists() else _download(file, path)
-        except OSError as error:
-            problem = f"{folder} cannot be used ({error.strerror or error})"
+        problem = _problem(file, path) if path.exists() else _download(file, path)
         if not problem:
             return path
         logger.warning("%s cannot be used", file.name)
@@ -91,7 +88,6 @@ def fetch(files: Sequence[PublishedFile], folder: Path) -> Path:
 
 def _download(file: PublishedFile, path: Path) -> str:
     """Try a few times; returns "" or why the last try failed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     problem, before = "", socket.getdefaulttimeout()
     socket.setdefaulttimeout(_TIMEOUT)  # torch.hub sets none, and a silent server would hang the run
     try:
@@ -99,6 +95,7 @@ def _download(file: PublishedFile, path: Path) -> str:
             time.sleep(_PAUSE * 4 ** attempt if problem else 0)
             logger.info("Downloading %s to %s", file.url, path)
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 download_url_to_file(file.url, str(path), file.sha256_prefix or None, sys.stderr.isatty())
                 problem = _problem(file, path)  # without a hash, half a file passes for a whole one
                 if not problem:
@@ -113,13 +110,12 @@ def _download(file: PublishedFile, path: Path) -> str:
 
 def _problem(file: PublishedFile, path: Path) -> str:
     """Why the file at `path` is not the wanted one, "" if it is."""
-    digest = sha256_file(path)
-    if not digest.startswith(file.sha256_prefix):
-        return (f"{path} is not the published file, its sha256 begins with {digest[:8]}, "
-                f"not {file.sha256_prefix}")
     try:
+        digest = sha256_file(path)
+        if not digest.startswith(file.sha256_prefix):
+            return f"{path} is not the published file: sha256 {digest[:8]}..., not {file.sha256_prefix}..."
         if not file.sha256_prefix:
             safe_torch_load(path)  # a web page, a login page or half a file shows here
-    except UserError as error:
+    except (UserError, OSError) as error:
         return str(error).rstrip(".")
     return ""

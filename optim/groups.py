@@ -8,12 +8,6 @@ from torch import nn
 _STAGE_THREE_BLOCK = re.compile(r"^stages\.2\.(\d+)\.")
 
 
-def decays(name: str, ndim: int) -> bool:
-    """Whether weight decay applies: not to vectors (biases, norms, layer scales), to everything else, filters
-    too."""
-    return ndim != 1 and not name.endswith(".bias")
-
-
 def count_layers(names: Iterable[str]) -> int:
     """Layers below the head, 12 for the published depths (2, 3, 18, 2).
 
@@ -49,7 +43,8 @@ def param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_de
     scale_of = scale_of or (lambda name: layer_decay ** (num_layers + 1 - layer_id(name, num_layers)))
     groups: dict[tuple[float, bool], dict] = {}
     for name, parameter in ((name, parameter) for name, parameter in named if parameter.requires_grad):
-        scale, decaying = scale_of(name), decays(name, parameter.ndim)
+        # Not for vectors (biases, norms, layer scales); for everything else, filters too.
+        scale, decaying = scale_of(name), parameter.ndim != 1 and not name.endswith(".bias")
         group = groups.setdefault((scale, decaying), {
             "params": [], "names": [], "weight_decay": weight_decay if decaying else 0.0,
             "lr_scale": scale, "decays": decaying})

@@ -47,17 +47,13 @@ class Loaded(NamedTuple):
     state: State
 
 
-def position(name: str) -> tuple[int, float] | None:
-    """(epoch, update) in a checkpoint's name, the update of an epoch's end being infinite; None for other
+def position(path: Path) -> tuple[int, float]:
+    """(epoch, update) in a checkpoint's name, the update of an epoch's end being infinite; (-1, -1) in other
     names."""
-    match = _NUMBERED.fullmatch(name)
+    match = _NUMBERED.fullmatch(path.name)
     if match is None:
-        return None
+        return -1, -1
     return (int(match[3]), math.inf) if match[3] else (int(match[1]), int(match[2]))
-
-
-def _at(path: Path) -> tuple[int, float]:
-    return position(path.name) or (-1, -1)
 
 
 def manifest_path(path: Path) -> Path:
@@ -99,10 +95,14 @@ def _has_its_size(path: Path) -> bool:
 
 
 def _noted(path: Path, what: str) -> float:
-    """A number in a checkpoint's manifest, such as its score; -inf where the file is damaged or has none."""
-    found = None
-    with suppress(UserError):
+    """A number in a checkpoint's manifest, such as its score; -inf where the file is damaged or has none.
+    Raises Failure when the disk does not answer."""
+    try:
         found = (manifest(path) or {}).get(what)
+    except Failure:
+        raise
+    except UserError:
+        found = None
     return found if isinstance(found, (int, float)) else -math.inf
 
 
@@ -254,13 +254,13 @@ class Checkpoints:
 
     def _prune(self) -> None:
         numbered = self.numbered()
-        ends = [path for path in numbered if _at(path)[1] == math.inf]
+        ends = [path for path in numbered if position(path)[1] == math.inf]
         # Those within an epoch that has ended since are kept only where there would be fewer than two.
         useful = [*ends, *numbered[numbered.index(ends[-1]) + 1 if ends else 0:]]
         by_use = sorted(numbered, key=useful.__contains__)
         whole = [path for path in by_use if _has_its_size(path)]  # others were damaged meanwhile
         keep = {*by_use[-2:], *whole[-2:], *ends[-self.keep:]}
-        keep |= {path for path in ends if (_at(path)[0] + 1) % self.every == 0}
+        keep |= {path for path in ends if (position(path)[0] + 1) % self.every == 0}
         for path in numbered:
             if path not in keep and path.parent == self.folder:
                 try:
@@ -286,7 +286,7 @@ class Checkpoints:
         folder, names = self.folder, []
         with suppress(FileNotFoundError):
             names = os.listdir(folder)
-        return sorted((folder / name for name in names if position(name)), key=_at)
+        return sorted((folder / name for name in names if _NUMBERED.fullmatch(name)), key=position)
 
     def best_files(self) -> list[Path]:
         """The files of the best epochs that there are."""
@@ -336,9 +336,11 @@ class Checkpoints:
         numbered checkpoint, and a full disk older: its failed save is made good by the next that is better.
         """
         self.close()
-        with suppress(OSError):  # a disk that does not answer, which `save` will report
+        try:
             self._scores = {name: _noted(self.folder / name, "score")
                             for name in scores.keys() - self._scores.keys()} | self._scores
+        except (OSError, Failure):  # a disk that does not answer, which `save` will report
+            return {}
         return {name: new for name, new in scores.items()
                 if new is not None and new > self._scores.get(name, -math.inf)}
 
@@ -367,8 +369,8 @@ class Checkpoints:
         """
         at: tuple[int, float] = (-1, 0)
         if loaded.path.parent.resolve() == self.folder.resolve():
-            at = position(loaded.path.name) or (loaded.state["epoch"], math.inf)
-        newer = [path for path in self.numbered() if _at(path) > at]
+            at = max(position(loaded.path), (loaded.state["epoch"], math.inf))
+        newer = [path for path in self.numbered() if position(path) > at]
         for path in (each for found in newer for each in (found, manifest_path(found))):
             try:
                 os.replace(path, path.with_name(f"superseded-{path.name}"))

@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.log import logger
 from common.outcome import ExitCode
 from common.text import printable
-from datasets.images import BadImage, decode_path, extensions, is_image
+from datasets.images import BadImage, decode, extensions, is_image, read_file
 from launch.process import choose_device
 from models.inspect import heatmap, image_transforms, overlay, predict
 from models.trained import Trained
@@ -43,7 +43,7 @@ def answers(trained: Trained, paths: list[str], *, topk: int, batch_size: int) -
     """One record per file in order: path, error (None for a readable image), top (best class first)."""
     def read(path: str) -> torch.Tensor | str:
         try:
-            return trained.transform(decode_path(path))
+            return trained.transform(decode(read_file(path)))
         except BadImage as error:
             return str(error)
 
@@ -73,7 +73,7 @@ def write_heatmaps(trained: Trained, records: list[dict], folder: Path) -> None:
     part, numbers = image_transforms(trained.model)
     for number, record in enumerate(records):
         if not record["error"]:
-            seen = part(decode_path(record["path"]))
+            seen = part(decode(read_file(record["path"])))
             name = f"{number:05d}.{printable(Path(record['path']).stem)[:100]}.heat.png"
             overlay(seen, heatmap(trained.model, numbers(seen))[0]).save(folder / name)
 

@@ -3,14 +3,14 @@ import torch
 
 from datasets.build import build_data
 from datasets.dataset import make_loader
-from datasets.device import TrainPrepare
+from datasets.device import Prepare
 from datasets.sampler import GlobalBatchSampler
 
 
 def prepared(options, world: int = 1, freq: int = 1, epoch: int = 0, start: int = 0):
     """Images and targets of an epoch from update `start` on, in global order."""
     data, update = build_data(options, train=True, evaluate=False), options.batch_size * world * freq
-    prepare, found = TrainPrepare(options, data.num_classes, "cpu"), {}
+    prepare, found = Prepare(options, "cpu", data.num_classes), {}
     for rank in range(world):
         sampler = GlobalBatchSampler(len(data.train), update, options.batch_size, freq, rank, world, seed=options.seed)
         sampler.set_start(epoch, start)

@@ -2,7 +2,7 @@
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from dense.evaluation import DETECTOR, SEGMENTOR
+from dense.evaluation import DETECTOR, SEGMENTOR, Kind
+from dense.zoo import Published
 from tests.kits.fill import parity_image, parity_input, parity_tensor
 
 DENSE = Path(__file__).resolve().parents[1] / "data" / "dense"
+
+
+def files(pattern: str) -> list[str]:
+    """Those of tests/data/dense."""
+    return sorted(str(path.relative_to(DENSE)) for path in DENSE.glob(pattern))
 
 
 def stored(name: str):
@@ -37,12 +43,18 @@ def dense_tensor(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray
     return parity_tensor(name, shape, seed)
 
 
+def row_of(config: str) -> tuple[Kind, str, Published]:
+    """Kind, name and row of a published configuration ("seg/…" or "det/…")."""
+    kind = SEGMENTOR if config.startswith("seg/") else DETECTOR
+    return next((kind, name, row) for name, row in kind.published.items() if row.config == config[4:])
+
+
 def published(config: str, **options) -> nn.Module:
-    """The network of a published configuration ("seg/…" or "det/…"), without values."""
-    kind, classes = (SEGMENTOR, 150) if config.startswith("seg/") else (DETECTOR, 80)
-    row = next(row for row in kind.published.values() if row.config == config[4:])
+    """The network of a published configuration, without values."""
+    kind, _, row = row_of(config)
+    values = replace(kind.options(), **kind.of_published(row), **options)
     with torch.device("meta"):
-        return kind.build(replace(kind.options(), **kind.of_published(row), **options), classes)
+        return kind.build(values, 150 if kind is SEGMENTOR else 80)
 
 
 def filled(module: nn.Module, prefix: str = "", factors: dict[str, float] | None = None) -> nn.Module:
@@ -50,9 +62,8 @@ def filled(module: nn.Module, prefix: str = "", factors: dict[str, float] | None
     strictly; those whose names end as in `factors` times that."""
     state = {name: torch.from_numpy(dense_tensor(prefix + name, tuple(value.shape)))
              for name, value in module.state_dict().items()}
-    for name, value in state.items():
-        for ending, factor in (factors or {}).items():
-            value *= factor if name.endswith(ending) else 1
+    for ending, factor in (factors or {}).items():
+        state |= {name: value * factor for name, value in state.items() if name.endswith(ending)}
     module.load_state_dict(state, assign=True)
     return module.eval()
 
@@ -95,13 +106,6 @@ def given(call: str) -> torch.Tensor:
     known = {"parity_input": parity_input, "parity_image": parity_image, "dense_map": dense_map,
              "dense_labels": dense_labels, "dense_boxes": dense_boxes}
     return torch.from_numpy(np.ascontiguousarray(eval(call, {"__builtins__": {}}, known)))
-
-
-def same_sums(maps: Sequence[torch.Tensor], stat: np.ndarray, tolerance: float) -> None:
-    """The sum and the 2-norm of each whole map are the stored ones."""
-    for x, (total, norm) in zip(maps, stat, strict=True):
-        assert x.double().sum().item() == pytest.approx(total, abs=tolerance * x.numel())
-        assert x.double().norm().item() == pytest.approx(norm, rel=1e-5)
 
 
 def check_image(x: np.ndarray, expected: dict) -> None:

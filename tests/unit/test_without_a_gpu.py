@@ -16,7 +16,7 @@ import engine
 from benchmarks.cases import noise, product_update
 from common.outcome import Outcome
 from datasets.dataset import Batch
-from datasets.device import EvalPrepare, TrainPrepare
+from datasets.device import Prepare
 from launch.process import Process
 from models.dft import use_matrix_filter
 from models.zoo import MODEL_NAMES
@@ -49,7 +49,7 @@ def parts(model: nn.Module, device: torch.device, **changes):
     """What a training is made of, on `device`: (task, Update)."""
     options = data_options(clip_grad=1.0, epochs=1, warmup_epochs=0, **changes)
     task = SimpleNamespace(
-        model=model, prepare=TrainPrepare(options, 1000, device), criterion=build_loss(options), seed=0,
+        model=model, prepare=Prepare(options, device, 1000), criterion=build_loss(options), seed=0,
         drop_draws=model.num_drop_draws, autocast_dtype=None, batches=lambda epoch, first: BATCHES)
     task.losses = partial(Classification.losses, task)
     return task, product_update(model, options)
@@ -111,7 +111,7 @@ def test_evaluation_tallies_stay_on_the_device_until_the_end(monkeypatch, dtype)
     model = timm.create_model("hornet_pico_7x7")
     with fake_cuda(dtype), NoHostReads():
         to_cuda(model)
-        evaluation = engine.Evaluation(EvalPrepare(data_options(), CUDA), CUDA, columns=[1, 2], process=Alone())
+        evaluation = engine.Evaluation(Prepare(data_options(), CUDA), CUDA, columns=[1, 2], process=Alone())
         results = engine.evaluate([("", model), ("_ema", model)], BATCHES[:2], evaluation)
     assert [result.where for result in results] == [("cuda", torch.float64)] * 2
 

@@ -12,8 +12,8 @@ import torch
 
 from datasets.build import build_data, eval_loader
 from datasets.dataset import make_loader
-from datasets.device import EvalPrepare, TrainPrepare
-from datasets.sampler import GlobalBatchSampler, epoch_order
+from datasets.device import Prepare
+from datasets.sampler import GlobalBatchSampler
 from launch.stop import alive
 from tests.kits.errors import refused
 from tests.kits.images import fill_folder, jpeg, write_images
@@ -40,7 +40,7 @@ def training(folder, batch=16, **changes):
 
 
 def test_epochs_and_seeds_differ_and_an_epoch_has_no_image_twice():
-    orders = [epoch_order(100, seed, epoch) for seed in (0, 1) for epoch in range(3)]
+    orders = [GlobalBatchSampler(100, 1, 1, 1, seed=seed).order(epoch) for seed in (0, 1) for epoch in range(3)]
     assert all(np.array_equal(np.sort(order), np.arange(100)) for order in orders)
     assert len({order.tobytes() for order in orders}) == 6
 
@@ -48,7 +48,7 @@ def test_epochs_and_seeds_differ_and_an_epoch_has_no_image_twice():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loaders_follow_the_sampler_keep_their_workers_and_disturb_no_other_random_stream(folder, workers):
     loader, sampler = training(folder, num_workers=workers)
-    prepare, seen = TrainPrepare(options(folder), 3, "cpu"), []
+    prepare, seen = Prepare(options(folder), "cpu", 3), []
 
     def draws():
         return random.random(), np.random.rand(), torch.rand(1).item()
@@ -111,7 +111,7 @@ def test_evaluation_refuses_or_counts_them_as_incorrect_and_training_from_nothin
     data = build_data(values, train=False, evaluate=True)
     with refused("unreadable_image", "cat/3.JPEG", "--allow_bad_images"):
         list(eval_loader(data, values, refuse_bad=True))
-    loader, prepare = eval_loader(data, values), EvalPrepare(values, "cpu")
+    loader, prepare = eval_loader(data, values), Prepare(values, "cpu")
     targets = torch.cat([prepare(batch)[1] for batch in loader])
     assert len(targets) == 20 and int((targets == -100).sum()) == 3
     assert {os.path.basename(path) for path in loader.take_unreadable()} == BAD

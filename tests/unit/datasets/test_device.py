@@ -6,7 +6,7 @@ import torch
 
 from common.random import key
 from datasets.dataset import Batch
-from datasets.device import GroupMixup, TrainPrepare
+from datasets.device import GroupMixup, Prepare
 from datasets.transforms import Erasing
 from tests.kits.options import data_options
 
@@ -74,7 +74,7 @@ def batch(pixels, boxes, rows, mode, epoch=0):
 
 @pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
 def test_erased_boxes_are_filled_by_images_not_by_batch(mode):
-    prepare, rows = TrainPrepare(data_options(mixup=0, cutmix=0), 10, "cpu"), [0, 1, 2, 3]
+    prepare, rows = Prepare(data_options(mixup=0, cutmix=0), "cpu", 10), [0, 1, 2, 3]
     pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     boxes = torch.tensor([[[2, 3, 8, 9], [4, 4, 2, 2]], [[0, 0, 0, 0]] * 2, [[5, 5, 20, 4], [0, 0, 0, 0]],
                           [[0, 0, 31, 31], [0, 0, 0, 0]]], dtype=torch.int32)

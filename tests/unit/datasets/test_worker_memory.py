@@ -8,7 +8,7 @@ import pytest
 
 from datasets.dataset import ImageDataset, make_loader
 from datasets.index import IndexCache, Rows, Source
-from datasets.sampler import epoch_order
+from datasets.sampler import GlobalBatchSampler
 from datasets.tars import members
 from datasets.transforms import Erasing, train_transform
 from tests.kits.forms import read, write_tar
@@ -71,7 +71,7 @@ def passes(folder) -> int:
     batches, seen = [], []
     loader = make_loader(dataset, options, batches)
     for epoch in range(4):
-        order = epoch_order(COUNT, 0, epoch)[::512]
+        order = GlobalBatchSampler(COUNT, 1, 1, 1).order(epoch)[::512]
         batches[:] = [[(epoch, index, 0) for index in part.tolist()] for part in np.split(order, 50)]
         assert sum(len(batch.images) for batch in loader) == len(order)
         seen.append([footprint(), *(footprint(worker.pid) for worker in loader._iterator._workers)])

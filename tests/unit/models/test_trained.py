@@ -11,7 +11,7 @@ from PIL import Image
 import models
 from config.options import ImageSettings
 from datasets.device import Normalise
-from datasets.images import decode_path
+from datasets.images import decode, read_file
 from datasets.transforms import eval_transform
 from models.inspect import as_rgb
 from run.checkpoint import BEST, BEST_EMA, Checkpoints
@@ -62,9 +62,9 @@ def test_the_transform_gives_the_values_of_the_evaluation(tmp_path, size, crop_p
     image = Image.fromarray(pixels)
     image.getexif()[0x0112] = 6
     image.save(path, exif=image.getexif())
-    pixels = torch.tensor(eval_transform(size, crop_pct)(decode_path(path, turn)))
+    pixels = torch.tensor(eval_transform(size, crop_pct)(decode(read_file(path), turn)))
     wanted = Normalise(ImageSettings(imagenet_default_mean_and_std=imagenet), "cpu")(pixels[None])[0].permute(2, 0, 1)
-    for opened in (decode_path(path), as_rgb(path)):
+    for opened in (decode(read_file(path)), as_rgb(path)):
         assert torch.equal(models.load(run).transform(opened), wanted)
     assert models.load(run, input_size=96).transform(image).shape == (3, 96, 96)
 

@@ -11,7 +11,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 import models  # noqa: F401 - registers the models with timm
 import native
@@ -126,19 +125,15 @@ class _Subclass(torch.Tensor):
 
 
 CHANGES = {
-    "a forward hook inside": lambda b: b.norm1.register_forward_hook(lambda *_: None),
     "a forward pre-hook inside": lambda b: b.gnconv.pws[0].register_forward_pre_hook(lambda *_: None),
     "a backward hook inside": lambda b: b.gnconv.register_full_backward_hook(lambda *_: None),
     "a hook in a new dictionary": lambda b: setattr(b.norm1, "_forward_hooks", {0: lambda *_: None}),
     "a replaced forward": lambda b: setattr(b.pwconv1, "forward", lambda x: x),
-    "a layer of another type": lambda b: setattr(b, "pwconv1", NonDynamicallyQuantizableLinear(32, 128)),
-    "a norm without weights": lambda b: setattr(b, "norm2", nn.LayerNorm(32, elementwise_affine=False)),
     "a layer without bias": lambda b: setattr(b, "pwconv1", nn.Linear(32, 128, bias=False)),
     "a parametrised layer": lambda b: nn.utils.parametrizations.weight_norm(b.pwconv1),
     "a parameter of another type": lambda b: setattr(b.pwconv1, "weight", nn.Parameter(
         b.pwconv1.weight.detach().as_subclass(_Subclass))),
     "a dilated convolution": lambda b: setattr(b.gnconv.proj_in, "dilation", (2, 2)),
-    "another padding": lambda b: setattr(b.gnconv.dwconv.dw, "padding_mode", "circular"),
     "an added module": lambda b: b.add_module("adapter", nn.Identity()),
     "a float64 layer": lambda b: b.pwconv2.double(),
     "another filter": lambda b: setattr(b.gnconv.dwconv, "fourier", global_filter),

@@ -101,7 +101,8 @@ def test_a_damaged_newest_is_skipped_and_saving_goes_on(tmp_path, damage):
 @pytest.mark.parametrize("where", [(checkpoint, "sha256_file"), (Ledger, "own"), (os, "listdir")], ids=str)
 @pytest.mark.parametrize("failing", [2, 99])
 def test_a_disk_that_does_not_answer_is_waited_for_and_nothing_older_takes_the_place(tmp_path, monkeypatch, failing, where):
-    checkpoints, errors, real = saved(tmp_path, 2), [OSError(errno.EIO, "Input/output error")] * failing, getattr(*where)
+    checkpoints, errors, real = saved(tmp_path, 1), [OSError(errno.EIO, "Input/output error")] * failing, getattr(*where)
+    checkpoints.save(state(1), {BEST: 50.0}, wait=True)
     monkeypatch.setattr(images, "PATIENCE", 2.0 if failing == 2 else 0.1)
     monkeypatch.setattr(images, "_patience", images.PATIENCE)
 
@@ -115,6 +116,7 @@ def test_a_disk_that_does_not_answer_is_waited_for_and_nothing_older_takes_the_p
     else:
         with pytest.raises(Failure, match=f"{tmp_path}.*Input/output error"):
             checkpoints.newest_valid()
+        assert Checkpoints(tmp_path).better({BEST: 1.0}) == {}  # nor anything worse
 
 
 def test_when_none_is_whole_it_is_an_error_never_a_start_from_scratch(tmp_path):
