@@ -36,7 +36,7 @@ def train_in_double(data, accumulation: int, process) -> dict:
     argv = arguments(data, "", batch_size=size, update_freq=None, global_batch=GLOBAL_BATCH, epochs=1,
                      warmup_epochs=0, disable_eval="true", output_dir=None)
     planned = plan_run(parse(argv), process, None)
-    assert planned.batch.update_freq == accumulation and planned.updates_per_epoch == UPDATES
+    assert planned.batch.update_freq == accumulation and planned.batch.updates_per_epoch == UPDATES
     plain_wrap = type(process).wrap
     process.wrap = lambda model: plain_wrap(process, model.double())
     with StopRequest() as stop:

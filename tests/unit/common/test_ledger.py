@@ -12,7 +12,6 @@ def test_each_attempt_is_recorded_with_its_end_and_a_killed_one_without(tmp_path
     monkeypatch.setenv("SLURM_JOB_ID", "88")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     ledger = Ledger(tmp_path)
-    assert ledger.read("status.json") == {} and ledger.attempts() == [] and ledger.newest() == {}
     ledger.begin(update=0, epoch=0, resume="a.pth")
     assert ledger.read("status.json")["state"] == RUNNING
     ledger.end(Outcome.PAUSED, update=12, epoch=1, cause="SIGUSR2")

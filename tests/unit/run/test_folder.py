@@ -107,7 +107,6 @@ def test_a_folder_that_was_taken_away_is_not_written_to(folder, replaced):
         # Nor by the ranks other than 0, which hold no lock.
         Ledger(path).fail("rank 1 is gone", pid=other.read("owner.json")["pid"] + 1, update=3, rank=1)
         assert len(other.attempts()) == 1 and other.read("status.json")["state"] == "RUNNING"
-        assert other.read("owner.json")
         other.release()
     else:  # it is back, as a disk may be
         path.with_name("elsewhere").rename(path)
