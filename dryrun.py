@@ -189,7 +189,7 @@ class DryRun(Heartbeats):
             progress = engine.train_one_epoch(trainer.loop, self, epoch=at.begun, sums=at.sums,
                                               first_update=at.update_in_epoch)
             at.update = progress.next_update
-            ended, within = divmod(at.update, planned.updates_per_epoch)
+            ended, within = divmod(at.update, planned.batch.updates_per_epoch)
             at.epoch, at.sums = ended - 1, progress.sums if within else None
             self.row("updates", f"{plural(self.updates, 'update')} of {planned.batch.global_batch} images: "
                      f"loss {self.seen[0][2]:.4g} to {self.seen[-1][2]:.4g}, gradient norm "
@@ -262,7 +262,7 @@ class DryRun(Heartbeats):
             "" if waits <= _WAIT_SHARE else "; what would help most: " + (
                 f"--num_workers {cpus}, all CPUs of a process" if options.num_workers < cpus else
                 "images stored with a shorter side of about twice the input size, on a local disk")))
-        training = options.epochs * planned.updates_per_epoch * planned.batch.global_batch / rate
+        training = options.epochs * planned.batch.updates_per_epoch * planned.batch.global_batch / rate
         images = len(planned.data.val) if planned.data.val and evaluated else 0
         evaluation = options.epochs * images / (evaluated or 1)
         self.row("whole recipe", f"{plural(options.epochs, 'epoch')} would take "

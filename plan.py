@@ -2,6 +2,7 @@
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import timm
 import torch
@@ -48,7 +49,6 @@ class Plan:
     data: Data
     train: ImageDataset
     batch: BatchPlan
-    updates_per_epoch: int
 
 
 def find_data(options: Options, process: Process, state: State) -> Data:
@@ -66,16 +66,17 @@ def plan_run(resolved: Resolved, process: Process, state: State | None, *,
              data: FindData = find_data) -> Plan:
     """Find the images and derive the batch; `state` is that of a run to resume, else None."""
     options, state = resolved.options, state or {}
+    batch_for = partial(plan_batch, options, process.world_size, lr_batch=resolved.lr_batch,
+                        checkpoint_batch=state.get("global_batch"))
+    batch_for(10 ** 12)  # what no number of images makes valid is refused before they are indexed
     found = data(options, process, state)
     assert found.train is not None
-    batch = plan_batch(options, process.world_size, len(found.train), lr_batch=resolved.lr_batch,
-                       checkpoint_batch=state.get("global_batch"))
+    batch = batch_for(len(found.train))
     options = replace(options, batch_size=batch.batch_size, update_freq=batch.update_freq,
                       global_batch=batch.global_batch, lr=batch.lr)
     notices = [*batch.notices, too_many_workers(options, process.local_world_size),
                half_life_notice(options, batch.updates_per_epoch)]
     return Plan(resolved=resolved, options=options, data=found, train=found.train,
-                updates_per_epoch=batch.updates_per_epoch,
                 batch=replace(batch, notices=tuple(filter(None, notices))))
 
 
@@ -154,7 +155,7 @@ class Classification:
             model.freeze(options.freeze)
         self.model: nn.Module = model.to(process.device)
         self.optimizer = build_optimizer(model, options)
-        self.schedule = Schedule(options, plan.updates_per_epoch)
+        self.schedule = Schedule(options, plan.batch.updates_per_epoch)
         self.prepare = Prepare(options, process.device, data.num_classes)
         self.criterion = build_loss(options)
         self.sampler = GlobalBatchSampler(len(plan.train), batch.global_batch, batch.batch_size,

@@ -44,7 +44,7 @@ class Trainer(engine.Observer):
 
     def __init__(self, task: engine.Task, plan: Plan, process: Process, *, stop: StopRequest,
                  watchdog: Watchdog, state: State | None = None, folder: Ledger | None = None):
-        options, data, updates = plan.options, plan.data, plan.updates_per_epoch
+        options, data, updates = plan.options, plan.data, plan.batch.updates_per_epoch
         self.task, self.model, self.options, self.process = task, task.model, options, process
         self.stop, self.watchdog, self.checkpoints = stop, watchdog, None
         if folder is not None and options.save_ckpt:

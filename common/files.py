@@ -45,9 +45,8 @@ def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], object], r
         if before_rename is not None:
             before_rename(digest, size)
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
     with _where_supported(), ExitStack() as stack:
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         stack.callback(os.close, folder)

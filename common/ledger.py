@@ -99,10 +99,6 @@ class Ledger:
         """The newest attempt; {} before the first."""
         return (self.attempts() or [{}])[-1]
 
-    def status(self) -> Record:
-        """The last record: state, update, epoch, cause, attempt, time; {} in a folder without one."""
-        return self.read("status.json")
-
     def reached(self, job: str | None) -> Record:
         """progress.json, where it is that of the scheduler's `job`; else {}."""
         found = self.read("progress.json")

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
@@ -253,14 +254,12 @@ class Option:
         empty = ("none", "null", "~", *[""] * self.several) if self.optional or self.several else ()
         if text.strip().lower() in empty:
             return None if self.optional else ()
-        try:
+        with suppress(LookupError, ValueError):
             values = tuple(map(convert, texts))
             value = values if self.several else values[0]
             if ((self.several or len(values) == 1) and (self.accepts is None or self.accepts.test(value))
                     and all(math.isfinite(v) for v in values if isinstance(v, float))):
                 return value
-        except (LookupError, ValueError):
-            pass
         if self.accepts is not None:
             words = self.accepts.words if self.element is str else f"{words} {self.accepts.words}"
         words += ", or none" if self.optional and "none" not in words else ""
@@ -325,15 +324,10 @@ class ImageSettings:
         return cls(**from_checkpoint(args, (f.name for f in fields(cls))))
 
     @property
-    def whole(self) -> bool:
-        """Evaluation sees the whole image, resized to the input size without keeping its shape: the published
-        protocol from 384 pixels on; below it crops 0.875 of the image."""
-        return self.input_size >= 384
-
-    @property
     def eval_crop_pct(self) -> float | None:
-        """The crop of evaluation, None where the whole image is resized to the input size."""
-        return None if self.whole else self.crop_pct or 0.875
+        """The crop of evaluation; None where it sees the whole image, resized to the input size without
+        keeping its shape: the published protocol from 384 pixels on, below which it crops 0.875."""
+        return None if self.input_size >= 384 else self.crop_pct or 0.875
 
     @property
     def mean(self) -> tuple[float, float, float]:

@@ -104,7 +104,8 @@ class Detection(DenseTask):
     def __init__(self, plan: Plan, process: Process, state: State | None = None):
         options, train = cast(DetectionOptions, plan.options), cast(CocoImages, plan.train)
         landscape = np.array([photo.size[1] > photo.size[0] for photo in train.rows.photos])
-        schedule = DenseSchedule(options, plan.updates_per_epoch, shape="step", milestones=options.milestones)
+        schedule = DenseSchedule(options, plan.batch.updates_per_epoch, shape="step",
+                                 milestones=options.milestones)
         super().__init__(plan, process, state, network=build_detector(options, plan.data.num_classes),
                          sampler=partial(OrientedSampler, landscape), schedule=schedule, depth="layer")
 

@@ -101,7 +101,7 @@ class Segmentation(DenseTask):
     score = "test_miou"
 
     def __init__(self, plan: Plan, process: Process, state: State | None = None):
-        options, updates = cast(SegmentationOptions, plan.options), plan.updates_per_epoch
+        options, updates = cast(SegmentationOptions, plan.options), plan.batch.updates_per_epoch
         if plan.batch.batch_size == 1 and not synchronised(process):
             raise UserError("--batch_size 1: BatchNorm has no statistics of one image's 1x1 pooling; give 2 "
                             "or more images per process.", code="contradiction")

@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -67,7 +68,7 @@ class Process(Place):
 
     def barrier(self) -> None:
         """Wait until every process is here."""
-        self._together("barrier", dist.barrier, group=self.side)
+        self._together(dist.barrier, group=self.side)
 
     def all_reduce_(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
         """Reduce `tensor` (any shape; on the CPU or on this process' device) over all processes in place.
@@ -75,24 +76,23 @@ class Process(Place):
         `op` is "sum", "min" or "max". Returns the tensor.
         """
         group = self.side if tensor.device.type == "cpu" else None
-        self._together("all_reduce", dist.all_reduce, tensor, op=getattr(dist.ReduceOp, op.upper()),
-                       group=group)
+        self._together(dist.all_reduce, tensor, op=getattr(dist.ReduceOp, op.upper()), group=group)
         return tensor
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any process: one small reduction between the hosts."""
         return bool(self.all_reduce_(torch.tensor([int(flag)], dtype=torch.int32), "max"))
 
-    def broadcast_object(self, obj: T, source: int = 0) -> T:
-        """The picklable object of process `source`, on every process."""
+    def broadcast_object(self, obj: T) -> T:
+        """The picklable object of rank 0, on every process."""
         box = [obj]
-        self._together("broadcast", dist.broadcast_object_list, box, src=source, group=self.side)
+        self._together(dist.broadcast_object_list, box, src=0, group=self.side)
         return box[0]
 
     def all_gather_object(self, obj: T) -> list[T]:
         """The picklable objects of all processes in order of rank, on every process."""
         box = [obj] * self.world_size
-        self._together("all_gather", dist.all_gather_object, box, obj, group=self.side)
+        self._together(dist.all_gather_object, box, obj, group=self.side)
         return box
 
     def on_rank_zero(self, work: Callable[[], T]) -> T:
@@ -147,9 +147,9 @@ class Process(Place):
         if kind is None or self.backend != "nccl":  # which would wait for the collectives in flight
             dist.destroy_process_group()
 
-    def _together(self, what: str, collective: Callable, *given: object, **named: object) -> None:
+    def _together(self, collective: Callable, *given: object, **named: object) -> None:
         if self.world_size > 1:
-            self.waits_in = what
+            self.waits_in = collective.__name__
             try:
                 collective(*given, **named)
             finally:
@@ -210,23 +210,18 @@ def find_place(env: Mapping[str, str] = os.environ) -> Place:
     "environment") for variables that are missing, no numbers, or out of range.
     """
     for launcher, (rank, size, local_rank, local_size) in VARIABLES.items():
-        if rank not in env or size not in env:
-            continue
-        env = {local_rank: "0", local_size: env[size], **env}
-        world = number(env, size, 1)
-        local = number(env, local_size, 1, world)
-        place = Place(launcher, number(env, rank, 0, world - 1), world, number(env, local_rank, 0, local - 1),
-                      local)
-        return place if world == 1 else dataclasses.replace(
-            place, master_addr=checked(env, "MASTER_ADDR", "the name of rank 0's node", bool),
-            port=number(env, "MASTER_PORT", 1, 65535),
-            served=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
-    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env and "SLURM_PTY_PORT" not in env:
-        return _slurm(env)
-    return Place()
-
-
-def _slurm(env: Mapping[str, str]) -> Place:
+        if rank in env and size in env:
+            env = {local_rank: "0", local_size: env[size], **env}
+            world = number(env, size, 1)
+            local = number(env, local_size, 1, world)
+            place = Place(launcher, number(env, rank, 0, world - 1), world,
+                          number(env, local_rank, 0, local - 1), local)
+            return place if world == 1 else dataclasses.replace(
+                place, master_addr=checked(env, "MASTER_ADDR", "the name of rank 0's node", bool),
+                port=number(env, "MASTER_PORT", 1, 65535),
+                served=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+    if "SLURM_STEP_NUM_TASKS" not in env or "SLURM_PROCID" not in env or "SLURM_PTY_PORT" in env:
+        return Place()
     # "2(x3),1" are nodes with 2, 2, 2 and 1 tasks.
     part = r"([1-9]\d{0,4})(?:\(x([1-9]\d{0,4})\))?"
     tasks = checked(env, "SLURM_STEP_TASKS_PER_NODE", "numbers such as 2(x3),1",
@@ -340,19 +335,15 @@ def _serve(place: Place) -> dist.Store:
 
 def _connect(place: Place, limit: float) -> dist.Store:
     """The store of another, or TimeoutError: TCPStore waits for ever for a listener that says nothing."""
-    found: list[dist.Store] = []
+    store: Future[dist.Store] = Future()
 
     def connect() -> None:
         with suppress(RuntimeError):
-            found.append(dist.TCPStore(place.master_addr, place.port, is_master=False, wait_for_workers=False,
-                                       timeout=timedelta(seconds=limit)))
+            store.set_result(dist.TCPStore(place.master_addr, place.port, is_master=False,
+                                           wait_for_workers=False, timeout=timedelta(seconds=limit)))
 
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(limit)
-    if not found:
-        raise TimeoutError
-    return found[0]
+    threading.Thread(target=connect, daemon=True).start()
+    return store.result(limit)
 
 
 def name_this_start(store: dist.Store, place: Place, limit: float) -> str:

@@ -161,11 +161,10 @@ def snapshot(folder: str) -> Path:
     base = Path(f"{folder}/%".partition("%")[0] + "name").parent
     code = base / "code" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     code.mkdir(parents=True)
-    for path in sorted(ROOT.iterdir()):
-        if path.is_file() and path.suffix == ".py":
-            shutil.copy2(path, code)
-        elif path.is_dir() and path.name != "tests" and (path.name == "recipes" or any(path.glob("*.py"))):
-            shutil.copytree(path, code / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.glob("*.py"):
+        shutil.copy2(path, code)
+    for name in {path.parent.name for way in ("*/*.py", "recipes/*") for path in ROOT.glob(way)} - {"tests"}:
+        shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
     return code
 
 

@@ -195,7 +195,7 @@ class Task:
         The others may have failed too, or were asked to stop because the first one has requeued the job.
         """
         try:
-            os.close(os.open(self.folder / f"decision-{self.id}-{restarts()}", os.O_CREAT | os.O_EXCL))
+            (self.folder / f"decision-{self.id}-{restarts()}").touch(exist_ok=False)
         except FileExistsError:
             return False
         except OSError as error:  # such as a full disk, which must not cost the job its requeue

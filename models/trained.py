@@ -83,7 +83,7 @@ def load(source: str | os.PathLike, *, model: str | None = None, weights: str = 
     size = settings.input_size
     vars(net)["pretrained_cfg"].update(  # where timm's functions look
         input_size=(net.in_chans, size, size), crop_pct=settings.eval_crop_pct or 1.0, mean=settings.mean,
-        crop_mode="squash" if settings.whole else "center", std=settings.std, interpolation="bicubic",
+        crop_mode="center" if settings.eval_crop_pct else "squash", std=settings.std, interpolation="bicubic",
         num_classes=count, label_names=tuple(classes), exif_orientation=settings.exif_orientation)
     return Trained(net.to(device).eval(), name, path, key, classes, settings, image_transform(net))
 

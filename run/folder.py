@@ -42,7 +42,7 @@ class RunFolder(Ledger):
         except OSError as error:
             raise UserError(f"--output_dir {self.path} cannot be used: {error.strerror}; choose another.",
                             code="unusable_folder") from error
-        last = self.owner()
+        last = self.read("owner.json")  # host, pid, job and start; {} when it was released
         # Loader workers are forks and would hold the lock on after this process was killed.
         os.register_at_fork(after_in_child=self._forget)
         self._write_owner({"host": socket.gethostname(), "pid": os.getpid(), "job": job_id(), "since": now()})
@@ -62,9 +62,9 @@ class RunFolder(Ledger):
             except (BlockingIOError, PermissionError):
                 if time.monotonic() >= deadline:
                     os.close(descriptor)
-                    raise UserError(f"{self.path} is in use by another training ({_describe(self.owner())}); "
-                                    "wait for it, stop it, or choose another --output_dir.",
-                                    code="folder_in_use") from None
+                    owner = _describe(self.read("owner.json"))
+                    raise UserError(f"{self.path} is in use by another training ({owner}); wait for it, stop "
+                                    "it, or choose another --output_dir.", code="folder_in_use") from None
                 time.sleep(0.1)
             except OSError as error:
                 if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
@@ -72,10 +72,6 @@ class RunFolder(Ledger):
                 logger.warning("This file system has no locks: let no second training use the folder.")
                 return descriptor
             os.close(descriptor)
-
-    def owner(self) -> Record:
-        """Host, pid, job and start of the training that owns, or last owned, the folder; {} when released."""
-        return self.read("owner.json")
 
     def _write_owner(self, owner: Record) -> None:
         assert self._lock is not None
@@ -106,11 +102,10 @@ class RunFolder(Ledger):
 
         Raises OSError where the disk doesn't answer.
         """
-        try:
-            mine = None if self._lock is None else os.fstat(self._lock)
-            return mine is None or os.path.samestat(os.stat(self.path / "owner.json"), mine)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return self._lock is None or os.path.samestat(os.stat(self.path / "owner.json"),
+                                                          os.fstat(self._lock))
+        return False
 
     def own(self) -> Path:
         """Where this run may write now: `path`, or a folder beside it while `path` isn't the one it locked.

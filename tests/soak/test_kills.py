@@ -65,7 +65,7 @@ def test_signals_at_any_moment_lose_nothing(images, undisturbed, tmp_path, numbe
         [(code, output)] = finish([launcher], 90)
         # Ranks whose launcher was killed save, and have 15 s for that.
         assert_gone(everyone, 30)
-        state = Ledger(folder).status().get("state")
+        state = Ledger(folder).read("status.json").get("state")
         print(f"{name} to the {target} at {at}: code {code}, {state}")
         assert state in ("PAUSED", "DONE") or name == "SIGKILL" or at[1] < 0, output
         if state == "DONE":

@@ -6,16 +6,76 @@ import pytest
 import torch
 
 import main
+from common.outcome import Outcome
+from config.parse import parse
+from launch.stop import StopRequest
+from launch.watchdog import Watchdog
+from plan import Classification, plan_run
 from tests.kits.images import write_images
-from tests.kits.processes import Child, codes, environment, places
+from tests.kits.processes import Child, codes, environment, in_processes, places
 from tests.kits.runs import arguments, result, start
+from training import Trainer
 
 GLOBAL_BATCH, UPDATES, ACCUMULATIONS = 32, 3, (1, 2, 4)
+
+
+class Recorded(Trainer):
+    """Notes the learning rates and weight decays of every update."""
+    schedule = ()
+
+    def after_update(self, update, stats, sums):
+        groups = self.loop.update.optimizer.param_groups
+        self.schedule = [*self.schedule, (update, [(group["lr"], group["weight_decay"]) for group in groups])]
+        return super().after_update(update, stats, sums)
+
+
+def train_in_double(data, accumulation: int, process) -> dict:
+    """What an epoch in float64 leaves, on `process` among its peers."""
+    torch.manual_seed(process.rank + 100 * accumulation)  # nothing may depend on the global generator
+    size = GLOBAL_BATCH // accumulation // process.world_size
+    argv = arguments(data, "", batch_size=size, update_freq=None, global_batch=GLOBAL_BATCH, epochs=1,
+                     warmup_epochs=0, disable_eval="true", output_dir=None)
+    planned = plan_run(parse(argv), process, None)
+    assert planned.batch.update_freq == accumulation and planned.batch.updates_per_epoch == UPDATES
+    plain_wrap = type(process).wrap
+    process.wrap = lambda model: plain_wrap(process, model.double())
+    with StopRequest() as stop:
+        run = Recorded(Classification(planned, process), planned, process, stop=stop,
+                       watchdog=Watchdog(process, hang_timeout=0))
+        run.ema.module.double()
+        prepare = run.task.prepare
+        run.task.prepare = lambda batch: tuple(
+            part.double() if part.is_floating_point() else part for part in prepare(batch))
+        assert run.fit() is Outcome.DONE
+    state = run.state_dict()
+    return {"model": state["model"], "model_ema": state["model_ema"], "schedule": run.schedule,
+            "update": state["update"]}
+
+
+def train_each(process, data) -> dict[int, dict]:
+    return {accumulation: train_in_double(data, accumulation, process) for accumulation in ACCUMULATIONS}
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("images"), train=UPDATES * GLOBAL_BATCH + 5)
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """What one process leaves, for each accumulation."""
+    return in_processes(train_each, 1, tmp_path_factory.mktemp("one"), images)[0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_weights_and_schedules_are_those_of_one_process_without_accumulation(whole, images, tmp_path, world_size):
+    assert len(whole[1]["schedule"]) == whole[1]["update"] == UPDATES
+    for found in [whole] if world_size == 1 else in_processes(train_each, world_size, tmp_path, images):
+        for accumulation in ACCUMULATIONS:
+            assert found[accumulation]["schedule"] == whole[1]["schedule"]
+            for part in ("model", "model_ema"):
+                assert all(value.dtype == torch.float64 for value in found[accumulation][part].values())
+                torch.testing.assert_close(found[accumulation][part], whole[1][part], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("before, after", [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])

@@ -57,13 +57,13 @@ def test_a_full_disk_keeps_what_is_there_and_reports_each_time(small_disk, capfd
     text = check(Row("full", f"{FURTHER} 3", 1, ("checkpoint-1.pth", "checkpoint-2.pth", *names)), place, capfd)
     assert text.count("checkpoint-1.pth") == 1
     assert_whole(place, "checkpoint-0.pth", "checkpoint-best.pth", "checkpoint-best-ema.pth")
-    assert Ledger(place.run).status()["state"] == "FAILED"
+    assert Ledger(place.run).read("status.json")["state"] == "FAILED"
     monkeypatch.undo()
     for path in place.run.glob("ballast*"):
         path.unlink()
     check(Row("freed", f"{FURTHER} 3", 0), place, capfd)
     assert_whole(place, "checkpoint-2.pth")
-    assert Ledger(place.run).status()["state"] == "DONE"
+    assert Ledger(place.run).read("status.json")["state"] == "DONE"
 
 
 def test_a_disk_too_small_is_reported_at_the_start(small_disk, capfd):

@@ -31,7 +31,7 @@ def test_a_failure_ends_all_ranks_and_every_record_names_it(images, tmp_path):
     other, own = (rank.text().strip().splitlines()[-1] for rank in ranks)
     assert own.endswith("ArithmeticError: one divided by nothing")
     assert all(words in other for words in ("rank 0", "rank 1", "ArithmeticError: one divided by nothing"))
-    for found in (Ledger(tmp_path / "run").newest(), Ledger(tmp_path / "run").status()):
+    for found in (Ledger(tmp_path / "run").newest(), Ledger(tmp_path / "run").read("status.json")):
         assert (found["state"], found["rank"], found["phase"], found["update"]) == ("FAILED", 1, "evaluation", UPDATES)
         assert "ArithmeticError" in found["cause"]
 
@@ -63,7 +63,7 @@ def kill_workers() -> None:
 def test_a_killed_loader_worker_is_one_sentence(place, capfd, monkeypatch):
     at_the_end_of_epoch(monkeypatch, 0, kill_workers)
     check(Row("killed", "--epochs 2 --num_workers 1", 1, ("--num_workers",)), place, capfd)
-    assert Ledger(place.run).status()["state"] == "FAILED"
+    assert Ledger(place.run).read("status.json")["state"] == "FAILED"
     monkeypatch.undo()
     check(Row("resumed", "--epochs 2 --num_workers 1", 0), place, capfd)
     wait_for(lambda: not multiprocessing.active_children(), 10)

@@ -31,7 +31,7 @@ def test_a_signal_saves_and_ends_at_one_update(images, tmp_path, name, target):
     assert_gone(workers + [rank.pid for rank in ranks])
     (last, update, _), (_, other, _) = now(tmp_path, 0), now(tmp_path, 1)
     assert update == other and last == "saving"
-    [attempt], status = Ledger(folder).attempts(), Ledger(folder).status()
+    [attempt], status = Ledger(folder).attempts(), Ledger(folder).read("status.json")
     assert (status["state"], status["update"], attempt["update"]) == ("PAUSED", update, update)
     newest = max(folder.glob("checkpoint-*.pth"), key=lambda path: path.stat().st_mtime)
     assert torch.load(newest, weights_only=True)["update"] == update
@@ -44,7 +44,7 @@ def test_a_signal_to_one_rank_ends_an_evaluation_on_all(images, tmp_path):
     at = dict(rank=1, phase="evaluation", update=UPDATES, do="SIGUSR1")
     ranks = start(arguments(images, folder, update_freq=1), tmp_path / "console", 2, at=[at])
     assert codes(ranks, 60) == [75, 75], ranks[0].text()
-    status = Ledger(folder).status()
+    status = Ledger(folder).read("status.json")
     assert (status["state"], status["update"], status["epoch"]) == ("PAUSED", UPDATES, 0)
     assert status["cause"] in ("SIGUSR1", "another process was asked to stop")
     assert (folder / f"checkpoint-e0u{UPDATES}.pth").exists() and not (folder / "log.txt").read_text()

@@ -12,14 +12,13 @@ def test_each_attempt_is_recorded_with_its_end_and_a_killed_one_without(tmp_path
     monkeypatch.setenv("SLURM_JOB_ID", "88")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     ledger = Ledger(tmp_path)
-    assert ledger.status() == {} and ledger.attempts() == [] and ledger.newest() == {}
     ledger.begin(update=0, epoch=0, resume="a.pth")
-    assert ledger.status()["state"] == RUNNING
+    assert ledger.read("status.json")["state"] == RUNNING
     ledger.end(Outcome.PAUSED, update=12, epoch=1, cause="SIGUSR2")
     again = Ledger(tmp_path)
     again.note(requeued=True)
     assert again.newest().items() >= {"attempt": 1, "job": "88", "restarts": 2, "requeued": True, "state": "PAUSED"}.items()
-    assert (again.status()["state"], again.status()["cause"]) == ("PAUSED", "SIGUSR2")
+    assert (again.read("status.json")["state"], again.read("status.json")["cause"]) == ("PAUSED", "SIGUSR2")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "twice")
     again.begin(update=12, pid=1)
     assert again.newest()["restarts"] == 0
@@ -46,7 +45,7 @@ def test_the_first_cause_stands_whoever_writes_first(tmp_path, first):
         run.end(Outcome.FAILED, update=41, epoch=3, cause="RuntimeError: connection closed by peer")
     Ledger(tmp_path).fail("rank 0 is gone, says one that was woken late", pid=77, update=9, rank=0)
     [attempt] = run.attempts()
-    for found in (attempt, run.status()):
+    for found in (attempt, run.read("status.json")):
         assert (found["state"], found["cause"], found["rank"], found["update"]) == (
             "FAILED", "rank 1 ran out of memory", 1, 41)
 
@@ -59,11 +58,11 @@ def test_records_that_cannot_be_kept_stop_nothing(tmp_path, spoil):
         elif spoil != "missing":
             (tmp_path / name).write_text(spoil)
     ledger = Ledger(tmp_path / "gone" if spoil == "missing" else tmp_path)
-    assert ledger.status() == {} and ledger.attempts() == []
+    assert ledger.read("status.json") == {} and ledger.attempts() == []
     ledger.begin(update=0)
     ledger.end(Outcome.FAILED, update=1)
     ledger.fail("why", pid=1, update=1, rank=0)
-    assert ledger.status().get("state") == ("FAILED" if spoil in ("[1]\n", "{") else None)
+    assert ledger.read("status.json").get("state") == ("FAILED" if spoil in ("[1]\n", "{") else None)
 
 
 @pytest.mark.parametrize("outcome", [Outcome.DONE, Outcome.PAUSED, Outcome.FAILED])

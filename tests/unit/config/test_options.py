@@ -39,7 +39,7 @@ def test_image_settings_are_those_of_the_options_and_of_a_checkpoints_args():
     assert (settings.mean, settings.std) == (constants.IMAGENET_INCEPTION_MEAN, constants.IMAGENET_INCEPTION_STD)
     plain = ImageSettings()
     assert (plain.mean, plain.std) == (constants.IMAGENET_DEFAULT_MEAN, constants.IMAGENET_DEFAULT_STD)
-    assert not settings.whole and ImageSettings(input_size=384).eval_crop_pct is None
+    assert ImageSettings(input_size=384).eval_crop_pct is None
     assert ImageSettings.from_args(asdict(settings) | {"lr": 1}) == settings
     assert ImageSettings.from_args({}) == plain == ImageSettings.of(Options())
 

@@ -3,7 +3,9 @@ import pytest
 
 from config.parse import RECIPES, parse
 from config.rules import plan_batch
+from plan import plan_run
 from tests.kits.errors import refused
+from tests.kits.toy import Alone
 
 
 def options(argv):
@@ -45,7 +47,7 @@ def test_the_accumulation_follows_from_the_global_batch_and_the_checkpoints_wins
     with refused("batch", "--global_batch 1000", "--global_batch 768 --batch_size 128"):
         plan("--global_batch 1000 --batch_size 128", 3)
     with refused("batch", "--global_batch 32 ", "--global_batch 32 --batch_size 32"):
-        plan("--global_batch 32 --batch_size 64", 1)
+        plan_run(options("--global_batch 32 --batch_size 64"), Alone(), None)  # before a folder is looked for
     assert plan("--global_batch 768 --batch_size 128", 3).update_freq == 2
     result = plan("--batch_size 128 --update_freq 1", 2, checkpoint_batch=4096)
     assert result.update_freq == 16 and "4096" in result.notices[0]

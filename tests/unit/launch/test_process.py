@@ -147,16 +147,15 @@ def talk(process) -> list:
         raise UserError("the value 7 is not accepted", code="seven")
     with pytest.raises(UserError, match="value 7") as error:
         process.on_rank_zero(refuse)
-    last = process.world_size - 1
     return [process.all_reduce_(torch.tensor([process.rank + 1])).item(),
             process.all_reduce_(torch.tensor([process.rank]), "max").item(), process.any(process.rank == 1),
-            process.broadcast_object({"rank": process.rank}, source=last), process.all_gather_object(process.rank),
+            process.broadcast_object({"rank": process.rank}), process.all_gather_object(process.rank),
             process.on_rank_zero(lambda: process.rank + 5), error.value.code, process.local_first(lambda: process.rank)]
 
 
 def test_processes_talk_to_each_other_or_to_themselves(tmp_path):
     for rank, heard in enumerate(in_processes(talk, 2, tmp_path)):
-        assert heard == [3, 1, True, {"rank": 1}, [0, 1], 5, "seven", rank]
+        assert heard == [3, 1, True, {"rank": 0}, [0, 1], 5, "seven", rank]
     with start("cpu") as process:
         assert talk(process) == [1, 0, False, {"rank": 0}, [0], 5, "seven", 0]
         model = torch.nn.Linear(1, 1)

@@ -121,7 +121,7 @@ def test_a_time_limit_that_leaves_no_time_to_train_ends_the_job(tmp_path, monkey
         code = task.after(ExitCode.PAUSED)
     newest = ledger.newest()
     assert (newest["state"], newest["requeued"], code) == (end, end == "PAUSED", 1 if end == "FAILED" else 75)
-    assert ledger.status()["state"] == end and ("--timeout" in newest["cause"]) == (end == "FAILED")
+    assert ledger.read("status.json")["state"] == end and ("--timeout" in newest["cause"]) == (end == "FAILED")
 
 
 @pytest.mark.parametrize("code, cause", [(-signal.SIGKILL, "rank 1 was killed by SIGKILL (out of memory?)"),
@@ -145,14 +145,14 @@ def test_what_main_could_not_record_the_task_does(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     (folder / "7_0_log.err").write_text("train: 8 images\nerror: --data_path /nowhere has no train folder\n")
     Task(job(folder, run), _Environment(0, [])).after(ExitCode.USAGE)
-    assert trained.status()["state"] == "DONE" and len(trained.attempts()) == 1
-    status = Ledger(folder).status()
+    assert trained.read("status.json")["state"] == "DONE" and len(trained.attempts()) == 1
+    status = Ledger(folder).read("status.json")
     assert (status["state"], status["rank"]) == ("FAILED", 0) and "--data_path" in status["cause"]
     task = Task(job(run), _Environment(0, [], 1))
     run_of(run).progress(pid=os.getpid(), update=36, phase="backward")
     task.environment.num_tasks = 1
     task.after(-signal.SIGKILL)
-    status = trained.status()
+    status = trained.read("status.json")
     assert (status["state"], status["update"], status["rank"]) == ("FAILED", 36, 0) and "SIGKILL" in status["cause"]
     monkeypatch.setattr(slurm, "HOLD", 60)
     began = time.monotonic()

@@ -78,7 +78,7 @@ def test_the_clock_stands_still_while_the_process_does(monkeypatch):
 
 def failed(folder) -> dict:
     """What status.json and the ledger of attempts say, which must be the same."""
-    status, attempt = Ledger(folder).status(), Ledger(folder).newest()
+    status, attempt = Ledger(folder).read("status.json"), Ledger(folder).newest()
     assert status["state"] == attempt["state"] == Outcome.FAILED
     assert {status[key] == attempt[key] for key in ("rank", "node", "phase", "update", "cause")} == {True}
     return status
@@ -124,7 +124,7 @@ def test_a_suspended_job_continues_with_the_same_result(tmp_path, launcher, worl
     for code, output in finish(processes):
         assert code == 0, output
     assert str(expected(60, world_size)) in (tmp_path / "state.json").read_text()
-    assert Ledger(tmp_path).status()["state"] == Outcome.DONE
+    assert Ledger(tmp_path).read("status.json")["state"] == Outcome.DONE
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])

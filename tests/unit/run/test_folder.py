@@ -54,7 +54,7 @@ def test_a_killed_owner_leaves_no_lock_though_its_workers_live_on(folder):
         assert subprocess.run(shell).returncode == 1
         owner.kill()
         assert subprocess.run(shell).returncode == 0
-        assert f"pid {owner.pid}" in folder.lock() and folder.owner()["pid"] == os.getpid()
+        assert f"pid {owner.pid}" in folder.lock() and folder.read("owner.json")["pid"] == os.getpid()
     finally:
         os.kill(int(worker.read_text()), signal.SIGKILL)
 
@@ -67,7 +67,7 @@ def test_a_start_that_was_refused_leaves_no_folder_but_what_was_there_or_has_bee
     if used:
         folder.begin(update=0, epoch=0)
     folder.release()
-    assert folder.path.exists() == (there or used) and folder.owner() == {}
+    assert folder.path.exists() == (there or used) and folder.read("owner.json") == {}
 
 
 def test_a_folder_that_its_owner_removes_at_that_moment_is_made_again(folder, monkeypatch):
@@ -79,7 +79,7 @@ def test_a_folder_that_its_owner_removes_at_that_moment_is_made_again(folder, mo
         real(descriptor, how)
     monkeypatch.setattr(fcntl, "flock", flock)
     folder.lock()
-    assert folder.owner()["pid"] == os.getpid() and refused(folder.path).code == "folder_in_use"
+    assert folder.read("owner.json")["pid"] == os.getpid() and refused(folder.path).code == "folder_in_use"
 
 
 @pytest.mark.parametrize("name", ["file/run", "/proc/run", "folder"])
@@ -101,12 +101,12 @@ def test_a_folder_that_was_taken_away_is_not_written_to(folder, replaced):
         other.lock()
         other.begin(update=0)
     folder.end(Outcome.FAILED, update=5)
-    assert folder.own() != path and folder.status()["update"] == folder.newest()["update"] == 5
+    assert folder.own() != path and folder.read("status.json")["update"] == folder.newest()["update"] == 5
     assert path.exists() == replaced
     if replaced:
         # Nor by the ranks other than 0, which hold no lock.
-        Ledger(path).fail("rank 1 is gone", pid=other.owner()["pid"] + 1, update=3, rank=1)
-        assert len(other.attempts()) == 1 and other.status()["state"] == "RUNNING" and other.owner()
+        Ledger(path).fail("rank 1 is gone", pid=other.read("owner.json")["pid"] + 1, update=3, rank=1)
+        assert len(other.attempts()) == 1 and other.read("status.json")["state"] == "RUNNING"
         other.release()
     else:  # it is back, as a disk may be
         path.with_name("elsewhere").rename(path)
