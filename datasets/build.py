@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler
 from common.errors import UserError, kind_of
 from common.log import logger
 from common.synsets import imagenet_synsets
-from common.text import file_size, plural, printable
+from common.text import duration, file_size, plural, printable
 from config.options import Options
 from datasets.cifar import read_cifar
 from datasets.dataset import ImageDataset, ImageLoader, make_loader
@@ -22,6 +22,8 @@ from datasets.labels import Subset, classes_of, map_folders, numbered, read_val_
 from datasets.readers import SPLITS, Reader, find_split, no_images, open_reader, source_of
 from datasets.sample import ensure_sample
 from datasets.transforms import Erasing, eval_transform, train_transform
+
+_PACK_RATE, _PACK_IMAGES = 150e6, 4000  # bytes, and images, per second of `tools.data pack`
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,10 @@ def _split(options: Options, part: str, cache: IndexCache, order: str | None, no
         if part == "train" and reader.sequential and not options.allow_slow_parquet:
             root = printable(source.root)
             size = sum(os.path.getsize(os.path.join(source.root, name)) for name in source.files)
+            took = duration(size / _PACK_RATE + len(reader) / _PACK_IMAGES)
             raise UserError(f"{root} is too slow for training; `python -m tools.data pack {root} FOLDER` "
-                            f"makes tars ({file_size(size)}), or give --allow_slow_parquet true.",
-                            code="slow_form")
+                            f"makes tars ({file_size(size)}, about {took}), or give --allow_slow_parquet "
+                            "true.", code="slow_form")
     else:
         raise UserError("The evaluation images are missing; give --eval_data_path FOLDER, --val_fraction 0.1 "
                         "or --disable_eval true.", code="missing_data")

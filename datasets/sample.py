@@ -22,7 +22,7 @@ def ensure_sample(folder: str | os.PathLike, write: Callable[[Path], None] | Non
     of several processes that come at the same time the first one's is kept. Raises UserError when `folder`
     holds something else.
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder)
     complete = lambda: all((folder / part).is_dir() for part in parts)
     if complete():
         return

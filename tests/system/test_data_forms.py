@@ -143,7 +143,7 @@ def test_each_image_is_evaluated_once_with_its_label_and_parquet_in_its_own_orde
 
 
 def test_training_from_parquet_is_refused_with_the_command_that_helps_and_without_pyarrow_in_one_sentence(forms, monkeypatch):
-    with refused("slow_form", "tools.data pack", "--allow_slow_parquet"):
+    with refused("slow_form", "tools.data pack", "MB, about 0:0", "--allow_slow_parquet"):
         build_data(options(forms["parquet"], allow_slow_parquet=False), train=True, evaluate=False)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with refused("missing_package", "pip install pyarrow"):
