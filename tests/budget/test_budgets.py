@@ -24,8 +24,8 @@ for room in ("datasets", *" ".join(LAYERS[6:]).split()):
     MAY_IMPORT[room].add("native")
 CORE = [room for room in MAY_IMPORT if room not in ("native", "dense")]
 # Goals are core 7,600 lines in 77 modules (6,100 in 62, data forms 800 in 8, GPU work 250 in 2, weights and Hub
-# 450 in 5), benchmarks 350 beside those of GPUs, tests 7,000 beside those of dense/. Limits above them only ever fall.
-LINES = {"core": 8083, "native": 1700, "dense": 2300, "benchmarks": 467, "tests": 11275}
+# 450 in 5) and tests 7,000 beside those of dense/. Limits above them only ever fall.
+LINES = {"core": 7762, "native": 1700, "dense": 2300, "benchmarks": 350, "tests": 9113}
 MODULES, FILE, FUNCTION, COLUMNS, ANY = 77, 350, 50, 110, 20
 FORBIDDEN = re.compile(r"picture|\b(mend(s|ed|ing)?|anew|rightly|wrongly|can be had|told)\b", re.I)
 # Keys and flags of earlier versions, which stay readable.
