@@ -220,9 +220,9 @@ def test_an_outage_of_the_data_is_waited_for_and_then_a_failure(forms, tmp_path,
 
     back_later()
     assert data.train.reader.encoded(0) == expected
+    monkeypatch.setattr("datasets.images.PATIENCE", 0.3)  # from what is read next
     back_later()
     assert resumed() == data.train.order
-    monkeypatch.setattr("datasets.images._patience", 0.3)
     shutil.rmtree(here)
     with pytest.raises(Failure) as error:
         list(make_loader(data.train, options(here, num_workers=1), [[(0, i, i) for i in range(4)]]))
