@@ -50,6 +50,8 @@ BETAS = Accepts("from 0 to below 1, one to three times",
                 lambda v: 1 <= len(v) <= 3 and all(0 <= b < 1 for b in v))
 SUITE = Accepts("imagenet, v2, a, r and sketch, with commas and =FOLDER where not beside data_path",
                 lambda v: re.fullmatch(r"((imagenet|v2|a|r|sketch)(=[^,]+)?(,|$))*", v) is not None)
+DEVICE = Accepts("auto, cpu, mps, cuda, xpu, or one of them with a number such as cuda:1",
+                 lambda v: re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d{1,3})?", v) is not None)
 _PART = r"(backbone|stem|stages\.[0-3](-[0-3])?)"
 PARTS = Accepts("backbone (all but the head), or stem and stages such as stem,stages.0-2",
                 lambda v: re.fullmatch(f"{_PART}(,{_PART})*", v) is not None)
@@ -91,7 +93,7 @@ class Options:
     print_config: bool = _start(False, "print each value with its origin and the published one, then end")
     dry_run: bool = _start(False, "check options, data, model, memory and speed, then end")
     eval: bool = _start(False, "evaluate only")
-    device: str = _start("auto", "such as cuda:1; auto takes the first of cuda, xpu, mps, cpu")
+    device: str = _start("auto", "auto takes the first of cuda, xpu, mps, cpu", DEVICE)
     output_dir: str = _start("", "folder of this run: checkpoints, log, report; '': nothing is saved")
 
     data_set: str = _data("IMNET", "kind of data; image_folder: data_path is itself the training folder",

@@ -78,7 +78,7 @@ MISTAKES = {
         | --drop_path 1 [below 1] | --mixup_prob 1.1 | --weight_decay -0.05 | --layer_decay 0
         | --clip_grad 0 [or none] | --input_size 16 [from 32] | --crop_pct 0 | --num_workers -1 | --scale 0.5
         | --scale 1 0.5 | --cutmix_minmax 0.2 nan | --opt_betas 0.9 1 | --model_ema maybe [true or false]
-        | --clip_by norms [norm, value or agc] | --data_set IMAGENET [IMNET]
+        | --clip_by norms [norm, value or agc] | --data_set IMAGENET [IMNET] | --device gpu [auto, cpu]
         | --model_ema true--lr=1 [true or false] | --aa rnd-m9 [rand-m9-mstd0.5-inc1]"""}
 
 
