@@ -17,10 +17,8 @@ def duration(seconds: float) -> str:
 
 def plural(count: int, word: str) -> str:
     """`1 worker`, `2 processes`, `3 classes`."""
-    if count == 1:
-        return f"{count} {word}"
     many = f"{word[:-1]}ies" if word.endswith("ry") else f"{word}es" if word.endswith("s") else f"{word}s"
-    return f"{count} {many}"
+    return f"{count} {word if count == 1 else many}"
 
 
 def listed(words: Sequence[str]) -> str:

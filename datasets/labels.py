@@ -76,9 +76,10 @@ def map_folders(found: list[str], names: list[str], *, partial: bool, allow_mism
     missing = sorted(set(names) - set(found))
     problems = [f"unknown classes: {_some(extra)}"] * bool(extra)
     problems += [f"no class {_some(missing)}"] * bool(missing and not partial)
-    if problems and not (allow_mismatch and (mapped >= 0).any()):
-        raise UserError(f"{what} has {' and '.join(problems)}; check the path, or use the common classes "
-                        "alone with --allow_class_mismatch true.", code="unexpected_classes")
+    if problems and not ((common := (mapped >= 0).any()) and allow_mismatch):
+        common_alone = ", or use the common classes alone with --allow_class_mismatch true" * bool(common)
+        raise UserError(f"{what} has {' and '.join(problems)}; check the path{common_alone}.",
+                        code="unexpected_classes")
     return mapped
 
 
@@ -151,8 +152,7 @@ def recognise(reader: Reader) -> Subset | None:
     if found == {str(i) for i in range(1000)}:
         return Subset("imagenet-v2", tuple(str(i) for i in range(1000)))
     for name in ("imagenet-a", "imagenet-r"):
-        lines = (_INFO / f"{name.replace('-', '_')}_indices.txt").read_text().split()
-        columns = tuple(map(int, lines))
+        columns = tuple(map(int, (_INFO / f"{name.replace('-', '_')}_indices.txt").read_text().split()))
         if found == {synsets[i] for i in columns}:
             return Subset(name, tuple(synsets[i] for i in columns), columns)
     if not found <= set(synsets):

@@ -37,15 +37,14 @@ def scan(source: Source) -> Index:
     count_beside(source, rows, "parquet")
     for number, name in enumerate(files):
         path = os.path.join(source.root, name)
-        with readable(path, "parquet with images"):
-            with opened(path) as file:
-                listed = _names(file) or listed
-                for group, row, label, given in _labels_and_paths(file):
-                    match = _WITH_SYNSET.fullmatch(os.path.basename(given or ""))
-                    folders.setdefault(str(label), set()).add(match["synset"] if match else "")
-                    plain = match["base"] + match["ending"] if match else os.path.basename(given or "")
-                    plain = plain or f"{name.removesuffix('.parquet')}-{group:06d}-{row:06d}"
-                    rows.add(str(label), plain, number, group, row)
+        with readable(path, "parquet with images"), opened(path) as file:
+            listed = _names(file) or listed
+            for group, row, label, given in _labels_and_paths(file):
+                match = _WITH_SYNSET.fullmatch(os.path.basename(given or ""))
+                folders.setdefault(str(label), set()).add(match["synset"] if match else "")
+                plain = match["base"] + match["ending"] if match else os.path.basename(given or "")
+                plain = plain or f"{name.removesuffix('.parquet')}-{group:06d}-{row:06d}"
+                rows.add(str(label), plain, number, group, row)
     rows.classes = class_names(source.root, rows.classes, folders, listed)
     return rows.index(source, f"parquet ({plural(len(files), 'file')})", [*files, ""])
 

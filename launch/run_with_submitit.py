@@ -190,8 +190,7 @@ def build_executor(folder: str, options: argparse.Namespace, *, gpus: bool) -> s
 def status(folder: Path) -> str:
     """Where the job with its logs in `folder` stands: state, update, attempts, first cause, last words."""
     own = Ledger(folder.absolute())
-    job = own.read("job.json")
-    if not job:
+    if not (job := own.read("job.json")):
         raise UserError(f"{folder} holds no job.json: give the folder named when the job was submitted.",
                         code="no_job")
     run = Ledger(job["output_dir"])
