@@ -74,7 +74,7 @@ def rows(name: str, path: str, args: argparse.Namespace, best: float) -> list[Ro
             "mfu": 2 * passes * flops * args.batch / seconds / best or "",
             **{phase: phases.get(phase, 0) / seconds for phase in PHASES},
             "GiB": peak_memory(device)[0] / 2 ** 30})
-    print(*found, sep="\n", file=sys.stderr, flush=True)
+    sys.stderr.write("".join(f"{row}\n" for row in found))
     return found
 
 

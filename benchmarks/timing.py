@@ -4,6 +4,7 @@ import json
 import platform
 import re
 import statistics
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection
@@ -79,5 +80,5 @@ def report(found: list[Row], out: str, **more: Any) -> int:
     """Print the machine (with what `more` says) and the table; write them to `out` as JSON."""
     about = machine() | more
     write_json(out, {"machine": about, "rows": found})
-    print(json.dumps(about), table(found), sep="\n\n")
+    sys.stdout.write(f"{json.dumps(about)}\n\n{table(found)}\n")
     return 0

@@ -1,4 +1,5 @@
 """What segmentation and detection have in common as tasks of the Trainer and in evaluation."""
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
@@ -61,7 +62,7 @@ def went_through(networks: Networks, loader: Iterable[Batch], process: Process, 
     return not process.any(left)
 
 
-class DenseTask:
+class DenseTask(ABC):
     """A task (see `engine.Task`) but for its losses and what it measures.
 
     Args:
@@ -91,13 +92,13 @@ class DenseTask:
         if data.val is not None:
             self.loaders.append(share(data, options, process))
 
+    @abstractmethod
     def measure(self, networks: Networks, leaves: Leaves) -> list | None:
         """What the evaluation finds of each network, None when `leaves()` said so on any rank."""
-        raise NotImplementedError
 
+    @abstractmethod
     def figures(self, found: Any) -> engine.Figures:
         """The figures of one network by name, from what `measure` found."""
-        raise NotImplementedError
 
     def batches(self, epoch: int, first_update: int) -> Iterable[Batch]:
         """Micro-batches of `epoch` from `first_update` on."""
